@@ -242,15 +242,13 @@ class Recast:
     outside: Collection[str]
 
     @staticmethod
-    def none(held: Sequence[HeldTensor], outside: Collection[str]) -> Recast:
-        """All tensors unchanged, for shards."""
-        return Recast(list(held), [], {}, outside)
+    def of(held: Sequence[HeldTensor], base: Mapping[str, TensorSpec] | None, outside: Collection[str]) -> Recast:
+        """Give each tensor the dtype that the base model has it in, where both are of ordinary weights.
 
-    @staticmethod
-    def of(held: Sequence[HeldTensor], base: Mapping[str, TensorSpec], outside: Collection[str] = ()) -> Recast:
-        """Give each tensor the dtype that the base model has it in, where both are of ordinary weights."""
-        if not base and not outside:
-            return Recast(list(held), [], {}, ())
+        Without ``base`` all tensors are unchanged, for shards.
+        """
+        if base is None or not (base or outside):
+            return Recast(list(held), [], {}, outside)
         export, exact, native = [], [], {}
         for tensor in held:
             if tensor.spec.name in outside:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
@@ -33,7 +33,7 @@ from shardwise.comm import Group, JsonValue
 from shardwise.convert.mapping import rename
 from shardwise.disk.names import is_there
 from shardwise.engine.jobs import Step, local_step
-from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
+from shardwise.engine.load import OpenedLoad, open_described
 from shardwise.engine.name_suggestions import listed
 from shardwise.engine.records import ComponentRecord, write_state
 from shardwise.engine.replicas import comparison
@@ -249,7 +249,7 @@ def open_optimizer(
             state_files = frozenset(f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE))
             source = open_source(directory, group, spread=True, exclude=state_files)
         # A frozen stage, or an optimizer over fewer parameters, may need less than was saved.
-        options = LoadOptions(allow_unexpected=True, threads=session.threads, sharing=session.sharing)
+        options = replace(session.load_options, allow_unexpected=True)
         tensors = open_described(plan.held_as_saved, source, group, session.storage, options, lambda: own is not None)
     if foreign is not None:
         count_in_tensors(plan)

@@ -21,6 +21,7 @@ from shardwise.comm import Group
 from shardwise.disk.storage import IsLocal, Storage
 from shardwise.engine.agreement import Agreement
 from shardwise.engine.export import ExportPlan
+from shardwise.engine.load import LoadOptions
 from shardwise.engine.memo import Memo
 from shardwise.engine.shards import ShardPlan
 from shardwise.engine.sharing import Sharing
@@ -161,9 +162,9 @@ class Session:
         return self.config.exports(is_final_checkpoint=True)
 
     @property
-    def sharing(self) -> Sharing:
-        """Whether replicas read the same bytes once."""
-        return Sharing(self.config.share_replica_reads, self.stage)
+    def load_options(self) -> LoadOptions:
+        """A load's threads, and whether replicas read the same bytes once; no difference is allowed."""
+        return LoadOptions(threads=self.threads, sharing=Sharing(self.config.share_replica_reads, self.stage))
 
     @property
     def threads(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from shardwise.checkpointing.loading.models import renamed, retitled
 from shardwise.checkpointing.session import Session
 from shardwise.convert.mapping import rename
 from shardwise.disk.names import is_directory, is_file, names_in
-from shardwise.engine.load import LoadOptions, OpenedLoad, listed_anywhere, open_described
+from shardwise.engine.load import OpenedLoad, listed_anywhere, open_described
 from shardwise.engine.name_suggestions import listed
 from shardwise.errors import AdapterError, AmbiguousFilesError, FormatError, MissingTensorError
 from shardwise.peft.allocator import ALLOCATOR_PREFIX, AllocatorRestore, restore_allocators
@@ -107,7 +107,7 @@ def open_adapter(
         source = open_saved(session, saved[file.adapter_name], key_mapping)
         aliases = [entry.spec.name for entry in file.entries if entry.alias_of is not None]
         ignored = listed_anywhere(aliases, source, group)  # of other stages' entries this rank knows nothing
-        options = LoadOptions(allow_missing, threads=session.threads, sharing=session.sharing, ignored=ignored)
+        options = replace(session.load_options, allow_missing=allow_missing, ignored=ignored)
         loads.append(open_described(partial(list, held), source, group, session.storage, options))
     extra, allocators = _open_extra(session, parts, captured, directory, allow_missing)
     return OpenedAdapter((*loads, *extra), allocators)
@@ -147,7 +147,7 @@ def _open_extra(
 
     # A model that is not trained has no allocator.
     ignored = frozenset(name for name in source.tensors if name.startswith(ALLOCATOR_PREFIX))
-    options = LoadOptions(threads=session.threads, sharing=session.sharing, ignored=ignored)
+    options = replace(session.load_options, ignored=ignored)
     return [open_described(wanted, source, group, session.storage, options)], allocators
 
 

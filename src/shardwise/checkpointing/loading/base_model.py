@@ -208,9 +208,7 @@ def fill_from_base(
         dequantize=config.dequantize_base_checkpoint,
         allow_legacy_pickle=config.allow_legacy_pickle_restore,
     )
-    options = LoadOptions(
-        allow_missing, allow_unexpected=True, allow_cast=True, threads=session.threads, sharing=session.sharing
-    )
+    options = replace(session.load_options, allow_missing=allow_missing, allow_unexpected=True, allow_cast=True)
     wanted = _matched(session, parts, source, told, key_mapping)
     if before is not None:
         compare_load(lambda: _described(wanted), source, group, session.storage, options)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 from torch import nn
 
@@ -97,7 +97,7 @@ def open_model(
     group, storage = session.group, session.storage
     state = ModelState(model)
     opened = _opened(session, state, path, key_mapping, options)
-    own = find_model(session, state, path, opened.ranks)
+    own = find_model(session, state, path, opened.metadata.ranks)
     source, hub, options = opened.source, opened.hub, opened.options
     speaks_native = opened.differs and _speaks_native(hub, source, group)
     computed = [] if speaks_native else [held for held in hub.groups if not _has_natives(held, source)]
@@ -119,18 +119,13 @@ def open_model(
         return held if hub.listing is None else [*as_modules_load(held, hub, computed, source), *extra]
 
     load = open_described(direct, source, group, storage, options, lambda: bool(steps))
-    there = (
-        open_computed(computed, CheckpointSource(source), group, options)
-        if opened.differs and not speaks_native
-        else None
-    )
+    has_computed = opened.differs and not speaks_native
+    there = open_computed(computed, CheckpointSource(source), group, options) if has_computed else None
     # Every rank knows which module state was saved.
-    has_any = load.asked or bool(opened.module_state)
+    stems = opened.metadata.module_state
     module_load = ModuleLoad((), None, options, 0)
-    if has_any:
-        module_load = open_module_load(
-            steps, opened.module_state, group, options, is_strict=is_own_module_state(path, opened.module_state)
-        )
+    if load.asked or stems:
+        module_load = open_module_load(steps, stems, group, options, is_strict=is_own_module_state(path, stems))
     return OpenedModel(session, load, there, module_load, own)
 
 
@@ -143,16 +138,14 @@ class _Opened:
         hub: The tensors that this rank holds.
         options: Allowed differences between the two.
         differs: Whether any rank's model has other names than the source, ties, or tensors that have to be computed.
-        ranks: Number of ranks that saved per-rank tensors.
-        module_state: Files with module state beside the ordinary tensors.
+        metadata: What was noted beside the model.
     """
 
     source: Source
     hub: HubState
     options: LoadOptions
     differs: bool
-    ranks: int
-    module_state: tuple[str, ...]
+    metadata: ModelMetadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +200,7 @@ def _opened(
     if not differs.any:
         assert matched is not None
         options = replace(options, exact=dict(metadata.exact))
-        return _Opened(plain, matched.hub, options, False, metadata.ranks, metadata.module_state)
+        return _Opened(plain, matched.hub, options, False, metadata)
     aliased = Aliased(plain)
     if group.any(bool(lacking), "comparing names"):
         aliased = with_aliases(source, hub, lacking, key_mapping, group)
@@ -220,7 +213,7 @@ def _opened(
     ignored = listed_anywhere(matched.unused, source, group)
     kept = {alias: metadata.exact[name] for alias, name in aliased.kept.items() if name in metadata.exact}
     options = replace(options, exact={**metadata.exact, **kept}, ignored=ignored)
-    return _Opened(source, matched.hub, options, True, metadata.ranks, metadata.module_state)
+    return _Opened(source, matched.hub, options, True, metadata)
 
 
 def _lacks_buffers(hub: HubState, source: Source) -> bool:
@@ -288,27 +281,20 @@ def read_model_metadata(path: Path, group: Group) -> ModelMetadata:
 
 
 def _noted(path: Path) -> JsonValue:
-    exact = {str(name): str(dtype) for name, dtype in _read(path, NATIVE_DTYPES, dict[str, str]()).items()}
-    passed = [str(name) for name in _read(path, PASSED_THROUGH, list[str]())]
-    return [
-        cast(JsonValue, exact),
-        cast(JsonValue, passed),
-        saved_ranks(path),
-        cast(JsonValue, find_module_state(path)),
-    ]
+    exact, passed = _note(path, NATIVE_DTYPES, {}), _note(path, PASSED_THROUGH, [])
+    return [exact, passed, saved_ranks(path), cast(JsonValue, find_module_state(path))]
 
 
-_Note = TypeVar("_Note", dict[str, str], list[str])
-
-
-def _read(path: Path, name: str, absent: _Note) -> _Note:
-    """The note called ``name``; ``absent`` where there is none."""
+def _note(path: Path, name: str, absent: JsonValue) -> JsonValue:
+    """The note called ``name``, with texts in it; ``absent`` where there is none."""
     for directory in (path / METADATA_DIR, path.parent / METADATA_DIR):
         file = directory / name
         if not is_file(file):
             continue
         found = read_json(file, StateFormatError)
-        if not isinstance(found, type(absent)):
-            raise StateFormatError(f"not a {type(absent).__name__}", path=file, hint="Restore the file.")
-        return found
+        if isinstance(found, dict) and isinstance(absent, dict):
+            return {str(key): str(value) for key, value in found.items()}
+        if isinstance(found, list) and isinstance(absent, list):
+            return [str(value) for value in found]
+        raise StateFormatError(f"not a {type(absent).__name__}", path=file, hint="Restore the file.")
     return absent

@@ -33,7 +33,6 @@ from shardwise.checkpointing.run_state.extras import (
 )
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
-from shardwise.engine.load import LoadOptions
 from shardwise.engine.name_suggestions import listed
 from shardwise.engine.verify import VerifyLevel, check_checkpoint
 from shardwise.lifecycle import Start
@@ -277,7 +276,7 @@ def _open_component(
     """Compare a model, or its adapters, with a checkpoint's. All ranks call; nothing is changed."""
     if session.config.is_peft:
         return open_adapter(session, model, path, key_mapping=key_mapping, allow_missing=allow_missing)
-    options = LoadOptions(allow_missing, threads=session.threads, sharing=session.sharing)
+    options = replace(session.load_options, allow_missing=allow_missing)
     return open_model(session, model, path, key_mapping=key_mapping, options=options)
 
 

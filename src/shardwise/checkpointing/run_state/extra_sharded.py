@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias, cast
 from urllib.parse import quote
@@ -25,7 +26,7 @@ from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.agreement import Agreement
 from shardwise.engine.jobs import Step, below
-from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
+from shardwise.engine.load import OpenedLoad, open_described
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.shards import shard_plan, write_shards
 from shardwise.plan.fragments import HeldTensor
@@ -152,9 +153,9 @@ class OpenedSharded:
         then: Loads the state of objects when their tensors have been read. Local.
     """
 
-    modules: tuple[OpenedModel, ...] = ()
-    tensors: tuple[OpenedLoad, ...] = ()
-    then: tuple[Callable[[], None], ...] = ()
+    modules: Sequence[OpenedModel]
+    tensors: Sequence[OpenedLoad]
+    then: Callable[[], None]
 
     def fill(self, group: Group) -> None:
         """Read everything. All ranks call."""
@@ -164,26 +165,20 @@ class OpenedSharded:
             load.read()
         if self.tensors:
             with group.together("loading extra state"):
-                for take in self.then:
-                    take()
+                self.then()
 
 
 def open_module(session: Session, name: str, module: nn.Module, directory: Path) -> OpenedModel:
     """Compare a module with what was saved. All ranks call; nothing is changed."""
     own = module_session(session, name)
-    options = LoadOptions(threads=own.threads, sharing=own.sharing)
-    return open_model(own, module, directory_of(directory, name), key_mapping=None, options=options)
+    return open_model(own, module, directory_of(directory, name), key_mapping=None, options=own.load_options)
 
 
 def open_tensors(session: Session, name: str, tensors: Mapping[str, DTensor], directory: Path) -> OpenedLoad:
     """Compare DTensors with what was saved. All ranks call, also those without any; nothing is changed."""
     source = open_source(directory_of(directory, name), session.group, spread=True)
-    options = LoadOptions(threads=session.threads, sharing=session.sharing)
-
-    def describe() -> list[HeldTensor]:
-        return held_tensors(tensors.items(), MeshRegister())
-
-    return open_described(describe, source, session.group, session.storage, options)
+    describe = partial(held_tensors, tensors.items(), MeshRegister())
+    return open_described(describe, source, session.group, session.storage, session.load_options)
 
 
 #: A module on one rank: whether it has DTensors; a digest of its state; the names in it.

@@ -55,6 +55,10 @@ from shardwise.lifecycle.resolve import is_verifiable
 from shardwise.sources.dcp_values import is_dcp
 from shardwise.sources.state_files import has_state, joined, pack_state, read_file, read_state
 
+_LOG = logging.getLogger(__name__)
+#: Name of the saved positions in data, beside the generators.
+BATCHES = "batches"
+
 
 def capture_steps(session: Session, values: Mapping[str, object], directory: Path) -> list[Step]:
     """Capture named values now and return the steps that write them. All ranks call; names may differ between ranks.
@@ -62,8 +66,7 @@ def capture_steps(session: Session, values: Mapping[str, object], directory: Pat
     A value is a `Stateful` object, or what JSON and tensors can express.
     """
     group = session.group
-    taken, modules = _captured(values, group)
-    packed, spread = taken.packed, taken.spread
+    packed, spread, modules = _captured(values, group)
     digests = {name: hashlib.blake2b(joined(found), digest_size=16).hexdigest() for name, found in packed.items()}
     own = {name: [digest, name in spread] for name, digest in digests.items()}
     everyone = cast(list[dict[str, tuple[str, bool]]], group.gather_json(cast(JsonValue, own), "comparing extra state"))
@@ -92,31 +95,26 @@ def capture_steps(session: Session, values: Mapping[str, object], directory: Pat
     return steps
 
 
-@dataclass(slots=True)
-class _Captured:
-    """Values as they are now.
+def _captured(
+    values: Mapping[str, object], group: Group
+) -> tuple[dict[str, dict[str, bytes]], dict[str, dict[str, DTensor]], list[str]]:
+    """For each name the encoded state as it is now, and the DTensors in it; names of modules. All ranks call.
 
-    For each name the encoded state that is written, once or by this rank, and the DTensors in it.
+    The modules are those that all ranks save together.
     """
+    packed: dict[str, dict[str, bytes]] = {}
+    spread: dict[str, dict[str, DTensor]] = {}
 
-    packed: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    spread: dict[str, dict[str, DTensor]] = field(default_factory=dict)
-
-    def take(self, name: str, value: object) -> None:
-        """Capture a value; `StateFormatError` if it cannot be stored. Local."""
-        value = as_stateful(value)
-        rest, found = split_tree(value.state_dict() if isinstance(value, Stateful) else value)
-        self.spread |= {name: found} if found else {}
+    def take(name: str, value: object) -> None:
+        rest, found = split_tree(state_of(as_stateful(value)))
+        if found:
+            spread[name] = found
         try:
-            self.packed[name] = pack_state(rest)
+            packed[name] = pack_state(rest)
         except StateFormatError as error:
             error.hint = f"It is part of {name!r}. {error.hint or ''}".strip()
             raise
 
-
-def _captured(values: Mapping[str, object], group: Group) -> tuple[_Captured, list[str]]:
-    """Values as they are now; and names of modules, which all ranks save together. All ranks call."""
-    taken = _Captured()
     with group.together("capturing extra state") as has_modules:
         for name, value in values.items():
             if not isinstance(name, str) or name in ("", "."):
@@ -124,15 +122,15 @@ def _captured(values: Mapping[str, object], group: Group) -> tuple[_Captured, li
             if isinstance(value, nn.Module):
                 has_modules.flag = True
             else:
-                taken.take(name, value)
+                take(name, value)
     if not has_modules.any:
-        return taken, []
+        return packed, spread, []
     modules = shared_modules(values, group)
     with group.together("capturing modules in extra state"):
         for name, value in values.items():
             if isinstance(value, nn.Module) and name not in modules:
-                taken.take(name, value)
-    return taken, modules
+                take(name, value)
+    return packed, spread, modules
 
 
 def rank_stem(directory: Path, name: str, rank: int, world_size: int) -> Path:
@@ -158,13 +156,12 @@ class FoundValues:
     spread: tuple[str, ...] = ()
     tensors: Mapping[str, Mapping[str, DTensor]] = field(default_factory=dict)
 
-    def loaders(self) -> list[Callable[[], None]]:
-        """The calls that load the state of objects with DTensors, once these have been read."""
-        return [partial(self._load, name) for name in self.tensors if isinstance(self.values[name], Stateful)]
-
-    def _load(self, name: str) -> None:
-        value = cast(Stateful, self.values[name])
-        value.load_state_dict(cast(dict[str, object], fill_tree(self.states[name], self.tensors[name])))
+    def load_spread(self) -> None:
+        """Load the state of objects with DTensors, once these have been read. Local."""
+        for name, tensors in self.tensors.items():
+            value = self.values[name]
+            if isinstance(value, Stateful):
+                value.load_state_dict(cast(dict[str, object], fill_tree(self.states[name], tensors)))
 
     def take_in(self, undos: Undos) -> None:
         """Put the states in place; an object may refuse its own (`MisuseError`). Local.
@@ -208,7 +205,7 @@ def find_values(values: MutableMapping[str, object], directory: Path, rank: int,
         if found is not None:
             states[name] = read_state(found)
             if is_directory(directory_of(directory, name)):
-                tensors[name] = split_tree(value.state_dict() if isinstance(value, Stateful) else value)[1]
+                tensors[name] = split_tree(state_of(value))[1]
             continue
         if is_directory(directory_of(directory, name)) and not _of_ranks(directory, name):
             if not isinstance(value, nn.Module):
@@ -274,7 +271,7 @@ def open_spread(session: Session, found: FoundValues, directory: Path) -> Opened
             )
     opened = [open_module(session, name, cast(nn.Module, found.values[name]), directory) for name in modules]
     loads = [open_tensors(session, name, found.tensors.get(name, {}), directory) for name in tensors]
-    return OpenedSharded(tuple(opened), tuple(loads), tuple(found.loaders()))
+    return OpenedSharded(opened, loads, found.load_spread)
 
 
 def check_generators(state: object) -> None:
@@ -325,11 +322,6 @@ def load_rank_state(session: Session, state: Stateful, state_name: str, path: Pa
                 hint="It was saved on fewer ranks; restore on the same number, or start this state afresh.",
             )
         state.load_state_dict(cast(dict[str, object], read_state(stem)))
-
-
-_LOG = logging.getLogger(__name__)
-#: Name of the saved positions in data, beside the generators.
-BATCHES = "batches"
 
 
 def locate(session: Session, restore_from: str | Path | int, seen: Callable[[Start], None]) -> RestoreRecord | None:
@@ -385,11 +377,6 @@ class FoundExtras:
     generators: FoundValues
     spread: OpenedSharded
 
-    @property
-    def skipped(self) -> tuple[str, ...]:
-        """Names of states that stay unchanged on this rank: they were saved for each of another number of ranks."""
-        return self.extra.skipped + self.generators.skipped
-
     def set_generators(self, order: DataOrder) -> None:
         """Set the generators, after everything else, since other code may draw numbers. Local."""
         state = cast("dict[str, object] | None", self.generators.states.get("rng"))
@@ -414,9 +401,8 @@ def find_extras(session: Session, directory: Path, extra_state: MutableMapping[s
         extra = find_values(own, directory / "extra", group.rank, group.world_size)
         states = {name: filled(state_of(extra_state[name]), foreign[name]) for name in extra_state if name in foreign}
         extra = replace(extra, values=extra_state, states={**extra.states, **states})
-        wanted: dict[str, object] = {}
-        if session.config.save_rng:
-            wanted = dict.fromkeys(name for name in saved_names(directory / "rng") if name in ("rng", BATCHES))
+        saved = saved_names(directory / "rng") if session.config.save_rng else []
+        wanted: dict[str, object] = dict.fromkeys(name for name in saved if name in ("rng", BATCHES))
         generators = find_values(wanted, directory / "rng", group.rank, group.world_size)
         if group.world_size > 1 and has_state(directory / "rng" / BATCHES):  # not of each rank: there was only one
             states = {name: state for name, state in generators.states.items() if name != BATCHES}
@@ -469,7 +455,7 @@ def unrestored(
 
     def describe() -> JsonValue:
         has: list[JsonValue] = [*_components(directory, model_place)] if group.is_main else []
-        return [has, [*found.skipped], [*given]]
+        return [has, [*found.extra.skipped, *found.generators.skipped], [*given]]
 
     rows = cast(list[tuple[list[str], list[str], list[str]]], group.gather(describe, "comparing what is restored"))
     wanted = {name for _, _, theirs in rows for name in theirs}
@@ -484,11 +470,9 @@ def unrestored(
 
 def _components(directory: Path, model_place: str | None) -> list[str]:
     """Names of the states in a checkpoint beside its model."""
-    others = (
-        [] if is_verifiable(directory) else [*foreign_components(directory, model_place), *torch_leftovers(directory)]
-    )
+    is_ours = is_verifiable(directory)
     return [
-        *others,
+        *([] if is_ours else [*foreign_components(directory, model_place), *torch_leftovers(directory)]),
         *["ema"] * is_directory(directory / MODEL_EMA),
         *optimizer_components(directory / "optim"),
         *saved_names(directory / "extra"),

@@ -41,7 +41,6 @@ from shardwise.lifecycle import (
     next_lineage,
     parse_checkpoint_name,
     prune,
-    published_name,
     publishing,
     put_in_place,
     set_pointer,
@@ -59,55 +58,12 @@ CONFIG_NAME = "config.yaml"
 Closing = Sequence[Callable[[Group], None]]
 
 
-def gather_records(
-    session: Session, group: Group, temp: Path, record: ComponentRecord, closing: Closing = ()
-) -> Callable[[], ComponentRecord]:
-    """Gather to rank 0 the files, tensors and aliases that each rank wrote. All ranks call.
-
-    ``closing`` is local work to be done first. Returns a function for rank 0 that merges the records and checks that
-    rank 0 sees every file. A rank that writes elsewhere than rank 0 is a `StorageError`.
-    """
-    first_exchange = session.first_exchange
-
-    def close() -> JsonValue:
-        for work in closing:
-            work(group)
-        if not (group.is_main or session.is_remote):
-            check_claim(temp.parent, published_name(temp.name), first_exchange.token, group, first_exchange.locations)
-        return None if group.is_main else record.encoded()
-
-    rows = group.collect(close, "gathering records")
-
-    def union() -> ComponentRecord:
-        records = [record, *map(ComponentRecord.decoded, rows[1:])]
-        whole = merged(records)
-        if not session.is_remote:
-            check_files_visible(temp, records, first_exchange.locations)
-        return replace(whole, aliases=_sound(whole.aliases, whole.tensors))
-
-    return union
-
-
 def _sound(aliases: Sequence[AliasRecord], tensors: Sequence[TensorRecord]) -> tuple[AliasRecord, ...]:
     """The aliases, without names under which another stage has a tensor."""
     if not aliases:
         return ()
     saved = {(tensor.component, tensor.spec.name) for tensor in tensors}
     return tuple(alias for alias in sorted(aliases) if (alias.component, alias.name) not in saved)
-
-
-def complete_record(storage: Storage, directory: Path, record: ComponentRecord) -> ComponentRecord:
-    """The record with every file in the directory; files that others wrote are digested and synced. One rank calls."""
-    known = {file.path for file in record.files} | {MANIFEST_NAME}
-    files = list(record.files)
-    for where, names in walk(directory):
-        for path in (where / name for name in names):
-            relative = path.relative_to(directory).as_posix()
-            if relative not in known:
-                sync_file(storage, path)  # an addon wrote it without the storage
-                files.append(FileRecord(relative, *digest_file(storage, path), None))
-    files.sort(key=lambda file: file.path)
-    return replace(record, files=tuple(files))
 
 
 def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
@@ -179,10 +135,51 @@ class Unfinished:
         self._claim: Claim | None = None
         self._is_reserved = False
 
+    def _claim_name(self) -> None:
+        """Make the directory around the place and claim its name, unless another process saves it. Rank 0 calls."""
+        if not self._session.is_remote:
+            make_root(self.place.parent)
+            self._claim = claim(self.place.parent, self.place.name, self._session.first_exchange.token)
+
+    def _gather(self, group: Group, record: ComponentRecord, closing: Closing) -> Callable[[], ComponentRecord]:
+        """Gather to rank 0 the files, tensors and aliases that each rank wrote. All ranks call.
+
+        ``closing`` is local work to be done first. Returns a function for rank 0 that merges the records and checks
+        that rank 0 sees every file. A rank that writes elsewhere than rank 0 is a `StorageError`.
+        """
+        is_remote, met = self._session.is_remote, self._session.first_exchange
+
+        def close() -> JsonValue:
+            for work in closing:
+                work(group)
+            if not (group.is_main or is_remote):
+                check_claim(self.place.parent, self.place.name, met.token, group, met.locations)
+            return None if group.is_main else record.encoded()
+
+        rows = group.collect(close, "gathering records")
+
+        def union() -> ComponentRecord:
+            records = [record, *map(ComponentRecord.decoded, rows[1:])]
+            whole = merged(records)
+            if not is_remote:
+                check_files_visible(self.temp, records, met.locations)
+            return replace(whole, aliases=_sound(whole.aliases, whole.tensors))
+
+        return union
+
     def _write_manifest(self, record: ComponentRecord) -> None:
-        found = complete_record(self._session.storage, self.temp, record)
-        self.total_bytes = sum(file.size for file in found.files)
-        write_manifest(self._session.storage, self.temp, found, self._info)
+        """Write the manifest of every file that is there; others' are digested and synced. Rank 0 calls."""
+        storage, files = self._session.storage, list(record.files)
+        known = {file.path for file in record.files} | {MANIFEST_NAME}
+        for where, names in walk(self.temp):
+            for path in (where / name for name in names):
+                relative = path.relative_to(self.temp).as_posix()
+                if relative not in known:
+                    sync_file(storage, path)  # an addon wrote it without the storage
+                    files.append(FileRecord(relative, *digest_file(storage, path), None))
+        files.sort(key=lambda file: file.path)
+        self.total_bytes = sum(file.size for file in files)
+        write_manifest(storage, self.temp, replace(record, files=tuple(files)), self._info)
 
     def _release(self) -> None:
         if self._claim is not None:
@@ -224,7 +221,7 @@ class Publication(Unfinished):
         """A function that claims the name and makes the directory with ``make_room``, which can then be abandoned."""
 
         def reserve() -> None:
-            self._claim = claimed(self._session, self.place)
+            self._claim_name()
             make_room()
             self._is_reserved = True
 
@@ -234,7 +231,7 @@ class Publication(Unfinished):
     def commit(self, group: Group, record: ComponentRecord, closing: Closing = ()) -> None:
         """Publish. All ranks of ``group`` call; every rank's files are durable."""
         session = self._session
-        union = gather_records(session, group, self.temp, record, closing)
+        union = self._gather(group, record, closing)
         with group.together(f"publishing {self.place}"):
             if group.is_main:
                 write_run_files(session.storage, self.temp, session.config, self._metrics)
@@ -289,11 +286,3 @@ class Publication(Unfinished):
             )
         with phase("prune"):
             self.pruned = tuple(prune(session.root, policy))
-
-
-def claimed(session: Session, final: Path) -> Claim | None:
-    """Make the directory around ``final`` and claim its name, unless another process saves it. One rank calls."""
-    if session.is_remote:
-        return None
-    make_root(final.parent)
-    return claim(final.parent, final.name, session.first_exchange.token)

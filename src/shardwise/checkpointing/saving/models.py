@@ -167,11 +167,7 @@ class ModelSave:
         self._carried = self._compare_with_base(described.roster.specs, described.facts)
         shards = self._shards(described.own.export, described.roster, "model", described)
         self.closing.append(self._leave_script)
-        return [
-            shards,
-            *self._module_state(described.facts, described.hub.listing),
-            _alias_step(described.hub.unwritten_aliases),
-        ]
+        return [shards, *self._also(described.facts, described.hub.listing, described.hub.unwritten_aliases)]
 
     def _distcp(self) -> list[Step]:
         session = self._session
@@ -215,13 +211,15 @@ class ModelSave:
         rank = session.group.rank
         replicas, others = comparison(held, roster, rank), left_to_others(held, roster, rank)
         write = partial(write_distcp, tensors, self._directory, replicas=replicas, others=others)
-        return [_alias_step(kept), *self._module_state(facts, listed), write]
+        return [*self._also(facts, listed, kept), write]
 
-    def _module_state(self, facts: Facts, listing: Listing | None) -> list[Step]:
-        """The steps that write module state. All ranks call."""
+    def _also(self, facts: Facts, listing: Listing | None, aliases: Mapping[str, str]) -> list[Step]:
+        """The steps that write module state, and add aliases to the manifest. All ranks call."""
+        record = ComponentRecord(aliases=tuple(AliasRecord("model", alias, name) for alias, name in aliases.items()))
+        session, steps = self._session, [lambda group: record]
         if not facts.has_beside:
-            return []
-        return [module_state_step(listing, facts.beside, self._directory, self._session.group, self._session.storage)]
+            return steps
+        return [module_state_step(listing, facts.beside, self._directory, session.group, session.storage), *steps]
 
     @staticmethod
     def _release_after(step: Step) -> Step:
@@ -272,11 +270,12 @@ class ModelSave:
         if described.beside.specs:  # of any rank: a stage may have no such tensor where another does
             excluded_names = {tensor.spec.name for tensor in hub.excluded}
             steps.append(self._shards(described.exact, described.beside, EXACT, excluded=excluded_names))
-        return [*steps, *self._module_state(described.facts, hub.listing), _alias_step(hub.unwritten_aliases)]
+        return [*steps, *self._also(described.facts, hub.listing, hub.unwritten_aliases)]
 
     def _described(self) -> Described:
         """Make room, capture the model, and agree on who holds what. All ranks call."""
-        session, base = self._session, self.base.specs if self._exports and self.base is not None else {}
+        session = self._session
+        base = None if not self._exports else {} if self.base is None else self.base.specs
         captured: list[tuple[HubState, Recast, list[HeldTensor]]] = []
         has_expectation = self.base is not None or session.first_exchange.names_keys
 
@@ -287,12 +286,7 @@ class ModelSave:
             hub, quantized = self._captured()
             natives = natives_of(hub.groups)
             held = [*hub.held, *(declared(hub.groups) if self._exports else [*natives, *hub.excluded])]
-            make = (
-                partial(Recast.of, held, base, hub.outside)
-                if self._exports
-                else partial(Recast.none, held, hub.outside)
-            )
-            own = session.recast.get(held, self._exports, make)
+            own = session.recast.get(held, self._exports, lambda: Recast.of(held, base, hub.outside))
             exact = [*_uncomputed(own.exact, hub.groups), *hub.excluded] if self._exports else []
             captured.append((hub, own, exact))
             facts = RankFacts(
@@ -550,12 +544,6 @@ class ModelSave:
             last = max(numbers.values(), default=1)
             index = {s.name: numbers.get(self.base.files.get(s.name, ""), last) for s in roster.specs}
         return plan_shards(held, roster, self._session.group.rank, index)
-
-
-def _alias_step(kept: Mapping[str, str]) -> Step:
-    """A step that writes nothing and adds aliases to the manifest."""
-    record = ComponentRecord(aliases=tuple(AliasRecord("model", alias, name) for alias, name in kept.items()))
-    return lambda group: record
 
 
 def default_addons(is_peft: bool) -> list[CheckpointAddon]:

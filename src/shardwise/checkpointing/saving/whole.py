@@ -32,8 +32,6 @@ from shardwise.checkpointing.saving.commits import (
     Publication,
     Unfinished,
     check_metrics,
-    claimed,
-    gather_records,
     warn_of_metrics,
 )
 from shardwise.checkpointing.saving.hooks import ModelRequest, leading_own, passed_addons
@@ -319,7 +317,8 @@ class Replacement(Unfinished):
         """Make the directory to write into, removing what an interrupted save left. Rank 0 calls."""
         session = self._session
         session.storage.make_directory(self.place.parent)
-        self._claim, self._is_reserved = claimed(session, self.place), True
+        self._claim_name()
+        self._is_reserved = True
         session.storage.remove_tree(self.temp)
         if is_there(self._doomed) and not is_there(self.place):
             # A crash between the two renames of commit(): what stood here is the only copy there is.
@@ -335,7 +334,7 @@ class Replacement(Unfinished):
     @phase("publish")
     def commit(self, group: Group, record: ComponentRecord, closing: Closing = ()) -> None:
         """Write the component's manifest and rename it into place. All ranks call."""
-        union = gather_records(self._session, group, self.temp, record, closing)
+        union = self._gather(group, record, closing)
         with group.together(f"putting {self.place} in place"):
             if group.is_main:
                 storage = self._session.storage

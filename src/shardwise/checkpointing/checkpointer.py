@@ -18,8 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardwise.addons import CheckpointAddon
 from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing.arguments import TRACE_VARIABLE, check_building
-from shardwise.checkpointing.calls import check_same_call, public_call, undisturbed
-from shardwise.checkpointing.lifetime import Lifetime
+from shardwise.checkpointing.lifetime import Lifetime, check_same_call, public_call, undisturbed
 from shardwise.checkpointing.loading import base_model
 from shardwise.checkpointing.loading import whole as loading
 from shardwise.checkpointing.loading.foreign_optimizers import Changes

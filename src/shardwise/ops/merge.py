@@ -22,9 +22,9 @@ from shardwise.addons.hf_config import CONFIG, CONFIG_V5
 from shardwise.base.files import base_config, open_base_source, ties_head
 from shardwise.base.names import BaseWanted, match_base
 from shardwise.base.source import BaseSource
+from shardwise.checkpointing.adapters import merged_state
 from shardwise.checkpointing.hub import HubNames, HubState
-from shardwise.checkpointing.loading.foreign import expected_unused
-from shardwise.checkpointing.merged_state import merged_state
+from shardwise.checkpointing.loading.names import expected_unused
 from shardwise.checkpointing.saving.class_check import check_described
 from shardwise.comm import Group
 from shardwise.disk.names import is_there

@@ -30,7 +30,7 @@ from shardwise.base.names import BaseWanted, match_base
 from shardwise.base.slots import Slot, has_meta, names_of, slots_of
 from shardwise.base.source import BaseSource
 from shardwise.checkpointing.hub import require_memory
-from shardwise.checkpointing.loading.foreign import expected_unused
+from shardwise.checkpointing.loading.names import expected_unused
 from shardwise.checkpointing.module_state import ModuleLoad, claimed, find_module_state, in_shapes_of, open_module_load
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue

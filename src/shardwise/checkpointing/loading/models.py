@@ -12,8 +12,16 @@ from typing import cast
 from torch import nn
 
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
-from shardwise.checkpointing.loading.foreign import expected_unused, in_names_of_files, model_part
-from shardwise.checkpointing.loading.ties import Aliased, names_lacking, under_saved_names, untied, with_aliases
+from shardwise.checkpointing.loading.names import (
+    Aliased,
+    expected_unused,
+    in_names_of_files,
+    model_part,
+    names_lacking,
+    under_saved_names,
+    untied,
+    with_aliases,
+)
 from shardwise.checkpointing.module_state import (
     ModuleLoad,
     as_modules_load,

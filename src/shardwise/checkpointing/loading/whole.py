@@ -13,8 +13,7 @@ from torch import nn
 from shardwise.checkpointing.adapters import check_before_training
 from shardwise.checkpointing.arguments import check_mapping, refuse_whole_adapter
 from shardwise.checkpointing.averages import MODEL_EMA, Average
-from shardwise.checkpointing.calls import check_same_call
-from shardwise.checkpointing.lifetime import Lifetime
+from shardwise.checkpointing.lifetime import Lifetime, check_same_call
 from shardwise.checkpointing.loading import base_model
 from shardwise.checkpointing.loading.adapters import OpenedAdapter, open_adapter
 from shardwise.checkpointing.loading.foreign_optimizers import Changes

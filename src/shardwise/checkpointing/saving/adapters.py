@@ -21,10 +21,10 @@ from shardwise.checkpointing.adapters import (
     declare,
     diffusers_component,
     hold_extra,
+    merged_state,
     refuse_wrappers,
 )
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
-from shardwise.checkpointing.merged_state import merged_state
 from shardwise.checkpointing.optimizers import Optimizers, as_list
 from shardwise.checkpointing.saving.header_checks import Facts
 from shardwise.checkpointing.saving.hooks import ModelRequest, hook_arguments, run_after, run_hooks

@@ -48,7 +48,7 @@ class Expectation(NamedTuple):
         prefix: transformers' ``base_model_prefix``.
         architectures: Class names that ``config.json`` will name.
         vocab_size: Of the model's configuration, where it has one.
-        keys: Names of the base model's tensors in the settings.
+        keys: Names of the base model's tensors in the settings (``model_state_dict_keys``).
     """
 
     aliases: Collection[str] = ()
@@ -60,32 +60,36 @@ class Expectation(NamedTuple):
     keys: Collection[str] = ()
 
 
-def expectation_of(parts: Sequence[nn.Module], absent: Iterable[str]) -> Expectation | None:
-    """What this rank's part of the model says, as JSON has it; ``None`` where the rank has no part. Local."""
+def expectation_of(parts: Sequence[nn.Module], absent: Iterable[str], keys: Collection[str] | None) -> Expectation:
+    """What this rank's part of the model says, as JSON has it; little where the rank has no part. Local.
+
+    ``keys`` are those of this rank's settings.
+    """
+    own = Expectation(keys=list(keys or ()))
     if not parts:
-        return None
+        return own
     module = exported_modules(parts)[0]
     config = config_of(module)
     size = getattr(getattr(config, "text_config", None) or config, "vocab_size", None)
-    return Expectation(
-        list(absent),
-        sorted(may_be_unexpected(module)),
-        sorted({_tail(name) for part in parts for name in _computed_buffers(unwrap(part))}),
-        str(getattr(module, "base_model_prefix", "") or ""),
-        [original_class(module).__name__],
-        size if isinstance(size, int) else None,
+    return own._replace(
+        aliases=list(absent),
+        unloaded=sorted(may_be_unexpected(module)),
+        computed=sorted({_tail(name) for part in parts for name in _computed_buffers(unwrap(part))}),
+        prefix=str(getattr(module, "base_model_prefix", "") or ""),
+        architectures=[original_class(module).__name__],
+        vocab_size=size if isinstance(size, int) else None,
     )
 
 
-def _merged(rows: Sequence[Expectation], keys: Iterable[str]) -> Expectation:
+def _merged(rows: Sequence[Expectation]) -> Expectation:
     return Expectation(
         frozenset(name for row in rows for name in row.aliases),
         tuple(dict.fromkeys(pattern for row in rows for pattern in row.unloaded)),
         frozenset(name for row in rows for name in row.computed),
         next((row.prefix for row in rows if row.prefix), ""),
-        rows[0].architectures if rows else (),
+        next((row.architectures for row in rows if row.architectures), ()),
         next((row.vocab_size for row in rows if row.vocab_size is not None), None),
-        tuple(dict.fromkeys(keys)),
+        tuple(dict.fromkeys(key for row in rows for key in row.keys)),
     )
 
 
@@ -250,7 +254,6 @@ class RankFacts(NamedTuple):
         outside: Names of tensors outside the exported model.
         excluded: Names of tensors that the class excludes from its files.
         specs: Names, shapes and dtypes that an export would have, where the written files do not show them.
-        keys: Names of the base model's tensors in its settings (``model_state_dict_keys``).
     """
 
     quantized: bool
@@ -260,7 +263,6 @@ class RankFacts(NamedTuple):
     outside: Collection[str] = ()
     excluded: Collection[str] = ()
     specs: Sequence[tuple[str, Sequence[int], str]] = ()
-    keys: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,12 +286,11 @@ class Facts:
     def of(notes: Sequence[JsonValue]) -> Facts:
         """Merge the gathered `RankFacts` of all ranks."""
         rows = [RankFacts(*cast("tuple[Any, ...]", note)) for note in notes]
-        said = [Expectation(*row.expectation) for row in rows if row.expectation is not None]
         specs = {name: (shape, dtype) for row in rows for name, shape, dtype in row.specs}
         return Facts(
             any(row.quantized for row in rows),
             tuple(row.beside for row in rows),
-            _merged(said, [key for row in rows for key in row.keys]),
+            _merged([Expectation(*row.expectation) for row in rows if row.expectation is not None]),
             {name: dtype for row in rows for name, dtype in row.native.items()},
             frozenset(name for row in rows for name in row.outside),
             tuple(sorted({name for row in rows for name in row.excluded})),

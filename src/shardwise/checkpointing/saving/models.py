@@ -198,7 +198,7 @@ class ModelSave:
             if carries:
                 hub = session.names.capture(self.state)
                 specs = [tensor.spec for tensor in (*hub.held, *declared(hub.groups))]
-                facts = facts._replace(expectation=expectation_of(self.state.model, hub.absent), specs=specs)
+                facts = facts._replace(expectation=expectation_of(self.state.model, hub.absent, None), specs=specs)
             return Statement((held,), cast(JsonValue, facts))
 
         agreed = session.model_agreement.reach(describe, "describing the model")
@@ -289,14 +289,14 @@ class ModelSave:
             own = session.recast.get(held, self._exports, lambda: Recast.of(held, base, hub.outside))
             exact = [*_uncomputed(own.exact, hub.groups), *hub.excluded] if self._exports else []
             captured.append((hub, own, exact))
+            keys = session.config.model_state_dict_keys
             facts = RankFacts(
                 quantized,
                 module_state_names(hub.listing),
-                expectation_of(self.state.model, hub.absent) if has_expectation else None,
+                expectation_of(self.state.model, hub.absent, keys) if has_expectation else None,
                 own.native,
                 sorted(own.outside),
                 [tensor.spec.name for tensor in hub.excluded],
-                keys=list(session.config.model_state_dict_keys or ()),
             )
             return Statement((own.export, natives if self._exports else [], exact), cast(JsonValue, facts))
 

@@ -20,8 +20,7 @@ from shardwise._version import __version__
 from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing.arguments import check_mapping, whole_number
 from shardwise.checkpointing.averages import MODEL_EMA, Average
-from shardwise.checkpointing.calls import Turn
-from shardwise.checkpointing.lifetime import Lifetime
+from shardwise.checkpointing.lifetime import Lifetime, Turn
 from shardwise.checkpointing.optimizers import Optimizers, Schedulers, as_list, capture_optimizer
 from shardwise.checkpointing.reports import Call, Outcome
 from shardwise.checkpointing.run_state.data_order import with_loader

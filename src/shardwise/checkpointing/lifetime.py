@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import wraps
 from itertools import chain
 from pathlib import Path
-from typing import ParamSpec, Protocol, TypeVar, cast
+from typing import NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
@@ -41,6 +41,8 @@ from shardwise.settings import Settings
 from shardwise.stateful_wrappers import ModelState, OptimizerState
 from shardwise.stateful_wrappers.model import Model
 from shardwise.timing import phase
+
+_LOG = logging.getLogger(__name__)
 
 
 @phase("agree")
@@ -88,8 +90,7 @@ def check_same_call(
     return [note for _, _, _, note in everyone]
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """Whether a save is made, and the error of the previous save, the same on every rank.
 
     A save is skipped while the previous one is still being written, if the settings say not to wait for it.
@@ -98,59 +99,25 @@ class Turn:
     skipped: bool = False
     earlier: ShardwiseError | None = None
 
-    @contextmanager
-    def raising_earlier(self, what: str, wait: Callable[[], None]) -> Iterator[None]:
-        """Make a save, and then raise the error of the previous one.
+    @staticmethod
+    def of(states: list[JsonValue]) -> Turn:
+        """Decide from what all ranks' `Lifetime.own_state` gave.
 
-        A user who has lost a checkpoint needs the next one all the more, so the new save is made durable before the
-        error is raised: ``wait`` returns when it is.
+        Raises the error of the previous save where it left the background unable to write another one.
         """
-        earlier = self.earlier
-        try:
-            yield
-            if earlier is not None:
-                wait()
-        except ShardwiseError as error:
-            if earlier is not None:
-                error.add_note(f"Before that, {earlier}")
-            raise
-        if earlier is not None:
-            made = f"This one, of {what}, was made all the same and is published."
-            earlier.hint = f"{made} {earlier.hint}" if earlier.hint else made
+        everyone = cast(list[tuple[bool, bool, dict[str, str | int | None] | None]], states)
+        records = [record for _, _, record in everyone if record is not None]
+        earlier = None
+        if records:
+            earlier = ShardwiseError.from_record(records[0])
+            earlier.message = f"an earlier save failed in the background: {earlier.message}"
+            earlier.args = (earlier.message,)
+        if any(is_broken for _, is_broken, _ in everyone):
+            if earlier is None:
+                earlier = MisuseError("the ranks have lost touch in an earlier save", hint="Restart the job.")
+            earlier.message += "; its ranks have lost touch, and the save that was asked for now was not made"
             raise earlier
-
-
-def own_state(background: Background | None, waits: bool) -> JsonValue:
-    """This rank's background thread, for `take_turn`: is it busy, is it broken, its error. Local.
-
-    Where ``waits`` is true, the save that is being written is waited for.
-    """
-    if background is None:
-        return [False, False, None]
-    if background.busy and not waits:
-        return [True, False, None]
-    failure = background.outcome()
-    return [False, background.is_broken, None if failure is None else cast(JsonValue, failure.to_record())]
-
-
-def take_turn(states: list[JsonValue]) -> Turn:
-    """Decide from the states of all ranks whether a save is made; the same on every rank.
-
-    Raises the error of the previous save where it left the background unable to write another one.
-    """
-    everyone = cast(list[tuple[bool, bool, dict[str, str | int | None] | None]], states)
-    records = [record for _, _, record in everyone if record is not None]
-    earlier = None
-    if records:
-        earlier = ShardwiseError.from_record(records[0])
-        earlier.message = f"an earlier save failed in the background: {earlier.message}"
-        earlier.args = (earlier.message,)
-    if any(is_broken for _, is_broken, _ in everyone):
-        if earlier is None:
-            earlier = MisuseError("the ranks have lost touch in an earlier save", hint="Restart the job.")
-        earlier.message += "; its ranks have lost touch, and the save that was asked for now was not made"
-        raise earlier
-    return Turn(any(is_busy for is_busy, _, _ in everyone), earlier)
+        return Turn(any(is_busy for is_busy, _, _ in everyone), earlier)
 
 
 class HasStorage(Protocol):
@@ -187,9 +154,6 @@ def public_call(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
 
     return call
-
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -310,17 +274,26 @@ class Lifetime:
         The run's final checkpoint is never skipped, nor one made because the ranks were asked to stop: no other save
         follows it.
         """
-        waits = not self.config.skip_save_while_busy or self.ends or self.leaves
-        states = check_same_call(call, look, given, self.session.group, own_state(self.background, waits))
+        states = check_same_call(call, look, given, self.session.group, self.own_state())
         turn = Turn()
         try:
-            turn = take_turn(states)
+            turn = Turn.of(states)
         finally:
             if self.background is not None and not turn.skipped:
                 self.background.acknowledge()
         if turn.skipped and self.session.group.is_main:
             _LOG.info("skipped %s: the last save is still being written", call)
         return turn
+
+    def own_state(self) -> JsonValue:
+        """This rank's background thread, waited for where no save is skipped: is it busy, is it broken, its error."""
+        waits = not self.config.skip_save_while_busy or self.ends or self.leaves
+        if self.background is None:
+            return [False, False, None]
+        if self.background.busy and not waits:
+            return [True, False, None]
+        failure = self.background.outcome()
+        return [False, self.background.is_broken, None if failure is None else cast(JsonValue, failure.to_record())]
 
     @contextmanager
     def saving(
@@ -329,10 +302,11 @@ class Lifetime:
         """Capture a save to ``place`` in the context, which passes its steps and its commit; then run them.
 
         All ranks call. ``abandon`` removes what was written, after a failure. The error of the previous save is raised
-        at the end.
+        at the end: a user who has lost a checkpoint needs the next one all the more, so this one is made durable first.
         """
         captured: list[tuple[Sequence[Step], Commit]] = []
-        with turn.raising_earlier(what, self.wait):
+        earlier = turn.earlier
+        try:
             try:
                 yield lambda steps, commit: captured.append((steps, commit))
             except BaseException:
@@ -340,6 +314,16 @@ class Lifetime:
                 raise
             [(steps, commit)] = captured
             self._run(SaveJob(f"saving {place}", tuple(steps), commit, abandon))
+            if earlier is not None:
+                self.wait()
+        except ShardwiseError as error:
+            if earlier is not None:
+                error.add_note(f"Before that, {earlier}")
+            raise
+        if earlier is not None:
+            made = f"This one, of {what}, was made all the same and is published."
+            earlier.hint = f"{made} {earlier.hint}" if earlier.hint else made
+            raise earlier
 
     def _run(self, job: SaveJob) -> None:
         stager = self.session.stager

@@ -114,8 +114,6 @@ class ParallelRanks:
             data |= _data_ranks(members, rows, group.global_ranks())
         return [Coordinates(data[number], tensor[number], stages[number]) for number in range(len(rows))]
 
-    # --- inside -----------------------------------------------------------------------------------------------------
-
     def _own_row(self) -> JsonValue:
         lacks = [name for name in ("dp_rank", "tp_rank", "pp_rank") if name not in self._given]
         if lacks and self._meshes is None:

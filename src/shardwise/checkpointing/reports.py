@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,18 +49,6 @@ def show_log() -> None:
         logger.setLevel(logging.INFO)
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a call has done: the ranks that made it, what was written or read, and the checkpoints that were removed."""
-
-    group: Group
-    path: Path
-    epoch: int | None = None
-    step: int | None = None
-    total_bytes: int | None = None
-    pruned: tuple[str, ...] = ()
-
-
 class Call:
     """A save or a load from its beginning until it has returned and is over, whichever comes last."""
 
@@ -70,42 +58,40 @@ class Call:
         self._begin, self._clock = time.time(), time.perf_counter()
         self._lock = threading.Lock()
         self._stall: float | None = None
-        self._over: tuple[Outcome, float] | None = None
+        self._over: tuple[Callable[[float], CallRecord], Group] | None = None
 
     def returned(self) -> None:
         """The training loop goes on."""
-        self._done(None)
+        self._done(stall=time.perf_counter() - self._clock)
 
-    def over(self, outcome: Outcome) -> None:
-        """All is durable and published, or read. A call that fails is never over."""
-        self._done(outcome)
+    def over(
+        self,
+        group: Group,
+        path: Path,
+        epoch: int | None = None,
+        step: int | None = None,
+        total_bytes: int | None = None,
+        pruned: tuple[str, ...] = (),
+    ) -> None:
+        """All is durable and published, or read, by the ranks of ``group``. A call that fails is never over."""
+        end, measured = time.perf_counter() - self._clock, self.recording
 
-    def _done(self, outcome: Outcome | None) -> None:
-        seconds = time.perf_counter() - self._clock
+        def record(stall: float) -> CallRecord:
+            known = self._name, group.global_rank, path, epoch, step, self._begin, end, min(stall, end)
+            return CallRecord(*known, measured.nbytes, total_bytes, measured.phases(), pruned, measured.spans)
+
+        self._done(over=(record, group))
+
+    def _done(
+        self, stall: float | None = None, over: tuple[Callable[[float], CallRecord], Group] | None = None
+    ) -> None:
         with self._lock:
-            if outcome is None:
-                self._stall = seconds
-            else:
-                self._over = outcome, seconds
+            self._stall = self._stall if stall is None else stall
+            self._over = over or self._over
             if self._stall is None or self._over is None:
                 return
-            (found, end), stall = self._over, self._stall
-        record = CallRecord(
-            call=self._name,
-            rank=found.group.global_rank,
-            path=found.path,
-            epoch=found.epoch,
-            step=found.step,
-            begin=self._begin,
-            seconds=end,
-            stall=min(stall, end),
-            nbytes=self.recording.nbytes,
-            total_bytes=found.total_bytes,
-            phases=self.recording.phases(),
-            pruned=found.pruned,
-            spans=self.recording.spans,
-        )
-        self._reports.take(record, found.group)
+            (record, group), waited = self._over, self._stall
+        self._reports.take(record(waited), group)
 
 
 class Reports:

@@ -20,7 +20,7 @@ from shardwise.checkpointing.loading.foreign_optimizers import Changes
 from shardwise.checkpointing.loading.models import OpenedModel, open_model
 from shardwise.checkpointing.loading.restoring import overwriting, undone_on_failure
 from shardwise.checkpointing.optimizers import OpenedOptimizer, Optimizers, Schedulers, as_list, open_optimizer
-from shardwise.checkpointing.reports import Call, Outcome, RestoreRecord
+from shardwise.checkpointing.reports import Call, RestoreRecord
 from shardwise.checkpointing.run_state.data_order import DataOrder, with_loader
 from shardwise.checkpointing.run_state.extras import (
     FoundExtras,
@@ -162,7 +162,7 @@ def _restore(life: Lifetime, what: WhatToRestore, told: Call) -> RestoreRecord |
     life.line.start, life.line.restored = next(iter(starts), None), True
     if record.epoch is not None:
         life.order.epoch = record.epoch
-    told.over(Outcome(session.group, record.path, record.epoch, record.step, total))
+    told.over(session.group, record.path, record.epoch, record.step, total)
     fresh = () if opened.steering is None else tuple(opened.steering.plan.fresh)
     return replace(record, unrestored=left, fresh=fresh)
 
@@ -218,7 +218,7 @@ def load_model(
             opened = _open_component(session, model, path, key_mapping, allow_checkpoint_key_subset)
             with overwriting("the model"):
                 opened.fill()
-        told.over(Outcome(session.group, path))
+        told.over(session.group, path)
 
 
 def load_optimizer(
@@ -245,7 +245,7 @@ def load_optimizer(
             opened.take_in(undos)
         with overwriting("the optimizer's state"):
             opened.fill()
-        told.over(Outcome(session.group, place))
+        told.over(session.group, place)
 
 
 def load_base_model(
@@ -262,7 +262,7 @@ def load_base_model(
             check_before_training(session, model, is_adapted=False)
         life.allocate_staging(model)
         if loads and model_name is not None:
-            told.over(Outcome(session.group, Path(model_name)))
+            told.over(session.group, Path(model_name))
 
 
 def _open_component(

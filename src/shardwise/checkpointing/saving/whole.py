@@ -22,7 +22,7 @@ from shardwise.checkpointing.arguments import check_mapping, whole_number
 from shardwise.checkpointing.averages import MODEL_EMA, Average
 from shardwise.checkpointing.lifetime import Lifetime, Turn
 from shardwise.checkpointing.optimizers import Optimizers, Schedulers, as_list, capture_optimizer
-from shardwise.checkpointing.reports import Call, Outcome
+from shardwise.checkpointing.reports import Call
 from shardwise.checkpointing.run_state.data_order import with_loader
 from shardwise.checkpointing.run_state.extras import capture_extras
 from shardwise.checkpointing.saving.adapters import AdapterSave
@@ -105,7 +105,7 @@ def _save(life: Lifetime, what: WhatToSave, mistake: MisuseError | None, told: C
 
         def commit(group: Group, record: ComponentRecord) -> None:
             publication.commit(group, record, closing)
-            told.over(Outcome(group, final, what.epoch, what.step, publication.total_bytes, publication.pruned))
+            told.over(group, final, what.epoch, what.step, publication.total_bytes, publication.pruned)
 
         run(steps, commit)
     return final
@@ -299,7 +299,7 @@ def _save_component(
 
             def commit(group: Group, record: ComponentRecord) -> None:
                 target.commit(group, record, closing)
-                told.over(Outcome(group, place, total_bytes=target.total_bytes))
+                told.over(group, place, total_bytes=target.total_bytes)
 
             run(steps, commit)
 

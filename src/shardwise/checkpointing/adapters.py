@@ -127,7 +127,7 @@ def _beside(
     return tuple(
         None
         if native.fragments and _makers(native, makers)
-        else native._replace(spec=native.spec._replace(name=f"{tensor.spec.name}/{native.spec.name}"))
+        else native.renamed(f"{tensor.spec.name}/{native.spec.name}")
         for native in joined
     )
 

@@ -61,7 +61,7 @@ def shared_names(part: nn.Module, tied: Sequence[tuple[str, HeldTensor]], expect
     module = unwrap(part)
     if not tied or adapter_of(module) is not None:
         return SharedNames(absent=names)
-    aliases = [tensor._replace(spec=tensor.spec._replace(name=alias)) for alias, tensor in tied]
+    aliases = [tensor.renamed(alias) for alias, tensor in tied]
     specs = dict.fromkeys([*(tensor.spec for tensor in aliases), *(tensor.spec for _, tensor in tied)])
     try:
         conversion = derive(module, list(specs))
@@ -233,7 +233,7 @@ def exported_part(part: nn.Module, own: Sequence[_Pair]) -> ExportedPart:
         free = [name for name in inside if name not in ties]
         kept = next((name for name in free if not is_lm_head(name)), (free or inside)[0])
         aliases = tuple(name for name in inside if name != kept)
-        found.append((named._replace(name=kept, aliases=aliases), held._replace(spec=held.spec._replace(name=kept))))
+        found.append((named._replace(name=kept, aliases=aliases), held.renamed(kept)))
         outer |= {name: kept for name in names if name not in theirs}
     return ExportedPart(inner.module, tuple(found), tuple(outside), outer)
 

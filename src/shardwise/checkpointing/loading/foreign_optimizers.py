@@ -29,7 +29,6 @@ from shardwise.convert import rename
 from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.engine.name_suggestions import listed
 from shardwise.errors import CheckpointNotFoundError, MissingTensorError, MisuseError, ShardwiseError, StateFormatError
-from shardwise.plan.reads import SourceTensor
 from shardwise.sources.dcp_optimizers import DcpOptimizer, read_optimizers
 from shardwise.sources.dcp_states import components, place_called, scheduler_places, state_at
 from shardwise.sources.dcp_values import DcpValues, is_dcp
@@ -339,10 +338,7 @@ class ForeignOptimizers:
                     hint="Save it by torch.distributed.checkpoint.state_dict.get_optimizer_state_dict, which names "
                     f"parameters. {_FRESH}",
                 )
-        tensors: dict[str, SourceTensor] = {}
-        for name, known in dcp_names.items():
-            tensor = self.source.tensors[known]
-            tensors[name] = tensor._replace(spec=tensor.spec._replace(name=name))
+        tensors = {name: self.source.tensors[known].renamed(name) for name, known in dcp_names.items()}
         return replace(self.source, tensors=tensors)
 
 

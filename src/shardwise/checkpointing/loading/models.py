@@ -13,7 +13,6 @@ from torch import nn
 
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
 from shardwise.checkpointing.loading.names import (
-    Aliased,
     expected_unused,
     in_names_of_files,
     model_part,
@@ -209,18 +208,18 @@ def _opened(
         assert matched is not None
         options = replace(options, exact=dict(metadata.exact))
         return _Opened(plain, matched.hub, options, False, metadata)
-    aliased = Aliased(plain)
+    kept: dict[str, str] = {}
     if group.any(bool(lacking), "comparing names"):
-        aliased = with_aliases(source, hub, lacking, key_mapping, group)
+        source, kept = with_aliases(source, hub, lacking, key_mapping, group)
         with group.together("matching the model's names with the checkpoint's"):
-            plain = aliased.source.without(metadata.passed)
+            plain = source.without(metadata.passed)
             matched = _match(state, hub, plain)
     assert matched is not None
     everyone = group.gather_json(cast(JsonValue, dict(matched.ties)), "comparing tied tensors")
     source = untied(plain, everyone, group, session.storage)
     ignored = listed_anywhere(matched.unused, source, group)
-    kept = {alias: metadata.exact[name] for alias, name in aliased.kept.items() if name in metadata.exact}
-    options = replace(options, exact={**metadata.exact, **kept}, ignored=ignored)
+    exact = {alias: metadata.exact[name] for alias, name in kept.items() if name in metadata.exact}
+    options = replace(options, exact={**metadata.exact, **exact}, ignored=ignored)
     return _Opened(source, matched.hub, options, True, metadata)
 
 
@@ -245,11 +244,9 @@ def renamed(source: Source, key_mapping: Mapping[str, str]) -> Source:
 
 def retitled(source: Source, names: Mapping[str, str]) -> Source:
     """The source with a new name for each of its tensors."""
-    tensors = {
-        names[name]: tensor._replace(spec=tensor.spec._replace(name=names[name]))
-        for name, tensor in source.tensors.items()
-    }
-    return replace(source, tensors=tensors)
+    return replace(
+        source, tensors={names[name]: tensor.renamed(names[name]) for name, tensor in source.tensors.items()}
+    )
 
 
 def _has_natives(held: HeldGroup, source: Source) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import filterfalse
 from operator import attrgetter
 from typing import cast
@@ -51,11 +51,8 @@ def in_names_of_files(
             model's own, or where the parts are not of transformers. A tensor that is not there keeps its hub name.
     """
     available = set(names)
-    if (
-        hub.names <= available
-        or hub.native_names <= available
-        or not any(is_pretrained(unwrap(part)) for part in parts)
-    ):
+    fits = hub.names <= available or hub.native_names <= available
+    if fits or not any(is_pretrained(unwrap(part)) for part in parts):
         return hub, dict(ties)
     by_name = {tensor.spec.name: tensor for tensor in hub.native}
     held: list[HeldTensor] = []
@@ -188,10 +185,7 @@ def _common(everyone: Sequence[Collection[str]], source: Source) -> str | None:
 def _only(source: Source, model: DcpModel) -> Source:
     if len(model.names) == len(source.tensors) and all(name == known for name, known in model.names.items()):
         return source
-    tensors = {
-        name: source.tensors[known]._replace(spec=source.tensors[known].spec._replace(name=name))
-        for name, known in model.names.items()
-    }
+    tensors = {name: source.tensors[known].renamed(name) for name, known in model.names.items()}
     return replace(source, tensors=tensors, below=model.prefix.removesuffix("."))
 
 
@@ -207,7 +201,7 @@ def under_saved_names(
         found |= names_of_ties(unwrap(part), own, ties, list(available))
     if not found:
         return list(held)
-    return [t._replace(spec=t.spec._replace(name=found.get(t.spec.name, t.spec.name))) for t in held]
+    return [tensor.renamed(found.get(tensor.spec.name, tensor.spec.name)) for tensor in held]
 
 
 def untied(source: Source, ties: Sequence[JsonValue], group: Group, storage: Storage) -> Source:
@@ -216,15 +210,17 @@ def untied(source: Source, ties: Sequence[JsonValue], group: Group, storage: Sto
     All ranks call. ``ties`` are every rank's: the name that is not kept -> the name that is. Where the source has both,
     they are compared, by one rank each; if they differ, one would be lost, which is a `TensorError`.
     """
-    tensors = dict(source.tensors)
     pairs = {alias: str(name) for theirs in ties if isinstance(theirs, dict) for alias, name in theirs.items()}
-    twice = sorted((alias, name) for alias, name in pairs.items() if alias in tensors and name in tensors)
+    there: dict[str, list[str]] = {}
+    for alias, name in sorted(pairs.items()):
+        if alias in source.tensors:
+            there.setdefault(name, [name] if name in source.tensors else []).append(alias)
+    twice = [(alias, names[0]) for _, names in sorted(there.items()) for alias in names[1:]]
     if twice:
         _compare(twice[group.rank :: group.world_size], source, group, storage)
-    for alias, name in pairs.items():
-        tensor = tensors.pop(alias, None)
-        if tensor is not None:
-            tensors.setdefault(name, tensor._replace(spec=tensor.spec._replace(name=name)))
+    tensors = {name: tensor for name, tensor in source.tensors.items() if name not in pairs}
+    for name, names in there.items():
+        tensors[name] = source.tensors[names[0]].renamed(name)
     return replace(source, tensors=tensors)
 
 
@@ -257,19 +253,6 @@ def _equal(a: SourceTensor, b: SourceTensor, reader: Reader) -> bool:
 _NAME = attrgetter("spec.name")
 
 
-@dataclass(frozen=True)
-class Aliased:
-    """A source with tensors under additional names.
-
-    Attributes:
-        source: The source.
-        kept: Added alias -> the name under which the tensor is saved.
-    """
-
-    source: Source
-    kept: Mapping[str, str] = field(default_factory=dict)
-
-
 def names_lacking(source: Source, hub: HubState) -> list[str]:
     """Names of the model's tensors that the source lacks. Local."""
     # Walked by the interpreter itself, since every load of a model goes through here.
@@ -279,7 +262,7 @@ def names_lacking(source: Source, hub: HubState) -> list[str]:
 
 def with_aliases(
     source: Source, hub: HubState, lacking: Sequence[str], key_mapping: Mapping[str, str] | None, group: Group
-) -> Aliased:
+) -> tuple[Source, dict[str, str]]:
     """Add aliases of saved tensors, under names that a rank's model has and the files lack.
 
     All ranks of the group call if any of them lacks a name, and get the same result. One rank reads the manifest.
@@ -293,7 +276,7 @@ def with_aliases(
     )
     aliases = {name: str(kept) for name, kept in cast(dict[str, JsonValue], received).items()}
     if not aliases:
-        return Aliased(source)
+        return source, {}
     lacking = list(lacking)
     # A source of native names, such as a DCP directory, has native aliases.
     lacking += filterfalse(source.tensors.__contains__, map(_NAME, hub.native))
@@ -302,11 +285,8 @@ def with_aliases(
         str(name) for theirs in group.gather_json(own, "comparing shared tensors") for name in cast(list[str], theirs)
     }
     found = {name: aliases[name] for name in sorted(wanted) if aliases[name] in source.tensors}
-    added = {
-        name: (tensor := source.tensors[kept])._replace(spec=tensor.spec._replace(name=name))
-        for name, kept in found.items()
-    }
-    return Aliased(replace(source, tensors={**source.tensors, **added}), found)
+    added = {name: source.tensors[kept].renamed(name) for name, kept in found.items()}
+    return replace(source, tensors={**source.tensors, **added}), found
 
 
 def _renamed(aliases: Mapping[str, str], key_mapping: Mapping[str, str] | None) -> Mapping[str, str]:

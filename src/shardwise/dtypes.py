@@ -26,11 +26,7 @@ def _tables() -> tuple[dict[str, torch.dtype], dict[torch.dtype, str]]:
 
 
 def torch_dtype(code: str) -> torch.dtype:
-    """Return the torch dtype of a safetensors dtype code.
-
-    Raises:
-        MisuseError: ``code`` is not a key of `shardwise.geometry.DTYPE_BYTES`.
-    """
+    """Return the torch dtype of a safetensors dtype code; `MisuseError` if there is none."""
     found = _tables()[0].get(code)
     if found is None:
         raise MisuseError(f"{code!r} is not a known dtype code", hint=f"Use one of {', '.join(DTYPE_BYTES)}.")

@@ -97,11 +97,7 @@ def wrong_kind(key: str, value: object, wanted: str) -> ConfigError:
 
 
 def number_in_text(key: str, kind: str, value: object) -> object:
-    """A number that YAML may have read as text (``1e9``), by the annotation of its field; others as they are.
-
-    Raises:
-        ConfigError: It is not a number.
-    """
+    """A number that YAML may have read as text (``1e9``), by the annotation of its field; `ConfigError` for others."""
     if value is None and kind.endswith("| None"):
         return None
     if kind.startswith("float"):

@@ -99,11 +99,7 @@ Callback = Callable[[CallRecord], object]
 
 
 class Recording:
-    """What is measured of one call. Threads may share it.
-
-    Args:
-        shows_progress: Whether long work of this call may show a bar on the terminal.
-    """
+    """What is measured of one call, whose long work may show a bar (``shows_progress``). Threads may share it."""
 
     def __init__(self, shows_progress: bool = False) -> None:
         self.shows_progress = shows_progress

@@ -84,12 +84,9 @@ def merged_state(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Made:
-    """A tensor of the files that has to be computed.
+    """A tensor of the files that has to be computed from ``groups``, the modules whose merging gives its parts.
 
-    Attributes:
-        tensor: The tensor; its parts are views of results of ``groups``, which have no memory, or of tensors that have.
-        groups: The modules whose merging gives these results.
-        beside: For each part the model's own tensor that it is a view of; ``None`` where that is a merged one.
+    ``beside`` has for each part the model's own tensor that it is a view of; ``None`` where that is a merged one.
     """
 
     tensor: HeldTensor
@@ -219,12 +216,7 @@ def capture(
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """Gathered facts about the ranks' parts of an adapted model.
-
-    Attributes:
-        inventories: Each rank's layers, where one of them has a part of a model; else empty.
-        extra: Whether any rank has tensors that are trained beside the adapter.
-    """
+    """Each rank's layers, where one has a part of a model; whether any rank trains tensors beside the adapter."""
 
     inventories: tuple[Mapping[str, Sequence[int]], ...]
     extra: bool

@@ -87,11 +87,8 @@ def refuse_whole_adapter(parts: Sequence[nn.Module]) -> None:
 class FirstExchange:
     """What the ranks exchanged at the first call.
 
-    Attributes:
-        names_base: Whether the settings of any rank name a base model.
-        names_keys: Whether the settings of any rank list the base model's parameters.
-        locations: Where each rank's root directory is.
-        token: A text unique to this run, chosen by rank 0.
+    Whether the settings of any rank name a base model or list its parameters, where each rank's root directory is, and
+    a text unique to this run.
     """
 
     names_base: bool
@@ -104,10 +101,7 @@ _Row: TypeAlias = tuple[dict[str, str], list[bool], tuple[str, str, list[int] | 
 
 
 def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExchange:
-    """Raise `ConfigError` if ranks differ in a setting that would make them wait for each other. All ranks call.
-
-    On one machine ``checkpoint_dir`` has to be the same directory for all ranks.
-    """
+    """Raise `ConfigError` if ranks differ in a setting they share, or in their root on one machine. All ranks call."""
     names_base = config.model_repo_id is not None or config.original_model_root_dir is not None
     values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in _OWN}
     values["staging_dir"] = "not given" if config.staging_dir is None else "given"
@@ -267,10 +261,7 @@ def check_same_root(locations: Sequence[RootLocation]) -> None:
 
 
 def check_claim(directory: Path, name: str, token: str, group: Group, locations: Sequence[RootLocation]) -> None:
-    """Raise `StorageError` unless this rank sees rank 0's claim, with this run's ``token``, of saving ``name``. Local.
-
-    ``locations`` are the roots of all ranks.
-    """
+    """Raise `StorageError` unless this rank sees rank 0's claim of saving ``name``, with this run's token. Local."""
     found = claimed_by(directory, name)
     if found != token:
         seen = "another run is saving there" if found else "rank 0's save is not visible there"
@@ -283,10 +274,7 @@ def check_claim(directory: Path, name: str, token: str, group: Group, locations:
 
 
 def check_files_visible(directory: Path, records: Sequence[ComponentRecord], locations: Sequence[RootLocation]) -> None:
-    """Raise `StorageError` unless rank 0 sees every written file with its size. Rank 0 calls.
-
-    ``records`` say what each rank wrote, ``locations`` where its root is.
-    """
+    """Raise `StorageError` unless rank 0 sees every file that ``records`` list, with its size. Rank 0 calls."""
     # A file in several records was written by the last of these ranks; rank 0 would see its own.
     writers = {file.path: (rank, file) for rank, record in enumerate(records) for file in record.files}
     for rank, file in writers.values():

@@ -197,10 +197,7 @@ def _joined(conversion: Conversion, own: Sequence[HeldTensor]) -> dict[str, tupl
 
 
 def require_memory(tensors: Iterable[tuple[str | None, torch.Tensor]], lacking: str) -> None:
-    """Raise `MisuseError` if one of a model's tensors is on the meta device.
-
-    ``lacking`` says in the message what the model lacks: "values to save".
-    """
+    """Raise `MisuseError` if one of a model's tensors is on the meta device and lacks values, or memory."""
     for name, tensor in tensors:
         what = deferred(local_part(tensor)) if tensor.is_meta else None
         if tensor.is_meta and (what is None or what.device.type == "meta"):
@@ -243,10 +240,7 @@ class Recast:
 
     @staticmethod
     def of(held: Sequence[HeldTensor], base: Mapping[str, TensorSpec] | None, outside: Collection[str]) -> Recast:
-        """Give each tensor the dtype that the base model has it in, where both are of ordinary weights.
-
-        Without ``base`` all tensors are unchanged, for shards.
-        """
+        """Give tensors the dtypes of the base, where both are of ordinary weights; for shards there is no base."""
         if base is None or not (base or outside):
             return Recast(list(held), [], {}, outside)
         export, exact, native = [], [], {}

@@ -101,10 +101,7 @@ class Turn(NamedTuple):
 
     @staticmethod
     def of(states: list[JsonValue]) -> Turn:
-        """Decide from what all ranks' `Lifetime.own_state` gave.
-
-        Raises the error of the previous save where it left the background unable to write another one.
-        """
+        """Decide from all ranks' `Lifetime.own_state`; raises the last save's error if no other can be written."""
         everyone = cast(list[tuple[bool, bool, dict[str, str | int | None] | None]], states)
         records = [record for _, _, record in everyone if record is not None]
         earlier = None
@@ -255,10 +252,7 @@ class Lifetime:
         return "model"
 
     def _settle(self, model: Model) -> None:
-        """Wait for this thread's queued work on the model's devices before other threads read or fill its memory.
-
-        Those threads queue their work on other streams.
-        """
+        """Wait for this thread's work on the model's devices: threads that use its memory have other streams."""
         if self.device_streams is None and not torch.accelerator.is_available():
             return
         streams = self.device_streams or AcceleratorStreams()

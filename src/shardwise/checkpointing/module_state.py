@@ -45,10 +45,7 @@ _VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class SavedModuleState:
-    """The module state saved beside a model's tensors.
-
-    ``metadata`` has what torch keeps of each module (its version), by the module's plain name.
-    """
+    """The state saved beside a model's tensors, and what torch noted of each module (its version), by plain name."""
 
     values: Mapping[str, object]
     metadata: Mapping[str, Mapping[str, object]]
@@ -240,13 +237,10 @@ def steps_of(parts: Sequence[nn.Module], listing: Listing | None) -> list[Step]:
 
 @dataclass(frozen=True, slots=True)
 class ModuleLoad:
-    """The state that a rank's modules load by their own code.
+    """The steps in which a rank's modules load the saved state by their own code.
 
-    Attributes:
-        steps: The loading steps of this rank, in order.
-        module_state: The saved module state; ``None`` where none was saved.
-        rounds: One more than the largest number of modules on a rank that load tensors; 0 where no rank has steps.
-        skips_empty: Whether a module without saved state, such as a fresh head, is skipped.
+    ``rounds`` is one more than the largest number of modules on a rank that load tensors; 0 where no rank has steps. A
+    module without saved state, such as a fresh head, may be skipped.
     """
 
     steps: Sequence[Step]
@@ -256,10 +250,7 @@ class ModuleLoad:
     skips_empty: bool = False
 
     def run(self, values: Callable[[object], dict[str, torch.Tensor]], what: str, group: Group) -> None:
-        """Call the modules' loading code, one module after the other. All ranks call.
-
-        Where one refuses its state, modules before it in torch's order were loaded.
-        """
+        """Call the modules' loading code in torch's order; those before a refusal were loaded. All ranks call."""
         without: list[str] = []
         rounds = list(_rounds(self.steps))
         for number in range(self.rounds):

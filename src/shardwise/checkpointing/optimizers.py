@@ -137,12 +137,8 @@ def _states_step(session: Session, own: Sequence[bytes], directory: Path) -> Ste
 class OpenedOptimizer:
     """Optimizers and schedulers matched with a checkpoint, on every rank; nothing has been changed yet.
 
-    Attributes:
-        plan: The state that the optimizers will get.
-        schedulers: Each scheduler with its saved state.
-        tensors: Tensors to read into the optimizers' memory; ``None`` where no rank has any.
-        own: Per-rank state of this rank; ``None`` where it has none.
-        is_buffered: Whether the state is read into separate memory before optimizers load it; the same on every rank.
+    ``tensors`` are read into the optimizers' memory, ``own`` are this rank's alone. Where ``is_buffered`` (the same on
+    every rank) they are read into separate memory before the optimizers load them.
     """
 
     session: Session
@@ -200,13 +196,7 @@ def open_optimizer(
     directory: Path,
     changes: Changes,
 ) -> OpenedOptimizer:
-    """Match optimizers (fresh or used) and schedulers with the saved ones. All ranks call; nothing is changed.
-
-    Raises:
-        CheckpointNotFoundError: The checkpoint has no optimizer or scheduler state.
-        MisuseError: The saved state is of another optimizer or scheduler.
-        TensorError: The saved state does not fit the optimizer.
-    """
+    """Match optimizers (fresh or used) and schedulers with the saved ones. All ranks call; nothing is changed."""
     group, schedulers = session.group, as_list(scheduler)
     states: list[OptimizerState] = []
     with group.together("looking at the optimizer") as buffered:

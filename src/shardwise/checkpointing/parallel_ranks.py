@@ -77,10 +77,7 @@ class ParallelRanks:
         return known if known is not None else (self._meshes or MeshRanks()).pp
 
     def look(self, parts: Sequence[nn.Module]) -> None:
-        """Read the meshes of a model before its first save or restore; later calls do nothing. Local.
-
-        Raises `MisuseError` if a rank was given that contradicts the meshes of the model's tensors.
-        """
+        """Read a model's meshes before its first save or restore, and compare them with given ranks. Local."""
         if len(parts) == len(self._seen) and all(ref() is part for ref, part in zip(self._seen, parts, strict=True)):
             return
         listed = list_parameters(parts)

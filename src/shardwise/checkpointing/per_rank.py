@@ -118,10 +118,7 @@ def _writing(
 
 @dataclass(frozen=True, slots=True)
 class OwnRead:
-    """This rank's own tensors in a checkpoint, found and compared, but not yet read: each with what it is read into.
-
-    ``parameters`` are those with optimizer state of this rank only; none for a model.
-    """
+    """This rank's own tensors, compared and not yet read, and the parameters with optimizer state of this rank only."""
 
     path: Path
     pairs: Sequence[Pair] = ()

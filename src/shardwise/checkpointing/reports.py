@@ -95,17 +95,9 @@ class Call:
 
 
 class Reports:
-    """What one checkpointer tells its user.
+    """What one checkpointer tells its user: lines if ``shown``, bars unless training goes on beside a call.
 
-    Args:
-        shown: Whether a line is logged for each save and load, and long ones may show a bar.
-        callbacks: Called with the record of each save and load, on every rank.
-        trace_dir: Where traces are written.
-        shows_progress: Whether calls may show a bar: not while training goes on beside them.
-
-    Attributes:
-        last_save: Of the last save that is over.
-        last_restore: Of the last load that is over.
+    The callbacks are called with the record of each save and load, on every rank.
     """
 
     def __init__(
@@ -194,10 +186,7 @@ _END = b"\n]\n"
 
 
 class TraceFile:
-    """Appends each call's events to this rank's file in ``directory``, which is valid JSON after each.
-
-    The file is called by the rank, and by time and process, so that no run overwrites another's.
-    """
+    """Appends each call's events to a file of this rank's, process's and time's own, which is valid JSON after each."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory

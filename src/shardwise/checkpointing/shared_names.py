@@ -52,11 +52,7 @@ class SharedNames:
 
 
 def shared_names(part: nn.Module, tied: Sequence[tuple[str, HeldTensor]], expected: Collection[str]) -> SharedNames:
-    """Decide how aliases are saved. Local.
-
-    ``tied`` has each alias with the held tensor under its kept native name; ``expected`` are declared aliases, see
-    `loaders_ties`.
-    """
+    """Decide how aliases, each with its tensor, are saved; ``expected`` are declared (`loaders_ties`). Local."""
     names = tuple(alias for alias, _ in tied)
     module = unwrap(part)
     if not tied or adapter_of(module) is not None:
@@ -95,10 +91,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def ties_by_config(module: nn.Module) -> dict[str, str]:
-    """The ties of a transformers model's present configuration: ``{tied name: the name that it is tied to}``.
-
-    Empty for other modules. Names are the model's own.
-    """
+    """The ties of a transformers model's present configuration, in its own names: tied name -> what it is tied to."""
     module = unwrap(module)
     if not is_pretrained(module):
         return {}
@@ -139,10 +132,9 @@ def _loose(ties: Mapping[str, str], part: ExportedPart) -> bool:
 
 
 def loose_ties(parts: Sequence[nn.Module], written: Collection[str]) -> dict[str, str]:
-    """The configuration's ties with both names in the files: ``{tied name: the name that it is tied to}``.
+    """The configuration's ties with both names in the files of all ranks, ``written``: tied name -> what it is tied to.
 
-    ``written`` has the names in the files of all ranks, since pipeline stages may have one name of a tie each. A tie
-    with one name in the files is a tie in memory as well.
+    Pipeline stages may have one name of a tie each. A tie with one name in the files is a tie in memory as well.
     """
     found: dict[str, str] = {}
     for module in exported_modules(parts):
@@ -152,11 +144,9 @@ def loose_ties(parts: Sequence[nn.Module], written: Collection[str]) -> dict[str
 
 
 def settle_ties(ties: Mapping[str, str], tensors: Iterable[TensorRecord], directory: Path) -> bool:
-    """Correct a directory's configuration where tensors that it ties were written with different values. Rank 0 calls.
+    """Untie a directory's configuration where tensors that it ties were written with different values. Rank 0 calls.
 
-    Two tensors are equal where their digests are; these are of the whole tensors, whichever rank wrote them.
-
-    Returns whether the configuration was changed: it then ties nothing any more.
+    Two tensors are equal where their digests are; these are of the whole tensors. Returns whether it was changed.
     """
     differ = differing_ties(ties, tensors)
     if not differ:

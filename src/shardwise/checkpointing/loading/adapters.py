@@ -270,10 +270,7 @@ def check_shared(file: AdapterFile, saved: SavedAdapter, key_mapping: Mapping[st
 
 
 def open_saved(session: Session, saved: SavedAdapter, key_mapping: Mapping[str, str] | None) -> Source:
-    """Open an adapter's file under the model's names. All ranks call.
-
-    A ``.bin`` file whose tensors no range of bytes holds is a `FormatError`.
-    """
+    """Open an adapter's file under the model's names; of a ``.bin`` file each tensor is a range. All ranks call."""
     if saved.weights.name.endswith(".bin"):
         opened = open_bin(saved.weights, session.group, session.config.allow_legacy_pickle_restore)
         if opened.loose:

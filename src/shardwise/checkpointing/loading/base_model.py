@@ -186,13 +186,8 @@ def fill_from_base(
 ) -> LoadReport:
     """Fill a model from a base (a directory or file) in place. All ranks of the session's group call.
 
-    Args:
-        session: Settings, ranks and storage.
-        parts: This rank's parts; on the meta device only if ``before`` gives them memory.
-        path: A directory or file.
-        key_mapping: Regular expressions and replacements, from the files' names to the model's; first match.
-        allow_missing: Tensors that the base lacks keep their values.
-        before: Called when all is known to fit, before anything is read.
+    ``before`` is called when all is known to fit, before anything is read; only then may ``parts`` be on the meta
+    device. With ``allow_missing``, tensors that the base lacks keep their values.
     """
     group, config = session.group, session.config
     if before is None:

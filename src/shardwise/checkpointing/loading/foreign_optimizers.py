@@ -70,10 +70,7 @@ def read_schedules(directory: Path, group: Group, legacy: bool) -> ForeignSchedu
 def foreign_schedules(
     schedulers: Sequence[Stateful], found: ForeignSchedules
 ) -> list[tuple[Stateful, dict[str, object]]]:
-    """Each scheduler with its saved state. Local; nothing is changed.
-
-    Others, another number, or such that cannot be matched without doubt are a `MisuseError`.
-    """
+    """Each scheduler with its saved state; `MisuseError` unless they match without doubt. Local; nothing is changed."""
     path = found.directory
     if not found.states:
         raise no_scheduler(path)
@@ -157,10 +154,7 @@ def read_states(directory: Path, wanted: Iterable[str], group: Group, legacy: bo
 
 
 def foreign_components(directory: Path, model_place: str | None = None) -> list[str]:
-    """Names of what a DCP directory has beside a model; empty where it is not a DCP directory. Local.
-
-    ``model_place`` is the prefix of the model's names in it, where that is known.
-    """
+    """Names of what a DCP directory has beside a model, whose names begin with ``model_place``. Local."""
     return components(DcpValues(directory), model_place) if is_dcp(directory) else []
 
 
@@ -187,12 +181,9 @@ _SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class ForeignOptimizers:
-    """Optimizers in a DCP directory, on every rank alike.
+    """Optimizers in a DCP directory, with all its tensors under DCP's names, on every rank alike.
 
-    Attributes:
-        found: The optimizers found; empty where none is to be restored.
-        source: All tensors of the directory, under DCP's names.
-        schedules: What is there of schedulers; ``None`` where none is to be restored.
+    ``schedules`` is what is there of schedulers; none, as ``found``, where none is to be restored.
     """
 
     directory: Path
@@ -237,10 +228,7 @@ class ForeignOptimizers:
         return self.described(named)
 
     def described(self, named: Sequence[DcpOptimizer]) -> tuple[OptimizerRecord, dict[str, str]]:
-        """Optimizers whose parameters have names as one record, and DCP's name of each tensor. Local.
-
-        Raises `MisuseError` if two of them have one parameter.
-        """
+        """Optimizers whose parameters have names as one record, and DCP's name of each tensor. Local."""
         self._refuse_shared(named)
         groups = [SavedGroup(group.options, group.params) for each in named for group in each.groups]
         tensors: dict[str, dict[str, SavedTensor]] = {}
@@ -322,10 +310,7 @@ class ForeignOptimizers:
         )
 
     def agreed(self, dcp_names: Mapping[str, str], group: Group) -> Source:
-        """The optimizers' tensors under our names. All ranks call.
-
-        Ranks that match by position and would use one tensor for different parameters are a `MisuseError`.
-        """
+        """The optimizers' tensors under our names, if all ranks matched them alike. All ranks call."""
         if any(each.numbered for each in self.found):
             # Each rank named numbered entries by its own parameters.
             own = hashlib.blake2b(json.dumps(sorted(dcp_names.items())).encode(), digest_size=16).hexdigest()
@@ -358,10 +343,7 @@ class Changes:
 def find_foreign(
     session: Session, directory: Path, state: OptimizerState, schedulers: Sequence[Stateful]
 ) -> ForeignOptimizers | None:
-    """Read what another tool saved of optimizers and schedulers; ``None`` where it did not. All ranks call.
-
-    ``directory`` is where a checkpoint of ours would have its optimizer.
-    """
+    """Read what another tool saved of optimizers and schedulers, where ours is not in ``directory``. All ranks call."""
     group, legacy = session.group, session.config.allow_legacy_pickle_restore
     found_place = group.broadcast_result(
         lambda: str(_foreign_place(directory) or ""), f"looking for an optimizer at {directory}"

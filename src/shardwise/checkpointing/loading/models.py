@@ -66,11 +66,9 @@ _PREFIX = "module."
 class OpenedModel:
     """A model matched with a checkpoint, on every rank; nothing has been read or written yet.
 
-    Attributes:
-        direct: Tensors to read into the model's memory, and those for modules that load their state by their own
-            code.
-        computed: Tensors that are converted after reading; ``None`` where no rank's model has any.
-        own: Per-rank tensors of this rank; ``None`` on all ranks where there are none.
+    ``direct`` has the tensors to read into the model's memory and for modules with loading code of their own,
+    ``computed`` those that are converted after reading, ``own`` this rank's alone; ``None`` on all ranks where there
+    are none.
     """
 
     session: Session
@@ -138,14 +136,9 @@ def open_model(
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """A source matched with this rank's model.
+    """A source, what this rank holds, and the allowed differences between the two.
 
-    Attributes:
-        source: The tensors of the checkpoint.
-        hub: The tensors that this rank holds.
-        options: Allowed differences between the two.
-        differs: Whether any rank's model has other names than the source, ties, or tensors that have to be computed.
-        metadata: What was noted beside the model.
+    It ``differs`` where any rank's model has other names than the source, ties, or tensors that have to be computed.
     """
 
     source: Source

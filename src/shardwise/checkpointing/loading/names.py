@@ -263,13 +263,10 @@ def names_lacking(source: Source, hub: HubState) -> list[str]:
 def with_aliases(
     source: Source, hub: HubState, lacking: Sequence[str], key_mapping: Mapping[str, str] | None, group: Group
 ) -> tuple[Source, dict[str, str]]:
-    """Add aliases of saved tensors, under names that a rank's model has and the files lack.
+    """Add aliases of saved tensors, under names that a rank's model has and the files lack; also returns these.
 
     All ranks of the group call if any of them lacks a name, and get the same result. One rank reads the manifest.
     ``lacking`` are this rank's `names_lacking`; the source's names were passed through ``key_mapping``.
-
-    Returns:
-        The source, and the added aliases with the names under which the tensors are saved.
     """
     received = group.broadcast_result(
         lambda: dict(_renamed(saved_aliases(source), key_mapping)), "reading which tensors were shared"

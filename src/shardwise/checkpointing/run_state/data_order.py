@@ -119,11 +119,7 @@ class Position:
 
 
 class DataOrder:
-    """Tracks a loop's random numbers and data positions. Local; each rank has its own.
-
-    Attributes:
-        epoch: The epoch that the loop is in, as far as `batches` or a restore has said.
-    """
+    """Tracks a loop's epoch, random numbers and data positions. Local; each rank has its own."""
 
     def __init__(self) -> None:
         self.epoch = 0
@@ -134,10 +130,7 @@ class DataOrder:
         self._restored: list[object] = []
 
     def state(self, rank: int) -> _State | None:
-        """The positions of all loaders; ``None`` where the loop uses no `batches`.
-
-        The rank is part of the state, since a position is meaningless on another number of ranks.
-        """
+        """The positions of all loaders, if any; with the rank, since they mean nothing on another number of ranks."""
         found = {n: replace(place, now=_generators_of(loader)) for n, (place, loader) in self._positions.items()}
         # A loader that the resumed loop has not reached yet keeps its position.
         loaders = {name: asdict(place) for name, place in (self._saved | found).items()}
@@ -166,12 +159,7 @@ class DataOrder:
         return {str(name): Position.of(each) for name, each in loaders.items()}
 
     def resume(self, generators: _State | None, positions: dict[str, Position], restored: Iterable[object]) -> None:
-        """Continue from a restored checkpoint.
-
-        ``generators`` is the state that the generators have been set to, ``None`` where they were left alone;
-        ``positions`` are the loop's positions in its data, ``restored`` the objects that have loaded a state, such as
-        loaders.
-        """
+        """Continue with restored positions; generators and these objects have been set to their states."""
         self._positions = {}
         self._saved = positions
         self._generators, self._is_pending = generators, generators is not None

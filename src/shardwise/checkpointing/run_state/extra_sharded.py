@@ -146,12 +146,7 @@ def tensor_steps(session: Session, name: str, tensors: Mapping[str, DTensor], di
 
 @dataclass(frozen=True, slots=True)
 class OpenedSharded:
-    """Values that are spread over the ranks and fit the checkpoint, on every rank; nothing has been read.
-
-    Attributes:
-        tensors: DTensors of other values.
-        then: Loads the state of objects when their tensors have been read. Local.
-    """
+    """Values that are spread over the ranks, opened and not read; ``then`` loads objects' states when they are."""
 
     modules: Sequence[OpenedModel]
     tensors: Sequence[OpenedLoad]

@@ -61,10 +61,7 @@ BATCHES = "batches"
 
 
 def capture_steps(session: Session, values: Mapping[str, object], directory: Path) -> list[Step]:
-    """Capture named values now and return the steps that write them. All ranks call; names may differ between ranks.
-
-    A value is a `Stateful` object, or what JSON and tensors can express.
-    """
+    """Capture named values now, and return the steps that write them. All ranks call; names may differ between them."""
     group = session.group
     packed, spread, modules = _captured(values, group)
     digests = {name: hashlib.blake2b(joined(found), digest_size=16).hexdigest() for name, found in packed.items()}
@@ -98,10 +95,7 @@ def capture_steps(session: Session, values: Mapping[str, object], directory: Pat
 def _captured(
     values: Mapping[str, object], group: Group
 ) -> tuple[dict[str, dict[str, bytes]], dict[str, dict[str, DTensor]], list[str]]:
-    """For each name the encoded state as it is now, and the DTensors in it; names of modules. All ranks call.
-
-    The modules are those that all ranks save together.
-    """
+    """Each name's encoded state, its DTensors, and the names of modules that all save together. All ranks call."""
     packed: dict[str, dict[str, bytes]] = {}
     spread: dict[str, dict[str, DTensor]] = {}
 
@@ -144,7 +138,6 @@ class FoundValues:
 
     Attributes:
         values: The values by name; those without methods are replaced in this mapping.
-        states: Name -> the state that was saved.
         skipped: Names of states that were saved for each of another number of ranks, and stay unchanged.
         spread: Names of modules that were saved by all ranks together, and are restored by them.
         tensors: Name -> its DTensors, read after the other states have been loaded.
@@ -325,10 +318,7 @@ def load_rank_state(session: Session, state: Stateful, state_name: str, path: Pa
 
 
 def locate(session: Session, restore_from: str | Path | int, seen: Callable[[Start], None]) -> RestoreRecord | None:
-    """Resolve a checkpoint on rank 0 and broadcast the result. All ranks call.
-
-    On rank 0, ``seen`` is called with the checkpoint found.
-    """
+    """Resolve a checkpoint on rank 0, which calls ``seen`` with it, and broadcast the result. All ranks call."""
 
     def find() -> JsonValue:
         found = resolve(session.root, restore_from)

@@ -97,11 +97,7 @@ class RandomState:
         return found
 
     def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
-        """Set the generators.
-
-        The current device gets the state of the one that was current; other devices get their own. There may be the
-        state of a device that this process does not see, or another one may be current: a `ValueError`.
-        """
+        """Set the generators: of the current device to that of the one that was current (or `ValueError`)."""
         torch.set_rng_state(cast(torch.Tensor, state_dict["torch"]))
         random.setstate(cast(tuple[object, ...], state_dict["python"]))
         self._set_devices(state_dict)
@@ -143,13 +139,7 @@ _State: TypeAlias = Mapping[str, object]
 
 @dataclass(frozen=True, slots=True)
 class GeneratorState:
-    """A random number generator with DCP's two methods.
-
-    Attributes:
-        kind: What it is, for messages.
-        fits: Whether a state is of this kind of generator.
-        put: Sets it to a state that fits.
-    """
+    """A random number generator with DCP's two methods; only a state that ``fits`` is put, ``kind`` names it."""
 
     kind: str
     get: Callable[[], dict[str, object]]

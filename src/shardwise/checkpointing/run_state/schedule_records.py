@@ -179,10 +179,7 @@ def capture_schedules(schedulers: Sequence[Stateful], model: nn.Module | Sequenc
 def merge_schedules(
     attachments: Sequence[DistinctValue], states: Sequence[DistinctValue], world_size: int
 ) -> dict[str, bytes]:
-    """All ranks' schedulers as one packed state; empty where no rank has any. Local.
-
-    ``attachments`` are the distinct first values of `capture_schedules`, ``states`` the distinct second ones.
-    """
+    """All ranks' distinct values of `capture_schedules` as one packed state; empty where no rank has any. Local."""
     entries = []
     read = [(own.ranks, cast(list[object], unpack_state(split(own.blob)))) for own in states]
     for own in attachments:
@@ -205,10 +202,9 @@ class DistinctValue(NamedTuple):
 
 
 def gather_distinct(group: Group, blobs: Sequence[bytes]) -> list[list[DistinctValue]]:
-    """Gather several values from all ranks, and return the distinct ones of each. All ranks call.
+    """Gather several values from all ranks, and return the distinct ones of each but empty ones. All ranks call.
 
-    Many ranks have equal values, so only digests and one copy of each distinct value are sent. Empty ones are left out.
-    Every rank passes as many values; the distinct ones of each are in the order of the first rank that has them.
+    Many ranks have equal values, so only digests and one copy of each distinct value are sent, in the order of ranks.
     """
     own: JsonValue = [hashlib.blake2b(blob, digest_size=16).hexdigest() if blob else "" for blob in blobs]
     everyone = cast(list[list[str]], group.gather_json(own, "comparing states"))

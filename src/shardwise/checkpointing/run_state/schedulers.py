@@ -32,11 +32,9 @@ _BUILD = "Build the scheduler that the checkpoint was saved with; or restore wit
 
 @dataclass(frozen=True, slots=True)
 class FoundSchedules:
-    """The states of this rank's schedulers, not yet loaded.
+    """This rank's schedulers, each with its state, not yet loaded; and all entries that were saved.
 
     Attributes:
-        schedules: Each scheduler with its state.
-        entries: Everything that was saved, in order; none where an older release saved it.
         used: Numbers of the entries that this rank's schedulers are restored from, with equivalent ones.
         chosen: Keys with different values on ranks of one scheduler, where the lowest rank's value was taken.
     """
@@ -67,14 +65,8 @@ def saved_schedules(
 ) -> FoundSchedules:
     """The state of each of some schedulers, which ``own`` describes. Local; nothing is changed.
 
-    Args:
-        schedulers: The schedulers to restore; one at least.
-        own: Their descriptions.
-        renamed: The name under which a parameter was saved, given its name and those that were saved.
-        kinds: The classes of schedulers that an older release saved; the oldest do not say.
-        directory: The optimizer's directory.
-        rank: This rank.
-        world_size: Number of ranks.
+    ``renamed`` gives the name under which a parameter was saved, of its name and those that were saved; ``kinds`` are
+    the classes of schedulers that an older release saved.
     """
     stem = directory / SCHEDULER_STATE
     path = stem.with_name(f"{SCHEDULER_STATE}.json")
@@ -147,8 +139,7 @@ class _Match:
     def _steering(self, own: Attached) -> list[tuple[int, SavedSchedule]]:
         """The entries that steer any of a scheduler's parameters.
 
-        For a scheduler without parameters: the entries without parameters, or else all entries, to be matched by class
-        and order.
+        Of one without parameters: those without, or else all, to be matched by class and order.
         """
         everything = list(enumerate(self.saved.entries))
         names = own.names

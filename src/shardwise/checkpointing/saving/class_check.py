@@ -78,13 +78,9 @@ class ClassCheck:
     ) -> None:
         """Check an export, unless the same was checked before. Rank 0 calls when config.json is written and no tensor.
 
-        Args:
-            parts: This rank's parts.
-            directory: Where config.json is.
-            roster: All ranks' tensors, under the names that the files are to have.
-            passed: Further tensors, carried over from a base.
-            left_out: Names of tensors that the export does not contain.
-            untie: Whether to check with a config.json that ties nothing.
+        ``roster`` has all ranks' tensors under the names that the files are to have, of which ``left_out`` are not
+        exported, and ``passed`` further ones, carried over from a base. With ``untie``, config.json is read as one that
+        ties nothing.
         """
         model = described_part(parts)
         if model is None or not is_file(directory / CONFIG):

@@ -124,8 +124,7 @@ class RunLine:
 class Unfinished:
     """A directory that is written under a temporary name, with a claim on the name that it gets in the end.
 
-    Attributes:
-        total_bytes: Bytes of all files, known on rank 0 after the commit.
+    ``info`` goes into its manifest. Rank 0 knows the ``total_bytes`` of its files after the commit.
     """
 
     def __init__(self, session: Session, place: Path, info: Mapping[str, JsonValue]) -> None:
@@ -199,10 +198,7 @@ class Unfinished:
 
 
 class Publication(Unfinished):
-    """The commit of one checkpoint: manifest, rename, pointers, retention, each on rank 0 while the others wait.
-
-    ``info`` goes into the manifest beside files and tensors.
-    """
+    """The commit of one checkpoint: manifest, rename, pointers, retention, each on rank 0 while the others wait."""
 
     def __init__(
         self,

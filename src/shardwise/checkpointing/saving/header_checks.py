@@ -61,10 +61,7 @@ class Expectation(NamedTuple):
 
 
 def expectation_of(parts: Sequence[nn.Module], absent: Iterable[str], keys: Collection[str] | None) -> Expectation:
-    """What this rank's part of the model says, as JSON has it; little where the rank has no part. Local.
-
-    ``keys`` are those of this rank's settings.
-    """
+    """What this rank's part of the model and ``keys`` in its settings say, as JSON has it. Local."""
     own = Expectation(keys=list(keys or ()))
     if not parts:
         return own
@@ -109,11 +106,8 @@ def compare_with_base(
 ) -> tuple[list[str], list[str]]:
     """Compare what will be written with the base model's headers. Pure but for reading the base's config.json.
 
-    ``specs`` are the tensors of all ranks, under the names of the files.
-
-    Returns:
-        The tensors of the base that the model class does not load and the export carries over (with ``pass_through``),
-        and one sentence for each difference; none for a correct export.
+    Returns the tensors of the base that the model class does not load and the export carries over (with
+    ``pass_through``), and one sentence for each difference; none for a correct export.
     """
     written = {spec.name: spec for spec in specs}
     config = _base_config(base.directory)

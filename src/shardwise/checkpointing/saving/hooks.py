@@ -77,10 +77,7 @@ def hook_arguments(request: ModelRequest, state: ModelState) -> SaveHookArgs:
 def run_hooks(
     addons: Sequence[CheckpointAddon], hook: Literal["pre_save", "post_save"], args: SaveHookArgs, group: Group
 ) -> None:
-    """Call a hook of every addon, one after the other. All ranks call, with the same addons.
-
-    An addon may communicate or not: the failure of one rank's hook is raised on every rank either way.
-    """
+    """Call a hook of every addon; what fails on one rank is raised on all. All ranks call, with the same addons."""
     for addon in addons:
         failure: BaseException | None = None
         try:
@@ -102,10 +99,7 @@ def run_after(addons: Sequence[CheckpointAddon], args: SaveHookArgs, session: Se
 
 
 def leading_own(addons: Sequence[CheckpointAddon]) -> int:
-    """The number of addons at the start that are the library's, with its own hooks.
-
-    Their work is local, and is done where failures reach all ranks anyway; `run_hooks` is for the addons behind them.
-    """
+    """The number of addons at the start that are the library's: their work is local, and needs no `run_hooks`."""
 
     def is_own(addon: CheckpointAddon) -> bool:
         return type(addon) is ConsolidatedHFAddon and vars(addon).keys().isdisjoint(("pre_save", "post_save"))

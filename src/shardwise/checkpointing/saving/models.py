@@ -89,15 +89,10 @@ CONSOLIDATE_SCRIPT = b'#!/bin/sh\nexec python -m shardwise consolidate "$(dirnam
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A model to save: this rank's tensors, and the facts of all ranks.
+    """A model to save: what this rank holds, as it is written and ``exact`` beside an export, and all ranks' facts.
 
-    Attributes:
-        hub: What this rank holds.
-        own: The same as it is to be written, and what of it is exported in other dtypes.
-        exact: What this rank writes beside an export.
-        roster: Who holds what of the tensors that are written.
-        computed: Who holds what of those that an export's tensors are computed from.
-        beside: Who holds what of those that are written beside an export.
+    The rosters say who holds what of the tensors that are written, that an export is computed from, and that go beside
+    it.
     """
 
     hub: HubState
@@ -110,11 +105,7 @@ class Described:
 
 
 class ModelSave:
-    """One save of a model: captured in the foreground, written by `steps`. All ranks make one.
-
-    Attributes:
-        closing: Local work to do when all bytes are durable; known after `steps`.
-    """
+    """One save of a model: captured now, written by `steps`, with local ``closing`` work. All ranks make one."""
 
     def __init__(self, request: ModelRequest) -> None:
         session, directory = request.session, request.directory

@@ -48,10 +48,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def save_checkpoint(life: Lifetime, what: WhatToSave, mistake: MisuseError | None) -> Path | None:
-    """See `Checkpointer.save`. All ranks call.
-
-    ``mistake`` is what is wrong with the arguments, if anything; raised where all ranks receive it.
-    """
+    """See `Checkpointer.save`; a ``mistake`` in the arguments is raised where all ranks receive it. All ranks call."""
     with life.reports.call("save") as told:
         return _save(life, what, mistake, told)
 
@@ -198,10 +195,7 @@ class WhatToSave:
     def of(
         positional: Sequence[object], named: Mapping[str, object], epoch: int
     ) -> tuple[WhatToSave, MisuseError | None]:
-        """Sort the arguments by their names.
-
-        ``epoch`` is meant where none is given. A mistake is returned, to be raised where all ranks receive it.
-        """
+        """Sort the arguments by their names; a mistake is returned. ``epoch`` is meant where none is given."""
         given = dict(zip(_NAMES, positional, strict=False))
         mistake = _mistake(positional, given, named)
         given = {**given, **{name: value for name, value in named.items() if name in _NAMES}}

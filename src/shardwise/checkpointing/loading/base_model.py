@@ -31,6 +31,7 @@ from shardwise.base.slots import Slot, has_meta, names_of, slots_of
 from shardwise.base.source import BaseSource
 from shardwise.checkpointing.hub import require_memory
 from shardwise.checkpointing.loading.names import expected_unused
+from shardwise.checkpointing.loading.restoring import overwriting
 from shardwise.checkpointing.module_state import ModuleLoad, claimed, find_module_state, in_shapes_of, open_module_load
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
@@ -220,18 +221,19 @@ def fill_from_base(
     if load.asked or stems:
         lenient = LoadOptions(allow_missing, allow_unexpected=True)
         module_load = open_module_load(wanted.steps, stems, group, lenient, is_strict=False, skips_empty=True)
-    report = load.read()
-    computed.read(session.storage)
-    if module_load is not None:
-        with load.reading() as values:
-            module_load.run(values, str(path), group)
-    with group.together("copying what is held twice"), torch.no_grad():
-        for first, second in wanted.copies:
-            second.copy_(first)
-    with group.together("setting magnitudes"):  # apart, since DTensors communicate: no rank may have failed before
-        own = [part for part in parts if find_sites(part)]
-        if before is not None and own:
-            initialise_magnitudes(own)
+    with overwriting("the model"):
+        report = load.read()
+        computed.read(session.storage)
+        if module_load is not None:
+            with load.reading() as values:
+                module_load.run(values, str(path), group)
+        with group.together("copying what is held twice"), torch.no_grad():
+            for first, second in wanted.copies:
+                second.copy_(first)
+        with group.together("setting magnitudes"):  # apart, since DTensors communicate: no rank may have failed before
+            own = [part for part in parts if find_sites(part)]
+            if before is not None and own:
+                initialise_magnitudes(own)
     with group.together("telling what was loaded"):
         if group.is_main:
             _tell(report, parts, _described(wanted), source)

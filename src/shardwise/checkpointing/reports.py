@@ -49,6 +49,10 @@ def show_log() -> None:
         logger.setLevel(logging.INFO)
 
 
+#: The record of a call, of the seconds that it kept the loop waiting; and the ranks that made it.
+_Over = tuple[Callable[[float], CallRecord], Group]
+
+
 class Call:
     """A save or a load from its beginning until it has returned and is over, whichever comes last."""
 
@@ -58,7 +62,7 @@ class Call:
         self._begin, self._clock = time.time(), time.perf_counter()
         self._lock = threading.Lock()
         self._stall: float | None = None
-        self._over: tuple[Callable[[float], CallRecord], Group] | None = None
+        self._over: _Over | None = None
 
     def returned(self) -> None:
         """The training loop goes on."""
@@ -82,9 +86,7 @@ class Call:
 
         self._done(over=(record, group))
 
-    def _done(
-        self, stall: float | None = None, over: tuple[Callable[[float], CallRecord], Group] | None = None
-    ) -> None:
+    def _done(self, stall: float | None = None, over: _Over | None = None) -> None:
         with self._lock:
             self._stall = self._stall if stall is None else stall
             self._over = over or self._over

@@ -107,18 +107,10 @@ class Session:
         """The session of another model in the same checkpoint, which may have settings of its own. Local."""
         known = self._of_models.get(name)
         if known is None:
-            known = self._of_models[name] = Session(
-                config or self.config,
-                self.group,
-                self.storage,
-                self.ranks,
-                self.root,
-                self.first_exchange if config is None else replace(self.first_exchange, names_base=False),
-                self.staging_dir,
-                self.pp_group,
-                stager=self.stager,
-                prefix=f"{self.prefix}{name}/",
-            )
+            met = self.first_exchange if config is None else replace(self.first_exchange, names_base=False)
+            prefix = f"{self.prefix}{name}/"
+            known = replace(self, config=config or self.config, first_exchange=met, prefix=prefix, checked_state=None)
+            self._of_models[name] = known
         return known
 
     def staged(self, component: str, held: Sequence[HeldTensor]) -> list[HeldTensor]:

@@ -176,7 +176,6 @@ def broadcast_state(read: Callable[[], object], group: Group, what: str) -> obje
 
 
 _FRESH = "Or restore without an optimizer (and its scheduler), which then starts afresh."
-_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,9 +277,8 @@ class ForeignOptimizers:
         own = [(state.names(group), group["params"]) for group in optimizer.param_groups]
         sizes, saved_sizes = [len(names) for names, _ in own], [len(group.params) for group in saved.groups]
         if sizes != saved_sizes:
-            raise self._no_match(
-                saved, f"it has groups of {_counts(saved_sizes)} parameters, the one to be restored {_counts(sizes)}"
-            )
+            ours, theirs = (listed([*map(str, counts)]) for counts in (sizes, saved_sizes))
+            raise self._no_match(saved, f"it has groups of {theirs} parameters, the one to be restored {ours}")
         names: dict[str, str] = {}
         for group, (group_names, params) in zip(saved.groups, own, strict=True):
             for number, name, param in zip(group.params, group_names, params, strict=True):
@@ -414,14 +412,10 @@ def _add_names(error: ShardwiseError, record: OptimizerRecord) -> None:
     if isinstance(error, MissingTensorError):
         there = [param for group in record.groups for param in group.params]
         error.hint = (
-            f"It has {listed(there[:_SHOWN])} and so on. If these are the same parameters under other "
-            f"names, pass key_mapping. {error.hint or ''}"
+            f"It has {listed(there)}. If these are the same parameters under other names, pass key_mapping. "
+            f"{error.hint or ''}"
         ).strip()
 
 
 def _places(found: Sequence[DcpOptimizer]) -> str:
     return ", ".join(repr(each.place) for each in found)
-
-
-def _counts(sizes: Sequence[int]) -> str:
-    return ", ".join(map(str, sizes[:_SHOWN])) + (f" (and {len(sizes) - _SHOWN} more)" if len(sizes) > _SHOWN else "")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from shardwise.checkpointing.loading import base_model
 from shardwise.checkpointing.loading.adapters import OpenedAdapter, open_adapter
 from shardwise.checkpointing.loading.foreign_optimizers import Changes
 from shardwise.checkpointing.loading.models import OpenedModel, open_model
-from shardwise.checkpointing.loading.restoring import overwriting, undone_on_failure
+from shardwise.checkpointing.loading.restoring import Undos, overwriting, undone_on_failure
 from shardwise.checkpointing.optimizers import OpenedOptimizer, Optimizers, Schedulers, as_list, open_optimizer
 from shardwise.checkpointing.reports import Call, RestoreRecord
 from shardwise.checkpointing.run_state.data_order import DataOrder, with_loader
@@ -39,11 +40,8 @@ from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.model import Model
 from shardwise.timing import Recording, phase
 
-
-class _OpenedAverage(NamedTuple):
-    model: OpenedModel | OpenedAdapter
-    average: Average
-    saved: Mapping[str, torch.Tensor]
+#: An average, and what puts its wrapper's saved tensors in place.
+_OpenedAverage = tuple[OpenedModel | OpenedAdapter, Callable[[Undos], None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +70,11 @@ class _Opened:
                 self.steering.take_in(undos)
             self.extras.extra.take_in(undos)
             if self.averaged is not None:
-                self.averaged.average.take_in(self.averaged.saved, undos)
+                self.averaged[1](undos)
         with overwriting("the run's state"):
             self.model.fill()
             if self.averaged is not None:
-                self.averaged.model.fill()
+                self.averaged[0].fill()
             if self.steering is not None:
                 self.steering.fill()
             self.extras.spread.fill(group)
@@ -284,4 +282,4 @@ def _open_ema(session: Session, ema: Model, directory: Path) -> _OpenedAverage:
     average, saved = session.group.attempt(
         lambda: (own := Average.of(ema), own.find(directory)), "looking at the averaged model"
     )
-    return _OpenedAverage(_open_component(session.of_model(MODEL_EMA), average.model, directory), average, saved)
+    return _open_component(session.of_model(MODEL_EMA), average.model, directory), partial(average.take_in, saved)

@@ -59,12 +59,9 @@ class Checkpointer:
         pp_group: The ranks of this pipeline, in the order of the stages; addons are given it.
         addons: Hooks around the writing of a model, instead of the default ones (`ConsolidatedHFAddon`, or `PeftAddon`
             with ``is_peft``).
-        storage: Where data is written to and read from, and names are made and renamed; the mounted file systems by
-            default.
-        device_streams: How copies from accelerators are ordered among their other work, in asynchronous mode; torch's
-            own streams by default.
-        absent_seconds: When some ranks have waited so long for others to make the same call, one warning names those
-            that have not come.
+        storage: Where data is written and read, and names are made and renamed; the mounted file systems by default.
+        device_streams: How asynchronous copies from accelerators are ordered; among torch's own streams by default.
+        absent_seconds: After how long a wait for ranks to make the same call one warning names those that have not.
         callbacks: Called on every rank with the `CallRecord` of each save and load that is over, in asynchronous mode
             by the thread that saves. An error in one is logged and changes nothing.
 
@@ -186,8 +183,7 @@ class Checkpointer:
         """Save one whole checkpoint ``epoch_E_step_S``, published atomically at its end. All ranks call.
 
         Args:
-            epoch: Epoch, not negative. Left out, it is the one that `batches` was called with last, or that the last
-                save or restore was of, whichever came later; 0 where there was none.
+            epoch: Epoch, not negative. By default the one of the last `batches`, save or restore; 0 before any.
             step: Global step, not negative.
             model: The model, or this rank's pipeline stages.
             optimizer: One, or several.
@@ -203,8 +199,7 @@ class Checkpointer:
             ema: The moving average of the model: a module (torch's ``AveragedModel`` is looked into), or the averages
                 of this rank's stages. It is saved in ``model_ema`` as the model is in ``model``: the same names, files,
                 configuration and tokenizer, and an export where the model has one.
-            dataloader: The loader whose position is to be saved: one that keeps its own (torchdata's
-                ``StatefulDataLoader``), or any that the loop iterates over with `batches`.
+            dataloader: The loader whose position is saved: torchdata's ``StatefulDataLoader``, or any in `batches`.
 
         Returns:
             The checkpoint's directory (in asynchronous mode: where it will be), or ``None`` where checkpointing is
@@ -273,9 +268,8 @@ class Checkpointer:
             key_mapping: Regular expression -> replacement, applied to the checkpoint's names of the model's tensors and
                 of the optimizer's parameters, in a DCP directory too; first match.
             ema: The average that `save` was given, to be filled in place; its topology may differ as well.
-            allow_new_parameters: Parameters that the saved optimizer did not update, as of a layer that was unfrozen
-                since, start without optimizer state and are named in `RestoreRecord.fresh`; otherwise they are an
-                error.
+            allow_new_parameters: Parameters that the saved optimizer did not update, as of a layer unfrozen since, are
+                no error: they start without optimizer state and are named in `RestoreRecord.fresh`.
             dataloader: The loader that `save` was given. Its position is restored exactly, or it is an error: where it
                 was not saved, or was saved on another number of ranks. Iterate over `batches` afterwards.
 
@@ -415,13 +409,10 @@ class Checkpointer:
         Args:
             optimizer: The optimizer or optimizers: torch's, and containers and wrappers of such.
             model: The model, or this rank's pipeline stages.
-            weights_path: The directory around ``optim``; or a DCP directory, or one around ``optim`` as DCP wrote it,
-                with an optimizer's state in any of torch's layouts.
+            weights_path: The directory around ``optim``, ours or DCP's, or a DCP directory, in any of torch's layouts.
             scheduler: The scheduler or schedulers.
-            key_mapping: Regular expression -> replacement, applied to the checkpoint's names of parameters; first
-                match.
-            allow_new_parameters: Parameters that the saved optimizer did not update, as of a layer that was unfrozen
-                since, start without state; otherwise they are an error.
+            key_mapping: Regular expression -> replacement, applied to the saved names of parameters; first match.
+            allow_new_parameters: Parameters that the saved optimizer did not update start without state; else an error.
 
         Examples:
             >>> checkpointer.save_optimizer(optimizer, model, "weights")

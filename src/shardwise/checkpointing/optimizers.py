@@ -20,13 +20,15 @@ from shardwise.checkpointing.loading.foreign_optimizers import (
 )
 from shardwise.checkpointing.loading.restoring import Stateful, Undos
 from shardwise.checkpointing.per_rank import OwnRead, find_optimizer, optimizer_steps
-from shardwise.checkpointing.run_state.schedule_records import (
+from shardwise.checkpointing.run_state.schedulers import (
+    SCHEDULER_STATE,
+    FoundSchedules,
     attached,
     capture_schedules,
     gather_distinct,
     merge_schedules,
+    saved_schedules,
 )
-from shardwise.checkpointing.run_state.schedulers import SCHEDULER_STATE, FoundSchedules, saved_schedules
 from shardwise.checkpointing.saving.torch_format import capture_distcp, write_distcp
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue

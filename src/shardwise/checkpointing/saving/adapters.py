@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 
 from torch import nn
 
@@ -24,7 +23,7 @@ from shardwise.checkpointing.adapters import (
     merged_state,
     refuse_wrappers,
 )
-from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
+from shardwise.checkpointing.hub import HubState, memory_of, require_memory
 from shardwise.checkpointing.optimizers import Optimizers, as_list
 from shardwise.checkpointing.saving.header_checks import Facts
 from shardwise.checkpointing.saving.hooks import ModelRequest, hook_arguments, run_after, run_hooks
@@ -102,15 +101,13 @@ class AdapterSave:
             named = [(entry.spec.name, entry.tensor) for entry in entries]
             return hold_adapter(entries, MeshRegister(session.may_differ.of_adapter(named, parts)))
 
-        held, roster = self._agreed(hold, f"adapter/{name}", f"describing the adapter {name}")
-
-        def plan() -> ExportPlan:
+        def look(roster: Roster) -> ExportOptions:
             check_adapter_file(roster, settings, declared, captured, name, parts, component)
             if group.is_main and not component:
                 _log_vllm_limits(session, name, roster, settings, declared)
             if component:
                 check_opens(parts, self._config, file, session.logged)
-            options = ExportOptions(
+            return ExportOptions(
                 max_file_bytes=None,
                 stem=(LORA_WEIGHTS_NAME if component else ADAPTER_WEIGHTS_NAME).removesuffix(".safetensors"),
                 # The manifest lists a tensor once in a component, and adapters have the same names.
@@ -118,22 +115,30 @@ class AdapterSave:
                 index=False,
                 metadata=header_metadata(settings, component) if component else None,
             )
-            return plan_export(held, roster, group, self._directory / file.directory, options)
 
-        planned = group.attempt(plan, f"checking the adapter {name}")
-        return lambda group: write_export(planned, group, session.storage).below(file.directory)
+        return self._writing(hold, f"adapter/{name}", f"the adapter {name}", look, file.directory)
 
-    def _agreed(
-        self, hold: Callable[[], Sequence[HeldTensor]], staging: str, what: str
-    ) -> tuple[Sequence[HeldTensor], Roster]:
-        """Stage what this rank holds, and agree on who holds what. All ranks call."""
+    def _writing(
+        self,
+        hold: Callable[[], Sequence[HeldTensor]],
+        staging: str,
+        what: str,
+        look: Callable[[Roster], ExportOptions],
+        directory: str = "",
+    ) -> Step:
+        """Stage what this rank holds, agree on who holds what, and plan a file, which the step writes. All call."""
         session, held = self._session, list[HeldTensor]()
 
         def describe() -> Sequence[HeldTensor]:
             held.extend(session.staged(staging, hold()))
             return held
 
-        return held, Agreement(session.group, session.stage).roster(describe, what)
+        def plan() -> ExportPlan:
+            return plan_export(held, roster, session.group, self._directory / directory, look(roster))
+
+        roster = Agreement(session.group, session.stage).roster(describe, f"describing {what}")
+        planned = session.group.attempt(plan, f"checking {what}")
+        return lambda group: write_export(planned, group, session.storage).below(directory)
 
     def _merged_steps(self) -> list[Step]:
         """The steps of the merged export, where this save writes one. All ranks call."""
@@ -148,20 +153,15 @@ class AdapterSave:
 
     def _extra_step(self, captured: AdapterTensors) -> Step:
         """Tensors that are trained beside the adapter, in a file of their own. All ranks call."""
-        session, group, what = self._session, self._session.group, "what is trained beside the adapter"
-        held, roster = self._agreed(
-            lambda: hold_extra(session, captured, self.state.model), "adapter_extra", f"describing {what}"
-        )
+        session, stem = self._session, ADAPTER_EXTRA_NAME.removesuffix(".safetensors")
 
-        def plan() -> ExportPlan:
-            stem = ADAPTER_EXTRA_NAME.removesuffix(".safetensors")
-            options = ExportOptions(max_file_bytes=None, stem=stem, component=stem, index=False)
-            if group.is_main:
+        def look(roster: Roster) -> ExportOptions:
+            if session.group.is_main:
                 _log_extra_weights(session, roster)
-            return plan_export(held, roster, group, self._directory, options)
+            return ExportOptions(max_file_bytes=None, stem=stem, component=stem, index=False)
 
-        planned = group.attempt(plan, f"planning the file of {what}")
-        return lambda group: write_export(planned, group, session.storage)
+        hold = partial(hold_extra, session, captured, self.state.model)
+        return self._writing(hold, "adapter_extra", "what is trained beside the adapter", look)
 
 
 def stepped(optimizer: Optimizers | None) -> frozenset[int]:
@@ -213,16 +213,14 @@ class MergedSave(ModelSave):
         hub = session.names.capture(self.state)
         hub = merged_state(hub, self._parts, self._merged, session.may_differ)
         require_memory(memory_of(hub.held), "values to save")
-        natives = iter(session.staged("model.native", natives_of(hub.groups)))
-        groups = tuple(replace(held, natives=tuple(islice(natives, len(held.natives)))) for held in hub.groups)
-        return replace(hub, held=tuple(session.staged("model", hub.held)), groups=groups), self._look_at_parameters()
+        return self._staged(hub), self._look_at_parameters()
 
     def _options(self, specs: Sequence[TensorSpec]) -> ExportOptions:
         return replace(super()._options(specs), component=MERGED)
 
     def _prepare_directory(self, facts: Facts, passed: Sequence[str] = ()) -> None:
         # The notes beside an export are for resuming from it.
-        super()._prepare_directory(replace(facts, native={}, outside=frozenset(), excluded=()))
+        super()._prepare_directory(facts._replace(native={}, outside=(), excluded=()))
 
     def _beside(self, described: Described) -> list[Step]:
         return []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -237,13 +236,13 @@ def _unlike(file: FileLayout, header: Header) -> list[str]:
     return differences or [f"{file.name}: its header has other bytes than planned"]
 
 
-class RankFacts(NamedTuple):
-    """The facts of one rank, as they are gathered.
+class Facts(NamedTuple):
+    """What the ranks gather about a model: of one rank, or merged of all.
 
     Attributes:
-        quantized: Whether the rank has quantized parameters.
-        beside: Names of the state beside ordinary tensors, see `module_state_names`.
-        expectation: What its part of the model says about its files, where there is a base model to compare with.
+        quantized: Whether there are quantized parameters.
+        beside: For each rank the names of the state beside ordinary tensors, see `module_state_names`.
+        expectation: What the model says about its files, where there is a base model to compare with.
         native: Name of a tensor exported in another dtype -> its dtype in memory.
         outside: Names of tensors outside the exported model.
         excluded: Names of tensors that the class excludes from its files.
@@ -251,42 +250,24 @@ class RankFacts(NamedTuple):
     """
 
     quantized: bool
-    beside: list[list[str]]
-    expectation: Expectation | None = None
+    beside: list[list[list[str]]]
+    expectation: Expectation = Expectation()
     native: Mapping[str, str] = {}
     outside: Collection[str] = ()
     excluded: Collection[str] = ()
-    specs: Sequence[tuple[str, Sequence[int], str]] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """The merged `RankFacts` of all ranks; ``specs`` is empty where the written files show them."""
-
-    quantized: bool
-    beside: tuple[list[list[str]], ...]
-    expectation: Expectation
-    native: Mapping[str, str]
-    outside: frozenset[str]
-    excluded: tuple[str, ...]
-    specs: tuple[TensorSpec, ...]
-
-    @property
-    def has_beside(self) -> bool:
-        """Whether any rank has state beside ordinary tensors."""
-        return any(any(names) for names in self.beside)
+    specs: Sequence[TensorSpec] = ()
 
     @staticmethod
-    def of(notes: Sequence[JsonValue]) -> Facts:
-        """Merge the gathered `RankFacts` of all ranks."""
-        rows = [RankFacts(*cast("tuple[Any, ...]", note)) for note in notes]
-        specs = {name: (shape, dtype) for row in rows for name, shape, dtype in row.specs}
+    def merged(notes: Sequence[JsonValue]) -> Facts:
+        """Merge the gathered facts of all ranks."""
+        rows = [Facts(*cast("tuple[Any, ...]", note)) for note in notes]
+        specs = {name: TensorSpec(name, tuple(shape), dtype) for row in rows for name, shape, dtype in row.specs}
         return Facts(
             any(row.quantized for row in rows),
-            tuple(row.beside for row in rows),
-            _merged([Expectation(*row.expectation) for row in rows if row.expectation is not None]),
+            [names for row in rows for names in row.beside],
+            _merged([Expectation(*row.expectation) for row in rows]),
             {name: dtype for row in rows for name, dtype in row.native.items()},
             frozenset(name for row in rows for name in row.outside),
-            tuple(sorted({name for row in rows for name in row.excluded})),
-            tuple(TensorSpec(name, tuple(shape), dtype) for name, (shape, dtype) in specs.items()),
+            sorted({name for row in rows for name in row.excluded}),
+            tuple(specs.values()),
         )

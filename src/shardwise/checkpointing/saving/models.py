@@ -28,8 +28,8 @@ from shardwise.checkpointing.module_state import module_state_names, module_stat
 from shardwise.checkpointing.per_rank import model_steps
 from shardwise.checkpointing.saving.commits import Closing
 from shardwise.checkpointing.saving.header_checks import (
+    Expectation,
     Facts,
-    RankFacts,
     compare_with_base,
     compare_with_keys,
     expectation_of,
@@ -185,7 +185,7 @@ class ModelSave:
             meshes = MeshRegister(session.may_differ.of_model(listed.tensors, self.state.model))
             held.extend(held_tensors(((named.name, named.tensor) for named in listed.tensors), meshes))
             tensors.update(capture_distcp(session, "model", tensors_alone(self.state.state_dict())))
-            facts = RankFacts(self._describes and is_quantized(self._args), module_state_names(listed))
+            facts = Facts(self._describes and is_quantized(self._args), [module_state_names(listed)])
             if carries:
                 hub = session.names.capture(self.state)
                 specs = [tensor.spec for tensor in (*hub.held, *declared(hub.groups))]
@@ -193,7 +193,7 @@ class ModelSave:
             return Statement((held,), cast(JsonValue, facts))
 
         agreed = session.model_agreement.reach(describe, "describing the model")
-        facts, [roster] = Facts.of(agreed.notes), agreed.rosters
+        facts, [roster] = Facts.merged(agreed.notes), agreed.rosters
         if carries:
             self._carried = self._compare_with_base(facts.specs, facts)
         with session.group.together("preparing the model's directory"):
@@ -208,7 +208,7 @@ class ModelSave:
         """The steps that write module state, and add aliases to the manifest. All ranks call."""
         record = ComponentRecord(aliases=tuple(AliasRecord("model", alias, name) for alias, name in aliases.items()))
         session, steps = self._session, [lambda group: record]
-        if not facts.has_beside:
+        if not any(any(names) for names in facts.beside):
             return steps
         return [module_state_step(listing, facts.beside, self._directory, session.group, session.storage), *steps]
 
@@ -281,10 +281,10 @@ class ModelSave:
             exact = [*_uncomputed(own.exact, hub.groups), *hub.excluded] if self._exports else []
             captured.append((hub, own, exact))
             keys = session.config.model_state_dict_keys
-            facts = RankFacts(
+            facts = Facts(
                 quantized,
-                module_state_names(hub.listing),
-                expectation_of(self.state.model, hub.absent, keys) if has_expectation else None,
+                [module_state_names(hub.listing)],
+                expectation_of(self.state.model, hub.absent, keys) if has_expectation else Expectation(),
                 own.native,
                 sorted(own.outside),
                 [tensor.spec.name for tensor in hub.excluded],
@@ -293,7 +293,7 @@ class ModelSave:
 
         agreed = session.model_agreement.reach(describe, "describing the model")
         roster, computed, beside = agreed.rosters
-        return Described(*captured[0], roster, computed, beside, Facts.of(agreed.notes))
+        return Described(*captured[0], roster, computed, beside, Facts.merged(agreed.notes))
 
     def _ask_exporter(self) -> None:
         """Let the model's own metadata exporter refuse the save, on every rank. Local."""
@@ -314,12 +314,16 @@ class ModelSave:
             session.checked_state = hub
         # As long as the same is captured, the parameters are the same.
         quantized = session.is_quantized.get([hub], None, self._look_at_parameters)
+        return self._staged(hub), quantized
+
+    def _staged(self, hub: HubState) -> HubState:
         # In one call: each component has one piece of memory, which a second call would overwrite.
+        session = self._session
         natives = iter(session.staged("model.native", natives_of(hub.groups)))
         groups = tuple(replace(held, natives=tuple(islice(natives, len(held.natives)))) for held in hub.groups)
         staged = session.staged("model", [*hub.held, *hub.excluded])
         own = len(hub.held)
-        return replace(hub, held=tuple(staged[:own]), excluded=tuple(staged[own:]), groups=groups), quantized
+        return replace(hub, held=tuple(staged[:own]), excluded=tuple(staged[own:]), groups=groups)
 
     def _look_at_parameters(self) -> bool:
         session = self._session

@@ -153,10 +153,11 @@ def check_mapping(key: str, value: object) -> None:
         raise _not(key, value, "a dictionary")
 
 
-def check_stateful(value: object) -> None:
-    """Raise `MisuseError` unless an object has ``state_dict`` and ``load_state_dict``."""
+def check_stateful(value: object) -> str:
+    """Return "a state"; `MisuseError` unless an object has ``state_dict`` and ``load_state_dict``."""
     if not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):
         raise _not("state", value, "an object with state_dict() and load_state_dict()")
+    return "a state"
 
 
 def _several(value: object) -> Sequence[object]:

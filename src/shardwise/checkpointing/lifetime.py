@@ -221,12 +221,7 @@ class Lifetime:
     def of_ranks(self, call: str, state: Stateful) -> Session:
         """Begin a call that saves or loads one state per rank. All ranks call."""
         session = self.begin(call)
-
-        def look() -> str:
-            check_stateful(state)
-            return "a state"
-
-        check_same_call(call, look, {}, session.group)
+        check_same_call(call, lambda: check_stateful(state), {}, session.group)
         return session
 
     def looked(

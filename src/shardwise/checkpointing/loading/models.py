@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -34,7 +34,7 @@ from shardwise.checkpointing.per_rank import OwnRead, find_model
 from shardwise.checkpointing.session import Session
 from shardwise.checkpointing.shared_names import exported_modules
 from shardwise.comm import Group, JsonValue
-from shardwise.convert import HeldGroup, rename
+from shardwise.convert import rename
 from shardwise.disk.names import is_file
 from shardwise.engine.computed import OpenedComputed, open_computed
 from shardwise.engine.load import (
@@ -105,7 +105,7 @@ def open_model(
     own = find_model(session, state, path, opened.metadata.ranks)
     source, hub, options = opened.source, opened.hub, opened.options
     speaks_native = opened.differs and _speaks_native(hub, source, group)
-    computed = [] if speaks_native else [held for held in hub.groups if not _has_natives(held, source)]
+    computed = [] if speaks_native else [each for each in hub.groups if not _are_in(each.natives, source)]
 
     steps: list[Step] = []
 
@@ -242,16 +242,15 @@ def retitled(source: Source, names: Mapping[str, str]) -> Source:
     )
 
 
-def _has_natives(held: HeldGroup, source: Source) -> bool:
-    return all(tensor.spec.name in source.tensors for tensor in held.natives)
+def _are_in(held: Iterable[HeldTensor], source: Source) -> bool:
+    return all(tensor.spec.name in source.tensors for tensor in held)
 
 
 def _speaks_native(hub: HubState, source: Source, group: Group) -> bool:
     """Whether the source has the model's own names and lacks some of the hub's: another writer's state dict."""
     lacks = bool(names_lacking(source, hub))
-    has_all = all(tensor.spec.name in source.tensors for tensor in hub.native)
     # Stages may differ; a stage where both kinds of names are equal does not count.
-    return group.any(lacks, "comparing names") and not group.any(not has_all, "comparing names")
+    return group.any(lacks, "comparing names") and not group.any(not _are_in(hub.native, source), "comparing names")
 
 
 @dataclass(frozen=True, slots=True)

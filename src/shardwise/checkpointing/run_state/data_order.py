@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import logging
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field, replace
+from operator import length_hint
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
@@ -177,7 +178,7 @@ class DataOrder:
             self.epoch = epoch
         saved = self._saved.pop(name, None)
         if saved is None or saved.epoch != epoch:
-            if saved is not None and not saved.is_over and saved.count != _length(loader):
+            if saved is not None and not saved.is_over and saved.count != length_hint(loader, -1):
                 _LOG.warning(
                     "the checkpoint was saved in epoch %d, after %d batches; the loop leaves it for epoch %d",
                     saved.epoch,
@@ -236,14 +237,6 @@ class DataOrder:
 
 
 _END = object()
-
-
-def _length(loader: object) -> int | None:
-    """Number of batches of an epoch; ``None`` where the loader does not say."""
-    try:
-        return len(cast(Sized, loader))
-    except TypeError:
-        return None
 
 
 def _own_generators(loader: object) -> dict[str, torch.Generator]:

@@ -9,6 +9,7 @@ import random
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
 
 import torch
@@ -44,29 +45,17 @@ def of_accelerator() -> tuple[str, DeviceGenerators] | None:
     if device is None:
         return None
     module = torch.get_device_module(device)
-    has_all = all(hasattr(module, name) for name in ("device_count", "get_rng_state", "set_rng_state"))
-    if not has_all:
+    if not all(hasattr(module, name) for name in ("device_count", "get_rng_state", "set_rng_state")):
         return None
-    return device.type, cast(DeviceGenerators, module if hasattr(module, "current_device") else _Single(module))
-
-
-class _Single:
-    """Generators of a kind with a single device (``torch.mps``)."""
-
-    def __init__(self, module: object) -> None:
-        self._module = cast(DeviceGenerators, module)
-
-    def device_count(self) -> int:
-        return 1
-
-    def current_device(self) -> int:
-        return 0
-
-    def get_rng_state(self, device: int) -> torch.Tensor:
-        return self._module.get_rng_state()  # type: ignore[call-arg]
-
-    def set_rng_state(self, new_state: torch.Tensor, device: int) -> None:
-        self._module.set_rng_state(new_state)  # type: ignore[call-arg]
+    if not hasattr(module, "current_device"):  # a kind with a single device: torch.mps, whose functions take no number
+        get, put = module.get_rng_state, module.set_rng_state
+        module = SimpleNamespace(
+            device_count=lambda: 1,
+            current_device=lambda: 0,
+            get_rng_state=lambda device: get(),
+            set_rng_state=lambda new_state, device: put(new_state),
+        )
+    return device.type, cast(DeviceGenerators, module)
 
 
 class RandomState:

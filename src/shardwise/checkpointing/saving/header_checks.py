@@ -13,16 +13,16 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
+from shardwise.base.files import base_config
 from shardwise.base.layout import BaseModel
 from shardwise.checkpointing.shared_names import exported_modules
 from shardwise.comm import Group, JsonValue
 from shardwise.disk.guarded import open_regular, read_exactly
-from shardwise.disk.names import is_file, names_in
+from shardwise.disk.names import names_in
 from shardwise.engine.export import ExportPlan
 from shardwise.errors import ExportMismatchError, FormatError
 from shardwise.format.header import Header, read_header
 from shardwise.format.index import read_index
-from shardwise.format.json_file import read_json
 from shardwise.geometry import TensorSpec
 from shardwise.plan.layout import FileLayout, index_name
 from shardwise.stateful_wrappers.model_parts import config_of
@@ -164,15 +164,11 @@ def _accounted(
 
 
 def _base_config(directory: Path) -> Mapping[str, object]:
-    path = directory / "config.json"
-    if not is_file(path):
-        return {}
     try:
-        found = read_json(path)
+        return base_config(directory)
     except FormatError:
         # The base's config is not ours to judge: an unreadable one adds no expectation.
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _same_architecture(config: Mapping[str, object], expectation: Expectation) -> bool:

@@ -34,14 +34,9 @@ def torch_dtype(code: str) -> torch.dtype:
 
 
 def dtype_code(dtype: torch.dtype, name: str | None = None) -> str:
-    """Return the safetensors dtype code of a torch dtype.
+    """Return the safetensors dtype code of a torch dtype; ``name`` is the tensor's, for the error.
 
-    Args:
-        dtype: Any torch dtype.
-        name: Name of the tensor concerned, for the error.
-
-    Raises:
-        MisuseError: The format has no whole-byte code for the dtype (complex128, quantized and sub-byte dtypes).
+    `MisuseError` for dtypes without a whole-byte code in the format (complex128, quantized and sub-byte ones).
     """
     code = _tables()[1].get(dtype)
     if code is None:

@@ -169,11 +169,9 @@ def only_run(box: Box, shape: tuple[int, ...]) -> int | None:
 
 
 def runs(box: Box, shape: tuple[int, ...]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-    """Enumerate the runs of a box in file order.
+    """Enumerate the runs of a box in file order: first element in the tensor, number of elements, index of the run.
 
-    Yields:
-        ``(first element in the tensor, number of elements, index of the run along the outer dimensions)``. The last
-        is relative to the box.
+    The index is along the outer dimensions, and relative to the box.
     """
     if box.numel == 0:
         return
@@ -186,11 +184,7 @@ def runs(box: Box, shape: tuple[int, ...]) -> Iterator[tuple[int, int, tuple[int
 
 
 def split_rows(box: Box, parts: int, index: int) -> Box | None:
-    """Part ``index`` of ``parts`` nearly equal pieces along the first dimension that has more than one row.
-
-    Returns:
-        ``None`` where that piece is empty.
-    """
+    """Part ``index`` of ``parts`` nearly equal pieces along the first dimension of several rows; ``None`` if empty."""
     for dim, size in enumerate(box.sizes):
         if size > 1:
             low, high = size * index // parts, size * (index + 1) // parts
@@ -212,14 +206,8 @@ def tiles(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
 
     Linear in the number of boxes, whatever their order. Counting the corners of the boxes with alternating signs is a
     finite difference of "how many boxes cover this element", which determines that count; so the boxes tile the tensor
-    if and only if their corners add up to those of the tensor.
-
-    Args:
-        shape: Shape of the tensor; ``()`` for a scalar.
-        boxes: Regions of it; empty ones count for nothing.
-
-    Returns:
-        The answer; False also where the boxes split more than `MAX_SPLIT_DIMS` dimensions.
+    if and only if their corners add up to those of the tensor. Empty boxes count for nothing. False also where the
+    boxes split more than `MAX_SPLIT_DIMS` dimensions.
     """
     whole = Box.whole(shape)
     if not whole.numel:

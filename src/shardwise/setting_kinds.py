@@ -59,10 +59,8 @@ def names_unknown_keys(cls: _Class) -> _Class:
 def checked(field: _Field, value: object) -> object:
     """The value, if it is of its field's kind; a path that is to be text becomes text, any list of texts a list.
 
-    ``~/`` is the home directory where a setting names a place. Numbers and modes are checked elsewhere.
-
-    Raises:
-        ConfigError: It is of another kind.
+    ``~/`` is the home directory where a setting names a place. Numbers and modes are checked elsewhere. A value of
+    another kind is a `ConfigError`.
     """
     kind = str(field.type)
     if value is None and kind.endswith("| None"):

@@ -265,8 +265,8 @@ class Checkpointer:
             verify: ``sizes`` compares what is to be read with the manifest, in kind and size; ``digests`` also reads
                 every byte of it first, shared between the ranks. A checkpoint without a manifest is restored with a
                 warning.
-            key_mapping: Regular expression -> replacement, applied to the checkpoint's names of the model's tensors and
-                of the optimizer's parameters, in a DCP directory too; first match.
+            key_mapping: Regular expression -> replacement, applied to the checkpoint's names of the model's and the
+                average's tensors and of the optimizer's parameters, in a DCP directory too; first match.
             ema: The average that `save` was given, to be filled in place; its topology may differ as well.
             allow_new_parameters: Parameters that the saved optimizer did not update, as of a layer unfrozen since, are
                 no error: they start without optimizer state and are named in `RestoreRecord.fresh`.

@@ -170,12 +170,11 @@ def _open(life: Lifetime, what: WhatToRestore, path: Path, steers: bool) -> tupl
     session = life.session
     # As in a save, a rank may have states that other ranks lack.
     extras = session.group.any(bool(what.extra_state), "comparing what is to be restored")
-    wanted = {"model": True, "optim": steers, "extra": extras, "rng": life.config.save_rng}
-    wanted[MODEL_EMA] = what.ema is not None
-    components = [name for name, is_wanted in wanted.items() if is_wanted]
+    wanted = {"optim": steers, "extra": extras, "rng": life.config.save_rng, MODEL_EMA: what.ema is not None}
+    components = ["model", *(name for name, is_wanted in wanted.items() if is_wanted)]
     check_checkpoint(path, what.verify, session.group, life.storage, components=components, threads=session.threads)
     model = _open_component(session, what.model, model_place(path, session.group), what.key_mapping)
-    averaged = _open_ema(session, what.ema, path / MODEL_EMA) if what.ema is not None else None
+    averaged = None if what.ema is None else _open_ema(session, what.ema, path / MODEL_EMA, what.key_mapping)
     steering: OpenedOptimizer | None = None
     if steers:
         changes = Changes(what.key_mapping, what.allow_new_parameters)
@@ -277,9 +276,10 @@ def _open_component(
     return open_model(session, model, path, key_mapping=key_mapping, options=options)
 
 
-def _open_ema(session: Session, ema: Model, directory: Path) -> _OpenedAverage:
+def _open_ema(session: Session, ema: Model, directory: Path, key_mapping: Mapping[str, str] | None) -> _OpenedAverage:
     """Compare an average with a checkpoint's. All ranks call; nothing is changed."""
     average, saved = session.group.attempt(
         lambda: (own := Average.of(ema), own.find(directory)), "looking at the averaged model"
     )
-    return _open_component(session.of_model(MODEL_EMA), average.model, directory), partial(average.take_in, saved)
+    opened = _open_component(session.of_model(MODEL_EMA), average.model, directory, key_mapping)
+    return opened, partial(average.take_in, saved)

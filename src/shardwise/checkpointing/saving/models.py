@@ -141,7 +141,7 @@ class ModelSave:
             raise
         steps += model_steps(self._session, self.state, self._directory)
         if self._describes:
-            self.closing.append(self._copy_metadata)
+            self.closing.append(lambda group: copy_metadata(self._args) if group.is_main else None)
         if not self._addons:
             return steps
         # Other addons may read everything that is there, and communicate.
@@ -467,10 +467,6 @@ class ModelSave:
             write_file(self._session.storage, script, CONSOLIDATE_SCRIPT)
             with storage_errors(script):
                 self._session.storage.make_executable(script)
-
-    def _copy_metadata(self, group: Group) -> None:
-        if group.is_main:
-            copy_metadata(self._args)
 
     def _after(self, closing: Closing, group: Group) -> ComponentRecord:
         with group.together("finishing the model's directory"):

@@ -32,16 +32,16 @@ from bench.measure import Row
 from bench.ranks import Settings
 from shardwise.checkpointing.arguments import FirstExchange
 from shardwise.checkpointing.hub import HubState
-from shardwise.checkpointing.inference import without_collector
-from shardwise.checkpointing.loading.model_metadata import read_model_metadata
-from shardwise.checkpointing.loading.models import load_model
+from shardwise.checkpointing.loading.models import open_model, read_model_metadata
 from shardwise.checkpointing.parallel_ranks import ParallelRanks
+from shardwise.checkpointing.saving.hooks import ModelRequest
 from shardwise.checkpointing.saving.models import ModelSave
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.config import CheckpointingConfig
 from shardwise.disk.storage import LocalStorage
 from shardwise.engine.agreement import Agreement
+from shardwise.engine.collector import without_collector
 from shardwise.engine.export import ExportOptions, export_record, plan_export
 from shardwise.engine.load import LoadOptions
 from shardwise.format.header import arrange, encode_header
@@ -284,9 +284,7 @@ def _plan(model: nn.Module, rank: int, ranks: int, directory: Path) -> _Planned:
 
     def save() -> None:
         with without_collector():
-            ModelSave(
-                session, model, directory, [], tokenizer=None, peft_config=None, is_final=False, reserve=lambda: None
-            ).steps()
+            ModelSave(ModelRequest(session, model, directory)).steps()
 
     def look_at_modules() -> HubState:
         with without_collector():
@@ -381,7 +379,7 @@ class _Unread(LocalStorage):
 def _load(session: Session, model: nn.Module, path: Path) -> None:
     """All that a load does before it reads, on a rank that other ranks tell what is in the files."""
     with contextlib.suppress(_ReadingStarts), without_collector():
-        load_model(session, model, path, key_mapping=None, options=LoadOptions())
+        open_model(session, model, path, key_mapping=None, options=LoadOptions()).fill()
 
 
 def _planned(tensors: int, ranks: int, repeats: int, directory: Path) -> _Planned:

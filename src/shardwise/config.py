@@ -58,8 +58,6 @@ class CheckpointingConfig(Settings):
     ) -> Checkpointer:
         """Make the engine for this configuration; every rank calls it.
 
-        The engine is imported here because it is heavy: a configuration by itself is cheap.
-
         The three ranks may be left out. They are derived from the model at its first save or restore: from the names of
         the dimensions of its tensors' meshes, pipeline stages also from ``pp_group`` or from the tensors that each rank
         has, data-parallel ranks also from the order of those that have the same. One process by itself is rank 0 of
@@ -84,7 +82,7 @@ class CheckpointingConfig(Settings):
             StorageError: This process may not write to ``checkpoint_dir``.
             MisuseError: One of the ranks is no whole number from 0.
         """
-        from shardwise.checkpointing import Checkpointer
+        from shardwise.checkpointing import Checkpointer  # heavy, where a configuration by itself is cheap
 
         return Checkpointer(self, dp_rank, tp_rank, pp_rank, moe_mesh, process_group, pp_group, callbacks=callbacks)
 

@@ -115,16 +115,10 @@ class ShardwiseError(Exception):
     def from_record(record: Mapping[str, str | int | None]) -> ShardwiseError:
         """Rebuild the error described by ``record``; an unknown type becomes `RemoteError`."""
         cls = ShardwiseError.registry.get(str(record["type"]), RemoteError)
-        rank = record.get("rank")
-        path, tensor, hint = record.get("path"), record.get("tensor"), record.get("hint")
-        error = cls(
-            str(record["message"]),
-            path=path,
-            tensor=None if tensor is None else str(tensor),
-            rank=None if rank is None else int(rank),
-            hint=None if hint is None else str(hint),
-        )
-        code = record.get("errno")
+        tensor, hint = ((None if (text := record.get(key)) is None else str(text)) for key in ("tensor", "hint"))
+        rank, code = record.get("rank"), record.get("errno")
+        where = None if rank is None else int(rank)
+        error = cls(str(record["message"]), path=record.get("path"), tensor=tensor, rank=where, hint=hint)
         if isinstance(error, OSError) and isinstance(code, int):
             error.errno = code
         return error

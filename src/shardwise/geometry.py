@@ -17,29 +17,33 @@ from typing import NamedTuple
 
 from shardwise.errors import MisuseError
 
-#: Bytes per element of every dtype of the safetensors format that a torch tensor can have.
-#: Source: the ``Dtype`` enumeration of the safetensors format, whose order it keeps (it decides the order in a file).
-DTYPE_BYTES: dict[str, int] = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E5M2": 1,
-    "F8_E4M3": 1,
-    "F8_E8M0": 1,
-    "F8_E4M3FNUZ": 1,
-    "F8_E5M2FNUZ": 1,
-    "I16": 2,
-    "U16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "I32": 4,
-    "U32": 4,
-    "F32": 4,
-    "C64": 8,
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
+# Source: the ``Dtype`` enumeration of the safetensors format, whose order it keeps (it decides that in a file), and
+# the code that its Python binding (0.8) writes for each torch dtype.
+_DTYPES = {
+    "BOOL": (1, "bool"),
+    "U8": (1, "uint8"),
+    "I8": (1, "int8"),
+    "F8_E5M2": (1, "float8_e5m2"),
+    "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E8M0": (1, "float8_e8m0fnu"),
+    "F8_E4M3FNUZ": (1, "float8_e4m3fnuz"),
+    "F8_E5M2FNUZ": (1, "float8_e5m2fnuz"),
+    "I16": (2, "int16"),
+    "U16": (2, "uint16"),
+    "F16": (2, "float16"),
+    "BF16": (2, "bfloat16"),
+    "I32": (4, "int32"),
+    "U32": (4, "uint32"),
+    "F32": (4, "float32"),
+    "C64": (8, "complex64"),
+    "F64": (8, "float64"),
+    "I64": (8, "int64"),
+    "U64": (8, "uint64"),
 }
+#: Bytes per element of every dtype of the safetensors format that a torch tensor can have.
+DTYPE_BYTES = {code: nbytes for code, (nbytes, _) in _DTYPES.items()}
+#: torch's names of the same.
+TORCH_NAMES = {code: name for code, (_, name) in _DTYPES.items()}
 
 
 class _Spec(NamedTuple):
@@ -165,11 +169,9 @@ def only_run(box: Box, shape: tuple[int, ...]) -> int | None:
 
 
 def runs(box: Box, shape: tuple[int, ...]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-    """Enumerate the runs of a box in file order.
+    """Enumerate the runs of a box in file order: first element in the tensor, number of elements, index of the run.
 
-    Yields:
-        ``(first element in the tensor, number of elements, index of the run along the outer dimensions)``. The last
-        is relative to the box.
+    The index is along the outer dimensions, and relative to the box.
     """
     if box.numel == 0:
         return
@@ -182,11 +184,7 @@ def runs(box: Box, shape: tuple[int, ...]) -> Iterator[tuple[int, int, tuple[int
 
 
 def split_rows(box: Box, parts: int, index: int) -> Box | None:
-    """Part ``index`` of ``parts`` nearly equal pieces along the first dimension that has more than one row.
-
-    Returns:
-        ``None`` where that piece is empty.
-    """
+    """Part ``index`` of ``parts`` nearly equal pieces along the first dimension of several rows; ``None`` if empty."""
     for dim, size in enumerate(box.sizes):
         if size > 1:
             low, high = size * index // parts, size * (index + 1) // parts
@@ -208,14 +206,8 @@ def tiles(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
 
     Linear in the number of boxes, whatever their order. Counting the corners of the boxes with alternating signs is a
     finite difference of "how many boxes cover this element", which determines that count; so the boxes tile the tensor
-    if and only if their corners add up to those of the tensor.
-
-    Args:
-        shape: Shape of the tensor; ``()`` for a scalar.
-        boxes: Regions of it; empty ones count for nothing.
-
-    Returns:
-        The answer; False also where the boxes split more than `MAX_SPLIT_DIMS` dimensions.
+    if and only if their corners add up to those of the tensor. Empty boxes count for nothing. False also where the
+    boxes split more than `MAX_SPLIT_DIMS` dimensions.
     """
     whole = Box.whole(shape)
     if not whole.numel:

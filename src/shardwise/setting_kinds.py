@@ -59,10 +59,8 @@ def names_unknown_keys(cls: _Class) -> _Class:
 def checked(field: _Field, value: object) -> object:
     """The value, if it is of its field's kind; a path that is to be text becomes text, any list of texts a list.
 
-    ``~/`` is the home directory where a setting names a place. Numbers and modes are checked elsewhere.
-
-    Raises:
-        ConfigError: It is of another kind.
+    ``~/`` is the home directory where a setting names a place. Numbers and modes are checked elsewhere. A value of
+    another kind is a `ConfigError`.
     """
     kind = str(field.type)
     if value is None and kind.endswith("| None"):
@@ -97,11 +95,7 @@ def wrong_kind(key: str, value: object, wanted: str) -> ConfigError:
 
 
 def number_in_text(key: str, kind: str, value: object) -> object:
-    """A number that YAML may have read as text (``1e9``), by the annotation of its field; others as they are.
-
-    Raises:
-        ConfigError: It is not a number.
-    """
+    """A number that YAML may have read as text (``1e9``), by the annotation of its field; `ConfigError` for others."""
     if value is None and kind.endswith("| None"):
         return None
     if kind.startswith("float"):

@@ -23,9 +23,11 @@ __all__ = ["SaveConsolidatedMode", "SerializationFormat", "Settings"]
 # By the name under which users know the settings.
 logger = logging.getLogger("shardwise.config")
 
-_METRIC_MODES = ("min", "max")
-_SHARING_MODES = ("auto", "always", "never")
-_REPLICAS = ("compare", "first")
+_CHOICES = {
+    "best_metric_mode": ("min", "max"),
+    "share_replica_reads": ("auto", "always", "never"),
+    "replicas": ("compare", "first"),
+}
 # A URL keeps both slashes in a string; pathlib folds them into one. Two letters at least: "C:/" is a drive.
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:/")
 
@@ -40,9 +42,6 @@ class SerializationFormat(enum.StrEnum):
 
     SAFETENSORS = "safetensors"
     TORCH_SAVE = "torch_save"
-
-
-_SAVE_FORMATS = tuple(member.value for member in SerializationFormat)
 
 
 class SaveConsolidatedMode(enum.Enum):
@@ -241,12 +240,10 @@ class Settings:
             from huggingface_hub.constants import HF_HUB_CACHE
 
             self.model_cache_dir = HF_HUB_CACHE
-        self.model_save_format = SerializationFormat(
-            _choice("model_save_format", self.model_save_format, _SAVE_FORMATS)
-        )
-        self.best_metric_mode = _choice("best_metric_mode", self.best_metric_mode, _METRIC_MODES)
-        self.share_replica_reads = _choice("share_replica_reads", self.share_replica_reads, _SHARING_MODES)
-        self.replicas = _choice("replicas", self.replicas, _REPLICAS)
+        formats = tuple(member.value for member in SerializationFormat)
+        self.model_save_format = SerializationFormat(_choice("model_save_format", self.model_save_format, formats))
+        for key, choices in _CHOICES.items():
+            setattr(self, key, _choice(key, getattr(self, key), choices))
         self.save_consolidated = _normalize_save_consolidated(self.save_consolidated)
         for field in fields(self):
             setattr(self, field.name, checked(field, getattr(self, field.name)))
@@ -285,7 +282,6 @@ class Settings:
             )
 
     def _check_values(self) -> None:
-        self._check_adapters()
         if not isinstance(self.allow_legacy_pickle_restore, bool):
             raise ConfigError(
                 f"allow_legacy_pickle_restore is {self.allow_legacy_pickle_restore!r}",
@@ -298,10 +294,8 @@ class Settings:
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"{key} is {value!r}", hint="Use a whole number of at least 1, or leave it out.")
             if value is not None and key.startswith("keep_") and self.max_recent_checkpoints is None:
-                raise ConfigError(
-                    f"{key} has no effect while every checkpoint is kept",
-                    hint=f"Set max_recent_checkpoints too, or leave {key} out.",
-                )
+                hint = f"Set max_recent_checkpoints too, or leave {key} out."
+                raise ConfigError(f"{key} has no effect while every checkpoint is kept", hint=hint)
         if type(self.max_file_bytes) is not int or self.max_file_bytes < 1:
             raise ConfigError(f"max_file_bytes is {self.max_file_bytes!r}", hint="Use a positive number of bytes.")
         for key in ("consolidation_timeout_minutes", "collective_timeout_seconds"):
@@ -309,18 +303,12 @@ class Settings:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not math.isfinite(value) or value <= 0:
                 raise ConfigError(f"{key} is {value!r}", hint="Use a number greater than 0.")
-
-    def _check_adapters(self) -> None:
-        if self.per_rank_state is not None:
-            if not self.per_rank_state or not all(self.per_rank_state):
-                raise ConfigError(
-                    f"per_rank_state is {self.per_rank_state!r}", hint="List patterns of names, or leave it out."
-                )
-            if self.is_peft:
-                raise ConfigError(
-                    "per_rank_state has no effect where only an adapter is saved",
-                    hint="Leave per_rank_state out, or set is_peft to false.",
-                )
+        patterns = self.per_rank_state
+        if patterns is not None and not (patterns and all(patterns)):
+            raise ConfigError(f"per_rank_state is {patterns!r}", hint="List patterns of names, or leave it out.")
+        if patterns is not None and self.is_peft:
+            hint = "Leave per_rank_state out, or set is_peft to false."
+            raise ConfigError("per_rank_state has no effect where only an adapter is saved", hint=hint)
 
     def _check_remote(self) -> None:
         if not self.is_remote:

@@ -99,11 +99,7 @@ Callback = Callable[[CallRecord], object]
 
 
 class Recording:
-    """What is measured of one call. Threads may share it.
-
-    Args:
-        shows_progress: Whether long work of this call may show a bar on the terminal.
-    """
+    """What is measured of one call, whose long work may show a bar (``shows_progress``). Threads may share it."""
 
     def __init__(self, shows_progress: bool = False) -> None:
         self.shows_progress = shows_progress
@@ -113,14 +109,10 @@ class Recording:
         # One number for each thread, so that none waits for another's.
         self._tallies: dict[str, dict[int, int]] = {}
 
-    def add(self, name: str, begin: int, end: int) -> None:
-        """Take in a span of this thread, in nanoseconds of `time.perf_counter_ns`."""
-        thread = threading.current_thread().name
-        self._spans.append(Span(name, begin + self._wall, end + self._wall, thread))
-
-    def add_share(self, name: str, begin: int, end: int, thread: str, busy: int) -> None:
-        """Take in another thread's share of a phase."""
-        self._spans.append(Span(name, begin + self._wall, end + self._wall, thread, True, busy / 1e9))
+    def add(self, name: str, begin: int, end: int, thread: str = "", busy: int | None = None) -> None:
+        """Take in a span of this thread, or another's share, in nanoseconds of `time.perf_counter_ns`."""
+        own, share = thread or threading.current_thread().name, None if busy is None else busy / 1e9
+        self._spans.append(Span(name, begin + self._wall, end + self._wall, own, busy is not None, share))
 
     def tally(self, name: str) -> dict[int, int]:
         """The nanoseconds that each thread spent on ``name``, to be added to."""
@@ -253,4 +245,4 @@ class Shares:
     def _close(self) -> None:
         if self._into is not None:
             for thread, (begin, end, busy) in self._threads.items():
-                self._into.add_share(self._name, begin, end, self._names[thread], busy)
+                self._into.add(self._name, begin, end, self._names[thread], busy)

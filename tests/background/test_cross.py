@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
@@ -58,6 +59,7 @@ class Training:
     def __init__(self, seed: int, sharded: bool, steps: int) -> None:
         torch.manual_seed(seed)
         random.seed(seed)
+        numpy.random.seed(seed)  # other tests may have left the ranks different ones
         self.model: nn.Module = fully_shard(Net()) if sharded else Net()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 1, 0.5)

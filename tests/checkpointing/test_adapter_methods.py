@@ -155,3 +155,17 @@ def test_multitask_prompts_are_saved_as_peft_does_and_resumed(tmp_path: Path) ->
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_module_in_extra_state_beside_a_merged_export(tmp_path: Path) -> None:
+    config = CheckpointingConfig(
+        checkpoint_dir=str(tmp_path), is_peft=True, export_merged=True, save_consolidated="every", log_summary=False
+    )
+    head, again = nn.Linear(2, 2), nn.Linear(2, 2)
+    with config.build() as engine:
+        model = _lora()
+        path = engine.save(step=1, model=model, extra_state={"head": head})
+        engine.restore(model, extra_state={"head": again})
+    assert path is not None
+    assert (path / "model/consolidated/model.safetensors").is_file()
+    assert torch.equal(head.weight, again.weight)

@@ -238,6 +238,14 @@ def test_nothing_said_is_not_a_mistake(tmp_path: Path) -> None:
     assert run(2, save_nothing, tmp_path) == [None, None]
 
 
+@pytest.mark.parametrize("value", ["low", None, torch.ones(2), 10**400])
+def test_metrics_that_are_no_numbers(tmp_path: Path, value: object) -> None:
+    model, _, _ = training()
+    with pytest.raises(MisuseError, match="metric 'loss' is .* not a number.* Pass a number"):
+        engine(tmp_path).save(0, 1, model, metrics={"loss": value})  # type: ignore[dict-item]
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["", ".", 3])
 def test_extra_state_without_a_name(tmp_path: Path, name: object) -> None:
     model, _, _ = training()

@@ -115,6 +115,16 @@ def test_an_average_of_an_adapter_is_an_adapter(tmp_path: Path) -> None:
     assert (tmp_path / "epoch_0_step_1" / "model_ema" / "adapter_model.safetensors").is_file()
 
 
+def test_names_of_an_average_are_mapped_as_the_models_are(tmp_path: Path) -> None:
+    saved = nn.ModuleDict({"old": nn.Linear(3, 2)}), nn.ModuleDict({"old": nn.Linear(3, 2)})
+    model, average = nn.ModuleDict({"new": nn.Linear(3, 2)}), nn.ModuleDict({"new": nn.Linear(3, 2)})
+    with engine(tmp_path) as checkpointer:
+        checkpointer.save(step=1, model=saved[0], ema=saved[1])
+        checkpointer.restore(model, ema=average, key_mapping={"^old": "new"})
+    for before, after in zip(saved, (model, average), strict=True):
+        assert torch.equal(before["old"].weight, after["new"].weight)  # type: ignore[arg-type]
+
+
 def test_an_average_that_was_not_saved(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     averaged = AveragedModel(model)

@@ -295,6 +295,7 @@ def with_addons(root: Path, first: bool) -> list[str]:
     derived = Derived()
     addons: list[CheckpointAddon] = [ConsolidatedHFAddon(), derived] if first else [derived]
     config = CheckpointingConfig(checkpoint_dir=root, save_consolidated="every")
+    torch.manual_seed(0)  # other tests may have left the ranks different generators
     with Checkpointer(config, dist.get_rank(), 0, 0, addons=addons) as checkpointer:
         checkpointer.save_model(Configured(), root)
     assert (root / "model" / "consolidated" / "config.json").is_file()

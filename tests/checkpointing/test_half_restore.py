@@ -346,6 +346,18 @@ def read_error(root: Path) -> str:
     return ""
 
 
+def base_read_error(root: Path) -> str:
+    storage = Failing()
+    with Checkpointer(CheckpointingConfig(checkpoint_dir=root), storage=storage) as engine:
+        path = save(engine)
+        storage.fails = dist.get_rank() == 0
+        try:
+            engine.load_model(training(1).model, path / "model", is_init_step=True)
+        except StorageError as error:
+            return str(error)
+    return ""
+
+
 def left_over(root: Path) -> list[object]:
     messages: list[str] = []
 
@@ -448,3 +460,9 @@ def uneven_schedulers(root: Path, first: int, second: int) -> list[dict[str, obj
 def test_schedulers_that_only_some_ranks_have_are_not_lost(tmp_path: Path, first: int, second: int) -> None:
     found = run(2, uneven_schedulers, tmp_path, first, second)
     assert [len(states) for states in found] == [first, second]  # type: ignore[arg-type]
+
+
+def test_a_base_that_cannot_be_read_is_said_to_leave_half(tmp_path: Path) -> None:
+    said = run(2, base_read_error, tmp_path)
+    assert said[0] == said[1]
+    assert "the model is now partly overwritten" in said[0]  # type: ignore[operator]

@@ -211,6 +211,19 @@ def test_stages_of_a_mesh_have_no_name_in_common(tmp_path: Path) -> None:
     assert isinstance(failure(2, one_name_in_two_stages, tmp_path), NameCollisionError)
 
 
+def given_on_one(root: Path) -> None:
+    with config(root).build(1 if dist.get_rank() == 0 else None) as checkpointer:
+        checkpointer.save(step=1, model=net())
+        checkpointer.save_on_dp_ranks(Loader(0), "dataloader", root)
+
+
+def test_a_rank_that_was_given_on_one_process_and_derived_on_another(tmp_path: Path) -> None:
+    error = failure(2, given_on_one, tmp_path)
+    assert isinstance(error, MisuseError)
+    assert "dp_rank was given on some ranks, and that of another would be the same: [1, 1]" in str(error)
+    assert not (tmp_path / "dataloader").exists()
+
+
 def pipeline_group(root: Path) -> None:
     with config(root).build(pp_group=dist.group.WORLD) as checkpointer:
         checkpointer.save(step=1, model=net(range(1)))

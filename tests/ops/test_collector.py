@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.ops.damaged import save_dcp
 
+from shardwise.engine.collector import without_collector
 from shardwise.errors import CheckpointNotFoundError
-from shardwise.ops.collector import few_collections
 from shardwise.ops.consolidate import consolidate
 from shardwise.ops.verify import verify
 
 
-def test_thresholds_are_restored(tmp_path: Path) -> None:
-    before = gc.get_threshold()
-    with few_collections():
-        inside = gc.get_threshold()
-        with few_collections():
-            assert gc.get_threshold() == inside
-        assert gc.get_threshold() == inside
-    assert inside[0] > before[0]
-    assert gc.get_threshold() == before
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    enabled = gc.isenabled()
+    yield
+    (gc.enable if enabled else gc.disable)()
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_it_rests_inside_and_is_as_it_was_before(tmp_path: Path, is_on: bool) -> None:
+    (gc.enable if is_on else gc.disable)()
+    with without_collector():
+        with without_collector():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
     with pytest.raises(CheckpointNotFoundError):
         verify(tmp_path / "absent")
     import torch
 
     consolidate(save_dcp({"a": torch.ones(2)}, tmp_path / "dcp"), tmp_path / "export")
-    assert gc.get_threshold() == before
-
-
-def test_a_collector_that_is_off_stays_off() -> None:
-    before = gc.get_threshold()
-    try:
-        gc.set_threshold(0)
-        with few_collections():
-            assert gc.get_threshold()[0] == 0
-    finally:
-        gc.set_threshold(*before)
+    assert gc.isenabled() == is_on

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from shardwise.checkpointing.checkpointer import Checkpointer
-from shardwise.checkpointing.records import RestoreRecord
+from shardwise.checkpointing.reports import RestoreRecord
 from shardwise.settings import SaveConsolidatedMode
 
 if TYPE_CHECKING:

@@ -1,26 +1,37 @@
-"""Checks of arguments and settings before a call does anything: a mistake is the same named error on every rank."""
+"""Checks before a call does anything: arguments, settings, places. A mistake is the same named error on every rank.
+
+A time stamp in ``checkpoint_dir`` or node-local disks give every rank another directory, in which all of its writing
+succeeds. Two checks find this without another collective:
+
+1. every other rank sees, beside the unfinished save, the claim of rank 0 with the run's token;
+2. rank 0 sees every file that any rank wrote, with its size.
+"""
 
 from __future__ import annotations
 
 import logging
 import operator
 import os
+import socket
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from shardwise.checkpointing.saving.shared_directory import RootLocation, check_same_root
 from shardwise.comm import Group, JsonValue
-from shardwise.errors import AdapterError, ConfigError, MisuseError
+from shardwise.disk.names import is_directory, names_in, real_path, status
+from shardwise.disk.storage import IsLocal, Storage, why_not_writable
+from shardwise.engine.records import ComponentRecord
+from shardwise.errors import AdapterError, ConfigError, MisuseError, StorageError
+from shardwise.lifecycle import claimed_by, parse_checkpoint_name
 from shardwise.peft.models import is_whole_with_adapter
-from shardwise.settings import Settings
+from shardwise.settings import SaveConsolidatedMode, Settings
 from shardwise.stateful_wrappers.state_dict_overrides import refuse_fsdp1
 
 _LOG = logging.getLogger(__name__)
@@ -62,11 +73,7 @@ def check_arguments(model: object, optimizer: object = None, scheduler: object =
 
 
 def refuse_whole_adapter(parts: Sequence[nn.Module]) -> None:
-    """Refuse a model that peft has adapted and that is exported, now or later, as if it were not. Local.
-
-    Raises:
-        AdapterError: The model is adapted.
-    """
+    """Raise `AdapterError` if peft has adapted a model that is exported, now or later, as if it were whole. Local."""
     if is_whole_with_adapter(parts):
         raise AdapterError(
             "the model has an adapter of peft's in it, and is_peft is false: the names of a whole export would be "
@@ -80,11 +87,8 @@ def refuse_whole_adapter(parts: Sequence[nn.Module]) -> None:
 class FirstExchange:
     """What the ranks exchanged at the first call.
 
-    Attributes:
-        names_base: Whether the settings of any rank name a base model.
-        names_keys: Whether the settings of any rank list the base model's parameters.
-        locations: Where each rank's root directory is.
-        token: A text unique to this run, chosen by rank 0.
+    Whether the settings of any rank name a base model or list its parameters, where each rank's root directory is, and
+    a text unique to this run.
     """
 
     names_base: bool
@@ -97,11 +101,7 @@ _Row: TypeAlias = tuple[dict[str, str], list[bool], tuple[str, str, list[int] | 
 
 
 def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExchange:
-    """Raise `ConfigError` if ranks differ in a setting that would make them wait for each other. All ranks call.
-
-    Threads, time-outs and paths may differ between machines; on one machine ``checkpoint_dir`` has to be the same
-    directory for all ranks.
-    """
+    """Raise `ConfigError` if ranks differ in a setting they share, or in their root on one machine. All ranks call."""
     names_base = config.model_repo_id is not None or config.original_model_root_dir is not None
     values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in _OWN}
     values["staging_dir"] = "not given" if config.staging_dir is None else "given"
@@ -153,10 +153,11 @@ def check_mapping(key: str, value: object) -> None:
         raise _not(key, value, "a dictionary")
 
 
-def check_stateful(value: object) -> None:
-    """Raise `MisuseError` unless an object has ``state_dict`` and ``load_state_dict``."""
+def check_stateful(value: object) -> str:
+    """Return "a state"; `MisuseError` unless an object has ``state_dict`` and ``load_state_dict``."""
     if not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):
         raise _not("state", value, "an object with state_dict() and load_state_dict()")
+    return "a state"
 
 
 def _several(value: object) -> Sequence[object]:
@@ -165,3 +166,128 @@ def _several(value: object) -> Sequence[object]:
 
 def _not(label: str, value: object, wanted: str) -> MisuseError:
     return MisuseError(f"what was passed as {label} is a {type(value).__name__}", hint=f"Pass {wanted}.")
+
+
+_LOG = logging.getLogger(__name__)
+#: The environment variable that is used where the setting ``trace`` is not given.
+TRACE_VARIABLE = "SHARDWISE_TRACE"
+
+
+def check_building(config: Settings, storage: Storage | None, trace_dir: Path | None) -> None:
+    """Check when a checkpointer is built that it may write, and where: not after an hour of training. Local.
+
+    Nothing is made. A storage that keeps its files elsewhere is not asked. A ``checkpoint_dir`` with checkpoints may be
+    there to be restored from, so that this is only a warning.
+    """
+    if config.is_remote and storage is None:
+        raise ConfigError(
+            "checkpoint_dir is a URL, which the mounted file systems cannot reach",
+            path=config.checkpoint_dir,
+            hint="Set checkpoint_dir to a local or mounted directory, or pass a storage.",
+        )
+    if config.model_save_format == "torch_save" and config.consolidated_mode is SaveConsolidatedMode.EVERY:
+        raise ConfigError(
+            "save_consolidated is 'every', and model_save_format 'torch_save' writes no Hugging Face export",
+            hint="Set model_save_format to 'safetensors' for an export with every save, or save_consolidated to "
+            "'false' for DCP's files alone; `shardwise consolidate` makes an export of these later.",
+        )
+    if config.enabled and not config.is_remote and (storage is None or isinstance(storage, IsLocal)):
+        root = Path(config.checkpoint_dir).absolute()
+        local = root if storage is None else storage.local_path(root)
+        unwritable = _refusal(
+            "checkpoint_dir",
+            local,
+            "Set checkpoint_dir to a directory that this user may write to, or set enabled to false in a program that "
+            "only restores.",
+        )
+        if unwritable is not None:
+            if not is_directory(local) or not any(parse_checkpoint_name(name) for name in names_in(local)):
+                raise unwritable
+            _LOG.warning("no checkpoint can be saved: %s", unwritable)
+    if trace_dir is not None:
+        hint = f"Name another directory in the setting trace or in {TRACE_VARIABLE}."
+        if (no_trace := _refusal("trace", trace_dir, hint)) is not None:
+            raise no_trace
+
+
+def _refusal(setting: str, directory: Path, hint: str) -> StorageError | None:
+    reason = why_not_writable(directory)
+    if reason is None:
+        return None
+    error = StorageError(f"{setting} is {directory}, and {reason.strerror}", path=directory, hint=hint)
+    error.errno = reason.errno
+    return error
+
+
+_HINT = (
+    "Give every rank the same checkpoint_dir on a file system that all of them share: no time stamp or rank in its "
+    "name, no disk of one node's own."
+)
+
+
+class RootLocation(NamedTuple):
+    """Where a rank's root directory is: resolved, with device and number as that machine counts them."""
+
+    host: str
+    path: str
+    identity: Sequence[int] | None
+
+    @staticmethod
+    def own(root: Path) -> RootLocation:
+        """The location on this rank."""
+        path = real_path(root)
+        found = status(path)
+        identity = None if found is None or found.identity is None else list(found.identity)
+        return RootLocation(socket.gethostname(), str(path), identity)
+
+    def is_another(self, other: RootLocation) -> bool:
+        """Whether the two are certainly different directories; unknown (false) on different machines."""
+        if self.path == other.path or self.host != other.host:
+            return False
+        return self.identity is None or self.identity != other.identity
+
+    def __str__(self) -> str:
+        return f"{self.path} on {self.host}"
+
+
+def check_same_root(locations: Sequence[RootLocation]) -> None:
+    """Raise `ConfigError` if two ranks of one machine use different root directories."""
+    for rank, location in enumerate(locations):
+        first = next(number for number, other in enumerate(locations) if other.host == location.host)
+        if locations[first].is_another(location):
+            raise ConfigError(
+                f"checkpoint_dir is {locations[first].path} on rank {first} and {location.path} on rank {rank}",
+                hint=_HINT,
+            )
+
+
+def check_claim(directory: Path, name: str, token: str, group: Group, locations: Sequence[RootLocation]) -> None:
+    """Raise `StorageError` unless this rank sees rank 0's claim of saving ``name``, with this run's token. Local."""
+    found = claimed_by(directory, name)
+    if found != token:
+        seen = "another run is saving there" if found else "rank 0's save is not visible there"
+        raise StorageError(
+            f"rank {group.global_rank} writes {name} into {directory}, below {locations[group.rank]}, and {seen}; "
+            f"rank 0 writes below {locations[0]}",
+            path=directory,
+            hint=_HINT,
+        )
+
+
+def check_files_visible(directory: Path, records: Sequence[ComponentRecord], locations: Sequence[RootLocation]) -> None:
+    """Raise `StorageError` unless rank 0 sees every file that ``records`` list, with its size. Rank 0 calls."""
+    # A file in several records was written by the last of these ranks; rank 0 would see its own.
+    writers = {file.path: (rank, file) for rank, record in enumerate(records) for file in record.files}
+    for rank, file in writers.values():
+        path = directory / file.path
+        found = status(path)
+        size = None if found is None else found.size
+        if size != file.size:
+            sees = "does not see it" if size is None else f"sees {size:,} bytes"
+            raise StorageError(
+                f"rank {rank} wrote below {locations[rank]} {file.size:,} bytes of {file.path}, and rank 0, below "
+                f"{locations[0]}, {sees}",
+                path=path,
+                rank=rank,
+                hint=_HINT,
+            )

@@ -31,10 +31,7 @@ _INSIDE = "module."
 
 @dataclass(frozen=True, slots=True)
 class Average:
-    """An averaged model without its wrapper.
-
-    ``beside`` has views of the wrapper's own tensors by name; empty without a wrapper.
-    """
+    """An averaged model without its wrapper; ``beside`` has views of the wrapper's own tensors by name."""
 
     model: nn.Module | list[nn.Module]
     beside: Mapping[str, torch.Tensor]
@@ -78,12 +75,7 @@ class Average:
         return [local_step("writing the state of the averaged model's wrapper", write, main_only=True)]
 
     def find(self, directory: Path) -> Mapping[str, torch.Tensor]:
-        """Read the wrappers' saved tensors, by name, and compare them. Local; changes nothing.
-
-        Raises:
-            CheckpointNotFoundError: The checkpoint has no average, or no state of its wrapper.
-            StateFormatError: The saved state is damaged or belongs to another wrapper.
-        """
+        """Read the wrappers' saved tensors, by name, and compare them; an error if they are absent. Local."""
         if not is_directory(directory):
             raise CheckpointNotFoundError(
                 "the checkpoint was saved without an ema",

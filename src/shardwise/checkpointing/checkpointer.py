@@ -17,30 +17,24 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.addons import CheckpointAddon
 from shardwise.addons.base import SavesPretrained
-from shardwise.checkpointing.calls import check_same_call
-from shardwise.checkpointing.inference import public_call
-from shardwise.checkpointing.lifetime import Lifetime
+from shardwise.checkpointing.arguments import TRACE_VARIABLE, check_building
+from shardwise.checkpointing.lifetime import Lifetime, check_same_call, public_call, undisturbed
 from shardwise.checkpointing.loading import base_model
 from shardwise.checkpointing.loading import whole as loading
 from shardwise.checkpointing.loading.foreign_optimizers import Changes
 from shardwise.checkpointing.loading.restoring import Stateful
 from shardwise.checkpointing.optimizers import Optimizers, Schedulers
-from shardwise.checkpointing.parallel_ranks import Coordinates, ParallelRanks
-from shardwise.checkpointing.places import TRACE_VARIABLE, check_places
-from shardwise.checkpointing.records import RestoreRecord
-from shardwise.checkpointing.reports import Reports
-from shardwise.checkpointing.run_state.ranks import load_rank_state, save_rank_state
-from shardwise.checkpointing.saving import components
+from shardwise.checkpointing.parallel_ranks import ParallelRanks
+from shardwise.checkpointing.reports import Reports, RestoreRecord
+from shardwise.checkpointing.run_state.extras import load_rank_state, save_rank_state
+from shardwise.checkpointing.saving import whole as saving
 from shardwise.checkpointing.saving.models import default_addons
-from shardwise.checkpointing.saving.request import WhatToSave
-from shardwise.checkpointing.saving.whole import save_checkpoint
 from shardwise.comm import ABSENT_SECONDS
 from shardwise.disk.storage import LocalStorage, Storage
 from shardwise.engine.device_streams import DeviceStreams
 from shardwise.engine.verify import VerifyLevel
-from shardwise.errors import ConfigError
 from shardwise.lifecycle import CheckpointInfo, PreemptionGuard, latest_step, list_checkpoints
-from shardwise.settings import SaveConsolidatedMode, Settings
+from shardwise.settings import Settings
 from shardwise.stateful_wrappers.model import Model
 from shardwise.timing import Callback, CallRecord
 
@@ -65,12 +59,9 @@ class Checkpointer:
         pp_group: The ranks of this pipeline, in the order of the stages; addons are given it.
         addons: Hooks around the writing of a model, instead of the default ones (`ConsolidatedHFAddon`, or `PeftAddon`
             with ``is_peft``).
-        storage: Where data is written to and read from, and names are made and renamed; the mounted file systems by
-            default.
-        device_streams: How copies from accelerators are ordered among their other work, in asynchronous mode; torch's
-            own streams by default.
-        absent_seconds: When some ranks have waited so long for others to make the same call, one warning names those
-            that have not come.
+        storage: Where data is written and read, and names are made and renamed; the mounted file systems by default.
+        device_streams: How asynchronous copies from accelerators are ordered; among torch's own streams by default.
+        absent_seconds: After how long a wait for ranks to make the same call one warning names those that have not.
         callbacks: Called on every rank with the `CallRecord` of each save and load that is over, in asynchronous mode
             by the thread that saves. An error in one is logged and changes nothing.
 
@@ -99,21 +90,9 @@ class Checkpointer:
         self.config = config
         self.dp_rank, self.tp_rank, self.pp_rank = dp_rank, tp_rank, pp_rank
         self.moe_mesh, self.pp_group = moe_mesh, pp_group
-        if config.is_remote and storage is None:
-            raise ConfigError(
-                "checkpoint_dir is a URL, which the mounted file systems cannot reach",
-                path=config.checkpoint_dir,
-                hint="Set checkpoint_dir to a local or mounted directory, or pass a storage.",
-            )
-        if config.model_save_format == "torch_save" and config.consolidated_mode is SaveConsolidatedMode.EVERY:
-            raise ConfigError(
-                "save_consolidated is 'every', and model_save_format 'torch_save' writes no Hugging Face export",
-                hint="Set model_save_format to 'safetensors' for an export with every save, or save_consolidated to "
-                "'false' for DCP's files alone; `shardwise consolidate` makes an export of these later.",
-            )
         trace = config.trace or os.environ.get(TRACE_VARIABLE)
         trace_dir = None if not trace else Path(trace).absolute()
-        check_places(config, storage, trace_dir)
+        check_building(config, storage, trace_dir)
         self._life = Lifetime(
             config,
             ParallelRanks(dp_rank, tp_rank, pp_rank, pp_group),
@@ -204,8 +183,7 @@ class Checkpointer:
         """Save one whole checkpoint ``epoch_E_step_S``, published atomically at its end. All ranks call.
 
         Args:
-            epoch: Epoch, not negative. Left out, it is the one that `batches` was called with last, or that the last
-                save or restore was of, whichever came later; 0 where there was none.
+            epoch: Epoch, not negative. By default the one of the last `batches`, save or restore; 0 before any.
             step: Global step, not negative.
             model: The model, or this rank's pipeline stages.
             optimizer: One, or several.
@@ -221,8 +199,7 @@ class Checkpointer:
             ema: The moving average of the model: a module (torch's ``AveragedModel`` is looked into), or the averages
                 of this rank's stages. It is saved in ``model_ema`` as the model is in ``model``: the same names, files,
                 configuration and tokenizer, and an export where the model has one.
-            dataloader: The loader whose position is to be saved: one that keeps its own (torchdata's
-                ``StatefulDataLoader``), or any that the loop iterates over with `batches`.
+            dataloader: The loader whose position is saved: torchdata's ``StatefulDataLoader``, or any in `batches`.
 
         Returns:
             The checkpoint's directory (in asynchronous mode: where it will be), or ``None`` where checkpointing is
@@ -241,7 +218,7 @@ class Checkpointer:
             >>> checkpointer.save(1, 20, model, optimizer, metrics={"loss": 2.5}).name
             'epoch_1_step_20'
         """
-        what, mistake = WhatToSave.of(positional, named, self._life.order.epoch)
+        what, mistake = saving.WhatToSave.of(positional, named, self._life.order.epoch)
         rest = replace(
             what,
             tokenizer=tokenizer,
@@ -252,7 +229,7 @@ class Checkpointer:
             ema=ema,
             dataloader=dataloader,
         )
-        return save_checkpoint(self._life, rest, mistake)
+        return saving.save_checkpoint(self._life, rest, mistake)
 
     @public_call
     def restore(
@@ -288,12 +265,11 @@ class Checkpointer:
             verify: ``sizes`` compares what is to be read with the manifest, in kind and size; ``digests`` also reads
                 every byte of it first, shared between the ranks. A checkpoint without a manifest is restored with a
                 warning.
-            key_mapping: Regular expression -> replacement, applied to the checkpoint's names of the model's tensors and
-                of the optimizer's parameters, in a DCP directory too; first match.
+            key_mapping: Regular expression -> replacement, applied to the checkpoint's names of the model's and the
+                average's tensors and of the optimizer's parameters, in a DCP directory too; first match.
             ema: The average that `save` was given, to be filled in place; its topology may differ as well.
-            allow_new_parameters: Parameters that the saved optimizer did not update, as of a layer that was unfrozen
-                since, start without optimizer state and are named in `RestoreRecord.fresh`; otherwise they are an
-                error.
+            allow_new_parameters: Parameters that the saved optimizer did not update, as of a layer unfrozen since, are
+                no error: they start without optimizer state and are named in `RestoreRecord.fresh`.
             dataloader: The loader that `save` was given. Its position is restored exactly, or it is an error: where it
                 was not saved, or was saved on another number of ranks. Iterate over `batches` afterwards.
 
@@ -379,7 +355,7 @@ class Checkpointer:
         is_final_checkpoint: bool = False,
     ) -> None:
         """Write ``weights_path/model``; an earlier one is replaced as a whole. All ranks call."""
-        components.save_model(self._life, model, weights_path, peft_config, tokenizer, is_final_checkpoint)
+        saving.save_model(self._life, model, weights_path, peft_config, tokenizer, is_final_checkpoint)
 
     @public_call
     def load_model(
@@ -415,7 +391,7 @@ class Checkpointer:
         self, optimizer: Optimizers, model: Model, weights_path: str | Path, scheduler: Schedulers | None = None
     ) -> None:
         """Write ``weights_path/optim``; an earlier one is replaced as a whole. All ranks call."""
-        components.save_optimizer(self._life, optimizer, model, weights_path, scheduler)
+        saving.save_optimizer(self._life, optimizer, model, weights_path, scheduler)
 
     @public_call
     def load_optimizer(
@@ -433,13 +409,10 @@ class Checkpointer:
         Args:
             optimizer: The optimizer or optimizers: torch's, and containers and wrappers of such.
             model: The model, or this rank's pipeline stages.
-            weights_path: The directory around ``optim``; or a DCP directory, or one around ``optim`` as DCP wrote it,
-                with an optimizer's state in any of torch's layouts.
+            weights_path: The directory around ``optim``, ours or DCP's, or a DCP directory, in any of torch's layouts.
             scheduler: The scheduler or schedulers.
-            key_mapping: Regular expression -> replacement, applied to the checkpoint's names of parameters; first
-                match.
-            allow_new_parameters: Parameters that the saved optimizer did not update, as of a layer that was unfrozen
-                since, start without state; otherwise they are an error.
+            key_mapping: Regular expression -> replacement, applied to the saved names of parameters; first match.
+            allow_new_parameters: Parameters that the saved optimizer did not update start without state; else an error.
 
         Examples:
             >>> checkpointer.save_optimizer(optimizer, model, "weights")
@@ -459,9 +432,7 @@ class Checkpointer:
         coordinates = self._life.ranks.all_coordinates(session.group)
         own = coordinates[session.group.rank]
         # Ranks that share a sequence (context parallelism) have the same coordinates: one of them writes.
-        writes = (
-            coordinates.index(Coordinates(own.dp, 0, 0)) == session.group.rank if (own.tp, own.pp) == (0, 0) else False
-        )
+        writes = (own.tp, own.pp) == (0, 0) and coordinates.index(own) == session.group.rank
         save_rank_state(session, state, state_name, Path(path).absolute(), f"dp_rank_{own.dp}", writes)
 
     @public_call
@@ -493,12 +464,12 @@ class Checkpointer:
     # --- base models ------------------------------------------------------------------------------------------------
 
     @staticmethod
-    @public_call
     def initialize_model_weights(
         model: nn.Module, device: torch.device | str, peft_init_method: str | None = None
     ) -> None:
         """Give a meta-device model memory on ``device`` and fresh weights by its own code. All ranks call."""
-        base_model.initialize_model_weights(model, torch.device(device), peft_init_method)
+        with undisturbed():
+            base_model.initialize_model_weights(model, torch.device(device), peft_init_method)
 
     @public_call
     def load_base_model(

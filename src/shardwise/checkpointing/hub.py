@@ -1,19 +1,18 @@
-"""A model's tensors under the names of its Hugging Face files."""
+"""A model's tensors under the names of its Hugging Face files, and in the dtypes of an export."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
-from shardwise.checkpointing.exported_part import check_outside, exported_part, outer_names
-from shardwise.checkpointing.saving.config_ties import expected_ties
-from shardwise.checkpointing.shared_names import shared_names
+from shardwise.checkpointing.shared_names import check_outside, expected_ties, exported_part, outer_names, shared_names
 from shardwise.convert import Conversion, HeldGroup, adapter_of, check_adapter, conversion_of, kept_out, to_hub
+from shardwise.dtypes import FLOATS
 from shardwise.errors import MisuseError
-from shardwise.geometry import TensorSpec
+from shardwise.geometry import DTYPE_BYTES, TensorSpec
 from shardwise.plan.deferred import deferred
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
@@ -61,6 +60,17 @@ class HubState:
     def unwritten_aliases(self) -> dict[str, str]:
         """Alias that is not written -> the name under which the tensor is written."""
         return {alias: name for alias, name in self.kept.items() if alias not in self.copies}
+
+    @property
+    def native_names(self) -> frozenset[str]:
+        """The model's own names."""
+        return frozenset(tensor.spec.name for tensor in self.native)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names in files, also of tensors that have to be computed."""
+        computed = (spec.name for group in self.groups for spec in group.computed.hub)
+        return frozenset((*(tensor.spec.name for tensor in self.held), *computed))
 
     @property
     def once(self) -> HubState:
@@ -187,10 +197,7 @@ def _joined(conversion: Conversion, own: Sequence[HeldTensor]) -> dict[str, tupl
 
 
 def require_memory(tensors: Iterable[tuple[str | None, torch.Tensor]], lacking: str) -> None:
-    """Raise `MisuseError` if one of a model's tensors is on the meta device.
-
-    ``lacking`` says in the message what the model lacks: "values to save".
-    """
+    """Raise `MisuseError` if one of a model's tensors is on the meta device and lacks values, or memory."""
     for name, tensor in tensors:
         what = deferred(local_part(tensor)) if tensor.is_meta else None
         if tensor.is_meta and (what is None or what.device.type == "meta"):
@@ -212,3 +219,45 @@ def memory_of(held: Iterable[HeldTensor]) -> Iterator[tuple[str, torch.Tensor]]:
 def natives_of(groups: Sequence[HeldGroup]) -> list[HeldTensor]:
     """The native tensors of groups that have to be computed."""
     return [tensor for group in groups for tensor in group.natives]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recast:
+    """This rank's tensors in the base model's dtypes.
+
+    Attributes:
+        export: The tensors to export, each in the dtype that the base has it in.
+        exact: The original tensors where the base's dtype cannot hold their values exactly: a run that trains in
+            float32 from a bfloat16 base exports bfloat16 and resumes from float32.
+        native: Name of a tensor exported in another dtype -> its dtype in memory.
+        outside: Names of tensors outside the exported model; they are in ``exact``.
+    """
+
+    export: Sequence[HeldTensor]
+    exact: Sequence[HeldTensor]
+    native: Mapping[str, str]
+    outside: Collection[str]
+
+    @staticmethod
+    def of(held: Sequence[HeldTensor], base: Mapping[str, TensorSpec] | None, outside: Collection[str]) -> Recast:
+        """Give tensors the dtypes of the base, where both are of ordinary weights; for shards there is no base."""
+        if base is None or not (base or outside):
+            return Recast(list(held), [], {}, outside)
+        export, exact, native = [], [], {}
+        for tensor in held:
+            if tensor.spec.name in outside:
+                exact.append(tensor)
+                continue
+            known = base.get(tensor.spec.name)
+            have = tensor.spec.dtype
+            if known is None or known.dtype == have:
+                export.append(tensor)
+                continue
+            native[tensor.spec.name] = have
+            if not {known.dtype, have} <= FLOATS.keys():
+                export.append(tensor)
+                continue
+            export.append(tensor._replace(spec=tensor.spec._replace(dtype=known.dtype)))
+            if DTYPE_BYTES[known.dtype] <= DTYPE_BYTES[have]:
+                exact.append(tensor)
+        return Recast(export, exact, native, outside)

@@ -1,13 +1,19 @@
-"""A checkpointer's state from its first call to its last: the session, the background thread, the run's history."""
+"""A checkpointer's calls, and its state from the first to the last: the session, the background thread, the history.
+
+Every call has around it its storage, no inference mode and no collector, and begins with an exchange: all ranks make
+the same.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import wraps
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
@@ -15,7 +21,6 @@ from torch.distributed import ProcessGroup
 
 from shardwise.addons import CheckpointAddon
 from shardwise.checkpointing.arguments import check_arguments, check_same_settings, check_stateful, refuse_alone
-from shardwise.checkpointing.calls import Turn, check_same_call, own_state, take_turn
 from shardwise.checkpointing.loading.restoring import Stateful
 from shardwise.checkpointing.optimizers import Optimizers
 from shardwise.checkpointing.parallel_ranks import ParallelRanks
@@ -24,59 +29,164 @@ from shardwise.checkpointing.run_state.data_order import DataOrder
 from shardwise.checkpointing.saving.commits import RunLine
 from shardwise.checkpointing.saving.torch_format import tensors_alone
 from shardwise.checkpointing.session import Session
-from shardwise.comm import Group
-from shardwise.disk.storage import Storage
+from shardwise.comm import Group, JsonValue
+from shardwise.disk.storage import Storage, using
 from shardwise.engine.background import Background, waiting_for_copies
+from shardwise.engine.collector import without_collector
 from shardwise.engine.device_streams import AcceleratorStreams, DeviceStreams
 from shardwise.engine.jobs import Commit, SaveJob, Step
 from shardwise.engine.staging import Stager
+from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.settings import Settings
 from shardwise.stateful_wrappers import ModelState, OptimizerState
 from shardwise.stateful_wrappers.model import Model
+from shardwise.timing import phase
 
 _LOG = logging.getLogger(__name__)
 
 
+@phase("agree")
+def check_same_call(
+    call: str, look: Callable[[], str], given: Mapping[str, bool], group: Group, note: JsonValue = None
+) -> list[JsonValue]:
+    """Check that all ranks make the same call with the same kinds of arguments; `MisuseError` if not. All ranks call.
+
+    Every call begins with this exchange, so that two different calls that meet are named at once.
+
+    Args:
+        call: The method and its target, as messages show it: ``save(epoch_0_step_1)``.
+        look: Checks this rank's arguments and returns what is saved; a constant text where that does not depend on
+            the caller. An error on one rank is raised on all.
+        given: Name of an optional argument that decides which collectives follow -> whether it was passed.
+        group: The ranks that save or load together.
+        note: Another value to gather from every rank; the notes are returned.
+    """
+    names = sorted(key for key, is_given in given.items() if is_given)
+    with group.coming(call):
+        rows = group.gather(
+            lambda: [call, look(), cast(JsonValue, names), note], "looking at what is to be saved or loaded"
+        )
+    everyone = cast(list[tuple[str, str, list[str], JsonValue]], rows)
+    first_call, first, passed, _ = everyone[0]
+    for rank, (theirs, _, _, _) in enumerate(everyone):
+        if theirs.partition("(")[0] != first_call.partition("(")[0]:
+            raise MisuseError(
+                f"rank 0 calls {first_call} and rank {rank} calls {theirs}",
+                hint="Call the same methods on every rank, in the same order.",
+            )
+    for rank, (_, theirs, they_passed, _) in enumerate(everyone):
+        if theirs != first:
+            raise MisuseError(
+                f"rank 0 saves {first} and rank {rank} saves {theirs}",
+                hint="Count epochs and steps alike on every rank.",
+            )
+        if they_passed != passed:
+            odd = sorted({*passed} ^ {*they_passed})[0]
+            has, lacks = (0, rank) if odd in passed else (rank, 0)
+            raise MisuseError(
+                f"{odd} was passed on rank {has} and not on rank {lacks}",
+                hint="Pass the same arguments on every rank; a rank without stages passes empty lists.",
+            )
+    return [note for _, _, _, note in everyone]
+
+
+class Turn(NamedTuple):
+    """Whether a save is made, and the error of the previous save, the same on every rank.
+
+    A save is skipped while the previous one is still being written, if the settings say not to wait for it.
+    """
+
+    skipped: bool = False
+    earlier: ShardwiseError | None = None
+
+    @staticmethod
+    def of(states: list[JsonValue]) -> Turn:
+        """Decide from all ranks' `Lifetime.own_state`; raises the last save's error if no other can be written."""
+        everyone = cast(list[tuple[bool, bool, dict[str, str | int | None] | None]], states)
+        records = [record for _, _, record in everyone if record is not None]
+        earlier = None
+        if records:
+            earlier = ShardwiseError.from_record(records[0])
+            earlier.message = f"an earlier save failed in the background: {earlier.message}"
+            earlier.args = (earlier.message,)
+        if any(is_broken for _, is_broken, _ in everyone):
+            if earlier is None:
+                earlier = MisuseError("the ranks have lost touch in an earlier save", hint="Restart the job.")
+            earlier.message += "; its ranks have lost touch, and the save that was asked for now was not made"
+            raise earlier
+        return Turn(any(is_busy for is_busy, _, _ in everyone), earlier)
+
+
+class HasStorage(Protocol):
+    """Something whose calls have a storage."""
+
+    @property
+    def storage(self) -> Storage:
+        """What they look at names in, and read from and write to."""
+        ...
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Run as outside of ``torch.inference_mode``, and without the collector.
+
+    Every tensor that is made inside of that mode refuses for good to be changed in place outside of it: staging memory
+    that the next save fills, an optimizer's state that the next step updates, a parameter that was given its memory.
+    """
+    is_inferring = torch.is_inference_mode_enabled()
+    with without_collector(), torch.inference_mode(False) if is_inferring else nullcontext():
+        yield
+
+
+def public_call(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a method of something that `HasStorage` use that storage, and run it `undisturbed`."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with using(cast(HasStorage, args[0]).storage), undisturbed():
+            return function(*args, **kwargs)
+
+    return call
+
+
+@dataclass
 class Lifetime:
     """Opens the session at the first call, lets saves take turns, and finishes what is pending at the end.
 
     Attributes:
         made: The session, from the first call on.
         background: Writes asynchronous saves, from the first call on; ``None`` in synchronous mode.
-        reports: Tells the user of saves and loads.
-        order: The state of the run's random number generators and data loaders.
         line: Which checkpoints the run has restored and saved.
         is_tidied: Whether leftovers of interrupted saves have been removed.
         ends: Whether a component of the run's final checkpoint was saved.
         leaves: Whether the ranks have been asked to stop.
     """
 
-    def __init__(
-        self,
-        config: Settings,
-        ranks: ParallelRanks,
-        process_group: ProcessGroup | None,
-        pp_group: ProcessGroup | None,
-        addons: list[CheckpointAddon],
-        storage: Storage,
-        device_streams: DeviceStreams | None,
-        absent_seconds: float,
-        reports: Reports,
-    ) -> None:
-        self.config, self.ranks, self.addons = config, ranks, addons
-        self.storage, self.reports = storage, reports
-        self._process_group, self.pp_group = process_group, pp_group
-        self._device_streams, self._absent_seconds = device_streams, absent_seconds
+    config: Settings
+    ranks: ParallelRanks
+    process_group: ProcessGroup | None
+    pp_group: ProcessGroup | None
+    addons: list[CheckpointAddon]
+    storage: Storage
+    device_streams: DeviceStreams | None
+    absent_seconds: float
+    reports: Reports
+    made: Session | None = None
+    background: Background | None = None
+    order: DataOrder = field(default_factory=DataOrder)
+    line: RunLine = field(default_factory=RunLine)
+    is_tidied: bool = False
+    ends: bool = False
+    leaves: bool = False
+
+    def __post_init__(self) -> None:
         # Resolved once: a training script may change its working directory, and its checkpoints stay together.
-        self.root = Path(config.checkpoint_dir).absolute()
-        self._staging_dir = None if config.staging_dir is None else Path(config.staging_dir).absolute()
-        self.made: Session | None = None
-        self.background: Background | None = None
-        self.order = DataOrder()
-        self.line = RunLine()
-        self.is_tidied = False
-        self.ends = False
-        self.leaves = False
+        self.root = Path(self.config.checkpoint_dir).absolute()
+        self._staging_dir = None if self.config.staging_dir is None else Path(self.config.staging_dir).absolute()
 
     @property
     def session(self) -> Session:
@@ -93,10 +203,10 @@ class Lifetime:
                 parts = self.config, group, self.storage, self.ranks, self.root, first_exchange, self._staging_dir
                 made = Session(*parts, self.pp_group)
                 if self.config.is_async:
-                    self.background = Background(self._meet(call), self._device_streams)
+                    self.background = Background(self._meet(call), self.device_streams)
                     made.stager = self.background.stager
                 elif self.config.cpu_offload:
-                    made.stager = Stager(self._device_streams)
+                    made.stager = Stager(self.device_streams)
             except BaseException:
                 group.close()
                 raise
@@ -105,18 +215,13 @@ class Lifetime:
 
     def _meet(self, call: str) -> Group:
         return Group.dedicated(
-            self._process_group, self.config.collective_timeout_seconds, call, absent_seconds=self._absent_seconds
+            self.process_group, self.config.collective_timeout_seconds, call, absent_seconds=self.absent_seconds
         )
 
     def of_ranks(self, call: str, state: Stateful) -> Session:
         """Begin a call that saves or loads one state per rank. All ranks call."""
         session = self.begin(call)
-
-        def look() -> str:
-            check_stateful(state)
-            return "a state"
-
-        check_same_call(call, look, {}, session.group)
+        check_same_call(call, lambda: check_stateful(state), {}, session.group)
         return session
 
     def looked(
@@ -124,34 +229,28 @@ class Lifetime:
         model: Model,
         optimizer: object = None,
         scheduler: object = None,
-        name: str = "model",
         *,
         saves: bool = False,
         is_run: bool = True,
     ) -> str:
-        """Check the arguments, make the model's memory safe to use from other threads, and return ``name``. Local.
+        """Check the arguments, make the model's memory safe to use from other threads, and return "model". Local.
 
         In asynchronous mode a save (``saves``) orders its own copies, so nobody waits. The meshes of the run's own
-        model (``is_run``) give the parallel ranks; those of a base model or an average do not.
-
-        Raises:
-            MisuseError: An argument has a wrong type, or a parallel rank was given that contradicts the model's meshes.
+        model (``is_run``) give the parallel ranks, and may contradict given ones (`MisuseError`); those of a base model
+        or an average do not.
         """
         check_arguments(model, optimizer, scheduler)
         if is_run:
             self.ranks.look([model] if isinstance(model, nn.Module) else model)
         if not (saves and self.config.is_async):
             self._settle(model)
-        return name
+        return "model"
 
     def _settle(self, model: Model) -> None:
-        """Wait for this thread's queued work on the model's devices before other threads read or fill its memory.
-
-        Those threads queue their work on other streams.
-        """
-        if self._device_streams is None and not torch.accelerator.is_available():
+        """Wait for this thread's work on the model's devices: threads that use its memory have other streams."""
+        if self.device_streams is None and not torch.accelerator.is_available():
             return
-        streams = self._device_streams or AcceleratorStreams()
+        streams = self.device_streams or AcceleratorStreams()
         parts = [model] if isinstance(model, nn.Module) else model
         tensors = chain.from_iterable(chain(part.parameters(), part.buffers()) for part in parts)
         for device in {tensor.device for tensor in tensors}:
@@ -164,17 +263,26 @@ class Lifetime:
         The run's final checkpoint is never skipped, nor one made because the ranks were asked to stop: no other save
         follows it.
         """
-        waits = not self.config.skip_save_while_busy or self.ends or self.leaves
-        states = check_same_call(call, look, given, self.session.group, own_state(self.background, waits))
+        states = check_same_call(call, look, given, self.session.group, self.own_state())
         turn = Turn()
         try:
-            turn = take_turn(states)
+            turn = Turn.of(states)
         finally:
             if self.background is not None and not turn.skipped:
                 self.background.acknowledge()
         if turn.skipped and self.session.group.is_main:
             _LOG.info("skipped %s: the last save is still being written", call)
         return turn
+
+    def own_state(self) -> JsonValue:
+        """This rank's background thread, waited for where no save is skipped: is it busy, is it broken, its error."""
+        waits = not self.config.skip_save_while_busy or self.ends or self.leaves
+        if self.background is None:
+            return [False, False, None]
+        if self.background.busy and not waits:
+            return [True, False, None]
+        failure = self.background.outcome()
+        return [False, self.background.is_broken, None if failure is None else cast(JsonValue, failure.to_record())]
 
     @contextmanager
     def saving(
@@ -183,10 +291,11 @@ class Lifetime:
         """Capture a save to ``place`` in the context, which passes its steps and its commit; then run them.
 
         All ranks call. ``abandon`` removes what was written, after a failure. The error of the previous save is raised
-        at the end.
+        at the end: a user who has lost a checkpoint needs the next one all the more, so this one is made durable first.
         """
         captured: list[tuple[Sequence[Step], Commit]] = []
-        with turn.raising_earlier(what, self.wait):
+        earlier = turn.earlier
+        try:
             try:
                 yield lambda steps, commit: captured.append((steps, commit))
             except BaseException:
@@ -194,6 +303,16 @@ class Lifetime:
                 raise
             [(steps, commit)] = captured
             self._run(SaveJob(f"saving {place}", tuple(steps), commit, abandon))
+            if earlier is not None:
+                self.wait()
+        except ShardwiseError as error:
+            if earlier is not None:
+                error.add_note(f"Before that, {earlier}")
+            raise
+        if earlier is not None:
+            made = f"This one, of {what}, was made all the same and is published."
+            earlier.hint = f"{made} {earlier.hint}" if earlier.hint else made
+            raise earlier
 
     def _run(self, job: SaveJob) -> None:
         stager = self.session.stager

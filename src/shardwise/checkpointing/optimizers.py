@@ -5,27 +5,37 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 
-from shardwise.checkpointing.loading.foreign_optimizers import Changes, open_foreign
-from shardwise.checkpointing.loading.foreign_states import foreign_components
+from shardwise.checkpointing.loading.foreign_optimizers import (
+    Changes,
+    count_in_tensors,
+    find_foreign,
+    foreign_components,
+)
 from shardwise.checkpointing.loading.restoring import Stateful, Undos
 from shardwise.checkpointing.per_rank import OwnRead, find_optimizer, optimizer_steps
-from shardwise.checkpointing.run_state.distinct_values import gather_distinct
-from shardwise.checkpointing.run_state.schedule_records import attached, capture_schedules, merge_schedules
-from shardwise.checkpointing.run_state.schedulers import SCHEDULER_STATE, FoundSchedules, saved_schedules
+from shardwise.checkpointing.run_state.schedulers import (
+    SCHEDULER_STATE,
+    FoundSchedules,
+    attached,
+    capture_schedules,
+    gather_distinct,
+    merge_schedules,
+    saved_schedules,
+)
 from shardwise.checkpointing.saving.torch_format import capture_distcp, write_distcp
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.convert.mapping import rename
 from shardwise.disk.names import is_there
 from shardwise.engine.jobs import Step, local_step
-from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
+from shardwise.engine.load import OpenedLoad, open_described
 from shardwise.engine.name_suggestions import listed
 from shardwise.engine.records import ComponentRecord, write_state
 from shardwise.engine.replicas import comparison
@@ -48,22 +58,16 @@ _LOG = logging.getLogger(__name__)
 OPTIMIZER_STATE = "optimizer"
 
 
+_T = TypeVar("_T")
 Optimizers = AnyOptimizer | Sequence[AnyOptimizer]
 Schedulers = Stateful | Sequence[Stateful]
 
 
-def several(optimizer: Optimizers | None) -> list[AnyOptimizer]:
-    """Optimizers as a list."""
-    if optimizer is None:
+def as_list(given: _T | Sequence[_T] | None) -> list[_T]:
+    """Optimizers or schedulers as a list."""
+    if given is None:
         return []
-    return list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-
-
-def as_list(schedulers: Schedulers | None) -> list[Stateful]:
-    """Schedulers as a list."""
-    if schedulers is None:
-        return []
-    return list(schedulers) if isinstance(schedulers, Sequence) else [schedulers]
+    return list(given) if isinstance(given, Sequence) else [given]
 
 
 def capture_optimizer(
@@ -135,12 +139,8 @@ def _states_step(session: Session, own: Sequence[bytes], directory: Path) -> Ste
 class OpenedOptimizer:
     """Optimizers and schedulers matched with a checkpoint, on every rank; nothing has been changed yet.
 
-    Attributes:
-        plan: The state that the optimizers will get.
-        schedulers: Each scheduler with its saved state.
-        tensors: Tensors to read into the optimizers' memory; ``None`` where no rank has any.
-        own: Per-rank state of this rank; ``None`` where it has none.
-        is_buffered: Whether the state is read into separate memory before optimizers load it; the same on every rank.
+    ``tensors`` are read into the optimizers' memory, ``own`` are this rank's alone. Where ``is_buffered`` (the same on
+    every rank) they are read into separate memory before the optimizers load them.
     """
 
     session: Session
@@ -162,11 +162,7 @@ class OpenedOptimizer:
             self._read()
 
     def take_in(self, undos: Undos) -> None:
-        """Set options and schedulers, and put the memory in place that `fill` fills. Local, after `read_buffered`.
-
-        Raises:
-            MisuseError: A scheduler refuses its state.
-        """
+        """Set options and schedulers, and put the memory in place that `fill` fills. Local, after `read_buffered`."""
         undos.add("the optimizer", self.plan.apply())
         for scheduler, state in self.schedulers.schedules:
             try:
@@ -194,14 +190,6 @@ class OpenedOptimizer:
                     self.own.read(self.session)
 
 
-def _warn_of_fresh(plan: OptimizerRestore) -> None:
-    if plan.fresh:
-        _LOG.warning(
-            "the saved optimizer did not update %s, which start without state (allow_new_parameters)",
-            listed(plan.fresh),
-        )
-
-
 def open_optimizer(
     session: Session,
     optimizer: Optimizers,
@@ -210,48 +198,54 @@ def open_optimizer(
     directory: Path,
     changes: Changes,
 ) -> OpenedOptimizer:
-    """Match optimizers (fresh or used) and schedulers with the saved ones. All ranks call; nothing is changed.
-
-    Raises:
-        CheckpointNotFoundError: The checkpoint has no optimizer or scheduler state.
-        MisuseError: The saved state is of another optimizer or scheduler.
-        TensorError: The saved state does not fit the optimizer.
-    """
-    group = session.group
-    foreign = open_foreign(session, optimizer, model, as_list(scheduler), directory, changes)
-    if foreign is not None:
-        _warn_of_fresh(foreign.plan)
-        schedulers = FoundSchedules(foreign.schedulers)
-        return OpenedOptimizer(session, foreign.plan, schedulers, foreign.tensors, is_buffered=foreign.is_buffered)
+    """Match optimizers (fresh or used) and schedulers with the saved ones. All ranks call; nothing is changed."""
+    group, schedulers = session.group, as_list(scheduler)
     states: list[OptimizerState] = []
     with group.together("looking at the optimizer") as buffered:
         states.append(OptimizerState(optimizer, model))
         buffered.flag = states[0].has_own_ways
+    [state] = states
+    foreign = find_foreign(session, directory, state, schedulers)
+    names: dict[str, str] = {}
     compared: list[tuple[OptimizerRestore, FoundSchedules, OwnRead | None]] = []
 
     def compare() -> JsonValue:
-        plan, schedulers = _compared(session, states[0], model, as_list(scheduler), directory, changes, buffered.any)
-        own = find_optimizer(session, plan, directory)
+        own = None
+        if foreign is not None:
+            plan, found, dcp_names = foreign.compared(state, schedulers, changes, buffered.any)
+            names.update(dcp_names)
+        else:
+            plan, found = _compared(session, state, model, schedulers, directory, changes, buffered.any)
+            own = find_optimizer(session, plan, directory)
         if own is not None:
             plan.keep({saved.spec.name for saved, _ in own.pairs}, own.parameters)
-        compared.append((plan, schedulers, own))
-        return [bool(plan.targets), sorted(schedulers.used), list(schedulers.chosen), bool(schedulers.schedules)]
+        compared.append((plan, found, own))
+        return [bool(plan.targets), sorted(found.used), list(found.chosen), bool(found.schedules)]
 
     rows = cast(list[_Compared], group.gather(compare, f"comparing the optimizer with {directory}"))
-    [(found, schedulers, own)] = compared
-    _warn_of_fresh(found)
+    [(plan, found, own)] = compared
+    if plan.fresh:
+        _LOG.warning(
+            "the saved optimizer did not update %s, which start without state (allow_new_parameters)",
+            listed(plan.fresh),
+        )
     if any(row[3] for row in rows):
         with group.together("comparing schedulers"):
-            schedulers.check_all_used(frozenset(number for row in rows for number in row[1]), directory)
+            found.check_all_used(frozenset(number for row in rows for number in row[1]), directory)
         _warn_of_chosen(group, directory, [key for row in rows for key in row[2]])
-    if not any(row[0] for row in rows):
-        return OpenedOptimizer(session, found, schedulers, None, is_buffered=buffered.any)
-    state_files = frozenset(f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE))
-    source = open_source(directory, group, spread=True, exclude=state_files)
-    # A frozen stage, or an optimizer over fewer parameters, may need less than was saved.
-    options = LoadOptions(allow_unexpected=True, threads=session.threads, sharing=session.sharing)
-    tensors = open_described(found.held_as_saved, source, group, session.storage, options, lambda: own is not None)
-    return OpenedOptimizer(session, found, schedulers, tensors, own, buffered.any)
+    tensors = None
+    if any(row[0] for row in rows):
+        if foreign is not None:
+            source = foreign.agreed(names, group)
+        else:
+            state_files = frozenset(f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE))
+            source = open_source(directory, group, spread=True, exclude=state_files)
+        # A frozen stage, or an optimizer over fewer parameters, may need less than was saved.
+        options = replace(session.load_options, allow_unexpected=True)
+        tensors = open_described(plan.held_as_saved, source, group, session.storage, options, lambda: own is not None)
+    if foreign is not None:
+        count_in_tensors(plan)
+    return OpenedOptimizer(session, plan, found, tensors, own, buffered.any)
 
 
 _Compared = tuple[bool, list[int], list[str], bool]

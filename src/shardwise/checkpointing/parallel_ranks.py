@@ -10,7 +10,7 @@ import hashlib
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch import nn
@@ -44,10 +44,8 @@ class _Row:
 class ParallelRanks:
     """Derives this process's parallel ranks where the caller did not give them.
 
-    The order of ``pp_group``, the ranks of this pipeline, is that of the stages.
-
-    Raises:
-        MisuseError: One is not a whole number from 0.
+    The order of ``pp_group``, the ranks of this pipeline, is that of the stages. A given rank that is not a whole
+    number from 0 is a `MisuseError`.
     """
 
     def __init__(
@@ -71,15 +69,15 @@ class ParallelRanks:
 
         Stages that share one number here are distinguished by the names of their tensors wherever it matters.
         """
-        known = self._known_stage(self._given, self._meshes or MeshRanks())
-        return known if known is not None else 0
+        return self._known_stage or 0
+
+    @property
+    def _known_stage(self) -> int | None:
+        known = self._given.get("pp_rank", self._group_stage)
+        return known if known is not None else (self._meshes or MeshRanks()).pp
 
     def look(self, parts: Sequence[nn.Module]) -> None:
-        """Read the meshes of a model before its first save or restore; later calls do nothing. Local.
-
-        Raises:
-            MisuseError: A rank was given that contradicts the meshes of the model's tensors.
-        """
+        """Read a model's meshes before its first save or restore, and compare them with given ranks. Local."""
         if len(parts) == len(self._seen) and all(ref() is part for ref, part in zip(self._seen, parts, strict=True)):
             return
         listed = list_parameters(parts)
@@ -96,14 +94,13 @@ class ParallelRanks:
         self._seen = tuple(map(weakref.ref, parts))
 
     def all_coordinates(self, group: Group) -> list[Coordinates]:
-        """The coordinates of each rank of the group, in order. All ranks call.
-
-        Raises:
-            MisuseError: One was not given and cannot be derived.
-        """
+        """The coordinates of each rank in order; `MisuseError` where one cannot be derived. All ranks call."""
         if group.world_size == 1:
             return [Coordinates(*(self._given.get(name, 0) for name in ("dp_rank", "tp_rank", "pp_rank")))]
-        rows = [_row(row) for row in group.gather(self._own_row, "deriving the parallel ranks")]
+        gathered = cast(
+            "list[tuple[dict[str, int], Any, str]]", group.gather(self._own_row, "deriving the parallel ranks")
+        )
+        rows = [_Row(given, MeshRanks(**meshes), digest) for given, meshes, digest in gathered]
         stages = self._stages(rows, group)
         tensor = [self._tensor_rank(row, rank) for row, rank in zip(rows, group.global_ranks(), strict=True)]
         sharing: dict[tuple[int, int, int | None], list[int]] = {}
@@ -114,8 +111,6 @@ class ParallelRanks:
             data |= _data_ranks(members, rows, group.global_ranks())
         return [Coordinates(data[number], tensor[number], stages[number]) for number in range(len(rows))]
 
-    # --- inside -----------------------------------------------------------------------------------------------------
-
     def _own_row(self) -> JsonValue:
         lacks = [name for name in ("dp_rank", "tp_rank", "pp_rank") if name not in self._given]
         if lacks and self._meshes is None:
@@ -123,17 +118,10 @@ class ParallelRanks:
                 f"{', '.join(lacks)} cannot be derived yet: no model has been saved or restored",
                 hint=_HINT.format(", ".join(lacks)) + " Or save or restore the model first.",
             )
-        given = dict(self._given)
-        stage = self._known_stage(given, self._meshes or MeshRanks())
-        if stage is not None:
-            given["pp_rank"] = stage
+        stage = self._known_stage
+        given = self._given if stage is None else self._given | {"pp_rank": stage}
         digest = hashlib.blake2b("\n".join(sorted(self._names)).encode(), digest_size=16).hexdigest()
         return [cast(JsonValue, given), asdict(self._meshes or MeshRanks()), digest]
-
-    def _known_stage(self, given: Mapping[str, int], meshes: MeshRanks) -> int | None:
-        if "pp_rank" in given:
-            return given["pp_rank"]
-        return self._group_stage if self._group_stage is not None else meshes.pp
 
     def _stages(self, rows: Sequence[_Row], group: Group) -> list[int]:
         """The stage of each rank: as known, or derived from its tensors' names, which no two stages share."""
@@ -141,12 +129,13 @@ class ParallelRanks:
         if all(stage is not None for stage in known):
             return cast(list[int], known)
         distinct = list(dict.fromkeys(row.digest for row in rows))
+        if len(distinct) == 1:
+            return [0] * len(rows)
         first = [row.digest for row in rows].index(rows[group.rank].digest) == group.rank
         gathered = group.gather(lambda: list(self._names) if first else None, "comparing the stages' tensors")
         seen: set[str] = set()
         for rank, names in zip(group.global_ranks(), cast(list[list[str] | None], gathered), strict=True):
-            alone = len(distinct) == 1
-            if names is None or alone:
+            if names is None:
                 continue
             if not names or not seen.isdisjoint(names) or any(stage is not None for stage in known):
                 raise MisuseError(
@@ -170,11 +159,6 @@ class ParallelRanks:
         return 0
 
 
-def _row(gathered: JsonValue) -> _Row:
-    given, meshes, digest = cast("tuple[dict[str, int], dict[str, object], str]", gathered)
-    return _Row(given, MeshRanks(**meshes), digest)  # type: ignore[arg-type]
-
-
 def _data_ranks(members: Sequence[int], rows: Sequence[_Row], global_ranks: Sequence[int]) -> dict[int, int]:
     """The data-parallel ranks of processes that differ in no other coordinate.
 
@@ -191,4 +175,11 @@ def _data_ranks(members: Sequence[int], rows: Sequence[_Row], global_ranks: Sequ
     by_mesh = [rows[number].meshes.dp for number in members]
     are_distinct = None not in by_mesh and len(set(by_mesh)) == len(members)
     found = dict(zip(members, cast(list[int], by_mesh) if are_distinct else range(len(members)), strict=True))
-    return found | {number: rows[number].given["dp_rank"] for number in members if number not in lacking}
+    found |= {number: rows[number].given["dp_rank"] for number in members if number not in lacking}
+    if lacking and len(set(found.values())) < len(members):
+        raise MisuseError(
+            f"dp_rank was given on some ranks, and that of another would be the same: {sorted(found.values())}",
+            rank=global_ranks[lacking[0]],
+            hint="Give dp_rank on every rank, or on none.",
+        )
+    return found

@@ -35,12 +35,7 @@ _PARAMETERS = "parameters"
 
 
 def check_patterns(session: Session, state: ModelState) -> None:
-    """Check that each pattern in ``per_rank_state`` names a tensor of some rank. All ranks call.
-
-    Raises:
-        ConfigError: A pattern matches nothing.
-        MisuseError: A pattern matches a tensor that is neither a parameter nor a buffer.
-    """
+    """Check that each pattern in ``per_rank_state`` names a parameter or buffer of some rank. All ranks call."""
     patterns = session.may_differ.per_rank
     if not patterns:
         return
@@ -123,12 +118,7 @@ def _writing(
 
 @dataclass(frozen=True, slots=True)
 class OwnRead:
-    """This rank's own tensors in a checkpoint, found and compared, but not yet read.
-
-    Attributes:
-        pairs: Saved tensors and the tensors they are read into.
-        parameters: Parameters with optimizer state of this rank only; empty for a model.
-    """
+    """This rank's own tensors, compared and not yet read, and the parameters with optimizer state of this rank only."""
 
     path: Path
     pairs: Sequence[Pair] = ()
@@ -141,12 +131,9 @@ class OwnRead:
 
 
 def find_model(session: Session, state: ModelState, directory: Path, ranks: int) -> OwnRead | None:
-    """Find this rank's own tensors of a model, before anything is overwritten. All ranks call.
+    """Find this rank's own tensors of a model, and compare them, before anything is overwritten. All ranks call.
 
     Returns ``None`` on all ranks unless as many ranks saved such tensors (``ranks``) as load now.
-
-    Raises:
-        TensorError: The rank's file does not fit the model.
     """
     check_patterns(session, state)
     if not _is_for(session, directory, ranks):

@@ -1,18 +1,25 @@
-"""Reports of saves and loads to the user: a line in the log, a record, the callbacks."""
+"""Reports of saves and loads to the user: a line in the log, the records, the callbacks, and traces.
+
+Traces are in the format of Chrome's tracing, which Perfetto opens: a JSON array of events, see
+https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU. A process there is a rank here. Times
+are of the clock on the wall, so that the files of several ranks can be put together.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from shardwise.checkpointing.trace_file import TraceFile
 from shardwise.comm import Group
-from shardwise.timing import Callback, CallRecord, Recording, recording
+from shardwise.disk.storage import LOCAL
+from shardwise.timing import Callback, CallRecord, Recording, Span, recording
 
 _LOG = logging.getLogger(__name__)
 
@@ -42,23 +49,8 @@ def show_log() -> None:
         logger.setLevel(logging.INFO)
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a call has done.
-
-    Attributes:
-        group: The ranks that made it.
-        path: What was written or read.
-        total_bytes: Bytes of all ranks, where they are known.
-        pruned: The checkpoints that were removed.
-    """
-
-    group: Group
-    path: Path
-    epoch: int | None = None
-    step: int | None = None
-    total_bytes: int | None = None
-    pruned: tuple[str, ...] = ()
+#: The record of a call, of the seconds that it kept the loop waiting; and the ranks that made it.
+_Over = tuple[Callable[[float], CallRecord], Group]
 
 
 class Call:
@@ -70,56 +62,44 @@ class Call:
         self._begin, self._clock = time.time(), time.perf_counter()
         self._lock = threading.Lock()
         self._stall: float | None = None
-        self._over: tuple[Outcome, float] | None = None
+        self._over: _Over | None = None
 
     def returned(self) -> None:
         """The training loop goes on."""
-        self._done(None)
+        self._done(stall=time.perf_counter() - self._clock)
 
-    def over(self, outcome: Outcome) -> None:
-        """All is durable and published, or read. A call that fails is never over."""
-        self._done(outcome)
+    def over(
+        self,
+        group: Group,
+        path: Path,
+        epoch: int | None = None,
+        step: int | None = None,
+        total_bytes: int | None = None,
+        pruned: tuple[str, ...] = (),
+    ) -> None:
+        """All is durable and published, or read, by the ranks of ``group``. A call that fails is never over."""
+        end, measured = time.perf_counter() - self._clock, self.recording
 
-    def _done(self, outcome: Outcome | None) -> None:
-        seconds = time.perf_counter() - self._clock
+        def record(stall: float) -> CallRecord:
+            known = self._name, group.global_rank, path, epoch, step, self._begin, end, min(stall, end)
+            return CallRecord(*known, measured.nbytes, total_bytes, measured.phases(), pruned, measured.spans)
+
+        self._done(over=(record, group))
+
+    def _done(self, stall: float | None = None, over: _Over | None = None) -> None:
         with self._lock:
-            if outcome is None:
-                self._stall = seconds
-            else:
-                self._over = outcome, seconds
+            self._stall = self._stall if stall is None else stall
+            self._over = over or self._over
             if self._stall is None or self._over is None:
                 return
-            (found, end), stall = self._over, self._stall
-        record = CallRecord(
-            call=self._name,
-            rank=found.group.global_rank,
-            path=found.path,
-            epoch=found.epoch,
-            step=found.step,
-            begin=self._begin,
-            seconds=end,
-            stall=min(stall, end),
-            nbytes=self.recording.nbytes,
-            total_bytes=found.total_bytes,
-            phases=self.recording.phases(),
-            pruned=found.pruned,
-            spans=self.recording.spans,
-        )
-        self._reports.take(record, found.group)
+            (record, group), waited = self._over, self._stall
+        self._reports.take(record(waited), group)
 
 
 class Reports:
-    """What one checkpointer tells its user.
+    """What one checkpointer tells its user: lines if ``shown``, bars unless training goes on beside a call.
 
-    Args:
-        shown: Whether a line is logged for each save and load, and long ones may show a bar.
-        callbacks: Called with the record of each save and load, on every rank.
-        trace_dir: Where traces are written.
-        shows_progress: Whether calls may show a bar: not while training goes on beside them.
-
-    Attributes:
-        last_save: Of the last save that is over.
-        last_restore: Of the last load that is over.
+    The callbacks are called with the record of each save and load, on every rank.
     """
 
     def __init__(
@@ -177,3 +157,97 @@ def size_text(nbytes: int) -> str:
         if nbytes >= size:
             return f"{nbytes / size:.3g} {unit}"
     return f"{nbytes} bytes"
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreRecord:
+    """The checkpoint that was resumed.
+
+    Attributes:
+        epoch: Epoch of the checkpoint; ``None`` where its directory is not called ``epoch_E_step_S``.
+        step: Step of the checkpoint; ``None`` in the same case.
+        path: Its directory.
+        metrics: The metrics it was saved with.
+        unrestored: Names of states in the checkpoint that the run did not load, the same on every rank: ``optimizer``,
+            ``scheduler``, ``rng`` and extra state that `restore` was not given, and per-rank states (random number
+            generators, entries of ``extra_state``) that differed between ranks and were saved on another number of
+            ranks.
+        fresh: Parameters of this rank's optimizers that the saved one did not update, and that start without state
+            (``allow_new_parameters``).
+    """
+
+    epoch: int | None
+    step: int | None
+    path: Path
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
+    unrestored: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
+
+
+_END = b"\n]\n"
+
+
+class TraceFile:
+    """Appends each call's events to a file of this rank's, process's and time's own, which is valid JSON after each."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._path: Path | None = None
+        self._size = 0
+
+    def __call__(self, record: CallRecord) -> None:
+        """Append the events of a call that is over; `StorageError` if the file system refuses. Local."""
+        made = events(record)
+        if self._path is None:
+            LOCAL.make_directory(self._directory)
+            stamp = time.strftime("%Y%m%d-%H%M%S")
+            self._path = self._directory / f"rank-{record.rank}-{stamp}-{os.getpid()}.json"
+            made = [_named("process_name", record.rank, f"rank {record.rank}"), *made]
+            LOCAL.create(self._path, 0, b"")
+        text = b",\n".join(json.dumps(event).encode() for event in made)
+        start = max(0, self._size - len(_END))
+        content = (b",\n" if start else b"[\n") + text + _END
+        handle = LOCAL.open(self._path, writable=True)
+        try:
+            LOCAL.write(handle, content, start)
+        finally:
+            LOCAL.close(handle)
+        self._size = start + len(content)
+
+
+Event = dict[str, object]
+
+
+def events(record: CallRecord) -> list[Event]:
+    """The events of a call: itself, its spans, the names of its threads."""
+    whole = Span(record.call, int(record.begin * 1e9), int((record.begin + record.seconds) * 1e9), "calls")
+    about = {"path": str(record.path), "step": record.step, "bytes": record.nbytes, "stall_seconds": record.stall}
+    threads = list(dict.fromkeys(["calls", *(span.thread for span in record.spans)]))
+    made: list[Event] = [_named("thread_name", record.rank, name, _number(name)) for name in threads]
+    made.append(_event(whole, record.rank, {**about, "phases": dict(record.phases)}))
+    shares = ({} if span.busy is None else {"busy_seconds": span.busy} for span in record.spans)
+    return made + [_event(span, record.rank, share) for span, share in zip(record.spans, shares, strict=True)]
+
+
+def _number(thread: str) -> int:
+    """A thread's number, the same for the same name in every call."""
+    known = {"calls": 0, "MainThread": 1, "shardwise-save": 2}
+    tail = thread.rpartition("_")[2]
+    return known.get(thread, 10 + int(tail) if tail.isdecimal() else 9)
+
+
+def _named(what: str, rank: int, name: str, thread: int = 0) -> Event:
+    return {"ph": "M", "name": what, "pid": rank, "tid": thread, "args": {"name": name}}
+
+
+def _event(span: Span, rank: int, args: Mapping[str, object]) -> Event:
+    return {
+        "ph": "X",
+        "cat": "shardwise",
+        "name": span.name,
+        "pid": rank,
+        "tid": _number(span.thread),
+        "ts": span.begin / 1e3,
+        "dur": (span.end - span.begin) / 1e3,
+        "args": dict(args),
+    }

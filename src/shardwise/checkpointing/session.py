@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -13,21 +14,23 @@ import torch.distributed as dist
 
 from shardwise.base.layout import BaseModel, find_base_path, open_base
 from shardwise.checkpointing.arguments import FirstExchange
-from shardwise.checkpointing.hub import HubNames, HubState
+from shardwise.checkpointing.hub import HubNames, HubState, Recast
 from shardwise.checkpointing.parallel_ranks import ParallelRanks
 from shardwise.checkpointing.saving.class_check import ClassCheck
-from shardwise.checkpointing.saving.recasts import Recast
 from shardwise.comm import Group
 from shardwise.disk.storage import IsLocal, Storage
 from shardwise.engine.agreement import Agreement
 from shardwise.engine.export import ExportPlan
+from shardwise.engine.load import LoadOptions
 from shardwise.engine.memo import Memo
 from shardwise.engine.shards import ShardPlan
 from shardwise.engine.sharing import Sharing
 from shardwise.engine.staging import Stager
 from shardwise.plan.fragments import HeldTensor
-from shardwise.settings import SaveConsolidatedMode, Settings
+from shardwise.settings import Settings
 from shardwise.stateful_wrappers.replicas import MayDiffer
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -44,8 +47,7 @@ class Session:
         recast: The model's tensors in the dtypes they are written in; reused while the model's tensors are the same.
         is_quantized: Whether the last captured model has quantized parameters; found together with its adapters.
         class_check: Checks that the model's class can load an export; each kind of export is checked once.
-        class_check_untied: The same check with a configuration that ties nothing.
-        logged: Messages that are logged once per run and were logged already.
+        logged: What is logged once per run and was logged already; see `log_once`.
         warned: Checkpoints whose per-rank tensors a warning has named.
         model_plan: The last export's plan.
         shard_plans: The last plan of each component's shards.
@@ -65,10 +67,6 @@ class Session:
     stager: Stager | None = None
     checked_state: HubState | None = None
     prefix: str = ""
-    _base_path: str | None = None
-    _base_found: bool = False
-    _base: BaseModel | None = None
-    _base_read: bool = False
 
     def __post_init__(self) -> None:
         self.may_differ = MayDiffer(self.config.replicas == "first", tuple(self.config.per_rank_state or ()))
@@ -76,8 +74,7 @@ class Session:
         self.extra_agreements: dict[str, Agreement] = {}
         self.recast: Memo[Recast] = Memo()
         self.is_quantized: Memo[bool] = Memo()
-        self.class_check = ClassCheck()
-        self.class_check_untied = ClassCheck()
+        self.class_check = ClassCheck(self.log_once)
         self.logged: set[str] = set()
         self.model_plan: Memo[ExportPlan] = Memo()
         self.shard_plans: dict[str, Memo[ShardPlan]] = {}
@@ -107,24 +104,13 @@ class Session:
         return Agreement(self.group, self.stage)
 
     def of_model(self, name: str, config: Settings | None = None) -> Session:
-        """The session of another model in the same checkpoint, with the same ranks, storage and stager. Local.
-
-        The same name gives the same session. Its settings are ``config``, the checkpointer's by default.
-        """
+        """The session of another model in the same checkpoint, which may have settings of its own. Local."""
         known = self._of_models.get(name)
         if known is None:
-            known = self._of_models[name] = Session(
-                config or self.config,
-                self.group,
-                self.storage,
-                self.ranks,
-                self.root,
-                self.first_exchange if config is None else replace(self.first_exchange, names_base=False),
-                self.staging_dir,
-                self.pp_group,
-                stager=self.stager,
-                prefix=f"{self.prefix}{name}/",
-            )
+            met = self.first_exchange if config is None else replace(self.first_exchange, names_base=False)
+            prefix = f"{self.prefix}{name}/"
+            known = replace(self, config=config or self.config, first_exchange=met, prefix=prefix, checked_state=None)
+            self._of_models[name] = known
         return known
 
     def staged(self, component: str, held: Sequence[HeldTensor]) -> list[HeldTensor]:
@@ -132,45 +118,45 @@ class Session:
         return list(held) if self.stager is None else self.stager.stage(self.prefix + component, held)
 
     def base_path(self) -> str | None:
-        """The base model's local path, ``None`` where none is named; searched for once. All ranks call.
-
-        Raises:
-            CheckpointNotFoundError: Some rank names one that does not exist.
-        """
-        if self.first_exchange.names_base and not self._base_found:
-            with self.group.together("looking for the base model"):
-                self._base_path = find_base_path(self.config)
-            self._base_found = True
+        """The base model's local path, searched for once; an error if one is named and not there. All ranks call."""
         return self._base_path
 
     def base_name(self) -> str | None:
         """The base model as an adapter's configuration names it: local path, or the settings' name. All ranks call."""
-        return self.base_path() or self.config.model_repo_id
+        return self._base_path or self.config.model_repo_id
 
     def base(self) -> BaseModel | None:
         """The base model's headers, read once. All ranks call."""
-        if self.first_exchange.names_base and not self._base_read:
-            legacy = self.config.allow_legacy_pickle_restore
-            path = self.base_path()
-            self._base = open_base(None if path is None else os.path.abspath(path), self.group, legacy)
-            self._base_read = True
         return self._base
 
-    def exports(self, is_final: bool) -> bool:
-        """Whether a save writes the consolidated export."""
-        mode = self.config.save_consolidated
-        return mode is SaveConsolidatedMode.EVERY or (mode is SaveConsolidatedMode.FINAL and is_final)
+    @cached_property
+    def _base_path(self) -> str | None:
+        if not self.first_exchange.names_base:
+            return None
+        return self.group.attempt(lambda: find_base_path(self.config), "looking for the base model")
+
+    @cached_property
+    def _base(self) -> BaseModel | None:
+        if not self.first_exchange.names_base:
+            return None
+        path = None if self._base_path is None else os.path.abspath(self._base_path)
+        return open_base(path, self.group, self.config.allow_legacy_pickle_restore)
+
+    def log_once(self, level: int, text: str, key: str = "") -> None:
+        """Log a message once per run, or one of those with a key. Local."""
+        if (key or text) not in self.logged:
+            self.logged.add(key or text)
+            _LOG.log(level, "%s", text)
 
     @property
     def may_export(self) -> bool:
         """Whether some save of this run writes an export."""
-        config = self.config
-        return config.save_consolidated is not SaveConsolidatedMode.FALSE and config.model_save_format == "safetensors"
+        return self.config.exports(is_final_checkpoint=True)
 
     @property
-    def sharing(self) -> Sharing:
-        """Whether replicas read the same bytes once."""
-        return Sharing(self.config.share_replica_reads, self.stage)
+    def load_options(self) -> LoadOptions:
+        """A load's threads, and whether replicas read the same bytes once; no difference is allowed."""
+        return LoadOptions(threads=self.threads, sharing=Sharing(self.config.share_replica_reads, self.stage))
 
     @property
     def threads(self) -> int:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from shardwise.checkpointing import Checkpointer
-    from shardwise.checkpointing.records import RestoreRecord
+    from shardwise.checkpointing.reports import RestoreRecord
 
 #: Settings that the host's paths and its own retention decide.
 _DERIVED = (

@@ -18,10 +18,11 @@ import torch
 from shardwise.addons.files import as_text
 from shardwise.addons.hf_config import CONFIG, CONFIG_V5, untied, with_dtype
 from shardwise.checkpointing.saving.class_check import check_described
-from shardwise.checkpointing.saving.config_ties import differing_ties
+from shardwise.checkpointing.shared_names import differing_ties
 from shardwise.disk.names import is_there
 from shardwise.disk.storage import Storage, current, using
 from shardwise.dtypes import FLOATS, torch_dtype
+from shardwise.engine.collector import without_collector
 from shardwise.engine.missing_files import saved_aliases
 from shardwise.errors import CheckpointExistsError, ConfigError, ConversionError, MisuseError
 from shardwise.format.dcp_metadata import parsed_once
@@ -30,7 +31,6 @@ from shardwise.format.notes import APART, EXPORT, FILE_DTYPES, FILE_INDEX, KEPT_
 from shardwise.format.strict_json import JsonValue
 from shardwise.geometry import TensorSpec
 from shardwise.ops.carry_over import carry_over
-from shardwise.ops.collector import few_collections
 from shardwise.ops.consolidate_input import ModelInput, SourceHints, find_input
 from shardwise.ops.exporting import Export, batches_of, publish
 from shardwise.ops.run_config import run_settings
@@ -151,7 +151,7 @@ def consolidate(
     place = Path(path).absolute()
     target = None if output is None else Path(output).absolute()
     described = None if config is None else Path(config).absolute()
-    with using(storage or current()), parsed_once(), few_collections():
+    with using(storage or current()), parsed_once(), without_collector():
         found = find_input(place, current(), SourceHints(prefix, assume_complete, described, rope, master_weights))
         options = _Options(max_file_bytes, progress, base, diffusers_compatible, verify_export, dtype)
         return _write(found, target or found.directory / _CONSOLIDATED, options)

@@ -22,21 +22,21 @@ from shardwise.addons.hf_config import CONFIG, CONFIG_V5
 from shardwise.base.files import base_config, open_base_source, ties_head
 from shardwise.base.names import BaseWanted, match_base
 from shardwise.base.source import BaseSource
+from shardwise.checkpointing.adapters import merged_state
 from shardwise.checkpointing.hub import HubNames, HubState
-from shardwise.checkpointing.loading.foreign import expected_unused
-from shardwise.checkpointing.merged_state import merged_state
+from shardwise.checkpointing.loading.names import expected_unused
 from shardwise.checkpointing.saving.class_check import check_described
 from shardwise.comm import Group
 from shardwise.disk.names import is_there
 from shardwise.disk.storage import Storage, current, using
 from shardwise.dtypes import torch_dtype
+from shardwise.engine.collector import without_collector
 from shardwise.engine.load import LoadOptions
 from shardwise.engine.sharing import PlannedReads
 from shardwise.errors import AdapterError, CheckpointExistsError, ConversionError, ModuleStateError
 from shardwise.format.manifest import AliasRecord
 from shardwise.geometry import TensorSpec
 from shardwise.ops.attach import attach
-from shardwise.ops.collector import few_collections
 from shardwise.ops.exporting import Batch, Export, Piece, batches_of, publish
 from shardwise.ops.merge_input import MergeInput, find_merge, take_extra
 from shardwise.ops.verify import Progress
@@ -116,7 +116,7 @@ def merge_adapter(
         >>> merge_adapter("org/base", "run/LATEST", "merged")  # doctest: +SKIP
     """
     target = Path(output).absolute()
-    with using(storage or current()), few_collections():
+    with using(storage or current()), without_collector():
         if is_there(target):
             raise CheckpointExistsError("the output is already there", path=target, hint="Choose another directory.")
         found = find_merge(base, adapter)

@@ -11,6 +11,7 @@ from typing import Literal
 
 from shardwise.disk.names import is_directory, is_file
 from shardwise.disk.storage import Storage, current, using
+from shardwise.engine.collector import without_collector
 from shardwise.engine.verify import (
     Damage,
     VerifyLevel,
@@ -23,7 +24,6 @@ from shardwise.engine.verify import (
 )
 from shardwise.errors import CheckpointNotFoundError, ManifestError, MisuseError, StorageError
 from shardwise.format.manifest import MANIFEST_NAME, Manifest
-from shardwise.ops.collector import few_collections
 from shardwise.ops.contents import check_contents
 from shardwise.ops.targets import Target, find_targets, is_unfinished, with_nested
 
@@ -113,7 +113,7 @@ def verify(
         raise MisuseError(f"threads is {threads}", hint="Use at least 1.")
     started = time.monotonic()
     level: VerifyLevel = "digests" if digests else "sizes"
-    with using(storage or current()), few_collections():
+    with using(storage or current()), without_collector():
         targets = with_nested(find_targets(path))
         job = _Job(level, threads or min(8, os.cpu_count() or 1), progress, current())
         reports = [job.run(Path(path), target) for target in targets]

@@ -94,6 +94,10 @@ class HeldTensor(NamedTuple):
     grid: tuple[int, ...]
     parts: tuple[HeldPart, ...]
 
+    def renamed(self, name: str) -> HeldTensor:
+        """The same under another name."""
+        return self._replace(spec=self.spec._replace(name=name))
+
     @property
     def fragments(self) -> tuple[Fragment, ...]:
         """All fragments of all parts."""

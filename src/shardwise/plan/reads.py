@@ -66,6 +66,10 @@ class SourceTensor(NamedTuple):
     chunks: tuple[SourceChunk, ...]
     remote: RemotePieces | None = None
 
+    def renamed(self, name: str) -> SourceTensor:
+        """The same under another name."""
+        return self._replace(spec=self.spec._replace(name=name))
+
     def knows(self, regions: Sequence[Box]) -> bool:
         """Whether no lookup is needed for these regions: all pieces are known, or each region is one of them."""
         if self.remote is None:

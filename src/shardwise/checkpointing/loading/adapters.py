@@ -1,9 +1,10 @@
-"""Compares a model's adapters with saved ones, of peft, of diffusers or in a ``.bin`` file, and fills them."""
+"""Finds saved adapters, of peft, of diffusers or in a ``.bin`` file, compares them with a model's, and fills these."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,22 +12,30 @@ import torch
 from torch import nn
 
 from shardwise.checkpointing.adapters import capture
-from shardwise.checkpointing.loading.adapter_files import SavedAdapter, check_shared, find_saved, open_saved
+from shardwise.checkpointing.loading.models import renamed, retitled
 from shardwise.checkpointing.session import Session
-from shardwise.disk.names import is_file
-from shardwise.engine.load import LoadOptions, OpenedLoad, listed_anywhere, open_described
+from shardwise.convert.mapping import rename
+from shardwise.disk.names import is_directory, is_file, names_in
+from shardwise.engine.load import OpenedLoad, listed_anywhere, open_described
 from shardwise.engine.name_suggestions import listed
-from shardwise.errors import AdapterError, MissingTensorError
+from shardwise.errors import AdapterError, AmbiguousFilesError, FormatError, MissingTensorError
 from shardwise.peft.allocator import ALLOCATOR_PREFIX, AllocatorRestore, restore_allocators
 from shardwise.peft.capture import hold_adapter
 from shardwise.peft.config import read_adapter_config
-from shardwise.peft.diffusers_lora import check_scales, component_of
+from shardwise.peft.diffusers_lora import LORA_WEIGHTS_NAME, check_scales, component_of, read_lora
 from shardwise.peft.extra import base_tensors
-from shardwise.peft.load import differing_settings
+from shardwise.peft.load import check_shared_factors, differing_settings
 from shardwise.peft.settings import adapter_settings
-from shardwise.peft.tensors import ADAPTER_CONFIG_NAME, ADAPTER_EXTRA_NAME, AdapterTensors
+from shardwise.peft.tensors import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_EXTRA_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    AdapterFile,
+    AdapterTensors,
+)
 from shardwise.plan.fragments import HeldTensor
-from shardwise.sources.sources import open_source
+from shardwise.sources.sources import Source, open_source
+from shardwise.sources.torch_files import open_bin
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 
@@ -56,11 +65,8 @@ def open_adapter(
     """Compare a model's adapters with saved ones, on any topology. All ranks call; nothing is changed.
 
     ``path`` is a checkpoint's ``model`` directory, another adapter's directory, or an adapter's file. With
-    ``allow_missing``, what is not in the checkpoint keeps its values.
-
-    Raises:
-        AdapterError: The saved adapter means something else in this model (another alpha, rsLoRA, DoRA).
-        TensorError: Model and adapter do not fit.
+    ``allow_missing``, what is not in the checkpoint keeps its values. A saved adapter that means something else in this
+    model (another alpha, rsLoRA, DoRA) is an `AdapterError`.
     """
     group = session.group
     session.base_name()  # looked for here, since all ranks have to
@@ -101,7 +107,7 @@ def open_adapter(
         source = open_saved(session, saved[file.adapter_name], key_mapping)
         aliases = [entry.spec.name for entry in file.entries if entry.alias_of is not None]
         ignored = listed_anywhere(aliases, source, group)  # of other stages' entries this rank knows nothing
-        options = LoadOptions(allow_missing, threads=session.threads, sharing=session.sharing, ignored=ignored)
+        options = replace(session.load_options, allow_missing=allow_missing, ignored=ignored)
         loads.append(open_described(partial(list, held), source, group, session.storage, options))
     extra, allocators = _open_extra(session, parts, captured, directory, allow_missing)
     return OpenedAdapter((*loads, *extra), allocators)
@@ -141,7 +147,7 @@ def _open_extra(
 
     # A model that is not trained has no allocator.
     ignored = frozenset(name for name in source.tensors if name.startswith(ALLOCATOR_PREFIX))
-    options = LoadOptions(threads=session.threads, sharing=session.sharing, ignored=ignored)
+    options = replace(session.load_options, ignored=ignored)
     return [open_described(wanted, source, group, session.storage, options)], allocators
 
 
@@ -163,3 +169,120 @@ def _refuse_other_meaning(name: str, differing: dict[str, tuple[object, object]]
             path=path,
             hint="Build the model with the adapter configuration that stands in the checkpoint.",
         )
+
+
+_LOG = logging.getLogger(__name__)
+
+#: Source: ``peft.utils.constants.WEIGHTS_NAME``: what peft wrote before 0.5, and still does without safetensors.
+_BIN_NAME = "adapter_model.bin"
+
+
+@dataclass(frozen=True, slots=True)
+class SavedAdapter:
+    """One adapter of a checkpoint: its file, and its ``adapter_config.json`` or what diffusers' header says, if any.
+
+    ``names`` are of diffusers' LoRA file: its tensors of this model, and the model's names for them.
+    """
+
+    weights: Path
+    settings: Mapping[str, object] | None
+    names: Mapping[str, str] | None = None
+
+
+def find_saved(
+    path: Path,
+    files: Sequence[AdapterFile],
+    component: str | None,
+    key_mapping: Mapping[str, str] | None,
+    *,
+    allow_missing: bool = False,
+) -> dict[str, SavedAdapter]:
+    """The saved adapter for each of a model's; `AdapterError` if the directory has others. Local.
+
+    The only adapter of a model takes the only one that there is, whatever it is called, as peft's own loading does.
+    ``path`` may be a file. With ``allow_missing`` adapters that are not there keep their values, if any is there.
+    ``component`` is the model's name in pipelines of diffusers, where it is a model of such.
+    """
+    there = dict(_there(path))
+    found: dict[str, SavedAdapter] = {}
+    lacking: list[str] = []
+    for file in files:
+        weights = there.get(file.directory)
+        if weights is None and len(files) == len(there) == 1:
+            weights = next(iter(there.values()))
+        if weights is None and there:
+            lacking.append(file.adapter_name)
+            continue
+        weights = weights or path / file.path
+        found[file.adapter_name] = _saved(weights, component, key_mapping or {})
+    names = ", ".join(repr(directory or "default") for directory in there)
+    if lacking and not (allow_missing and found):
+        raise AdapterError(
+            f"the checkpoint has no adapter called {', '.join(map(repr, lacking))}; it has {names}",
+            path=path,
+            hint="Load it before the model gets that adapter, or pass allow_checkpoint_key_subset=True to load_model: "
+            "then the adapter keeps its values.",
+        )
+    left = set(there.values()) - {saved.weights for saved in found.values()}
+    if left:
+        _LOG.warning("%s has adapters that the model lacks: %s", path, ", ".join(sorted(str(p.parent) for p in left)))
+    return found
+
+
+def _saved(weights: Path, component: str | None, key_mapping: Mapping[str, str]) -> SavedAdapter:
+    if component is not None and is_file(weights) and not weights.name.endswith(".bin"):
+        lora = read_lora(weights, component, key_mapping)
+        if lora is not None:
+            return SavedAdapter(weights, lora.settings, lora.names)
+    has_config = is_file(weights.parent / ADAPTER_CONFIG_NAME)
+    return SavedAdapter(weights, read_adapter_config(weights.parent) if has_config else None)
+
+
+def _there(path: Path) -> Iterator[tuple[str, Path]]:
+    """Directory below ``path`` (empty for itself) and file of each adapter."""
+    if is_file(path):
+        yield "", path
+        return
+    places = [path, *(p for name in names_in(path) if is_directory(p := path / name))] if is_directory(path) else []
+    for place in places:
+        names = [name for name in (ADAPTER_WEIGHTS_NAME, _BIN_NAME, LORA_WEIGHTS_NAME) if is_file(place / name)]
+        if len(names) > 1 and names[-1] == LORA_WEIGHTS_NAME:
+            raise AmbiguousFilesError(
+                f"the directory holds adapters of peft and of diffusers: {', '.join(names)}",
+                path=place,
+                hint="Pass the path of the file that is meant.",
+            )
+        if names:
+            yield "" if place == path else place.name, place / names[0]
+
+
+def check_shared(file: AdapterFile, saved: SavedAdapter, key_mapping: Mapping[str, str] | None) -> None:
+    """Raise `AdapterError` if what is one parameter in the model has several values in the file. One rank calls."""
+    if not any(item.alias_of is not None for item in file.entries):
+        return
+    if saved.weights.name == _BIN_NAME:
+        raise AdapterError(
+            "tensors that are one parameter of this model cannot be compared in a .bin file",
+            path=saved.weights,
+            hint="Save the adapter as safetensors once, with peft.",
+        )
+    check_shared_factors(file, saved.weights, lambda name: rename((name,), key_mapping or {})[0])
+
+
+def open_saved(session: Session, saved: SavedAdapter, key_mapping: Mapping[str, str] | None) -> Source:
+    """Open an adapter's file under the model's names; of a ``.bin`` file each tensor is a range. All ranks call."""
+    if saved.weights.name.endswith(".bin"):
+        opened = open_bin(saved.weights, session.group, session.config.allow_legacy_pickle_restore)
+        if opened.loose:
+            raise FormatError(
+                "no range of bytes of this .bin file holds some of its tensors",
+                path=saved.weights,
+                tensor=next(iter(opened.loose)),
+                hint="Save the adapter as safetensors once, with peft.",
+            )
+        source = opened.source
+    else:
+        source = open_source(saved.weights, session.group)
+    if saved.names is not None:
+        return retitled(source.without(source.tensors.keys() - saved.names.keys()), saved.names)
+    return renamed(source, key_mapping) if key_mapping else source

@@ -30,9 +30,9 @@ from shardwise.base.names import BaseWanted, match_base
 from shardwise.base.slots import Slot, has_meta, names_of, slots_of
 from shardwise.base.source import BaseSource
 from shardwise.checkpointing.hub import require_memory
-from shardwise.checkpointing.loading.foreign import expected_unused
-from shardwise.checkpointing.loading.module_state import ModuleLoad, claimed, in_shapes_of, open_module_load
-from shardwise.checkpointing.module_state_files import find_module_state
+from shardwise.checkpointing.loading.names import expected_unused
+from shardwise.checkpointing.loading.restoring import overwriting
+from shardwise.checkpointing.module_state import ModuleLoad, claimed, find_module_state, in_shapes_of, open_module_load
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.computed import declared, open_computed
@@ -63,10 +63,8 @@ def initialize_model_weights(model: nn.Module, device: torch.device, peft_init_m
     whatever the other ranks' seeds; draws into other tensors are the same for the same seed and module order. The
     generators are left as they were.
 
-    All ranks that hold parts of this model call, since they agree on the seed.
-
-    Raises:
-        MisuseError: A tensor has no values and no code that gives it any.
+    All ranks that hold parts of this model call, since they agree on the seed. A tensor that no code gives values is a
+    `MisuseError`.
     """
     seed = _agreed_seed(model)
     if is_peft_adapted([model]):
@@ -117,20 +115,12 @@ def load_base_model(
     model_name: str | None,
     load: bool,
 ) -> LoadReport | None:
-    """Materialise a model and fill it from its base. All ranks call.
+    """Materialise a model and fill it from its base; what was loaded, unless ``load`` is false. All ranks call.
 
     Parts on the meta device get memory on ``device``; what the base does not fill gets fresh values. Parts that have
     memory are moved to ``device`` and keep what the base does not fill, but for buffers that are in no file: these are
     recomputed by the module's own code, since ``to_empty`` leaves them undefined. Names, shapes and dtypes are compared
     before any memory is allocated.
-
-    Returns:
-        What was loaded; ``None`` where ``load`` is false.
-
-    Raises:
-        CheckpointNotFoundError: The base was not found.
-        TensorError, QuantizationError: Model and base do not fit.
-        AdapterError: An adapter cannot begin this way, or began with a part of the base weights.
     """
     parts = [model] if isinstance(model, nn.Module) else list(model)
     fresh: list[nn.Module] = []
@@ -163,13 +153,12 @@ def _begin_peft(group: Group, parts: Sequence[nn.Module], fresh: Sequence[nn.Mod
 
 
 def _found(session: Session, root_dir: str | Path | None, model_name: str | None) -> Path:
-    group, told = session.group, ""
-    with group.together(f"looking for the base model {model_name}"):
+    def find() -> str:
         if not model_name:
             raise MisuseError("no base model is named", hint="Pass model_name, a hub id, a directory or a file.")
-        if group.is_main:
-            told = str(find_base(root_dir, model_name, session.config.model_cache_dir))
-    return Path(cast(str, group.broadcast_json(told, 0, f"looking for the base model {model_name}")))
+        return str(find_base(root_dir, model_name, session.config.model_cache_dir))
+
+    return Path(cast(str, session.group.broadcast_result(find, f"looking for the base model {model_name}")))
 
 
 def _materialise(group: Group, parts: Sequence[nn.Module], device: torch.device, wanted: BaseWanted | None) -> None:
@@ -196,19 +185,10 @@ def fill_from_base(
     allow_missing: bool = False,
     before: Callable[[BaseWanted], None] | None = None,
 ) -> LoadReport:
-    """Fill a model from a base in place. All ranks of the session's group call.
+    """Fill a model from a base (a directory or file) in place. All ranks of the session's group call.
 
-    Args:
-        session: Settings, ranks and storage.
-        parts: This rank's parts; on the meta device only if ``before`` gives them memory.
-        path: A directory or file.
-        key_mapping: Regular expressions and replacements, from the files' names to the model's; first match.
-        allow_missing: Tensors that the base lacks keep their values.
-        before: Called when all is known to fit, before anything is read.
-
-    Raises:
-        TensorError, QuantizationError, FormatError: Model and base do not fit, or the base is damaged.
-        AdapterError: An adapter of a model with memory began with a part of the base weights.
+    ``before`` is called when all is known to fit, before anything is read; only then may ``parts`` be on the meta
+    device. With ``allow_missing``, tensors that the base lacks keep their values.
     """
     group, config = session.group, session.config
     if before is None:
@@ -224,9 +204,7 @@ def fill_from_base(
         dequantize=config.dequantize_base_checkpoint,
         allow_legacy_pickle=config.allow_legacy_pickle_restore,
     )
-    options = LoadOptions(
-        allow_missing, allow_unexpected=True, allow_cast=True, threads=session.threads, sharing=session.sharing
-    )
+    options = replace(session.load_options, allow_missing=allow_missing, allow_unexpected=True, allow_cast=True)
     wanted = _matched(session, parts, source, told, key_mapping)
     if before is not None:
         compare_load(lambda: _described(wanted), source, group, session.storage, options)
@@ -243,18 +221,19 @@ def fill_from_base(
     if load.asked or stems:
         lenient = LoadOptions(allow_missing, allow_unexpected=True)
         module_load = open_module_load(wanted.steps, stems, group, lenient, is_strict=False, skips_empty=True)
-    report = load.read()
-    computed.read(session.storage)
-    if module_load is not None:
-        with load.reading() as values:
-            module_load.run(values, str(path), group)
-    with group.together("copying what is held twice"), torch.no_grad():
-        for first, second in wanted.copies:
-            second.copy_(first)
-    with group.together("setting magnitudes"):  # apart, since DTensors communicate: no rank may have failed before
-        own = [part for part in parts if find_sites(part)]
-        if before is not None and own:
-            initialise_magnitudes(own)
+    with overwriting("the model"):
+        report = load.read()
+        computed.read(session.storage)
+        if module_load is not None:
+            with load.reading() as values:
+                module_load.run(values, str(path), group)
+        with group.together("copying what is held twice"), torch.no_grad():
+            for first, second in wanted.copies:
+                second.copy_(first)
+        with group.together("setting magnitudes"):  # apart, since DTensors communicate: no rank may have failed before
+            own = [part for part in parts if find_sites(part)]
+            if before is not None and own:
+                initialise_magnitudes(own)
     with group.together("telling what was loaded"):
         if group.is_main:
             _tell(report, parts, _described(wanted), source)
@@ -267,10 +246,7 @@ def _described(wanted: BaseWanted) -> list[HeldTensor]:
 
 
 def _agreed_config(path: Path, group: Group) -> tuple[dict[str, object], list[str]]:
-    """The base's config as rank 0 finds it, since it decides which tensors exist, and the files of module state.
-
-    All ranks call.
-    """
+    """The base's config, which decides which tensors exist, and the files of module state. All ranks call."""
 
     def look() -> JsonValue:
         return [cast(JsonValue, base_config(path)), cast(JsonValue, find_module_state(path))]

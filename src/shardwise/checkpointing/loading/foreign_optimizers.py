@@ -1,68 +1,213 @@
-"""Optimizers that other tools saved in DCP directories: torch's own layouts, torchtitan's, NeMo AutoModel's.
+"""Optimizers, schedulers and extra state that other tools saved in DCP directories.
 
-They are converted to our own `OptimizerRecord` and a source under our names; comparing, reshaping and reading are then
-the same as in every restore. Rank 0 reads everything that is not a sharded tensor, through unpicklers with an
-allow-list, and broadcasts it.
+Optimizers, in torch's own layouts, torchtitan's or NeMo AutoModel's, are converted to our own `OptimizerRecord` and a
+source under our names; comparing, reshaping and reading are then the same as in every restore. Rank 0 reads everything
+that is not a sharded tensor, through unpicklers with an allow-list, and broadcasts it.
+
+DCP flattens a state dict and loses its empty containers, and its loading fills the state dict that an object has. The
+same is done here: empty dictionaries, which DCP cannot express, stay as the object has them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from shardwise.checkpointing.loading.foreign_states import broadcast_state, foreign_schedules, read_schedules
 from shardwise.checkpointing.loading.restoring import Stateful
+from shardwise.checkpointing.run_state.schedulers import FoundSchedules, check_rates, no_scheduler, other_number
 from shardwise.checkpointing.session import Session
-from shardwise.comm import Group
+from shardwise.comm import Group, JsonValue
 from shardwise.convert import rename
-from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
+from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.engine.name_suggestions import listed
-from shardwise.errors import CheckpointNotFoundError, MissingTensorError, MisuseError, ShardwiseError
-from shardwise.plan.reads import SourceTensor
+from shardwise.errors import CheckpointNotFoundError, MissingTensorError, MisuseError, ShardwiseError, StateFormatError
 from shardwise.sources.dcp_optimizers import DcpOptimizer, read_optimizers
+from shardwise.sources.dcp_states import components, place_called, scheduler_places, state_at
 from shardwise.sources.dcp_values import DcpValues, is_dcp
 from shardwise.sources.sources import Source, open_source
-from shardwise.sources.state_files import has_state
+from shardwise.sources.state_files import has_state, joined, pack_state, split, unpack_state
 from shardwise.stateful_wrappers import OptimizerState
-from shardwise.stateful_wrappers.inner_optimizers import AnyOptimizer
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord, SavedGroup
 from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, RestoreOptions, plan_restore
 from shardwise.stateful_wrappers.state_tensors import SavedTensor
 from shardwise.stateful_wrappers.wrapping import plain_name
 
+#: An attribute of torch's schedulers that some releases lack.
+_MAY_DIFFER = {"verbose"}
+_FRESH = "Or restore without it, and it starts afresh."
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignSchedules:
+    """The schedulers' states in a DCP directory, by place, and whether they were a list there."""
+
+    directory: Path
+    states: Mapping[str, object]
+    listed: bool
+
+
+def read_schedules(directory: Path, group: Group, legacy: bool) -> ForeignSchedules:
+    """Read what a DCP directory has of schedulers. All ranks call."""
+
+    def read() -> dict[str, object]:
+        values = DcpValues(directory, legacy)
+        places = scheduler_places(values)
+        states = {".".join(map(str, place)): state_at(values, place) for place in places}
+        return {"states": states, "listed": all(isinstance(place[-1], int) for place in places if place)}
+
+    found = cast("dict[str, object]", broadcast_state(read, group, f"reading the schedulers of {directory}"))
+    return ForeignSchedules(directory, cast("dict[str, object]", found["states"]), cast(bool, found["listed"]))
+
+
+def foreign_schedules(
+    schedulers: Sequence[Stateful], found: ForeignSchedules
+) -> list[tuple[Stateful, dict[str, object]]]:
+    """Each scheduler with its saved state; `MisuseError` unless they match without doubt. Local; nothing is changed."""
+    path = found.directory
+    if not found.states:
+        raise no_scheduler(path)
+    if len(found.states) != len(schedulers) or (len(schedulers) > 1 and not found.listed):
+        unclear = "" if len(found.states) != len(schedulers) else ": which is which is not known"
+        names = f" ({listed([*found.states])})"
+        raise other_number(len(found.states), len(schedulers), path, unclear, names)
+    return [
+        (scheduler, _fitting(scheduler, place, state, path))
+        for scheduler, (place, state) in zip(schedulers, found.states.items(), strict=True)
+    ]
+
+
+def _fitting(scheduler: Stateful, place: str, saved: object, path: Path) -> dict[str, object]:
+    own = scheduler.state_dict()
+    state = filled(own, saved)
+    if not isinstance(state, dict):
+        raise StateFormatError(f"what is saved as {place!r} is no scheduler's state", path=path, hint=_FRESH)
+    lacking = sorted({str(key) for key in own} - {str(key) for key in state} - _MAY_DIFFER)
+    if isinstance(getattr(scheduler, "scheduler", scheduler), LRScheduler):
+        # Attributes with a leading underscore differ between releases of torch.
+        lacking = [key for key in lacking if not key.startswith("_")]
+        beyond = sorted(key for key in {*state} - {*own} - _MAY_DIFFER if not str(key).startswith("_"))
+    else:
+        beyond = []
+    if lacking or beyond:
+        raise MisuseError(
+            f"the checkpoint's scheduler {place!r} is no {type(scheduler).__name__}: it has {beyond} and "
+            f"lacks {lacking}",
+            path=path,
+            hint=f"Build the scheduler that the checkpoint was saved with. {_FRESH}",
+        )
+    check_rates(f" {place!r}", own, state, path)
+    return state
+
+
+def filled(own: object, saved: object) -> object:
+    """The saved state, completed with the object's own empty containers and numeric keys."""
+    if isinstance(own, Mapping) and isinstance(saved, Mapping):
+        made = dict(saved)
+        for key, value in own.items():
+            known = key if key in made else str(key)
+            if known in made:
+                made[key] = filled(value, made.pop(known))
+            elif _vanishes(value):
+                made[key] = value
+        return made
+    if isinstance(own, list) and isinstance(saved, list) and len(own) == len(saved):
+        return [filled(one, other) for one, other in zip(own, saved, strict=True)]
+    return saved
+
+
+def _vanishes(value: object) -> bool:
+    """Whether DCP's flattening leaves nothing of a value."""
+    if isinstance(value, Mapping):
+        return all(_vanishes(each) for each in value.values())
+    return isinstance(value, list) and bool(value) and all(isinstance(v, Mapping) and _vanishes(v) for v in value)
+
+
+def read_states(directory: Path, wanted: Iterable[str], group: Group, legacy: bool) -> dict[str, object]:
+    """Extra state in a DCP directory: name -> state, of all names that any rank wants. All ranks call.
+
+    A name is the path of a part of the state dict, joined by dots. Empty where the checkpoint is not a DCP directory.
+    What cannot be read otherwise is unpickled without restrictions if ``legacy`` is true.
+    """
+    own = sorted(wanted)
+
+    def describe() -> JsonValue:
+        return [cast(JsonValue, own), group.is_main and is_dcp(directory)]
+
+    gathered = cast("list[tuple[list[str], bool]]", group.gather(describe, "comparing what is to be restored"))
+    names = sorted({name for theirs, _ in gathered for name in theirs})
+    if not gathered[0][1] or not names:
+        return {}
+
+    def read() -> dict[str, object]:
+        values = DcpValues(directory, legacy)
+        return {name: state_at(values, place_called(values, name)) for name in names}
+
+    return cast("dict[str, object]", broadcast_state(read, group, f"reading extra state of {directory}"))
+
+
+def foreign_components(directory: Path, model_place: str | None = None) -> list[str]:
+    """Names of what a DCP directory has beside a model, whose names begin with ``model_place``. Local."""
+    return components(DcpValues(directory), model_place) if is_dcp(directory) else []
+
+
+def torch_leftovers(directory: Path) -> list[str]:
+    """Files of ``torch.save`` beside model and optimizer, and directories of them, which are not read. Local."""
+    found = []
+    for entry in (directory / name for name in names_in(directory)):
+        if entry.suffix in (".pt", ".pth") and is_file(entry):
+            found.append(entry.stem)
+        elif is_directory(entry) and entry.name not in ("model", "optim"):
+            found += [entry.name] * any(name.endswith(".pt") for name in names_in(entry))
+    return found
+
+
+def broadcast_state(read: Callable[[], object], group: Group, what: str) -> object:
+    """Call ``read`` on rank 0 and broadcast its result, which may hold tensors. All ranks call."""
+    packed = group.attempt(lambda: joined(pack_state(read())) if group.is_main else b"", what)
+    return unpack_state(split(group.broadcast_bytes(packed, 0, what)))
+
+
 _FRESH = "Or restore without an optimizer (and its scheduler), which then starts afresh."
-_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
 class ForeignOptimizers:
-    """Optimizers in a DCP directory, on every rank alike.
+    """Optimizers in a DCP directory, with all its tensors under DCP's names, on every rank alike.
 
-    Attributes:
-        found: The optimizers found; empty where none is to be restored.
-        source: All tensors of the directory, under DCP's names.
+    ``schedules`` is what is there of schedulers; none, as ``found``, where none is to be restored.
     """
 
     directory: Path
     found: tuple[DcpOptimizer, ...]
     source: Source
+    schedules: ForeignSchedules | None = None
+
+    def compared(
+        self, state: OptimizerState, schedulers: Sequence[Stateful], changes: Changes, is_buffered: bool
+    ) -> tuple[OptimizerRestore, FoundSchedules, dict[str, str]]:
+        """What this rank's optimizers and schedulers will get, and DCP's name of each tensor. Local."""
+        record, names = self.matched(state, changes.key_mapping)
+        try:
+            plan = plan_restore(state, record, RestoreOptions(changes.allow_new, is_buffered))
+        except ShardwiseError as error:
+            error.path = error.path or str(self.directory)
+            _add_names(error, record)
+            raise
+        fitting = foreign_schedules(schedulers, self.schedules) if schedulers and self.schedules is not None else []
+        return plan, FoundSchedules(tuple(fitting)), names
 
     def matched(
         self, state: OptimizerState, key_mapping: Mapping[str, str] | None
     ) -> tuple[OptimizerRecord, dict[str, str]]:
-        """The state that this rank's optimizers will get, and DCP's name of each tensor. Local.
-
-        Raises:
-            MisuseError: Parameters cannot be matched without doubt.
-        """
+        """The state that this rank's optimizers will get, and DCP's name of each tensor. Local."""
         named = [_in_names(each, key_mapping) for each in self.found if not each.numbered]
         numbered = [each for each in self.found if each.numbered]
         if not state.optimizers:
@@ -82,11 +227,7 @@ class ForeignOptimizers:
         return self.described(named)
 
     def described(self, named: Sequence[DcpOptimizer]) -> tuple[OptimizerRecord, dict[str, str]]:
-        """Optimizers whose parameters have names as one record, and DCP's name of each tensor. Local.
-
-        Raises:
-            MisuseError: Two of them have one parameter.
-        """
+        """Optimizers whose parameters have names as one record, and DCP's name of each tensor. Local."""
         self._refuse_shared(named)
         groups = [SavedGroup(group.options, group.params) for each in named for group in each.groups]
         tensors: dict[str, dict[str, SavedTensor]] = {}
@@ -136,9 +277,8 @@ class ForeignOptimizers:
         own = [(state.names(group), group["params"]) for group in optimizer.param_groups]
         sizes, saved_sizes = [len(names) for names, _ in own], [len(group.params) for group in saved.groups]
         if sizes != saved_sizes:
-            raise self._no_match(
-                saved, f"it has groups of {_counts(saved_sizes)} parameters, the one to be restored {_counts(sizes)}"
-            )
+            ours, theirs = (listed([*map(str, counts)]) for counts in (sizes, saved_sizes))
+            raise self._no_match(saved, f"it has groups of {theirs} parameters, the one to be restored {ours}")
         names: dict[str, str] = {}
         for group, (group_names, params) in zip(saved.groups, own, strict=True):
             for number, name, param in zip(group.params, group_names, params, strict=True):
@@ -168,11 +308,7 @@ class ForeignOptimizers:
         )
 
     def agreed(self, dcp_names: Mapping[str, str], group: Group) -> Source:
-        """The optimizers' tensors under our names. All ranks call.
-
-        Raises:
-            MisuseError: Ranks that match by position would use one tensor for different parameters.
-        """
+        """The optimizers' tensors under our names, if all ranks matched them alike. All ranks call."""
         if any(each.numbered for each in self.found):
             # Each rank named numbered entries by its own parameters.
             own = hashlib.blake2b(json.dumps(sorted(dcp_names.items())).encode(), digest_size=16).hexdigest()
@@ -185,10 +321,7 @@ class ForeignOptimizers:
                     hint="Save it by torch.distributed.checkpoint.state_dict.get_optimizer_state_dict, which names "
                     f"parameters. {_FRESH}",
                 )
-        tensors: dict[str, SourceTensor] = {}
-        for name, known in dcp_names.items():
-            tensor = self.source.tensors[known]
-            tensors[name] = tensor._replace(spec=tensor.spec._replace(name=name))
+        tensors = {name: self.source.tensors[known].renamed(name) for name, known in dcp_names.items()}
         return replace(self.source, tensors=tensors)
 
 
@@ -205,34 +338,10 @@ class Changes:
     allow_new: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class OpenedForeign:
-    """Optimizers and schedulers matched with another tool's state, on every rank; see `OpenedOptimizer`."""
-
-    plan: OptimizerRestore
-    schedulers: tuple[tuple[Stateful, dict[str, object]], ...]
-    tensors: OpenedLoad | None
-    is_buffered: bool
-
-
-def open_foreign(
-    session: Session,
-    optimizer: AnyOptimizer | Sequence[AnyOptimizer],
-    model: nn.Module | Sequence[nn.Module],
-    schedulers: Sequence[Stateful],
-    directory: Path,
-    changes: Changes,
-) -> OpenedForeign | None:
-    """Match optimizers and schedulers with another tool's state; ``None`` where there is none. All ranks call.
-
-    ``directory`` is where a checkpoint of ours would have its optimizer.
-
-    Raises:
-        CheckpointNotFoundError: There is no optimizer or scheduler in it.
-        MisuseError: It is another optimizer's or scheduler's, or parameters cannot be matched without doubt.
-        TensorError: The saved state does not fit the optimizer.
-        UnsafePickleError: A value could run code.
-    """
+def find_foreign(
+    session: Session, directory: Path, state: OptimizerState, schedulers: Sequence[Stateful]
+) -> ForeignOptimizers | None:
+    """Read what another tool saved of optimizers and schedulers, where ours is not in ``directory``. All ranks call."""
     group, legacy = session.group, session.config.allow_legacy_pickle_restore
     found_place = group.broadcast_result(
         lambda: str(_foreign_place(directory) or ""), f"looking for an optimizer at {directory}"
@@ -240,34 +349,19 @@ def open_foreign(
     if not found_place:
         return None
     place = Path(cast(str, found_place))
-    state = group.attempt(lambda: OptimizerState(optimizer, model), "describing the optimizer")
     steers = group.any(bool(state.optimizers), "asking which ranks have optimizers")
-    is_buffered = group.any(state.has_own_ways, "asking how optimizers load their state")
-    found = _find_foreign(place, group, legacy, steers)
+
+    def read() -> list[object]:
+        return [each.to_state() for each in _read(place, legacy)] if steers else []
+
+    states = cast("list[object]", broadcast_state(read, group, f"reading the optimizers of {place}"))
     has_schedulers = group.any(bool(schedulers), "comparing schedulers")
     schedules = read_schedules(place, group, legacy) if has_schedulers else None
-
-    def compare() -> tuple[OptimizerRestore, dict[str, str], list[tuple[Stateful, dict[str, object]]]]:
-        record, names = found.matched(state, changes.key_mapping)
-        try:
-            plan = plan_restore(state, record, RestoreOptions(changes.allow_new, is_buffered))
-        except ShardwiseError as error:
-            error.path = error.path or str(place)
-            _add_names(error, record)
-            raise
-        return plan, names, foreign_schedules(schedulers, schedules) if schedulers and schedules is not None else []
-
-    plan, names, fitting = group.attempt(compare, f"comparing the optimizer with {place}")
-    source = found.agreed(names, group)
-    tensors: OpenedLoad | None = None
-    if group.any(bool(plan.targets), "asking which optimizers have tensors"):
-        options = LoadOptions(allow_unexpected=True, threads=session.threads, sharing=session.sharing)
-        tensors = open_described(plan.held_as_saved, source, group, session.storage, options)
-    _count_in_tensors(plan)
-    return OpenedForeign(plan, tuple(fitting), tensors, is_buffered)
+    found = tuple(map(DcpOptimizer.from_state, states))
+    return ForeignOptimizers(place, found, open_source(place, group, spread=True), schedules)
 
 
-def _count_in_tensors(plan: OptimizerRestore) -> None:
+def count_in_tensors(plan: OptimizerRestore) -> None:
     """Make tensors of steps that were counted in numbers, as the ``__setstate__`` of torch's own optimizers does."""
     options = {id(p): {**g.group, **g.options} for g in plan.groups for p in cast("list[object]", g.group["params"])}
     for each in plan.params:
@@ -291,17 +385,6 @@ def _foreign_place(directory: Path) -> Path | None:
     if has_state(directory / "optimizer"):
         return None
     return next((place for place in (directory, directory.parent) if is_dcp(place)), None)
-
-
-def _find_foreign(place: Path, group: Group, legacy: bool, steers: bool) -> ForeignOptimizers:
-    """Read the optimizers of a DCP directory, if any rank has one to restore (``steers``). All ranks call."""
-
-    def read() -> list[object]:
-        return [each.to_state() for each in _read(place, legacy)] if steers else []
-
-    states = cast("list[object]", broadcast_state(read, group, f"reading the optimizers of {place}"))
-    found = tuple(map(DcpOptimizer.from_state, states))
-    return ForeignOptimizers(place, found, open_source(place, group, spread=True))
 
 
 def _read(place: Path, legacy: bool) -> list[DcpOptimizer]:
@@ -329,14 +412,10 @@ def _add_names(error: ShardwiseError, record: OptimizerRecord) -> None:
     if isinstance(error, MissingTensorError):
         there = [param for group in record.groups for param in group.params]
         error.hint = (
-            f"It has {listed(there[:_SHOWN])} and so on. If these are the same parameters under other "
-            f"names, pass key_mapping. {error.hint or ''}"
+            f"It has {listed(there)}. If these are the same parameters under other names, pass key_mapping. "
+            f"{error.hint or ''}"
         ).strip()
 
 
 def _places(found: Sequence[DcpOptimizer]) -> str:
     return ", ".join(repr(each.place) for each in found)
-
-
-def _counts(sizes: Sequence[int]) -> str:
-    return ", ".join(map(str, sizes[:_SHOWN])) + (f" (and {len(sizes) - _SHOWN} more)" if len(sizes) > _SHOWN else "")

@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 from torch import nn
 
-from shardwise.checkpointing.exported_part import exported_modules
 from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
-from shardwise.checkpointing.loading.aliases import Aliased, names_lacking, with_aliases
-from shardwise.checkpointing.loading.foreign import expected_unused, in_names_of_files
-from shardwise.checkpointing.loading.foreign_model import OwnNames, model_part
-from shardwise.checkpointing.loading.model_metadata import read_model_metadata
-from shardwise.checkpointing.loading.module_state import (
+from shardwise.checkpointing.loading.names import (
+    expected_unused,
+    in_names_of_files,
+    model_part,
+    names_lacking,
+    under_saved_names,
+    untied,
+    with_aliases,
+)
+from shardwise.checkpointing.module_state import (
     ModuleLoad,
     as_modules_load,
+    find_module_state,
+    is_own_module_state,
     open_module_load,
     steps_of,
     with_extra_in_files,
 )
-from shardwise.checkpointing.loading.ties import under_saved_names, untied
-from shardwise.checkpointing.module_state_files import is_own_module_state
 from shardwise.checkpointing.per_rank import OwnRead, find_model
 from shardwise.checkpointing.session import Session
+from shardwise.checkpointing.shared_names import exported_modules
 from shardwise.comm import Group, JsonValue
-from shardwise.convert import HeldGroup, rename
+from shardwise.convert import rename
+from shardwise.disk.names import is_file
 from shardwise.engine.computed import OpenedComputed, open_computed
 from shardwise.engine.load import (
     CheckpointSource,
@@ -40,6 +46,10 @@ from shardwise.engine.load import (
     open_described,
 )
 from shardwise.engine.name_suggestions import listed
+from shardwise.engine.per_rank import saved_ranks
+from shardwise.errors import StateFormatError
+from shardwise.format.json_file import read_json
+from shardwise.format.notes import METADATA_DIR, NATIVE_DTYPES, PASSED_THROUGH
 from shardwise.plan.fragments import HeldTensor
 from shardwise.sources.sources import Source, open_source
 from shardwise.stateful_wrappers import ModelState
@@ -52,36 +62,13 @@ _LOG = logging.getLogger(__name__)
 _PREFIX = "module."
 
 
-def load_model(
-    session: Session,
-    model: nn.Module | Sequence[nn.Module],
-    path: Path,
-    *,
-    key_mapping: Mapping[str, str] | None,
-    options: LoadOptions,
-    skip_prefixes: Sequence[str] = (),
-) -> LoadReport:
-    """Fill a model in place from a checkpoint's ``model`` directory or any Hugging Face directory. All ranks call.
-
-    Raises:
-        TensorError: Model and checkpoint do not fit.
-        FormatError: The checkpoint is damaged.
-    """
-    return open_model(
-        session, model, path, key_mapping=key_mapping, options=options, skip_prefixes=skip_prefixes
-    ).fill()
-
-
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
     """A model matched with a checkpoint, on every rank; nothing has been read or written yet.
 
-    Attributes:
-        session: Settings, ranks and storage.
-        direct: Tensors to read into the model's memory, and those for modules that load their state by their own code.
-        computed: Tensors that are converted after reading; ``None`` where no rank's model has any.
-        module_load: How modules take their state, where that is not all that there is to it.
-        own: Per-rank tensors of this rank; ``None`` on all ranks where there are none.
+    ``direct`` has the tensors to read into the model's memory and for modules with loading code of their own,
+    ``computed`` those that are converted after reading, ``own`` this rank's alone; ``None`` on all ranks where there
+    are none.
     """
 
     session: Session
@@ -91,12 +78,7 @@ class OpenedModel:
     own: OwnRead | None = None
 
     def fill(self) -> LoadReport:
-        """Fill the model. All ranks call, once.
-
-        Raises:
-            IntegrityError: A file is shorter than its header promises.
-            ModuleStateError: A module refuses its state.
-        """
+        """Fill the model. All ranks call, once."""
         report = self.direct.read()
         if self.computed is not None:
             self.computed.read(self.session.storage)
@@ -115,21 +97,15 @@ def open_model(
     *,
     key_mapping: Mapping[str, str] | None,
     options: LoadOptions,
-    skip_prefixes: Sequence[str] = (),
 ) -> OpenedModel:
-    """Open a checkpoint, and compare names, shapes and dtypes with the model's. All ranks call; nothing is written.
-
-    Raises:
-        TensorError: Model and checkpoint do not fit.
-        FormatError: The checkpoint is damaged.
-    """
+    """Open a checkpoint, and compare names, shapes and dtypes with the model's. All ranks call; nothing is written."""
     group, storage = session.group, session.storage
-    state = ModelState(model, skip_prefixes=skip_prefixes)
+    state = ModelState(model)
     opened = _opened(session, state, path, key_mapping, options)
-    own = find_model(session, state, path, opened.ranks)
+    own = find_model(session, state, path, opened.metadata.ranks)
     source, hub, options = opened.source, opened.hub, opened.options
     speaks_native = opened.differs and _speaks_native(hub, source, group)
-    computed = [] if speaks_native else [held for held in hub.groups if not _has_natives(held, source)]
+    computed = [] if speaks_native else [each for each in hub.groups if not _are_in(each.natives, source)]
 
     steps: list[Step] = []
 
@@ -148,40 +124,28 @@ def open_model(
         return held if hub.listing is None else [*as_modules_load(held, hub, computed, source), *extra]
 
     load = open_described(direct, source, group, storage, options, lambda: bool(steps))
-    there = (
-        open_computed(computed, CheckpointSource(source), group, options)
-        if opened.differs and not speaks_native
-        else None
-    )
+    has_computed = opened.differs and not speaks_native
+    there = open_computed(computed, CheckpointSource(source), group, options) if has_computed else None
     # Every rank knows which module state was saved.
-    has_any = load.asked or bool(opened.module_state)
+    stems = opened.metadata.module_state
     module_load = ModuleLoad((), None, options, 0)
-    if has_any:
-        module_load = open_module_load(
-            steps, opened.module_state, group, options, is_strict=is_own_module_state(path, opened.module_state)
-        )
+    if load.asked or stems:
+        module_load = open_module_load(steps, stems, group, options, is_strict=is_own_module_state(path, stems))
     return OpenedModel(session, load, there, module_load, own)
 
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """A source matched with this rank's model.
+    """A source, what this rank holds, and the allowed differences between the two.
 
-    Attributes:
-        source: The tensors of the checkpoint.
-        hub: The tensors that this rank holds.
-        options: Allowed differences between the two.
-        differs: Whether any rank's model has other names than the source, ties, or tensors that have to be computed.
-        ranks: Number of ranks that saved per-rank tensors.
-        module_state: Files with module state beside the ordinary tensors.
+    It ``differs`` where any rank's model has other names than the source, ties, or tensors that have to be computed.
     """
 
     source: Source
     hub: HubState
     options: LoadOptions
     differs: bool
-    ranks: int
-    module_state: tuple[str, ...]
+    metadata: ModelMetadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,15 +175,7 @@ def _opened(
     metadata = read_model_metadata(path, group)
     source = open_source(path, group, spread=True)
 
-    def own_names() -> OwnNames:
-        hub = session.names.capture(state, load=True)
-        computed = {spec.name for each in hub.groups for spec in each.computed.hub}
-        return OwnNames(
-            frozenset(tensor.spec.name for tensor in hub.native),
-            frozenset({tensor.spec.name for tensor in hub.held} | computed),
-        )
-
-    source = model_part(source, own_names, key_mapping, group)
+    source = model_part(source, lambda: session.names.capture(state, load=True), key_mapping, group)
     lacking: list[str] = []
     matched: _Matched | None = None
     with group.together("describing the model") as differs:
@@ -244,20 +200,20 @@ def _opened(
     if not differs.any:
         assert matched is not None
         options = replace(options, exact=dict(metadata.exact))
-        return _Opened(plain, matched.hub, options, False, metadata.ranks, metadata.module_state)
-    aliased = Aliased(plain)
+        return _Opened(plain, matched.hub, options, False, metadata)
+    kept: dict[str, str] = {}
     if group.any(bool(lacking), "comparing names"):
-        aliased = with_aliases(source, hub, lacking, key_mapping, group)
+        source, kept = with_aliases(source, hub, lacking, key_mapping, group)
         with group.together("matching the model's names with the checkpoint's"):
-            plain = aliased.source.without(metadata.passed)
+            plain = source.without(metadata.passed)
             matched = _match(state, hub, plain)
     assert matched is not None
     everyone = group.gather_json(cast(JsonValue, dict(matched.ties)), "comparing tied tensors")
     source = untied(plain, everyone, group, session.storage)
     ignored = listed_anywhere(matched.unused, source, group)
-    kept = {alias: metadata.exact[name] for alias, name in aliased.kept.items() if name in metadata.exact}
-    options = replace(options, exact={**metadata.exact, **kept}, ignored=ignored)
-    return _Opened(source, matched.hub, options, True, metadata.ranks, metadata.module_state)
+    exact = {alias: metadata.exact[name] for alias, name in kept.items() if name in metadata.exact}
+    options = replace(options, exact={**metadata.exact, **exact}, ignored=ignored)
+    return _Opened(source, matched.hub, options, True, metadata)
 
 
 def _lacks_buffers(hub: HubState, source: Source) -> bool:
@@ -281,20 +237,61 @@ def renamed(source: Source, key_mapping: Mapping[str, str]) -> Source:
 
 def retitled(source: Source, names: Mapping[str, str]) -> Source:
     """The source with a new name for each of its tensors."""
-    tensors = {
-        names[name]: tensor._replace(spec=tensor.spec._replace(name=names[name]))
-        for name, tensor in source.tensors.items()
-    }
-    return replace(source, tensors=tensors)
+    return replace(
+        source, tensors={names[name]: tensor.renamed(names[name]) for name, tensor in source.tensors.items()}
+    )
 
 
-def _has_natives(held: HeldGroup, source: Source) -> bool:
-    return all(tensor.spec.name in source.tensors for tensor in held.natives)
+def _are_in(held: Iterable[HeldTensor], source: Source) -> bool:
+    return all(tensor.spec.name in source.tensors for tensor in held)
 
 
 def _speaks_native(hub: HubState, source: Source, group: Group) -> bool:
     """Whether the source has the model's own names and lacks some of the hub's: another writer's state dict."""
     lacks = bool(names_lacking(source, hub))
-    has_all = all(tensor.spec.name in source.tensors for tensor in hub.native)
     # Stages may differ; a stage where both kinds of names are equal does not count.
-    return group.any(lacks, "comparing names") and not group.any(not has_all, "comparing names")
+    return group.any(lacks, "comparing names") and not group.any(not _are_in(hub.native, source), "comparing names")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMetadata:
+    """The metadata; empty for other tools' checkpoints.
+
+    Attributes:
+        exact: Name in the file -> dtype in memory, where the export has another dtype.
+        passed: Names of the base model's tensors that were carried over.
+        ranks: Number of ranks that saved per-rank tensors; 0 where there are none.
+        module_state: Stems of the files of module state.
+    """
+
+    exact: Mapping[str, str]
+    passed: tuple[str, ...]
+    ranks: int = 0
+    module_state: tuple[str, ...] = ()
+
+
+def read_model_metadata(path: Path, group: Group) -> ModelMetadata:
+    """Read the metadata beside a model on rank 0 and broadcast it. All ranks of the group call."""
+    found = group.broadcast_result(lambda: _noted(path), "reading what was noted beside the model")
+    exact, passed, ranks, module_state = cast(tuple[dict[str, str], list[str], int, list[str]], found)
+    return ModelMetadata(exact, tuple(passed), ranks, tuple(module_state))
+
+
+def _noted(path: Path) -> JsonValue:
+    exact, passed = _note(path, NATIVE_DTYPES, {}), _note(path, PASSED_THROUGH, [])
+    return [exact, passed, saved_ranks(path), cast(JsonValue, find_module_state(path))]
+
+
+def _note(path: Path, name: str, absent: JsonValue) -> JsonValue:
+    """The note called ``name``, with texts in it; ``absent`` where there is none."""
+    for directory in (path / METADATA_DIR, path.parent / METADATA_DIR):
+        file = directory / name
+        if not is_file(file):
+            continue
+        found = read_json(file, StateFormatError)
+        if isinstance(found, dict) and isinstance(absent, dict):
+            return {str(key): str(value) for key, value in found.items()}
+        if isinstance(found, list) and isinstance(absent, list):
+            return [str(value) for value in found]
+        raise StateFormatError(f"not a {type(absent).__name__}", path=file, hint="Restore the file.")
+    return absent

@@ -41,11 +41,7 @@ class Undos:
         self._steps.append((what, undo))
 
     def load(self, what: str, target: Stateful, state: dict[str, object]) -> None:
-        """Load ``state`` into ``target``, and remember its previous state.
-
-        Raises:
-            Exception: Raised by ``target`` when it refuses the state.
-        """
+        """Load ``state`` into ``target``, which may refuse it, and remember its previous state."""
         self.add(what, _back(target))
         target.load_state_dict(state)
 

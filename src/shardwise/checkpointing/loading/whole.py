@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -13,17 +14,16 @@ from torch import nn
 from shardwise.checkpointing.adapters import check_before_training
 from shardwise.checkpointing.arguments import check_mapping, refuse_whole_adapter
 from shardwise.checkpointing.averages import MODEL_EMA, Average
-from shardwise.checkpointing.calls import check_same_call
-from shardwise.checkpointing.lifetime import Lifetime
+from shardwise.checkpointing.lifetime import Lifetime, check_same_call
 from shardwise.checkpointing.loading import base_model
 from shardwise.checkpointing.loading.adapters import OpenedAdapter, open_adapter
 from shardwise.checkpointing.loading.foreign_optimizers import Changes
 from shardwise.checkpointing.loading.models import OpenedModel, open_model
-from shardwise.checkpointing.loading.restoring import overwriting, undone_on_failure
-from shardwise.checkpointing.optimizers import OpenedOptimizer, Optimizers, Schedulers, as_list, open_optimizer, several
-from shardwise.checkpointing.records import RestoreRecord
-from shardwise.checkpointing.reports import Call, Outcome
-from shardwise.checkpointing.run_state.checkpoint_state import (
+from shardwise.checkpointing.loading.restoring import Undos, overwriting, undone_on_failure
+from shardwise.checkpointing.optimizers import OpenedOptimizer, Optimizers, Schedulers, as_list, open_optimizer
+from shardwise.checkpointing.reports import Call, RestoreRecord
+from shardwise.checkpointing.run_state.data_order import DataOrder, with_loader
+from shardwise.checkpointing.run_state.extras import (
     FoundExtras,
     find_extras,
     locate,
@@ -31,10 +31,8 @@ from shardwise.checkpointing.run_state.checkpoint_state import (
     require_position,
     unrestored,
 )
-from shardwise.checkpointing.run_state.data_order import DataOrder, with_loader
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
-from shardwise.engine.load import LoadOptions
 from shardwise.engine.name_suggestions import listed
 from shardwise.engine.verify import VerifyLevel, check_checkpoint
 from shardwise.lifecycle import Start
@@ -42,11 +40,8 @@ from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.model import Model
 from shardwise.timing import Recording, phase
 
-
-class _OpenedAverage(NamedTuple):
-    model: OpenedModel | OpenedAdapter
-    average: Average
-    saved: Mapping[str, torch.Tensor]
+#: An average, and what puts its wrapper's saved tensors in place.
+_OpenedAverage = tuple[OpenedModel | OpenedAdapter, Callable[[Undos], None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +70,11 @@ class _Opened:
                 self.steering.take_in(undos)
             self.extras.extra.take_in(undos)
             if self.averaged is not None:
-                self.averaged.average.take_in(self.averaged.saved, undos)
+                self.averaged[1](undos)
         with overwriting("the run's state"):
             self.model.fill()
             if self.averaged is not None:
-                self.averaged.model.fill()
+                self.averaged[0].fill()
             if self.steering is not None:
                 self.steering.fill()
             self.extras.spread.fill(group)
@@ -136,7 +131,7 @@ def _restore(life: Lifetime, what: WhatToRestore, told: Call) -> RestoreRecord |
         what = replace(what, extra_state=with_loader(given_state, what.dataloader, session.group.world_size))
         if what.ema is not None:
             life.looked(what.ema, is_run=False)
-        name = life.looked(what.model, what.optimizer, what.scheduler, "checkpoint")
+        name = life.looked(what.model, what.optimizer, what.scheduler)
         config = life.config
         if config.enabled and not config.is_peft and session.may_export and config.verify_export:
             refuse_whole_adapter([what.model] if isinstance(what.model, nn.Module) else what.model)
@@ -165,7 +160,7 @@ def _restore(life: Lifetime, what: WhatToRestore, told: Call) -> RestoreRecord |
     life.line.start, life.line.restored = next(iter(starts), None), True
     if record.epoch is not None:
         life.order.epoch = record.epoch
-    told.over(Outcome(session.group, record.path, record.epoch, record.step, total))
+    told.over(session.group, record.path, record.epoch, record.step, total)
     fresh = () if opened.steering is None else tuple(opened.steering.plan.fresh)
     return replace(record, unrestored=left, fresh=fresh)
 
@@ -175,12 +170,11 @@ def _open(life: Lifetime, what: WhatToRestore, path: Path, steers: bool) -> tupl
     session = life.session
     # As in a save, a rank may have states that other ranks lack.
     extras = session.group.any(bool(what.extra_state), "comparing what is to be restored")
-    wanted = {"model": True, "optim": steers, "extra": extras, "rng": life.config.save_rng}
-    wanted[MODEL_EMA] = what.ema is not None
-    components = [name for name, is_wanted in wanted.items() if is_wanted]
+    wanted = {"optim": steers, "extra": extras, "rng": life.config.save_rng, MODEL_EMA: what.ema is not None}
+    components = ["model", *(name for name, is_wanted in wanted.items() if is_wanted)]
     check_checkpoint(path, what.verify, session.group, life.storage, components=components, threads=session.threads)
     model = _open_component(session, what.model, model_place(path, session.group), what.key_mapping)
-    averaged = _open_ema(session, what.ema, path / MODEL_EMA) if what.ema is not None else None
+    averaged = None if what.ema is None else _open_ema(session, what.ema, path / MODEL_EMA, what.key_mapping)
     steering: OpenedOptimizer | None = None
     if steers:
         changes = Changes(what.key_mapping, what.allow_new_parameters)
@@ -189,7 +183,7 @@ def _open(life: Lifetime, what: WhatToRestore, path: Path, steers: bool) -> tupl
     found = find_extras(session, path, what.extra_state if what.extra_state is not None else {})
     if what.dataloader is not None:
         require_position(found, what.dataloader, path, session.group)
-    taken = ["optimizer"] * bool(several(what.optimizer)) + ["scheduler"] * bool(as_list(what.scheduler))
+    taken = ["optimizer"] * bool(as_list(what.optimizer)) + ["scheduler"] * bool(as_list(what.scheduler))
     taken += ["ema"] * (what.ema is not None) + [*(what.extra_state or ()), *found.generators.values]
     partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
     below_name = model.direct.source.plain.below if isinstance(model, OpenedModel) else None
@@ -206,32 +200,22 @@ def load_model(
     allow_checkpoint_key_subset: bool,
 ) -> None:
     """See `Checkpointer.load_model`. All ranks call."""
+    path = Path(model_path).absolute()
     with life.reports.call("load_model") as told:
-        _load_model(life, model, Path(model_path).absolute(), is_init_step, key_mapping, allow_checkpoint_key_subset)
-        told.over(Outcome(life.session.group, Path(model_path).absolute()))
-
-
-def _load_model(
-    life: Lifetime,
-    model: Model,
-    path: Path,
-    is_init_step: bool,
-    key_mapping: Mapping[str, str] | None,
-    allow_checkpoint_key_subset: bool,
-) -> None:
-    life.wait()
-    session = life.begin(call := f"load_model({path})")
-    given = {"is_init_step=True": is_init_step, f"key_mapping={key_mapping}": bool(key_mapping)}
-    check_same_call(call, lambda: life.looked(model, is_run=not is_init_step), given, session.group)
-    if is_init_step:
-        parts = [model] if isinstance(model, nn.Module) else list(model)
-        base_model.fill_from_base(
-            session, parts, path, key_mapping=key_mapping, allow_missing=allow_checkpoint_key_subset
-        )
-        return
-    opened = _open_component(session, model, path, key_mapping, allow_checkpoint_key_subset)
-    with overwriting("the model"):
-        opened.fill()
+        life.wait()
+        session = life.begin(call := f"load_model({path})")
+        given = {"is_init_step=True": is_init_step, f"key_mapping={key_mapping}": bool(key_mapping)}
+        check_same_call(call, lambda: life.looked(model, is_run=not is_init_step), given, session.group)
+        if is_init_step:
+            parts = [model] if isinstance(model, nn.Module) else list(model)
+            base_model.fill_from_base(
+                session, parts, path, key_mapping=key_mapping, allow_missing=allow_checkpoint_key_subset
+            )
+        else:
+            opened = _open_component(session, model, path, key_mapping, allow_checkpoint_key_subset)
+            with overwriting("the model"):
+                opened.fill()
+        told.over(session.group, path)
 
 
 def load_optimizer(
@@ -243,28 +227,22 @@ def load_optimizer(
     changes: Changes,
 ) -> None:
     """See `Checkpointer.load_optimizer`. All ranks call."""
-    with life.reports.call("load_optimizer") as told:
-        place = Path(weights_path).absolute() / "optim"
-        _load_optimizer(life, optimizer, model, place, scheduler, changes)
-        told.over(Outcome(life.session.group, place))
-
-
-def _load_optimizer(
-    life: Lifetime, optimizer: Optimizers, model: Model, place: Path, scheduler: Schedulers | None, changes: Changes
-) -> None:
-    life.wait()
-    session = life.begin(call := f"load_optimizer({place.parent})")
+    place = Path(weights_path).absolute() / "optim"
     given = {
         f"key_mapping={changes.key_mapping}": bool(changes.key_mapping),
         "allow_new_parameters=True": changes.allow_new,
     }
-    check_same_call(call, lambda: life.looked(model, optimizer, scheduler), given, session.group)
-    opened = open_optimizer(session, optimizer, model, scheduler, place, changes)
-    opened.read_buffered()
-    with undone_on_failure() as undos, session.group.together("setting the optimizer's options"):
-        opened.take_in(undos)
-    with overwriting("the optimizer's state"):
-        opened.fill()
+    with life.reports.call("load_optimizer") as told:
+        life.wait()
+        session = life.begin(call := f"load_optimizer({place.parent})")
+        check_same_call(call, lambda: life.looked(model, optimizer, scheduler), given, session.group)
+        opened = open_optimizer(session, optimizer, model, scheduler, place, changes)
+        opened.read_buffered()
+        with undone_on_failure() as undos, session.group.together("setting the optimizer's options"):
+            opened.take_in(undos)
+        with overwriting("the optimizer's state"):
+            opened.fill()
+        told.over(session.group, place)
 
 
 def load_base_model(
@@ -274,14 +252,14 @@ def load_base_model(
     with life.reports.call("load_base_model") as told:
         session = life.begin(call := f"load_base_model({model_name})")
         life.wait()
-        given = {"load_base_model=True": loads}
+        given = {"load_base_model=True": loads, "a model_name": bool(model_name)}
         check_same_call(call, lambda: life.looked(model, is_run=False), given, session.group)
         base_model.load_base_model(session, model, device, root_dir, model_name, loads)
         if life.config.is_peft and life.config.enabled:
             check_before_training(session, model, is_adapted=False)
         life.allocate_staging(model)
         if loads and model_name is not None:
-            told.over(Outcome(session.group, Path(model_name)))
+            told.over(session.group, Path(model_name))
 
 
 def _open_component(
@@ -294,13 +272,14 @@ def _open_component(
     """Compare a model, or its adapters, with a checkpoint's. All ranks call; nothing is changed."""
     if session.config.is_peft:
         return open_adapter(session, model, path, key_mapping=key_mapping, allow_missing=allow_missing)
-    options = LoadOptions(allow_missing, threads=session.threads, sharing=session.sharing)
+    options = replace(session.load_options, allow_missing=allow_missing)
     return open_model(session, model, path, key_mapping=key_mapping, options=options)
 
 
-def _open_ema(session: Session, ema: Model, directory: Path) -> _OpenedAverage:
+def _open_ema(session: Session, ema: Model, directory: Path, key_mapping: Mapping[str, str] | None) -> _OpenedAverage:
     """Compare an average with a checkpoint's. All ranks call; nothing is changed."""
     average, saved = session.group.attempt(
         lambda: (own := Average.of(ema), own.find(directory)), "looking at the averaged model"
     )
-    return _OpenedAverage(_open_component(session.of_model(MODEL_EMA), average.model, directory), average, saved)
+    opened = _open_component(session.of_model(MODEL_EMA), average.model, directory, key_mapping)
+    return opened, partial(average.take_in, saved)

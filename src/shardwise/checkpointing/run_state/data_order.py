@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import logging
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sized
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import asdict, dataclass, field, replace
+from operator import length_hint
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
@@ -46,12 +47,7 @@ def has_position(loader: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class OwnPosition:
-    """The position that a loader keeps itself, with the number of ranks that it is a position among.
-
-    Attributes:
-        loader: The loader.
-        world_size: The present number of ranks.
-    """
+    """The position that a loader keeps itself, with the number of ranks that it is a position among."""
 
     loader: Stateful
     world_size: int
@@ -61,11 +57,7 @@ class OwnPosition:
         return {"world_size": self.world_size, "position": self.loader.state_dict()}
 
     def load_state_dict(self, state_dict: _State) -> None:
-        """Put the loader there.
-
-        Raises:
-            MisuseError: It is a position among another number of ranks.
-        """
+        """Put the loader there; `MisuseError` if it is a position among another number of ranks."""
         if state_dict["world_size"] != self.world_size:
             raise MisuseError(
                 f"the position of the {type(self.loader).__name__} was saved on {state_dict['world_size']} ranks, and "
@@ -78,11 +70,7 @@ class OwnPosition:
 def with_loader(
     extra_state: MutableMapping[str, object], loader: object | None, world_size: int
 ) -> MutableMapping[str, object]:
-    """Extra state, and in it the loader if it has a position of its own. Local.
-
-    Raises:
-        MisuseError: There is another state of this name.
-    """
+    """Extra state, and in it the loader if it has a position of its own; `MisuseError` if its name is taken. Local."""
     if loader is None or not has_position(loader):
         return extra_state
     if DATALOADER in extra_state:
@@ -104,6 +92,7 @@ class Position:
         is_over: Whether the epoch has no more batches.
         before: States of the process's generators when the last batch was asked for. A loader that reads ahead has made
             the next one with them, in between the draws of the steps.
+        now: Of a saved position: states of the loader's own generators at the save.
     """
 
     epoch: int
@@ -112,69 +101,44 @@ class Position:
     count: int = 0
     is_over: bool = False
     before: _State | None = None
-
-    def to_state(self, now: Mapping[str, torch.Tensor]) -> _State:
-        """The position as plain containers, with the present states of the loader's generators."""
-        state: _State = {"epoch": self.epoch, "count": self.count, "is_over": self.is_over, "start": self.start}
-        return state | {"loader": dict(self.loader), "now": dict(now), "before": self.before}
-
-
-@dataclass(frozen=True, slots=True)
-class _Saved:
-    """A saved position, and the states of the loader's generators at the save."""
-
-    position: Position
-    now: Mapping[str, torch.Tensor]
+    now: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(state: object) -> _Saved:
-        """Parse what `Position.to_state` gave; `StateFormatError` if it is something else."""
+    def of(state: object) -> Position:
+        """Parse a position as plain containers; `StateFormatError` if it is something else."""
         try:
-            table = cast(_State, state)
-            epoch, count = cast(int, table["epoch"]), cast(int, table["count"])
-            if type(epoch) is not int or type(count) is not int or count < 0:
+            table = {"before": None, **cast(_State, state)}  # earlier releases kept no state before the last batch
+            position = Position(**table)  # type: ignore[arg-type]
+            position.loader, position.now = dict(position.loader), dict(position.now)
+            if type(position.epoch) is not int or type(position.count) is not int or position.count < 0:
                 raise ValueError("an epoch and a number of batches are whole numbers")
-            start, loader = cast(_State, table["start"]), dict(cast(dict[str, torch.Tensor], table["loader"]))
-            before = cast("_State | None", table.get("before"))  # earlier releases kept none
-            position = Position(epoch, start, loader, count, bool(table["is_over"]), before)
-            return _Saved(position, dict(cast(dict[str, torch.Tensor], table["now"])))
-        except (KeyError, TypeError, ValueError) as error:
+            return position
+        except (TypeError, ValueError) as error:
             raise StateFormatError(
                 f"this is not a position in data ({type(error).__name__}: {error})", hint="Restore the file."
             ) from error
 
 
 class DataOrder:
-    """Tracks a loop's random numbers and data positions. Local; each rank has its own.
-
-    Attributes:
-        epoch: The epoch that the loop is in, as far as `batches` or a restore has said.
-    """
+    """Tracks a loop's epoch, random numbers and data positions. Local; each rank has its own."""
 
     def __init__(self) -> None:
         self.epoch = 0
         self._positions: dict[str, tuple[Position, object]] = {}
-        self._saved: dict[str, _Saved] = {}
+        self._saved: dict[str, Position] = {}
         self._generators: _State | None = None
         self._is_pending = False
         self._restored: list[object] = []
 
     def state(self, rank: int) -> _State | None:
-        """The positions of all loaders; ``None`` where the loop uses no `batches`.
-
-        The rank is part of the state, since a position is meaningless on another number of ranks.
-        """
-        found: _State = {n: p.to_state(_generators_of(loader)) for n, (p, loader) in self._positions.items()}
+        """The positions of all loaders, if any; with the rank, since they mean nothing on another number of ranks."""
+        found = {n: replace(place, now=_generators_of(loader)) for n, (place, loader) in self._positions.items()}
         # A loader that the resumed loop has not reached yet keeps its position.
-        kept = {n: each.position.to_state(each.now) for n, each in self._saved.items() if n not in found}
-        return {"rank": rank, "loaders": found | kept} if found or kept else None
+        loaders = {name: asdict(place) for name, place in (self._saved | found).items()}
+        return {"rank": rank, "loaders": loaders} if loaders else None
 
     def check_saved(self, loader: object, save_rng: bool) -> None:
-        """Check that the position of a loader is going to be saved. Local.
-
-        Raises:
-            MisuseError: It is not known, or not saved.
-        """
+        """Raise `MisuseError` if the position of a loader is not known, or would not be saved. Local."""
         name = type(loader).__name__
         if has_position(loader):
             return
@@ -188,20 +152,15 @@ class DataOrder:
             )
 
     @staticmethod
-    def parsed(state: object) -> dict[str, _Saved]:
+    def parsed(state: object) -> dict[str, Position]:
         """Parse what `state` gave; `StateFormatError` if it is something else."""
         loaders = state.get("loaders") if isinstance(state, Mapping) else None
         if not isinstance(loaders, Mapping):
             raise StateFormatError("these are no positions in data", hint="Restore the file.")
-        return {str(name): _Saved.of(each) for name, each in loaders.items()}
+        return {str(name): Position.of(each) for name, each in loaders.items()}
 
-    def resume(self, generators: _State | None, positions: dict[str, _Saved], restored: Iterable[object]) -> None:
-        """Continue from a restored checkpoint.
-
-        ``generators`` is the state that the generators have been set to, ``None`` where they were left alone;
-        ``positions`` are the loop's positions in its data, ``restored`` the objects that have loaded a state, such as
-        loaders.
-        """
+    def resume(self, generators: _State | None, positions: dict[str, Position], restored: Iterable[object]) -> None:
+        """Continue with restored positions; generators and these objects have been set to their states."""
         self._positions = {}
         self._saved = positions
         self._generators, self._is_pending = generators, generators is not None
@@ -218,26 +177,25 @@ class DataOrder:
         if name == TRAIN:
             self.epoch = epoch
         saved = self._saved.pop(name, None)
-        if saved is None or saved.position.epoch != epoch:
-            if saved is not None and not saved.position.is_over and saved.position.count != _length(loader):
+        if saved is None or saved.epoch != epoch:
+            if saved is not None and not saved.is_over and saved.count != length_hint(loader, -1):
                 _LOG.warning(
                     "the checkpoint was saved in epoch %d, after %d batches; the loop leaves it for epoch %d",
-                    saved.position.epoch,
-                    saved.position.count,
+                    saved.epoch,
+                    saved.count,
                     epoch,
                 )
             position = Position(epoch, RandomState().state_dict(), _generators_of(loader))
             self._positions[name] = (position, loader)
             return self._counted(iter(loader), position)
-        self._positions[name] = (saved.position, loader)
-        if saved.position.is_over:
+        self._positions[name] = (saved, loader)
+        if saved.is_over:
             _LOG.debug("the checkpoint was saved after the last batch of epoch %d: no batch of it is left", epoch)
             return iter(())
-        return self._counted(self._again(loader, saved), saved.position)
+        return self._counted(self._again(loader, saved), saved)
 
-    def _again(self, loader: Iterable[_Batch], saved: _Saved) -> Iterator[_Batch]:
+    def _again(self, loader: Iterable[_Batch], position: Position) -> Iterator[_Batch]:
         """The iterator of an epoch that was begun, at its saved position."""
-        position = saved.position
         if has_position(loader):
             if not any(loader is each for each in self._restored):
                 raise MisuseError(
@@ -259,7 +217,7 @@ class DataOrder:
                         f"loader has {number}",
                         hint="Resume with the data, the batch size and the sampler that the checkpoint was saved with.",
                     )
-        _set_generators(loader, saved.now)
+        _set_generators(loader, position.now)
         if self._generators is not None:
             RandomState().load_state_dict(self._generators)
         self._is_pending = False
@@ -281,27 +239,12 @@ class DataOrder:
 _END = object()
 
 
-def _length(loader: object) -> int | None:
-    """Number of batches of an epoch; ``None`` where the loader does not say."""
-    try:
-        return len(cast(Sized, loader))
-    except TypeError:
-        return None
-
-
-_PLACES: Mapping[str, Callable[[object], object]] = {
-    "loader": lambda loader: getattr(loader, "generator", None),
-    "sampler": lambda loader: getattr(getattr(loader, "sampler", None), "generator", None),
-    "batch_sampler": lambda loader: getattr(
-        getattr(getattr(loader, "batch_sampler", None), "sampler", None), "generator", None
-    ),
-}
-
-
 def _own_generators(loader: object) -> dict[str, torch.Generator]:
+    inner = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    owners = {"loader": loader, "sampler": getattr(loader, "sampler", None), "batch_sampler": inner}
     found: dict[str, torch.Generator] = {}
-    for name, find in _PLACES.items():
-        generator = find(loader)
+    for name, owner in owners.items():
+        generator = getattr(owner, "generator", None)
         if isinstance(generator, torch.Generator) and not any(generator is each for each in found.values()):
             found[name] = generator
     return found

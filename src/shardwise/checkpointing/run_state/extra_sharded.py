@@ -7,10 +7,12 @@ to them, and the rest in ``extra/<name>.json``.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 from urllib.parse import quote
 
 import torch
@@ -18,12 +20,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.checkpointing.loading.models import OpenedModel, open_model
+from shardwise.checkpointing.saving.hooks import ModelRequest
 from shardwise.checkpointing.saving.models import ModelSave
 from shardwise.checkpointing.session import Session
-from shardwise.comm import Group
+from shardwise.comm import Group, JsonValue
 from shardwise.engine.agreement import Agreement
 from shardwise.engine.jobs import Step, below
-from shardwise.engine.load import LoadOptions, OpenedLoad, open_described
+from shardwise.engine.load import OpenedLoad, open_described
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.shards import shard_plan, write_shards
 from shardwise.plan.fragments import HeldTensor
@@ -96,6 +99,7 @@ def module_session(session: Session, name: str) -> Session:
         model_repo_id=None,
         original_model_root_dir=None,
         is_peft=False,
+        export_merged=False,
         per_rank_state=None,
         v4_compatible=False,
     )
@@ -105,16 +109,7 @@ def module_session(session: Session, name: str) -> Session:
 def module_steps(session: Session, name: str, module: nn.Module, directory: Path) -> list[Step]:
     """Capture a module now; returns the steps that write it. All ranks call."""
     own = directory_of(directory, name)
-    save = ModelSave(
-        module_session(session, name),
-        module,
-        own,
-        [],
-        tokenizer=None,
-        peft_config=None,
-        is_final=False,
-        reserve=lambda: None,
-    )
+    save = ModelSave(ModelRequest(module_session(session, name), module, own))
     steps = save.steps()
 
     def finish(group: Group) -> ComponentRecord:
@@ -151,16 +146,11 @@ def tensor_steps(session: Session, name: str, tensors: Mapping[str, DTensor], di
 
 @dataclass(frozen=True, slots=True)
 class OpenedSharded:
-    """Values that are spread over the ranks and fit the checkpoint, on every rank; nothing has been read.
+    """Values that are spread over the ranks, opened and not read; ``then`` loads objects' states when they are."""
 
-    Attributes:
-        tensors: DTensors of other values.
-        then: Loads the state of objects when their tensors have been read. Local.
-    """
-
-    modules: tuple[OpenedModel, ...] = ()
-    tensors: tuple[OpenedLoad, ...] = ()
-    then: tuple[Callable[[], None], ...] = ()
+    modules: Sequence[OpenedModel]
+    tensors: Sequence[OpenedLoad]
+    then: Callable[[], None]
 
     def fill(self, group: Group) -> None:
         """Read everything. All ranks call."""
@@ -170,23 +160,65 @@ class OpenedSharded:
             load.read()
         if self.tensors:
             with group.together("loading extra state"):
-                for take in self.then:
-                    take()
+                self.then()
 
 
 def open_module(session: Session, name: str, module: nn.Module, directory: Path) -> OpenedModel:
     """Compare a module with what was saved. All ranks call; nothing is changed."""
     own = module_session(session, name)
-    options = LoadOptions(threads=own.threads, sharing=own.sharing)
-    return open_model(own, module, directory_of(directory, name), key_mapping=None, options=options)
+    return open_model(own, module, directory_of(directory, name), key_mapping=None, options=own.load_options)
 
 
 def open_tensors(session: Session, name: str, tensors: Mapping[str, DTensor], directory: Path) -> OpenedLoad:
     """Compare DTensors with what was saved. All ranks call, also those without any; nothing is changed."""
     source = open_source(directory_of(directory, name), session.group, spread=True)
-    options = LoadOptions(threads=session.threads, sharing=session.sharing)
+    describe = partial(held_tensors, tensors.items(), MeshRegister())
+    return open_described(describe, source, session.group, session.storage, session.load_options)
 
-    def describe() -> list[HeldTensor]:
-        return held_tensors(tensors.items(), MeshRegister())
 
-    return open_described(describe, source, session.group, session.storage, options)
+#: A module on one rank: whether it has DTensors; a digest of its state; the names in it.
+_Row: TypeAlias = tuple[bool, str, list[str]]
+
+
+def shared_modules(values: Mapping[str, object], group: Group) -> list[str]:
+    """Names of the modules with one state, spread over the ranks or the same on all of them. All ranks call.
+
+    Other modules have a separate state on each rank, such as metrics that a rank counts for itself.
+    """
+
+    def describe() -> JsonValue:
+        rows = {name: _row(value) for name, value in values.items() if isinstance(value, nn.Module)}
+        return cast(JsonValue, {name: row for name, row in rows.items() if row is not None})
+
+    everyone = cast(list[dict[str, _Row]], group.gather(describe, "looking at modules in extra state"))
+    names = sorted({name for theirs in everyone for name in theirs})
+    return [name for name in names if _is_one([theirs.get(name) for theirs in everyone])]
+
+
+def _is_one(rows: Sequence[_Row | None]) -> bool:
+    there = [row for row in rows if row is not None]
+    if len(there) < len(rows):
+        return False
+    if any(has_shards for has_shards, _, _ in there) or len({digest for _, digest, _ in there}) == 1:
+        return True
+    # Stages of a pipeline, each with other tensors.
+    names = [name for _, _, own in there for name in own]
+    return len(names) == len(set(names))
+
+
+def _row(module: nn.Module) -> _Row | None:
+    """A module's row; ``None`` where its state has other values than tensors."""
+    state = module.state_dict()
+    if not all(isinstance(value, torch.Tensor) for value in state.values()):
+        return None
+    if any(isinstance(value, DTensor) for value in state.values()):
+        return True, "", []
+    hasher = hashlib.blake2b(digest_size=16)
+    for name, value in state.items():
+        hasher.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        if value.device.type == "meta" or value.layout is not torch.strided or value.is_quantized:
+            return True, "", []  # saving the module describes it, or refuses it
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            hasher.update(memoryview(flat.view(torch.uint8).numpy()))
+    return False, hasher.hexdigest(), list(state)

@@ -1,4 +1,4 @@
-"""States beside model and optimizer: random number generators, dataloaders, values that the loop keeps.
+"""State beside model and optimizer: random number generators, dataloaders, values that the loop keeps.
 
 A state that is the same on every rank is stored once and restored anywhere. One that differs is stored for each rank
 and restored only on the same number of ranks; on another number it is left alone, and the caller gets its name.
@@ -7,9 +7,10 @@ and restored only on the same number of ranks; on another number it is left alon
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
-from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -18,8 +19,17 @@ from urllib.parse import quote, unquote
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from shardwise.checkpointing.averages import MODEL_EMA
+from shardwise.checkpointing.loading.foreign_optimizers import filled, foreign_components, read_states, torch_leftovers
 from shardwise.checkpointing.loading.restoring import Stateful, Undos
-from shardwise.checkpointing.run_state.extra_modules import shared_modules
+from shardwise.checkpointing.optimizers import optimizer_components
+from shardwise.checkpointing.reports import RestoreRecord
+from shardwise.checkpointing.run_state.data_order import (
+    DATALOADER,
+    RESUME_ON_AS_MANY,
+    DataOrder,
+    has_position,
+)
 from shardwise.checkpointing.run_state.extra_sharded import (
     SHARDS,
     OpenedSharded,
@@ -28,28 +38,32 @@ from shardwise.checkpointing.run_state.extra_sharded import (
     module_steps,
     open_module,
     open_tensors,
+    shared_modules,
     split_tree,
     tensor_steps,
 )
-from shardwise.checkpointing.run_state.extra_values import as_stateful
-from shardwise.checkpointing.run_state.generators import RandomState
+from shardwise.checkpointing.run_state.generators import RandomState, as_stateful
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
-from shardwise.disk.names import is_directory, names_in
-from shardwise.engine.jobs import Step
+from shardwise.disk.names import is_directory, is_file, names_in
+from shardwise.engine.jobs import Step, below
 from shardwise.engine.records import ComponentRecord, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError, StateFormatError
-from shardwise.sources.state_files import has_state, joined, pack_state, read_state
+from shardwise.format.torch_value import read_torch_value
+from shardwise.lifecycle import Start, resolve
+from shardwise.lifecycle.resolve import is_verifiable
+from shardwise.sources.dcp_values import is_dcp
+from shardwise.sources.state_files import has_state, joined, pack_state, read_file, read_state
+
+_LOG = logging.getLogger(__name__)
+#: Name of the saved positions in data, beside the generators.
+BATCHES = "batches"
 
 
 def capture_steps(session: Session, values: Mapping[str, object], directory: Path) -> list[Step]:
-    """Capture named values now and return the steps that write them. All ranks call; names may differ between ranks.
-
-    A value is a `Stateful` object, or what JSON and tensors can express.
-    """
+    """Capture named values now, and return the steps that write them. All ranks call; names may differ between them."""
     group = session.group
-    taken, modules = _captured(values, group)
-    packed, spread = taken.packed, taken.spread
+    packed, spread, modules = _captured(values, group)
     digests = {name: hashlib.blake2b(joined(found), digest_size=16).hexdigest() for name, found in packed.items()}
     own = {name: [digest, name in spread] for name, digest in digests.items()}
     everyone = cast(list[dict[str, tuple[str, bool]]], group.gather_json(cast(JsonValue, own), "comparing extra state"))
@@ -78,31 +92,23 @@ def capture_steps(session: Session, values: Mapping[str, object], directory: Pat
     return steps
 
 
-@dataclass(slots=True)
-class _Captured:
-    """Values as they are now.
+def _captured(
+    values: Mapping[str, object], group: Group
+) -> tuple[dict[str, dict[str, bytes]], dict[str, dict[str, DTensor]], list[str]]:
+    """Each name's encoded state, its DTensors, and the names of modules that all save together. All ranks call."""
+    packed: dict[str, dict[str, bytes]] = {}
+    spread: dict[str, dict[str, DTensor]] = {}
 
-    For each name the encoded state that is written, once or by this rank, and the DTensors in it.
-    """
-
-    packed: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    spread: dict[str, dict[str, DTensor]] = field(default_factory=dict)
-
-    def take(self, name: str, value: object) -> None:
-        """Capture a value; `StateFormatError` if it cannot be stored. Local."""
-        value = as_stateful(value)
-        rest, found = split_tree(value.state_dict() if isinstance(value, Stateful) else value)
-        self.spread |= {name: found} if found else {}
+    def take(name: str, value: object) -> None:
+        rest, found = split_tree(state_of(as_stateful(value)))
+        if found:
+            spread[name] = found
         try:
-            self.packed[name] = pack_state(rest)
+            packed[name] = pack_state(rest)
         except StateFormatError as error:
             error.hint = f"It is part of {name!r}. {error.hint or ''}".strip()
             raise
 
-
-def _captured(values: Mapping[str, object], group: Group) -> tuple[_Captured, list[str]]:
-    """Values as they are now; and names of modules, which all ranks save together. All ranks call."""
-    taken = _Captured()
     with group.together("capturing extra state") as has_modules:
         for name, value in values.items():
             if not isinstance(name, str) or name in ("", "."):
@@ -110,22 +116,19 @@ def _captured(values: Mapping[str, object], group: Group) -> tuple[_Captured, li
             if isinstance(value, nn.Module):
                 has_modules.flag = True
             else:
-                taken.take(name, value)
+                take(name, value)
     if not has_modules.any:
-        return taken, []
+        return packed, spread, []
     modules = shared_modules(values, group)
     with group.together("capturing modules in extra state"):
         for name, value in values.items():
             if isinstance(value, nn.Module) and name not in modules:
-                taken.take(name, value)
-    return taken, modules
+                take(name, value)
+    return packed, spread, modules
 
 
 def rank_stem(directory: Path, name: str, rank: int, world_size: int) -> Path:
-    """The stem of one rank's state of a name.
-
-    The number of ranks is part of the name, since the state is meaningless on another number.
-    """
+    """The stem of one rank's state; with the number of ranks, since the state is meaningless on another number."""
     return directory / f"{quote(name, safe='')}_rank_{rank:05d}_of_{world_size:05d}"
 
 
@@ -135,7 +138,6 @@ class FoundValues:
 
     Attributes:
         values: The values by name; those without methods are replaced in this mapping.
-        states: Name -> the state that was saved.
         skipped: Names of states that were saved for each of another number of ranks, and stay unchanged.
         spread: Names of modules that were saved by all ranks together, and are restored by them.
         tensors: Name -> its DTensors, read after the other states have been loaded.
@@ -147,21 +149,17 @@ class FoundValues:
     spread: tuple[str, ...] = ()
     tensors: Mapping[str, Mapping[str, DTensor]] = field(default_factory=dict)
 
-    def loaders(self) -> list[Callable[[], None]]:
-        """The calls that load the state of objects with DTensors, once these have been read."""
-        return [partial(self._load, name) for name in self.tensors if isinstance(self.values[name], Stateful)]
-
-    def _load(self, name: str) -> None:
-        value = cast(Stateful, self.values[name])
-        value.load_state_dict(cast(dict[str, object], fill_tree(self.states[name], self.tensors[name])))
+    def load_spread(self) -> None:
+        """Load the state of objects with DTensors, once these have been read. Local."""
+        for name, tensors in self.tensors.items():
+            value = self.values[name]
+            if isinstance(value, Stateful):
+                value.load_state_dict(cast(dict[str, object], fill_tree(self.states[name], tensors)))
 
     def take_in(self, undos: Undos) -> None:
-        """Put the states in place. Local.
+        """Put the states in place; an object may refuse its own (`MisuseError`). Local.
 
         A `Stateful` object loads its state, a mutable mapping is refilled, anything else is replaced.
-
-        Raises:
-            MisuseError: An object refuses its state.
         """
         for name, state in self.states.items():
             value = as_stateful(self.values[name])
@@ -188,12 +186,7 @@ class FoundValues:
 
 
 def find_values(values: MutableMapping[str, object], directory: Path, rank: int, world_size: int) -> FoundValues:
-    """Read the states of named values. Local, and changes nothing; a rank may have names that others lack.
-
-    Raises:
-        CheckpointNotFoundError: The checkpoint has no state of a name, or none for this rank.
-        StateFormatError: A state is damaged.
-    """
+    """Read the states of named values. Local, and changes nothing; a rank may have names that others lack."""
     states: dict[str, object] = {}
     skipped: list[str] = []
     spread: list[str] = []
@@ -205,7 +198,7 @@ def find_values(values: MutableMapping[str, object], directory: Path, rank: int,
         if found is not None:
             states[name] = read_state(found)
             if is_directory(directory_of(directory, name)):
-                tensors[name] = split_tree(value.state_dict() if isinstance(value, Stateful) else value)[1]
+                tensors[name] = split_tree(state_of(value))[1]
             continue
         if is_directory(directory_of(directory, name)) and not _of_ranks(directory, name):
             if not isinstance(value, nn.Module):
@@ -255,12 +248,7 @@ def saved_names(directory: Path) -> list[str]:
 
 
 def open_spread(session: Session, found: FoundValues, directory: Path) -> OpenedSharded:
-    """Open what is spread over the ranks, and compare it. All ranks call; nothing is changed.
-
-    Raises:
-        MisuseError: A module is not there on every rank.
-        TensorError: What is there does not fit.
-    """
+    """Open what is spread over the ranks, and compare it. All ranks call; nothing is changed."""
     group = session.group
     own: JsonValue = [cast(JsonValue, list(found.spread)), cast(JsonValue, list(found.tensors))]
     everyone = cast(list[tuple[list[str], list[str]]], group.gather_json(own, "comparing extra state"))
@@ -276,7 +264,7 @@ def open_spread(session: Session, found: FoundValues, directory: Path) -> Opened
             )
     opened = [open_module(session, name, cast(nn.Module, found.values[name]), directory) for name in modules]
     loads = [open_tensors(session, name, found.tensors.get(name, {}), directory) for name in tensors]
-    return OpenedSharded(tuple(opened), tuple(loads), tuple(found.loaders()))
+    return OpenedSharded(opened, loads, found.load_spread)
 
 
 def check_generators(state: object) -> None:
@@ -292,3 +280,191 @@ def check_generators(state: object) -> None:
         ) from error
     finally:
         generators.load_state_dict(had)
+
+
+def _stem(path: Path, state_name: str, rank: str) -> Path:
+    if not state_name or "/" in state_name or state_name.startswith("."):
+        raise MisuseError(f"{state_name!r} cannot be the name of a state", hint="Use a plain word.")
+    return path / state_name / f"{state_name}_{rank}"
+
+
+def save_rank_state(session: Session, state: Stateful, state_name: str, path: Path, rank: str, writes: bool) -> None:
+    """Write ``path/state_name/state_name_<rank>.json``. All ranks call; those with ``writes`` write."""
+    with session.group.together(f"writing {state_name} of every rank"):
+        stem = _stem(path, state_name, rank)
+        if writes:
+            session.storage.make_directory(stem.parent)
+            write_state(session.storage, stem, pack_state(state.state_dict()))
+            session.storage.sync_directory(stem.parent)
+
+
+def load_rank_state(session: Session, state: Stateful, state_name: str, path: Path, rank: str) -> None:
+    """Read what `save_rank_state` wrote for ``rank``, or another tool by ``torch.save`` (``.pt``). All ranks call."""
+    with session.group.together(f"reading {state_name} of every rank"):
+        stem = _stem(path, state_name, rank)
+        theirs = stem.with_name(f"{stem.name}.pt")
+        if not has_state(stem) and is_file(theirs):
+            legacy = session.config.allow_legacy_pickle_restore
+            found = read_torch_value(read_file(theirs), str(theirs), state_name, legacy=legacy)
+            state.load_state_dict(cast("dict[str, object]", found))
+            return
+        if not has_state(stem):
+            raise CheckpointNotFoundError(
+                f"no {state_name} was saved for {rank.replace('_', ' ')}",
+                path=stem.with_name(stem.name + ".json"),
+                hint="It was saved on fewer ranks; restore on the same number, or start this state afresh.",
+            )
+        state.load_state_dict(cast(dict[str, object], read_state(stem)))
+
+
+def locate(session: Session, restore_from: str | Path | int, seen: Callable[[Start], None]) -> RestoreRecord | None:
+    """Resolve a checkpoint on rank 0, which calls ``seen`` with it, and broadcast the result. All ranks call."""
+
+    def find() -> JsonValue:
+        found = resolve(session.root, restore_from)
+        if found is None:
+            return None
+        seen(Start.at(found.path))
+        inside = found.path.is_relative_to(session.root)
+        path = found.path.relative_to(session.root) if inside else found.path
+        return [str(path), found.epoch, found.step, dict(found.metrics)]
+
+    found = session.group.broadcast_result(find, f"looking for {restore_from}")
+    if found is None:
+        return None
+    path, epoch, step, metrics = cast(tuple[str, int | None, int | None, dict[str, float]], found)
+    # Below each rank's own root, which may be mounted elsewhere than rank 0's.
+    return RestoreRecord(epoch, step, session.root / path, metrics)
+
+
+def model_place(directory: Path, group: Group) -> Path:
+    """A checkpoint's directory of the model: ``model``, or the DCP directory that holds everything. All ranks call."""
+    is_one = group.broadcast_result(
+        lambda: not is_directory(directory / "model") and is_dcp(directory), f"looking into {directory}"
+    )
+    return directory if is_one else directory / "model"
+
+
+def capture_extras(
+    session: Session, directory: Path, extra_state: Mapping[str, object], order: DataOrder
+) -> list[Step]:
+    """Capture random number generators and extra state now; returns what is left to do. All ranks call."""
+    generators: dict[str, object] = {"rng": RandomState()} if session.config.save_rng else {}
+    positions = order.state(session.group.rank) if generators else None
+    if positions is not None:
+        generators[BATCHES] = positions
+    return [
+        *below("rng", capture_steps(session, generators, directory / "rng")),
+        *below("extra", capture_steps(session, extra_state, directory / "extra")),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class FoundExtras:
+    """Extra state and generators that were found, read and looked at, on every rank."""
+
+    extra: FoundValues
+    generators: FoundValues
+    spread: OpenedSharded
+
+    def set_generators(self, order: DataOrder) -> None:
+        """Set the generators, after everything else, since other code may draw numbers. Local."""
+        state = cast("dict[str, object] | None", self.generators.states.get("rng"))
+        if state is not None:
+            RandomState().load_state_dict(state)
+        positions = self.generators.states.get(BATCHES)
+        found = {} if positions is None else order.parsed(positions)
+        order.resume(state, found, [self.extra.values[name] for name in self.extra.states])
+
+
+def find_extras(session: Session, directory: Path, extra_state: MutableMapping[str, object]) -> FoundExtras:
+    """Read generators and extra state; nothing is changed. All ranks call; a rank may have names that others lack."""
+    group = session.group
+    # For other tools' checkpoints; ours have a directory of extra state.
+    foreign: Mapping[str, object] = {}
+    if group.any(bool(extra_state) and not is_directory(directory / "extra"), "looking for extra state"):
+        legacy = session.config.allow_legacy_pickle_restore
+        foreign = read_states(directory, extra_state, group, legacy)
+
+    def find() -> tuple[FoundValues, FoundValues]:
+        own = {name: value for name, value in extra_state.items() if name not in foreign}
+        extra = find_values(own, directory / "extra", group.rank, group.world_size)
+        states = {name: filled(state_of(extra_state[name]), foreign[name]) for name in extra_state if name in foreign}
+        extra = replace(extra, values=extra_state, states={**extra.states, **states})
+        saved = saved_names(directory / "rng") if session.config.save_rng else []
+        wanted: dict[str, object] = dict.fromkeys(name for name in saved if name in ("rng", BATCHES))
+        generators = find_values(wanted, directory / "rng", group.rank, group.world_size)
+        if group.world_size > 1 and has_state(directory / "rng" / BATCHES):  # not of each rank: there was only one
+            states = {name: state for name, state in generators.states.items() if name != BATCHES}
+            generators = replace(generators, states=states, skipped=(*generators.skipped, BATCHES))
+        if "rng" in generators.states:
+            check_generators(generators.states["rng"])
+        if BATCHES in generators.states:
+            DataOrder.parsed(generators.states[BATCHES])
+        return extra, generators
+
+    extra, generators = group.attempt(find, "looking for extra state")
+    return FoundExtras(extra, generators, open_spread(session, extra, directory / "extra"))
+
+
+def require_position(found: FoundExtras, loader: object, directory: Path, group: Group) -> None:
+    """Raise `MisuseError` if a loader's position cannot be restored on some rank, and why. All ranks call."""
+    with group.together("looking for the position in the data"):
+        name, where = (DATALOADER, found.extra) if has_position(loader) else (BATCHES, found.generators)
+        if name in where.skipped:
+            raise MisuseError(
+                f"the position of the {type(loader).__name__} was saved for each rank, on another number of ranks than "
+                f"{group.world_size}",
+                path=directory,
+                hint=RESUME_ON_AS_MANY,
+            )
+        if name not in where.states:
+            raise MisuseError(
+                f"the checkpoint has no position of the {type(loader).__name__} passed as dataloader",
+                path=directory,
+                hint="Choose a checkpoint that was saved with dataloader=..., or leave it out: the epoch's data then "
+                "begin afresh.",
+            )
+
+
+def unrestored(
+    session: Session,
+    directory: Path,
+    found: FoundExtras,
+    given: Sequence[str],
+    partly: Sequence[str],
+    model_place: str | None = None,
+) -> tuple[str, ...]:
+    """Names of states in the checkpoint that this run does not load; rank 0 logs them once. All ranks call.
+
+    This rank restores what is in ``given``: ``optimizer``, ``scheduler``, ``rng``, and names of extra state. ``partly``
+    has parts of restored states that no rank loads. In a DCP directory with more than a model, ``model_place`` is the
+    prefix of the model's names.
+    """
+    group = session.group
+
+    def describe() -> JsonValue:
+        has: list[JsonValue] = [*_components(directory, model_place)] if group.is_main else []
+        return [has, [*found.extra.skipped, *found.generators.skipped], [*given]]
+
+    rows = cast(list[tuple[list[str], list[str], list[str]]], group.gather(describe, "comparing what is restored"))
+    wanted = {name for _, _, theirs in rows for name in theirs}
+    left = [name for name in rows[0][0] if name not in wanted] + [*partly]
+    skipped = list(dict.fromkeys(name for _, theirs, _ in rows for name in theirs))
+    if left and group.is_main:
+        _LOG.warning("%s also has %s, which restore() was not given: left as it is", directory, ", ".join(left))
+    if skipped and group.is_main:
+        _LOG.warning("saved on another number of ranks and left as they are: %s", ", ".join(skipped))
+    return tuple(dict.fromkeys([*left, *skipped]))
+
+
+def _components(directory: Path, model_place: str | None) -> list[str]:
+    """Names of the states in a checkpoint beside its model."""
+    is_ours = is_verifiable(directory)
+    return [
+        *([] if is_ours else [*foreign_components(directory, model_place), *torch_leftovers(directory)]),
+        *["ema"] * is_directory(directory / MODEL_EMA),
+        *optimizer_components(directory / "optim"),
+        *saved_names(directory / "extra"),
+        *saved_names(directory / "rng"),
+    ]

@@ -1,13 +1,26 @@
-"""The random number generators of a process: torch's of CPU and devices, Python's, and numpy's if it is in use."""
+"""The random number generators of a process: torch's of CPU and devices, Python's, and numpy's if it is in use.
+
+Also generators that are values in ``extra_state``, which have a state without having DCP's two methods.
+"""
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Mapping
-from typing import Protocol, cast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
 
 import torch
+
+from shardwise.errors import MisuseError
+from shardwise.upstream.python import bits_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    _Numpys: TypeAlias = np.random.Generator | np.random.RandomState | np.random.BitGenerator
 
 
 class DeviceGenerators(Protocol):
@@ -32,37 +45,21 @@ def of_accelerator() -> tuple[str, DeviceGenerators] | None:
     if device is None:
         return None
     module = torch.get_device_module(device)
-    has_all = all(hasattr(module, name) for name in ("device_count", "get_rng_state", "set_rng_state"))
-    if not has_all:
+    if not all(hasattr(module, name) for name in ("device_count", "get_rng_state", "set_rng_state")):
         return None
-    return device.type, cast(DeviceGenerators, module if hasattr(module, "current_device") else _Single(module))
-
-
-class _Single:
-    """Generators of a kind with a single device (``torch.mps``)."""
-
-    def __init__(self, module: object) -> None:
-        self._module = cast(DeviceGenerators, module)
-
-    def device_count(self) -> int:
-        return 1
-
-    def current_device(self) -> int:
-        return 0
-
-    def get_rng_state(self, device: int) -> torch.Tensor:
-        return self._module.get_rng_state()  # type: ignore[call-arg]
-
-    def set_rng_state(self, new_state: torch.Tensor, device: int) -> None:
-        self._module.set_rng_state(new_state)  # type: ignore[call-arg]
+    if not hasattr(module, "current_device"):  # a kind with a single device: torch.mps, whose functions take no number
+        get, put = module.get_rng_state, module.set_rng_state
+        module = SimpleNamespace(
+            device_count=lambda: 1,
+            current_device=lambda: 0,
+            get_rng_state=lambda device: get(),
+            set_rng_state=lambda new_state, device: put(new_state),
+        )
+    return device.type, cast(DeviceGenerators, module)
 
 
 class RandomState:
-    """The generators, with their state.
-
-    Args:
-        devices: The kind of accelerator with its generators; what torch says by default.
-    """
+    """The generators, with their state; ``devices`` are those of one kind of accelerator, by default torch's."""
 
     def __init__(self, devices: tuple[str, DeviceGenerators] | None = None) -> None:
         self._devices = devices or of_accelerator()
@@ -89,13 +86,7 @@ class RandomState:
         return found
 
     def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
-        """Set the generators.
-
-        The current device gets the state of the one that was current; other devices get their own.
-
-        Raises:
-            ValueError: There is the state of a device that this process does not see, or another one is current.
-        """
+        """Set the generators: of the current device to that of the one that was current (or `ValueError`)."""
         torch.set_rng_state(cast(torch.Tensor, state_dict["torch"]))
         random.setstate(cast(tuple[object, ...], state_dict["python"]))
         self._set_devices(state_dict)
@@ -130,3 +121,94 @@ def _is_used(module: object, device: int) -> bool:
     """Whether this process has memory on a device, if its module can say; a rank usually uses one device."""
     reserved = getattr(module, "memory_reserved", None)
     return not callable(reserved) or bool(reserved(device))
+
+
+_State: TypeAlias = Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorState:
+    """A random number generator with DCP's two methods; only a state that ``fits`` is put, ``kind`` names it."""
+
+    kind: str
+    get: Callable[[], dict[str, object]]
+    fits: Callable[[_State], bool]
+    put: Callable[[_State], object]
+
+    def state_dict(self) -> dict[str, object]:
+        """The generator's state."""
+        return self.get()
+
+    def load_state_dict(self, state_dict: _State) -> None:
+        """Set the generator; `MisuseError` if the state is of another kind of generator."""
+        if not self.fits(state_dict):
+            raise _other(self.kind, state_dict)
+        self.put(state_dict)
+
+
+def as_stateful(value: object) -> object:
+    """A generator with ``state_dict`` and ``load_state_dict``; any other value unchanged."""
+    if isinstance(value, torch.Generator):
+        device = value.device.type
+        return GeneratorState(
+            f"a torch.Generator of {device}",
+            lambda: {"torch.Generator": device, "state": value.get_state()},
+            lambda state: state.get("torch.Generator") == device,
+            lambda state: value.set_state(cast(torch.Tensor, state["state"])),
+        )
+    if isinstance(value, random.Random):
+        return GeneratorState(
+            "a random.Random",
+            lambda: {"random.Random": value.getstate()},
+            lambda state: "random.Random" in state,
+            lambda state: value.setstate(cast(tuple[object, ...], state["random.Random"])),
+        )
+    if "numpy" in sys.modules:
+        import numpy as np
+
+        if isinstance(value, np.random.Generator | np.random.RandomState | np.random.BitGenerator):
+            return _of_numpy(value)
+    return value
+
+
+def _of_numpy(generator: _Numpys) -> GeneratorState:
+    """A generator of numpy's: new or old, or the source of bits alone."""
+    import numpy as np
+
+    if isinstance(generator, np.random.BitGenerator):
+        bits = generator
+    else:
+        bits = generator.bit_generator if isinstance(generator, np.random.Generator) else bits_of(generator)
+    kind = type(bits).__name__
+
+    def get() -> dict[str, object]:
+        if isinstance(generator, np.random.RandomState):
+            # With the half of a pair of normal numbers that an old generator keeps.
+            return {"numpy.random": generator.get_state(legacy=False)}
+        return {"numpy.random": bits.state}
+
+    def fits(state: _State) -> bool:
+        saved = state.get("numpy.random")
+        return isinstance(saved, Mapping) and saved.get("bit_generator") == kind
+
+    def put(state: _State) -> None:
+        saved = dict(cast("Mapping[str, object]", state["numpy.random"]))
+        if isinstance(generator, np.random.RandomState):
+            generator.set_state(saved)
+        else:
+            bits.state = saved
+
+    return GeneratorState(f"a numpy generator with {kind}", get, fits, put)
+
+
+def _other(own: str, state: Mapping[str, object]) -> MisuseError:
+    kinds = {
+        "torch.Generator": "a torch.Generator of {}",
+        "random.Random": "a random.Random",
+        "numpy.random": "numpy's",
+    }
+    found = next((text.format(state[key]) for key, text in kinds.items() if key in state), "no generator's")
+    return MisuseError(
+        f"the generator is {own}, and the saved state is of another kind: {found}",
+        hint="Pass a generator like the one that the checkpoint was saved with.",
+    )

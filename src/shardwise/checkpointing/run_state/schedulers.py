@@ -2,23 +2,233 @@
 
 A scheduler is identified by the parameters of its optimizer, by name. The order in which schedulers are passed only
 distinguishes schedulers of one class that steer the same parameters.
+
+On pipeline stages each rank's scheduler knows the groups of its stage. On another topology a scheduler gets the values
+of each of its groups from the saved scheduler that steered these parameters. Values that do not belong to a group have
+to be equal in all saved schedulers.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from shardwise.checkpointing.loading.restoring import Stateful
-from shardwise.checkpointing.run_state.schedule_groups import composed
-from shardwise.checkpointing.run_state.schedule_records import Attached, SavedSchedule, SavedSchedules, inner_of
+from shardwise.comm import Group, JsonValue
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatError
-from shardwise.sources.state_files import has_state, read_state
+from shardwise.sources.state_files import has_state, joined, pack_state, read_state, split, unpack_state
+from shardwise.stateful_wrappers.names import list_parameters
 from shardwise.stateful_wrappers.optimizer_classes import equal
+from shardwise.upstream.torch_optim import INNER_SCHEDULERS, LAST_RATES, MILESTONES, inner_schedulers
+
+#: A parameter group is identified by the names of its parameters.
+Groups = tuple[tuple[str, ...], ...]
+_VERSION = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """A scheduler of this rank: its class, and the parameters that it steers.
+
+    Attributes:
+        kind: Its class, with those of the schedulers that it is made of.
+        groups: The parameter groups of its optimizer, by the names of the model's parameters in them; none where it
+            belongs to no optimizer of the model's.
+        order: Which one it is among the rank's schedulers of this kind for these groups.
+    """
+
+    kind: str
+    groups: Groups
+    order: int
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All parameters."""
+        return frozenset(name for group in self.groups for name in group)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedSchedule:
+    """A saved state of a scheduler, and the ranks that had it."""
+
+    of: Attached
+    ranks: tuple[int, ...]
+    state: object
+
+    @property
+    def where(self) -> str:
+        """For messages: which scheduler this is."""
+        names = sorted(self.of.names)
+        steers = f" of {names[0]}" + (" and others" if len(names) > 1 else "") if names else ""
+        return f"{self.of.kind}{steers} on rank {self.ranks[0]}"
+
+
+@dataclass(frozen=True, slots=True)
+class SavedSchedules:
+    """All that was saved of schedulers, and the number of ranks that saved."""
+
+    entries: tuple[SavedSchedule, ...]
+    world_size: int
+
+    def to_state(self) -> dict[str, object]:
+        """As plain containers; each state, and each list of groups, once."""
+        groups = list(dict.fromkeys(entry.of.groups for entry in self.entries))
+        states: list[object] = []
+        rows = []
+        known: dict[int, int] = {}
+        for entry in self.entries:
+            if id(entry.state) not in known:
+                known[id(entry.state)] = len(states)
+                states.append(entry.state)
+            rows.append(
+                {
+                    "kind": entry.of.kind,
+                    "groups": groups.index(entry.of.groups),
+                    "order": entry.of.order,
+                    "ranks": list(entry.ranks),
+                    "state": known[id(entry.state)],
+                }
+            )
+        return {
+            "version": _VERSION,
+            "world_size": self.world_size,
+            "groups": [[list(group) for group in each] for each in groups],
+            "states": states,
+            "schedulers": rows,
+        }
+
+    @staticmethod
+    def from_state(state: object) -> SavedSchedules:
+        """Parse what `to_state` gave; `StateFormatError` if it is something else."""
+        try:
+            fields = cast(dict[str, object], state)
+            if fields["version"] != _VERSION:
+                raise StateFormatError(f"schedulers of version {fields['version']!r}; this release reads {_VERSION}")
+            listed = cast(list[list[list[str]]], fields["groups"])
+            groups = [tuple(tuple(map(str, group)) for group in each) for each in listed]
+            states = cast(list[object], fields["states"])
+            entries = []
+            for row in cast(list[dict[str, object]], fields["schedulers"]):
+                of = Attached(str(row["kind"]), groups[_index(row["groups"])], _index(row["order"]))
+                ranks = tuple(_index(rank) for rank in cast(list[object], row["ranks"]))
+                entries.append(SavedSchedule(of, ranks, states[_index(row["state"])]))
+                if not ranks:
+                    raise StateFormatError("a scheduler's state is of no rank", hint="Restore the file.")
+            return SavedSchedules(tuple(entries), _index(fields["world_size"]))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            if isinstance(error, StateFormatError):
+                raise
+            raise StateFormatError(
+                f"these are no schedulers' states ({type(error).__name__}: {error})", hint="Restore the file."
+            ) from error
+
+
+def _index(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def attached(schedulers: Sequence[Stateful], model: nn.Module | Sequence[nn.Module]) -> list[Attached]:
+    """Describe this rank's schedulers: their classes, and the parameters that they steer. Local."""
+    if not schedulers:
+        return []
+    parts = [model] if isinstance(model, nn.Module) else list(model)
+    names = {id(each.tensor): each.name for each in list_parameters(parts)}
+    found: list[Attached] = []
+    for scheduler in schedulers:
+        kind, groups = kind_of(inner_of(scheduler)), _groups(inner_of(scheduler), names)
+        order = sum(1 for other in found if (other.kind, other.groups) == (kind, groups))
+        found.append(Attached(kind, groups, order))
+    return found
+
+
+def _groups(scheduler: object, names: Mapping[int, str]) -> Groups:
+    optimizer = getattr(scheduler, "optimizer", None)
+    param_groups = getattr(optimizer, "param_groups", None)
+    if not isinstance(param_groups, list):
+        # A container of schedulers, such as those of training frameworks.
+        inside = getattr(scheduler, "schedulers", None)
+        each = [_groups(inner_of(one), names) for one in inside] if isinstance(inside, list | tuple) else []
+        return tuple(group for groups in each for group in groups)
+    found = tuple(tuple(names[id(p)] for p in group["params"] if id(p) in names) for group in param_groups)
+    return found if any(found) else ()
+
+
+def inner_of(scheduler: object) -> object:
+    """The scheduler itself, where another object only passes on to it (accelerate's)."""
+    inner = scheduler
+    while not isinstance(inner, LRScheduler) and isinstance(getattr(inner, "scheduler", None), LRScheduler):
+        inner = getattr(inner, "scheduler")  # noqa: B009 - of no declared type
+    return inner
+
+
+def kind_of(scheduler: object) -> str:
+    """Name of a scheduler's class, with those of the schedulers that it is made of."""
+    inside = inner_schedulers(scheduler)
+    if isinstance(scheduler, LRScheduler) and isinstance(inside, list | tuple) and inside:
+        return f"{type(scheduler).__name__}[{', '.join(map(kind_of, inside))}]"
+    return type(scheduler).__name__
+
+
+def capture_schedules(schedulers: Sequence[Stateful], model: nn.Module | Sequence[nn.Module]) -> tuple[bytes, bytes]:
+    """This rank's schedulers now: what they steer, and their states; both empty where there are none. Local."""
+    if not schedulers:
+        return b"", b""
+    rows = [[each.kind, [list(group) for group in each.groups], each.order] for each in attached(schedulers, model)]
+    states = [scheduler.state_dict() for scheduler in schedulers]
+    return joined(pack_state(rows)), joined(pack_state(states))
+
+
+def merge_schedules(
+    attachments: Sequence[DistinctValue], states: Sequence[DistinctValue], world_size: int
+) -> dict[str, bytes]:
+    """All ranks' distinct values of `capture_schedules` as one packed state; empty where no rank has any. Local."""
+    entries = []
+    read = [(own.ranks, cast(list[object], unpack_state(split(own.blob)))) for own in states]
+    for own in attachments:
+        rows = cast(list[list[object]], unpack_state(split(own.blob)))
+        for number, (kind, groups, order) in enumerate(rows):
+            of = Attached(str(kind), tuple(tuple(group) for group in cast(list[list[str]], groups)), cast(int, order))
+            for their_ranks, their_states in read:
+                ranks = tuple(sorted({*own.ranks} & {*their_ranks}))
+                if ranks:
+                    entries.append(SavedSchedule(of, ranks, their_states[number]))
+    entries.sort(key=lambda entry: entry.ranks[0])
+    return pack_state(SavedSchedules(tuple(entries), world_size).to_state()) if entries else {}
+
+
+class DistinctValue(NamedTuple):
+    """A value as bytes, and the ranks in the group that have it, ascending."""
+
+    blob: bytes
+    ranks: tuple[int, ...]
+
+
+def gather_distinct(group: Group, blobs: Sequence[bytes]) -> list[list[DistinctValue]]:
+    """Gather several values from all ranks, and return the distinct ones of each but empty ones. All ranks call.
+
+    Many ranks have equal values, so only digests and one copy of each distinct value are sent, in the order of ranks.
+    """
+    own: JsonValue = [hashlib.blake2b(blob, digest_size=16).hexdigest() if blob else "" for blob in blobs]
+    everyone = cast(list[list[str]], group.gather_json(own, "comparing states"))
+    found = []
+    for number, blob in enumerate(blobs):
+        digests = [theirs[number] for theirs in everyone]
+        rows = []
+        for digest in filter(None, dict.fromkeys(digests)):
+            ranks = tuple(rank for rank, theirs in enumerate(digests) if theirs == digest)
+            raw = group.broadcast_bytes(blob if group.rank == ranks[0] else b"", ranks[0], "exchanging states")
+            rows.append(DistinctValue(raw, ranks))
+        found.append(rows)
+    return found
+
 
 SCHEDULER_STATE = "scheduler"
 #: An attribute of torch's schedulers that newer releases lack.
@@ -28,11 +238,9 @@ _BUILD = "Build the scheduler that the checkpoint was saved with; or restore wit
 
 @dataclass(frozen=True, slots=True)
 class FoundSchedules:
-    """The states of this rank's schedulers, not yet loaded.
+    """This rank's schedulers, each with its state, not yet loaded; and all entries that were saved.
 
     Attributes:
-        schedules: Each scheduler with its state.
-        entries: Everything that was saved, in order; none where an older release saved it.
         used: Numbers of the entries that this rank's schedulers are restored from, with equivalent ones.
         chosen: Keys with different values on ranks of one scheduler, where the lowest rank's value was taken.
     """
@@ -47,7 +255,7 @@ class FoundSchedules:
         left = [entry for number, entry in enumerate(self.entries) if number not in used]
         if left:
             of_rank = [entry for entry in self.entries if left[0].ranks[0] in entry.ranks]
-            raise _other_number(
+            raise other_number(
                 len(of_rank), len(self.schedules), directory, f"; none is restored from that of {left[0].where}"
             )
 
@@ -61,30 +269,15 @@ def saved_schedules(
     rank: int,
     world_size: int,
 ) -> FoundSchedules:
-    """The state of each scheduler. Local; nothing is changed.
+    """The state of each of some schedulers, which ``own`` describes. Local; nothing is changed.
 
-    Args:
-        schedulers: The schedulers to restore; one at least.
-        own: Their descriptions.
-        renamed: The name under which a parameter was saved, given its name and those that were saved.
-        kinds: The classes of schedulers that an older release saved; the oldest do not say.
-        directory: The optimizer's directory.
-        rank: This rank.
-        world_size: Number of ranks.
-
-    Raises:
-        CheckpointNotFoundError: None was saved.
-        MisuseError: Others were saved, or another number.
-        StateFormatError: The state is damaged.
+    ``renamed`` gives the name under which a parameter was saved, of its name and those that were saved; ``kinds`` are
+    the classes of schedulers that an older release saved.
     """
     stem = directory / SCHEDULER_STATE
     path = stem.with_name(f"{SCHEDULER_STATE}.json")
     if not has_state(stem):
-        raise CheckpointNotFoundError(
-            "the checkpoint was saved without a scheduler",
-            path=path,
-            hint="Restore without a scheduler, or choose a checkpoint that has one.",
-        )
+        raise no_scheduler(path)
     states = read_state(stem)
     if isinstance(states, list):
         return _by_position(schedulers, states, kinds, path)
@@ -109,9 +302,7 @@ def saved_schedules(
 class _Match:
     """Finds the states of schedulers.
 
-    Attributes:
-        rank: This rank, where as many ranks restore as saved; ``None`` on another number.
-        count: Number of schedulers to be restored on this rank, for messages.
+    ``rank`` is this one, ``None`` where another number of ranks restores than saved; ``count`` is for messages.
     """
 
     saved: SavedSchedules
@@ -120,11 +311,7 @@ class _Match:
     path: Path
 
     def find(self, scheduler: object, own: Attached) -> tuple[object, set[int], list[str]]:
-        """A scheduler's state, the numbers of the entries that it restores, and the keys in which ranks differed.
-
-        Raises:
-            MisuseError: There is none for it.
-        """
+        """A scheduler's state, the numbers of the entries that it restores, and the keys in which ranks differed."""
         numbered = self._ordered(own, self._of_kind(scheduler, own, self._steering(own)))
         entries = [entry for _, entry in numbered]
         exact = [entry for entry in entries if entry.of.names == own.names or not own.names]
@@ -158,8 +345,7 @@ class _Match:
     def _steering(self, own: Attached) -> list[tuple[int, SavedSchedule]]:
         """The entries that steer any of a scheduler's parameters.
 
-        For a scheduler without parameters: the entries without parameters, or else all entries, to be matched by class
-        and order.
+        Of one without parameters: those without, or else all, to be matched by class and order.
         """
         everything = list(enumerate(self.saved.entries))
         names = own.names
@@ -188,7 +374,7 @@ class _Match:
             return ordered
         first = found[0][1]
         count = sum(1 for entry in self.saved.entries if first.ranks[0] in entry.ranks)
-        raise _other_number(count, self.count, self.path, f"; only {own.order} of them as {own.kind} for {first.where}")
+        raise other_number(count, self.count, self.path, f"; only {own.order} of them as {own.kind} for {first.where}")
 
 
 def _differing(entries: Sequence[SavedSchedule]) -> list[str]:
@@ -209,7 +395,7 @@ def _by_position(
 ) -> FoundSchedules:
     """As older releases saved them: rank 0's, in order."""
     if len(states) != len(schedulers):
-        raise _other_number(len(states), len(schedulers), path, "")
+        raise other_number(len(states), len(schedulers), path, "")
     for number, (scheduler, state) in enumerate(zip(schedulers, states, strict=True)):
         inner = inner_of(scheduler)
         if isinstance(inner, LRScheduler):
@@ -217,9 +403,10 @@ def _by_position(
     return FoundSchedules(tuple(zip(schedulers, cast(list[dict[str, object]], states), strict=True)))
 
 
-def _other_number(saved: int, wanted: int, path: Path, which: str) -> MisuseError:
+def other_number(saved: int, wanted: int, path: Path, which: str, names: str = "") -> MisuseError:
+    """The error where as many schedulers were saved and others are to be restored."""
     return MisuseError(
-        f"{saved} {'scheduler was' if saved == 1 else 'schedulers were'} saved and "
+        f"{saved} {'scheduler was' if saved == 1 else 'schedulers were'} saved{names} and "
         f"{wanted} {'is' if wanted == 1 else 'are'} to be restored{which}",
         path=path,
         hint="Pass the schedulers that the checkpoint was saved with; or restore without them.",
@@ -247,11 +434,153 @@ def _check_fit(scheduler: LRScheduler, state: object, kind: str, path: Path) -> 
             path=path,
             hint=_BUILD,
         )
-    rates, saved_rates = have.get("base_lrs"), state.get("base_lrs")
+    check_rates("", have, state, path)
+
+
+def check_rates(called: str, own: Mapping[str, object], saved: Mapping[object, object], path: Path) -> None:
+    """Raise `MisuseError` if two states of a scheduler have learning rates of other numbers of groups."""
+    rates, saved_rates = own.get("base_lrs"), saved.get("base_lrs")
     if isinstance(rates, list) and isinstance(saved_rates, list) and len(rates) != len(saved_rates):
         raise MisuseError(
-            f"the checkpoint's scheduler has learning rates of {len(saved_rates)} parameter groups and the one to be "
-            f"restored of {len(rates)}",
+            f"the checkpoint's scheduler{called} has learning rates of {len(saved_rates)} parameter groups and the one "
+            f"to be restored of {len(rates)}",
             path=path,
             hint="Build the optimizer with the same parameter groups as when the checkpoint was saved.",
         )
+
+
+def no_scheduler(path: Path) -> CheckpointNotFoundError:
+    """The error where a scheduler is to be restored and none was saved."""
+    return CheckpointNotFoundError(
+        "the checkpoint was saved without a scheduler",
+        path=path,
+        hint="Restore without a scheduler, or choose a checkpoint that has one.",
+    )
+
+
+#: Attributes of torch's schedulers with one value for each parameter group. Source: ``torch.optim.lr_scheduler``.
+_OF_GROUPS = frozenset({"base_lrs", LAST_RATES, "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums"})
+_HINT = (
+    "Build optimizers and schedulers with the parameter groups that the checkpoint was saved with; or restore without "
+    "the scheduler, and it starts afresh."
+)
+
+
+class _Place(NamedTuple):
+    """A group of a saved scheduler: the number of the scheduler among the sources, and of the group in it."""
+
+    source: int
+    group: int
+
+
+def composed(sources: Sequence[SavedSchedule], groups: Groups, own: Mapping[str, object]) -> object:
+    """The state of one of torch's schedulers, of the saved ones that steered its parameters. Local.
+
+    ``groups`` has the names of the checkpoint. A group of which no saved scheduler steered a parameter keeps its values
+    in ``own``, the state that the scheduler has now. Saved values that differ where there is one now are a
+    `MisuseError`.
+    """
+    first = sources[0]
+    if len(sources) == 1 and _alike(first.of.groups, groups):
+        return first.state
+    places = [_places(sources, group, number) for number, group in enumerate(groups)]
+    return _merged([source.state for source in sources], _Merge(sources, places), own, "")
+
+
+def _alike(one: Groups, other: Groups) -> bool:
+    return len(one) == len(other) and all({*a} == {*b} for a, b in zip(one, other, strict=True))
+
+
+def _places(sources: Sequence[SavedSchedule], group: Sequence[str], number: int) -> list[_Place]:
+    wanted = {*group}
+    found = [
+        _Place(source, index)
+        for source, saved in enumerate(sources)
+        for index, names in enumerate(saved.of.groups)
+        if not wanted.isdisjoint(names)
+    ]
+    if not found and not group and all(number < len(saved.of.groups) for saved in sources):
+        # A group without parameters is known by its number alone.
+        found = [_Place(source, number) for source in range(len(sources))]
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Merge:
+    """The saved schedulers, and for each group of the result its places in them."""
+
+    sources: Sequence[SavedSchedule]
+    places: Sequence[Sequence[_Place]]
+
+
+def _merged(values: Sequence[object], merge: _Merge, own: object, key: str) -> object:
+    first = values[0]
+    name = key.rpartition(".")[2]
+    if name in _OF_GROUPS and all(_is_of_groups(v, s) for v, s in zip(values, merge.sources, strict=True)):
+        return _by_group(values, merge, own, key)
+    if isinstance(first, Mapping) and all(
+        isinstance(value, Mapping) and value.keys() == first.keys() for value in values
+    ):
+        theirs = own if isinstance(own, Mapping) else {}
+        pairs = {k: [v[k] for v in values if isinstance(v, Mapping)] for k in first}
+        merged = {k: _merged(each, merge, theirs.get(k), f"{key}.{k}" if key else str(k)) for k, each in pairs.items()}
+        # Counters and ordered dictionaries have no groups inside.
+        return merged if type(first) is dict else _same(values, merge, key)
+    if name == INNER_SCHEDULERS and all(isinstance(v, list) and len(v) == len(values[0]) for v in values):  # type: ignore[arg-type]
+        lists = [v for v in values if isinstance(v, list)]
+        owns = own if isinstance(own, list) and len(own) == len(lists[0]) else [None] * len(lists[0])
+        return [_merged([v[n] for v in lists], merge, owns[n], f"{key}[{n}]") for n in range(len(lists[0]))]
+    return _same(values, merge, key)
+
+
+def _is_of_groups(value: object, source: SavedSchedule) -> bool:
+    return isinstance(value, list | tuple) and len(value) == len(source.of.groups)
+
+
+def _by_group(values: Sequence[object], merge: _Merge, own: object, key: str) -> list[object]:
+    found: list[object] = []
+    for number, places in enumerate(merge.places):
+        if not places:
+            if not isinstance(own, list | tuple) or number >= len(own):
+                raise MisuseError(
+                    f"the checkpoint has no scheduler for parameter group {number}: it lacks {key} of it", hint=_HINT
+                )
+            found.append(own[number])
+            continue
+        each = [cast("Sequence[object]", values[place.source])[place.group] for place in places]
+        for place, value in zip(places, each, strict=True):
+            if not equal(value, each[0]):
+                raise MisuseError(
+                    f"parameters of group {number} were saved in groups with different {key}: {each[0]!r} in "
+                    f"{merge.sources[places[0].source].where}, {value!r} in {merge.sources[place.source].where}",
+                    hint=_HINT,
+                )
+        found.append(each[0])
+    return found
+
+
+def _same(values: Sequence[object], merge: _Merge, key: str) -> object:
+    first = values[0]
+    for source, value in zip(merge.sources, values, strict=True):
+        if not equal(first, value):
+            raise MisuseError(
+                f"the saved schedulers of these parameters have different {key or 'states'}: {_short(first)} in "
+                f"{merge.sources[0].where}, {_short(value)} in {source.where}",
+                hint=_HINT,
+            )
+    if (
+        isinstance(first, list)
+        and any(len(first) == len(source.of.groups) != len(merge.places) for source in merge.sources)
+        and key.rpartition(".")[2] not in (MILESTONES, "milestones")
+    ):
+        raise MisuseError(
+            f"the saved scheduler has {len(first)} values as {key}, perhaps one for each of its parameter groups, and "
+            f"the one to be restored has {len(merge.places)} groups",
+            hint=_HINT,
+        )
+    return first
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

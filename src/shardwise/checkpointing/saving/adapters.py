@@ -1,16 +1,18 @@
-"""Adapter checkpoints: peft's ``adapter_model.safetensors`` or diffusers' LoRA file, written by all ranks."""
+"""Adapter checkpoints, written by all ranks: peft's ``adapter_model.safetensors`` or diffusers' LoRA file.
+
+Beside them the merged export, of base plus adapter, without a gather.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from torch import nn
 
-from shardwise.addons import CheckpointAddon
-from shardwise.addons.base import SavesPretrained
+from shardwise.addons import ConsolidatedHFAddon
 from shardwise.checkpointing.adapters import (
     Declared,
     capture,
@@ -18,21 +20,25 @@ from shardwise.checkpointing.adapters import (
     declare,
     diffusers_component,
     hold_extra,
+    merged_state,
     refuse_wrappers,
 )
-from shardwise.checkpointing.optimizers import Optimizers, several
-from shardwise.checkpointing.saving.hooks import hook_arguments, run_after, run_hooks
-from shardwise.checkpointing.saving.merged import MERGED, MergedSave
+from shardwise.checkpointing.hub import HubState, memory_of, require_memory
+from shardwise.checkpointing.optimizers import Optimizers, as_list
+from shardwise.checkpointing.saving.header_checks import Facts
+from shardwise.checkpointing.saving.hooks import ModelRequest, hook_arguments, run_after, run_hooks
+from shardwise.checkpointing.saving.models import Described, ModelSave
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
 from shardwise.engine.agreement import Agreement
 from shardwise.engine.export import ExportOptions, ExportPlan, plan_export, write_export
 from shardwise.engine.jobs import Step
 from shardwise.engine.name_suggestions import listed
+from shardwise.geometry import TensorSpec
 from shardwise.peft.capture import hold_adapter
 from shardwise.peft.compatibility import vllm_limits
 from shardwise.peft.diffusers_lora import LORA_WEIGHTS_NAME, as_diffusers, check_opens, header_metadata
-from shardwise.peft.merge import merged_parts
+from shardwise.peft.merge import MergedPart, merged_parts
 from shardwise.peft.settings import adapter_settings
 from shardwise.peft.tensors import ADAPTER_EXTRA_NAME, ADAPTER_WEIGHTS_NAME, AdapterFile, AdapterTensors
 from shardwise.plan.fragments import HeldTensor
@@ -40,30 +46,16 @@ from shardwise.plan.roster import Roster
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.tensors import MeshRegister
 
-_LOG = logging.getLogger(__name__)
-
 
 class AdapterSave:
     """One save of a model's adapters; the counterpart of `ModelSave`. All ranks make one."""
 
-    def __init__(
-        self,
-        session: Session,
-        model: nn.Module | Sequence[nn.Module],
-        directory: Path,
-        addons: Sequence[CheckpointAddon],
-        *,
-        tokenizer: SavesPretrained | None,
-        peft_config: object | None,
-        is_final: bool,
-        reserve: Callable[[], None],
-        optimizer: Optimizers | None = None,
-    ) -> None:
-        self._session, self._directory, self._reserve = session, directory, reserve
-        self._addons, self._config, self._stepped = addons, peft_config, stepped(optimizer)
+    def __init__(self, request: ModelRequest) -> None:
+        self._request, self._session, self._directory = request, request.session, request.directory
+        self._addons, self._config, self._stepped = request.addons, request.peft_config, stepped(request.optimizer)
         self.closing: list[Callable[[Group], None]] = []
-        self.state = ModelState(model)
-        self._args = hook_arguments(session, self.state, directory, tokenizer, peft_config, is_final)
+        self.state = ModelState(request.model)
+        self._args = hook_arguments(request, self.state)
 
     def steps(self) -> list[Step]:
         """Capture the adapters, check that they are complete, and return the steps that write them. All ranks call."""
@@ -71,7 +63,7 @@ class AdapterSave:
         with group.together("preparing the adapter's directory"):
             refuse_wrappers(parts)
             if group.is_main:
-                self._reserve()
+                self._request.reserve()
                 session.storage.make_directory(self._directory)
         run_hooks(self._addons, "pre_save", self._args, group)
         component = group.attempt(lambda: diffusers_component(session, parts, self._config), "looking at the adapter")
@@ -109,15 +101,13 @@ class AdapterSave:
             named = [(entry.spec.name, entry.tensor) for entry in entries]
             return hold_adapter(entries, MeshRegister(session.may_differ.of_adapter(named, parts)))
 
-        held, roster = self._agreed(hold, f"adapter/{name}", f"describing the adapter {name}")
-
-        def plan() -> ExportPlan:
+        def look(roster: Roster) -> ExportOptions:
             check_adapter_file(roster, settings, declared, captured, name, parts, component)
             if group.is_main and not component:
                 _log_vllm_limits(session, name, roster, settings, declared)
             if component:
                 check_opens(parts, self._config, file, session.logged)
-            options = ExportOptions(
+            return ExportOptions(
                 max_file_bytes=None,
                 stem=(LORA_WEIGHTS_NAME if component else ADAPTER_WEIGHTS_NAME).removesuffix(".safetensors"),
                 # The manifest lists a tensor once in a component, and adapters have the same names.
@@ -125,62 +115,58 @@ class AdapterSave:
                 index=False,
                 metadata=header_metadata(settings, component) if component else None,
             )
-            return plan_export(held, roster, group, self._directory / file.directory, options)
 
-        planned = group.attempt(plan, f"checking the adapter {name}")
-        return lambda group: write_export(planned, group, session.storage).below(file.directory)
+        return self._writing(hold, f"adapter/{name}", f"the adapter {name}", look, file.directory)
 
-    def _agreed(
-        self, hold: Callable[[], Sequence[HeldTensor]], staging: str, what: str
-    ) -> tuple[Sequence[HeldTensor], Roster]:
-        """Stage what this rank holds, and agree on who holds what. All ranks call."""
+    def _writing(
+        self,
+        hold: Callable[[], Sequence[HeldTensor]],
+        staging: str,
+        what: str,
+        look: Callable[[Roster], ExportOptions],
+        directory: str = "",
+    ) -> Step:
+        """Stage what this rank holds, agree on who holds what, and plan a file, which the step writes. All call."""
         session, held = self._session, list[HeldTensor]()
 
         def describe() -> Sequence[HeldTensor]:
             held.extend(session.staged(staging, hold()))
             return held
 
-        return held, Agreement(session.group, session.stage).roster(describe, what)
+        def plan() -> ExportPlan:
+            return plan_export(held, roster, session.group, self._directory / directory, look(roster))
+
+        roster = Agreement(session.group, session.stage).roster(describe, f"describing {what}")
+        planned = session.group.attempt(plan, f"checking {what}")
+        return lambda group: write_export(planned, group, session.storage).below(directory)
 
     def _merged_steps(self) -> list[Step]:
         """The steps of the merged export, where this save writes one. All ranks call."""
-        session, is_final = self._session, self._args["is_final_checkpoint"]
-        if not (session.config.export_merged and session.exports(is_final)):
+        session, request = self._session, self._request
+        if not session.config.exports(is_final_checkpoint=request.is_final):
             return []
         merged = session.group.attempt(lambda: merged_parts(self.state.model), "describing the merged model")
-        save = MergedSave(
-            session.of_model(MERGED),
-            self.state.model,
-            merged,
-            self._directory,
-            tokenizer=self._args["tokenizer"],
-            is_final=is_final,
-        )
+        save = MergedSave(replace(request, session=session.of_model(MERGED)), self.state.model, merged)
         steps = save.steps()
         self.closing += save.closing
         return steps
 
     def _extra_step(self, captured: AdapterTensors) -> Step:
         """Tensors that are trained beside the adapter, in a file of their own. All ranks call."""
-        session, group, what = self._session, self._session.group, "what is trained beside the adapter"
-        held, roster = self._agreed(
-            lambda: hold_extra(session, captured, self.state.model), "adapter_extra", f"describing {what}"
-        )
+        session, stem = self._session, ADAPTER_EXTRA_NAME.removesuffix(".safetensors")
 
-        def plan() -> ExportPlan:
-            stem = ADAPTER_EXTRA_NAME.removesuffix(".safetensors")
-            options = ExportOptions(max_file_bytes=None, stem=stem, component=stem, index=False)
-            if group.is_main:
+        def look(roster: Roster) -> ExportOptions:
+            if session.group.is_main:
                 _log_extra_weights(session, roster)
-            return plan_export(held, roster, group, self._directory, options)
+            return ExportOptions(max_file_bytes=None, stem=stem, component=stem, index=False)
 
-        planned = group.attempt(plan, f"planning the file of {what}")
-        return lambda group: write_export(planned, group, session.storage)
+        hold = partial(hold_extra, session, captured, self.state.model)
+        return self._writing(hold, "adapter_extra", "what is trained beside the adapter", look)
 
 
 def stepped(optimizer: Optimizers | None) -> frozenset[int]:
     """Identities of the parameters with optimizer state: those that have been trained, frozen by now or not."""
-    states = [getattr(each, "state", None) for each in several(optimizer)]
+    states = [getattr(each, "state", None) for each in as_list(optimizer)]
     return frozenset(
         id(parameter) for state in states if isinstance(state, Mapping) for parameter in state if state[parameter]
     )
@@ -191,19 +177,50 @@ def _log_vllm_limits(
 ) -> None:
     """Log once which features of an adapter vLLM does not serve."""
     limits = vllm_limits([spec.name for spec in roster.specs], settings, has_extra=declared.extra)
-    if limits and (key := f"vLLM/{name}") not in session.logged:
-        session.logged.add(key)
-        _LOG.info("vLLM does not serve the adapter %r as it was trained: %s", name, "; ".join(limits))
+    if limits:
+        text = f"vLLM does not serve the adapter {name!r} as it was trained: {'; '.join(limits)}"
+        session.log_once(logging.INFO, text, f"vLLM/{name}")
 
 
 def _log_extra_weights(session: Session, roster: Roster) -> None:
     names = [spec.name for spec in roster.specs]
-    if ADAPTER_EXTRA_NAME not in session.logged:
-        session.logged.add(ADAPTER_EXTRA_NAME)
-        _LOG.info(
-            "%d tensors change beside the adapter and are saved in %s, which restore and load_model read and peft does "
-            "not: %s",
-            len(names),
-            ADAPTER_EXTRA_NAME,
-            listed(names),
-        )
+    session.log_once(
+        logging.INFO,
+        f"{len(names)} tensors change beside the adapter and are saved in {ADAPTER_EXTRA_NAME}, which restore and "
+        f"load_model read and peft does not: {listed(names)}",
+        ADAPTER_EXTRA_NAME,
+    )
+
+
+#: Component of the merged tensors: the manifest lists a tensor once in a component.
+MERGED = "merged"
+
+
+class MergedSave(ModelSave):
+    """The merged export of one save of a model's adapters; it writes nothing that resumes. All ranks make one.
+
+    ``parts`` have their adapters, ``merged`` are the same without; the request's directory exists.
+    """
+
+    def __init__(self, request: ModelRequest, parts: Sequence[nn.Module], merged: Sequence[MergedPart]) -> None:
+        models = [part.model for part in merged]
+        own = replace(request, model=models, addons=[ConsolidatedHFAddon()], peft_config=None, reserve=lambda: None)
+        super().__init__(own)
+        self._parts, self._merged = parts, merged
+
+    def _captured(self) -> tuple[HubState, bool]:
+        session = self._session
+        hub = session.names.capture(self.state)
+        hub = merged_state(hub, self._parts, self._merged, session.may_differ)
+        require_memory(memory_of(hub.held), "values to save")
+        return self._staged(hub), self._look_at_parameters()
+
+    def _options(self, specs: Sequence[TensorSpec]) -> ExportOptions:
+        return replace(super()._options(specs), component=MERGED)
+
+    def _prepare_directory(self, facts: Facts, passed: Sequence[str] = ()) -> None:
+        # The notes beside an export are for resuming from it.
+        super()._prepare_directory(facts._replace(native={}, outside=(), excluded=()))
+
+    def _beside(self, described: Described) -> list[Step]:
+        return []

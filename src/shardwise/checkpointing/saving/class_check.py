@@ -8,7 +8,7 @@ its own. Names and shapes are all that is looked at, so that it is done before a
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,7 @@ from shardwise.base.class_of_config import build_on_meta, configuration, named_c
 from shardwise.disk.names import is_file
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.memo import Memo
+from shardwise.engine.name_suggestions import listed
 from shardwise.errors import ExportMismatchError
 from shardwise.format.json_file import read_json_object
 from shardwise.geometry import TensorSpec
@@ -35,20 +36,10 @@ from shardwise.upstream.transformers import (
     registered_classes,
 )
 
-_LOG = logging.getLogger(__name__)
-
-_SHOWN = 5
-
 
 @dataclass(frozen=True, slots=True)
 class Misfit:
-    """Differences between a class and the files of an export; none for a correct export.
-
-    Attributes:
-        missing: Names of the class that the files lack.
-        unexpected: Names in the files that the class does not load.
-        shapes: Names whose shapes differ, with both.
-    """
+    """Differences between a class and the files of an export, by name; none for a correct export."""
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
@@ -61,7 +52,7 @@ class Misfit:
 
     def __str__(self) -> str:
         kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", self.shapes))
-        return "; ".join(f"{kind}: {_listed(names)}" for kind, names in kinds if names)
+        return "; ".join(f"{kind}: {listed(names)}" for kind, names in kinds if names)
 
 
 class _CannotCheckError(Exception):
@@ -69,11 +60,11 @@ class _CannotCheckError(Exception):
 
 
 class ClassCheck:
-    """Checks exports, each kind once. Used on rank 0."""
+    """Checks exports, each kind once. Used on rank 0; ``log`` is told why one cannot be checked."""
 
-    def __init__(self) -> None:
-        self._sound: Memo[None] = Memo()
-        self._told: set[str] = set()
+    def __init__(self, log: Callable[[int, str], None]) -> None:
+        self._log = log
+        self._sound: tuple[Memo[None], Memo[None]] = Memo(), Memo()
 
     def check(
         self,
@@ -85,18 +76,11 @@ class ClassCheck:
         left_out: Collection[str] = (),
         untie: bool = False,
     ) -> None:
-        """Check an export. Local; rank 0 calls, when config.json is there and no tensor is.
+        """Check an export, unless the same was checked before. Rank 0 calls when config.json is written and no tensor.
 
-        Args:
-            parts: This rank's parts.
-            directory: Where config.json is.
-            roster: All ranks' tensors, under the names that the files are to have.
-            passed: Further tensors, carried over from a base.
-            left_out: Names of tensors that the export does not contain.
-            untie: Whether to check with a config.json that ties nothing.
-
-        Raises:
-            ExportMismatchError: The class would not load them.
+        ``roster`` has all ranks' tensors under the names that the files are to have, of which ``left_out`` are not
+        exported, and ``passed`` further ones, carried over from a base. With ``untie``, config.json is read as one that
+        ties nothing.
         """
         model = described_part(parts)
         if model is None or not is_file(directory / CONFIG):
@@ -104,36 +88,23 @@ class ClassCheck:
         entries = read_json_object(directory / CONFIG)
         if untie:
             entries = untied(entries)
-        if self._sound.holds([roster, type(model)], (entries, passed)):
+        if self._sound[untie].holds([roster, type(model)], (entries, passed)):
             return
         specs = [spec for spec in roster.specs if spec.name not in left_out]
         try:
             name, misfit = _look(model, entries, [*specs, *passed])
         except _CannotCheckError as why:
-            self._tell(f"the export's names are not checked against a class: {why}")
+            self._log(logging.INFO, f"the export's names are not checked against a class: {why}")
         else:
             _require_fit(name, misfit, directory / CONFIG)
-        self._sound.get([roster, type(model)], (entries, passed), lambda: None)
-
-    def _tell(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
-            _LOG.info("%s", text)
+        self._sound[untie].get([roster, type(model)], (entries, passed), lambda: None)
 
 
 def check_described(entries: Mapping[str, object], specs: Sequence[TensorSpec], path: Path) -> str | None:
     """Check tensors against the class of transformers' that a configuration names, without a model at hand. Local.
 
-    Args:
-        entries: The content of config.json.
-        specs: The tensors, under the names that the files are to have.
-        path: Where the configuration is, for messages.
-
-    Returns:
-        Why nothing could be checked; ``None`` where the class would load them.
-
-    Raises:
-        ExportMismatchError: The class would not load them.
+    ``entries`` is the content of config.json at ``path``. Returns why nothing could be checked, ``None`` where the
+    class would load them; raises `ExportMismatchError` where it would not.
     """
     classes = [] if CLASS_NAME in entries else named_classes(entries)
     if entries.get("quantization_config") or entries.get("auto_map") or not classes:
@@ -186,7 +157,7 @@ def _look(model: nn.Module, entries: Mapping[str, object], specs: Sequence[Tenso
 
 def _by_transformers(cls: type, config: type, entries: Mapping[str, object], specs: Sequence[TensorSpec]) -> Misfit:
     """Let transformers load tensors without memory into a model without memory."""
-    tensors = _without_memory(specs)
+    tensors = {s.name: torch.empty(s.shape, dtype=torch_dtype(s.dtype), device="meta") for s in specs}
     try:
         built = build_on_meta(cls, configuration(config, entries))
         with quiet():
@@ -213,14 +184,5 @@ def _by_diffusers(cls: type, entries: Mapping[str, object], specs: Sequence[Tens
     return Misfit(_sorted(theirs.keys() - ours.keys()), _sorted(ours.keys() - theirs.keys()), _sorted(shapes))
 
 
-def _without_memory(specs: Sequence[TensorSpec]) -> dict[str, torch.Tensor]:
-    return {s.name: torch.empty(s.shape, dtype=torch_dtype(s.dtype), device="meta") for s in specs}
-
-
-def _sorted(names: object) -> tuple[str, ...]:
-    return tuple(sorted(map(str, cast(Any, names))))
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+def _sorted(names: Iterable[object]) -> tuple[str, ...]:
+    return tuple(sorted(map(str, names)))

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import yaml
 
-from shardwise.checkpointing.saving.shared_directory import check_claim, check_files_visible
+from shardwise.checkpointing.arguments import check_claim, check_files_visible
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
-from shardwise.disk.names import exists, walk
+from shardwise.disk.names import walk
 from shardwise.disk.sequential import digest_file, sync_file, write_file
 from shardwise.disk.storage import Storage
 from shardwise.engine.records import ComponentRecord, merged, write_manifest
@@ -41,11 +41,11 @@ from shardwise.lifecycle import (
     next_lineage,
     parse_checkpoint_name,
     prune,
-    published_name,
     publishing,
     put_in_place,
     set_pointer,
     settle,
+    temporary_name,
 )
 from shardwise.settings import Settings
 from shardwise.timing import phase
@@ -58,39 +58,6 @@ CONFIG_NAME = "config.yaml"
 Closing = Sequence[Callable[[Group], None]]
 
 
-def gather_records(
-    session: Session, group: Group, temp: Path, record: ComponentRecord, closing: Closing = ()
-) -> Callable[[], ComponentRecord]:
-    """Gather to rank 0 the files, tensors and aliases that each rank wrote. All ranks call.
-
-    ``closing`` is local work to be done first.
-
-    Returns a function for rank 0 that merges the records and checks that rank 0 sees every file.
-
-    Raises:
-        StorageError: A rank writes elsewhere than rank 0.
-    """
-    first_exchange = session.first_exchange
-
-    def close() -> JsonValue:
-        for work in closing:
-            work(group)
-        if not (group.is_main or session.is_remote):
-            check_claim(temp.parent, published_name(temp.name), first_exchange.token, group, first_exchange.locations)
-        return None if group.is_main else record.encoded()
-
-    rows = group.collect(close, "gathering records")
-
-    def union() -> ComponentRecord:
-        records = [record, *map(ComponentRecord.decoded, rows[1:])]
-        whole = merged(records)
-        if not session.is_remote:
-            check_files_visible(temp, records, first_exchange.locations)
-        return replace(whole, aliases=_sound(whole.aliases, whole.tensors))
-
-    return union
-
-
 def _sound(aliases: Sequence[AliasRecord], tensors: Sequence[TensorRecord]) -> tuple[AliasRecord, ...]:
     """The aliases, without names under which another stage has a tensor."""
     if not aliases:
@@ -99,28 +66,14 @@ def _sound(aliases: Sequence[AliasRecord], tensors: Sequence[TensorRecord]) -> t
     return tuple(alias for alias in sorted(aliases) if (alias.component, alias.name) not in saved)
 
 
-def complete_record(storage: Storage, directory: Path, record: ComponentRecord) -> ComponentRecord:
-    """The record with every file in the directory; files that others wrote are digested and synced. One rank calls."""
-    known = {file.path for file in record.files} | {MANIFEST_NAME}
-    files = list(record.files)
-    for where, names in walk(directory):
-        for path in (where / name for name in names):
-            relative = path.relative_to(directory).as_posix()
-            if relative not in known:
-                sync_file(storage, path)  # an addon wrote it without the storage
-                files.append(FileRecord(relative, *digest_file(storage, path), None))
-    files.sort(key=lambda file: file.path)
-    return replace(record, files=tuple(files))
-
-
 def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
     """Metrics as plain numbers; `MisuseError` if one is not a number."""
     out: dict[str, float] = {}
     for name, value in (metrics or {}).items():
         try:
             out[str(name)] = float(value)
-        except (TypeError, ValueError) as error:
-            raise MisuseError(f"metric {name!r} is {value!r}, which is not a number") from error
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # the third of tensors with many elements
+            raise MisuseError(f"metric {name!r} is {value!r}, which is not a number", hint="Pass a number.") from error
     return out
 
 
@@ -154,11 +107,9 @@ def _plain(value: object) -> object:
 
 @dataclass(slots=True)
 class RunLine:
-    """The checkpoint that a run continues from.
+    """The checkpoint that a run continues from: the one that was restored or saved last. Rank 0 knows it.
 
-    Attributes:
-        start: The one that was restored or saved last; ``None`` where the run has done neither. Rank 0 knows it.
-        restored: Whether the run was restored. Only such a run may have left checkpoints behind, which it may replace.
+    Only a restored run may have left checkpoints behind, which it may replace.
     """
 
     start: Start | None = None
@@ -170,38 +121,103 @@ class RunLine:
         return self.start if self.restored else None
 
 
-class Publication:
-    """The commit of one checkpoint: manifest, rename, pointers, retention, each on rank 0 while the others wait.
+class Unfinished:
+    """A directory that is written under a temporary name, with a claim on the name that it gets in the end.
 
-    It is written to ``temp`` and published as ``final``. ``info`` goes into the manifest beside files and tensors.
+    ``info`` goes into its manifest. Rank 0 knows the ``total_bytes`` of its files after the commit.
     """
+
+    def __init__(self, session: Session, place: Path, info: Mapping[str, JsonValue]) -> None:
+        self.place, self.temp = place, place.with_name(temporary_name(place.name))
+        self.total_bytes: int | None = None
+        self._session, self._info = session, info
+        self._claim: Claim | None = None
+        self._is_reserved = False
+
+    def _claim_name(self) -> None:
+        """Make the directory around the place and claim its name, unless another process saves it. Rank 0 calls."""
+        if not self._session.is_remote:
+            make_root(self.place.parent)
+            self._claim = claim(self.place.parent, self.place.name, self._session.first_exchange.token)
+
+    def _gather(self, group: Group, record: ComponentRecord, closing: Closing) -> Callable[[], ComponentRecord]:
+        """Gather to rank 0 the files, tensors and aliases that each rank wrote. All ranks call.
+
+        ``closing`` is local work to be done first. Returns a function for rank 0 that merges the records and checks
+        that rank 0 sees every file. A rank that writes elsewhere than rank 0 is a `StorageError`.
+        """
+        is_remote, met = self._session.is_remote, self._session.first_exchange
+
+        def close() -> JsonValue:
+            for work in closing:
+                work(group)
+            if not (group.is_main or is_remote):
+                check_claim(self.place.parent, self.place.name, met.token, group, met.locations)
+            return None if group.is_main else record.encoded()
+
+        rows = group.collect(close, "gathering records")
+
+        def union() -> ComponentRecord:
+            records = [record, *map(ComponentRecord.decoded, rows[1:])]
+            whole = merged(records)
+            if not is_remote:
+                check_files_visible(self.temp, records, met.locations)
+            return replace(whole, aliases=_sound(whole.aliases, whole.tensors))
+
+        return union
+
+    def _write_manifest(self, record: ComponentRecord) -> None:
+        """Write the manifest of every file that is there; others' are digested and synced. Rank 0 calls."""
+        storage, files = self._session.storage, list(record.files)
+        known = {file.path for file in record.files} | {MANIFEST_NAME}
+        for where, names in walk(self.temp):
+            for path in (where / name for name in names):
+                relative = path.relative_to(self.temp).as_posix()
+                if relative not in known:
+                    sync_file(storage, path)  # an addon wrote it without the storage
+                    files.append(FileRecord(relative, *digest_file(storage, path), None))
+        files.sort(key=lambda file: file.path)
+        self.total_bytes = sum(file.size for file in files)
+        write_manifest(storage, self.temp, replace(record, files=tuple(files)), self._info)
+
+    def _release(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
+
+    def abandon(self, group: Group) -> None:
+        """Remove what was written, so that a failed save does not fill the disk. Never raises."""
+        if not group.is_main:
+            return
+        try:
+            if self._is_reserved:
+                abandon(self.temp)
+        except (OSError, ShardwiseError) as error:
+            _LOG.warning("could not remove the unfinished %s: %s", self.temp, error)
+        finally:
+            self._release()
+
+
+class Publication(Unfinished):
+    """The commit of one checkpoint: manifest, rename, pointers, retention, each on rank 0 while the others wait."""
 
     def __init__(
         self,
         session: Session,
-        temp: Path,
         final: Path,
         info: Mapping[str, JsonValue],
         metrics: Mapping[str, float],
         line: RunLine,
     ) -> None:
-        self._session = session
-        self._temp = temp
-        self._final = final
-        self._info = info
-        self._metrics = metrics
-        self._line = line
-        self._is_reserved = False
-        self._claim: Claim | None = None
-        #: Bytes of all files, and the names of the checkpoints that were removed; known on rank 0 after `commit`.
-        self.total_bytes: int | None = None
+        super().__init__(session, final, info)
+        self._metrics, self._line = metrics, line
+        #: The names of the checkpoints that were removed; known on rank 0 after `commit`.
         self.pruned: tuple[str, ...] = ()
 
     def reserved(self, make_room: Callable[[], None]) -> Callable[[], None]:
         """A function that claims the name and makes the directory with ``make_room``, which can then be abandoned."""
 
         def reserve() -> None:
-            self._claim = claimed(self._session, self._final)
+            self._claim_name()
             make_room()
             self._is_reserved = True
 
@@ -211,40 +227,34 @@ class Publication:
     def commit(self, group: Group, record: ComponentRecord, closing: Closing = ()) -> None:
         """Publish. All ranks of ``group`` call; every rank's files are durable."""
         session = self._session
-        union = gather_records(session, group, self._temp, record, closing)
-        with group.together(f"publishing {self._final}"):
+        union = self._gather(group, record, closing)
+        with group.together(f"publishing {self.place}"):
             if group.is_main:
-                write_run_files(session.storage, self._temp, session.config, self._metrics)
+                write_run_files(session.storage, self.temp, session.config, self._metrics)
                 found = union()
                 with nullcontext() if session.is_remote else publishing(session.root):
                     # The line names other checkpoints; they must not change until this one is published.
                     lineage = self._write_lineage()
-                    found = complete_record(session.storage, self._temp, found)
-                    self.total_bytes = sum(file.size for file in found.files)
-                    write_manifest(session.storage, self._temp, found, self._info)
-                    put_in_place(self._temp, self._final, self._line.left_from)
+                    self._write_manifest(found)
+                    put_in_place(self.temp, self.place, self._line.left_from)
                     # Whatever fails from here on, the checkpoint is there: the run goes on from it, and nothing is
                     # abandoned (what it replaced may be all that a power failure leaves).
-                    self._line.start, self._is_reserved = Start(self._final, lineage), False
-                    settle(self._temp, self._final)
+                    self._line.start, self._is_reserved = Start(self.place, lineage), False
+                    settle(self.temp, self.place)
                     self._point()
                 self._release()
 
-    def _release(self) -> None:
-        if self._claim is not None:
-            self._claim.release()
-
     def _write_lineage(self) -> Lineage:
-        numbers = parse_checkpoint_name(self._final.name)
+        numbers = parse_checkpoint_name(self.place.name)
         assert numbers is not None
         root = self._session.root
-        lineage = next_lineage(root, list_checkpoints(root), self._final.name, *numbers, self._line.start)
-        write_file(self._session.storage, self._temp / LINEAGE_NAME, lineage.encode())
+        lineage = next_lineage(root, list_checkpoints(root), self.place.name, *numbers, self._line.start)
+        write_file(self._session.storage, self.temp / LINEAGE_NAME, lineage.encode())
         return lineage
 
     def _point(self) -> None:
         session = self._session
-        set_pointer(session.root, LATEST, self._final.name)
+        set_pointer(session.root, LATEST, self.place.name)
         policy = Retention.from_config(session.config)
         # This checkpoint is published. A save that failed now would be repeated, and find its name taken.
         try:
@@ -253,7 +263,7 @@ class Publication:
             _LOG.warning(
                 "%s is published, but finding the best checkpoint or deleting old ones failed; the next save tries "
                 "again: %s",
-                self._final,
+                self.place,
                 ShardwiseError.wrap(error),
             )
 
@@ -272,26 +282,3 @@ class Publication:
             )
         with phase("prune"):
             self.pruned = tuple(prune(session.root, policy))
-
-    def abandon(self, group: Group) -> None:
-        """Remove what was written, so that a failed save does not fill the disk. Never raises."""
-        if not group.is_main:
-            return
-        try:
-            if self._is_reserved and exists(self._temp):
-                abandon(self._temp)
-        except (OSError, ShardwiseError) as error:
-            _LOG.warning("could not remove the unfinished %s: %s", self._temp, error)
-        finally:
-            self._release()
-
-
-def claimed(session: Session, final: Path) -> Claim | None:
-    """Claim the name ``final``, and make the directory around it. One rank calls.
-
-    Raises `CheckpointBusyError` if a process that is alive is saving it.
-    """
-    if session.is_remote:
-        return None
-    make_root(final.parent)
-    return claim(final.parent, final.name, session.first_exchange.token)

@@ -1,28 +1,28 @@
 """Checks an export: the planned headers against the base model and the model class, the written ones against the plan.
 
-The first comparison needs headers only, so it is made before a byte is written. After writing, the headers of the files
-are read back.
+The first comparison needs headers only, so it is made before a byte is written, from facts that the ranks gather: each
+pipeline stage knows only its own part of the model. After writing, the headers of the files are read back.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
+from shardwise.base.files import base_config
 from shardwise.base.layout import BaseModel
-from shardwise.checkpointing.exported_part import exported_modules
-from shardwise.comm import Group
+from shardwise.checkpointing.shared_names import exported_modules
+from shardwise.comm import Group, JsonValue
 from shardwise.disk.guarded import open_regular, read_exactly
-from shardwise.disk.names import is_file, names_in
+from shardwise.disk.names import names_in
 from shardwise.engine.export import ExportPlan
 from shardwise.errors import ExportMismatchError, FormatError
 from shardwise.format.header import Header, read_header
 from shardwise.format.index import read_index
-from shardwise.format.json_file import read_json
 from shardwise.geometry import TensorSpec
 from shardwise.plan.layout import FileLayout, index_name
 from shardwise.stateful_wrappers.model_parts import config_of
@@ -36,9 +36,8 @@ _QUANTIZED = re.compile(r"(_scale_inv|_scale|_scales|_blocks|_zero_point|weight_
 _LEGACY = ((re.compile(r"\.gamma$"), ".weight"), (re.compile(r"\.beta$"), ".bias"))
 
 
-@dataclass(frozen=True)
-class Expectation:
-    """What the model class says about the tensors in its files.
+class Expectation(NamedTuple):
+    """What the model class says about the tensors in its files: by one rank's part of the model, or by all parts.
 
     Attributes:
         aliases: Names that files of this model may have and ours do not, such as aliases of tied tensors.
@@ -48,66 +47,45 @@ class Expectation:
         prefix: transformers' ``base_model_prefix``.
         architectures: Class names that ``config.json`` will name.
         vocab_size: Of the model's configuration, where it has one.
-        keys: Names of the base model's tensors in the settings of all ranks.
+        keys: Names of the base model's tensors in the settings (``model_state_dict_keys``).
     """
 
-    aliases: frozenset[str] = frozenset()
-    unloaded: tuple[str, ...] = ()
-    computed: frozenset[str] = frozenset()
+    aliases: Collection[str] = ()
+    unloaded: Collection[str] = ()
+    computed: Collection[str] = ()
     prefix: str = ""
-    architectures: tuple[str, ...] = ()
+    architectures: Sequence[str] = ()
     vocab_size: int | None = None
-    keys: tuple[str, ...] = ()
+    keys: Collection[str] = ()
 
 
-@dataclass(frozen=True)
-class HeaderComparison:
-    """Result of comparing an export's headers.
-
-    Attributes:
-        passed: Tensors of the base that the model class does not load and the export carries over.
-        differences: One sentence for each difference; empty for a correct export.
-    """
-
-    passed: tuple[str, ...] = ()
-    differences: tuple[str, ...] = ()
-
-
-#: One rank's part of an `Expectation`: see `expectation_row`.
-ExpectationRow = tuple[list[str], list[str], list[str], str, str, int | None]
-
-
-def expectation_row(parts: Sequence[nn.Module], absent: Iterable[str]) -> ExpectationRow | None:
-    """This rank's row for `merge_expectations`; ``None`` where the rank has no part of the model. Local."""
+def expectation_of(parts: Sequence[nn.Module], absent: Iterable[str], keys: Collection[str] | None) -> Expectation:
+    """What this rank's part of the model and ``keys`` in its settings say, as JSON has it. Local."""
+    own = Expectation(keys=list(keys or ()))
     if not parts:
-        return None
+        return own
     module = exported_modules(parts)[0]
     config = config_of(module)
-    text = getattr(config, "text_config", None) or config
-    size = getattr(text, "vocab_size", None)
-    computed = {_tail(name) for part in parts for name in _computed_buffers(unwrap(part))}
-    return (
-        list(absent),
-        sorted(may_be_unexpected(module)),
-        sorted(computed),
-        str(getattr(module, "base_model_prefix", "") or ""),
-        original_class(module).__name__,
-        size if isinstance(size, int) else None,
+    size = getattr(getattr(config, "text_config", None) or config, "vocab_size", None)
+    return own._replace(
+        aliases=list(absent),
+        unloaded=sorted(may_be_unexpected(module)),
+        computed=sorted({_tail(name) for part in parts for name in _computed_buffers(unwrap(part))}),
+        prefix=str(getattr(module, "base_model_prefix", "") or ""),
+        architectures=[original_class(module).__name__],
+        vocab_size=size if isinstance(size, int) else None,
     )
 
 
-def merge_expectations(rows: Sequence[ExpectationRow], keys: Iterable[str]) -> Expectation:
-    """Merge the rows of all ranks: pipeline stages have different parts of the model."""
-    prefixes = [prefix for _, _, _, prefix, _, _ in rows if prefix]
-    sizes = [size for *_, size in rows if size is not None]
+def _merged(rows: Sequence[Expectation]) -> Expectation:
     return Expectation(
-        frozenset(name for names, *_ in rows for name in names),
-        tuple(dict.fromkeys(pattern for _, patterns, *_ in rows for pattern in patterns)),
-        frozenset(name for _, _, names, *_ in rows for name in names),
-        prefixes[0] if prefixes else "",
-        tuple(architecture for *_, architecture, _ in rows[:1]),
-        sizes[0] if sizes else None,
-        tuple(dict.fromkeys(keys)),
+        frozenset(name for row in rows for name in row.aliases),
+        tuple(dict.fromkeys(pattern for row in rows for pattern in row.unloaded)),
+        frozenset(name for row in rows for name in row.computed),
+        next((row.prefix for row in rows if row.prefix), ""),
+        next((row.architectures for row in rows if row.architectures), ()),
+        next((row.vocab_size for row in rows if row.vocab_size is not None), None),
+        tuple(dict.fromkeys(key for row in rows for key in row.keys)),
     )
 
 
@@ -124,11 +102,11 @@ def _tail(name: str) -> str:
 
 def compare_with_base(
     specs: Sequence[TensorSpec], base: BaseModel, expectation: Expectation, *, pass_through: bool
-) -> HeaderComparison:
+) -> tuple[list[str], list[str]]:
     """Compare what will be written with the base model's headers. Pure but for reading the base's config.json.
 
-    ``specs`` are the tensors of all ranks, under the names of the files. With ``pass_through``, tensors that the class
-    does not load are carried over.
+    Returns the tensors of the base that the model class does not load and the export carries over (with
+    ``pass_through``), and one sentence for each difference; none for a correct export.
     """
     written = {spec.name: spec for spec in specs}
     config = _base_config(base.directory)
@@ -143,14 +121,14 @@ def compare_with_base(
     if same:
         lost = [name for name in absent if name not in passed]
         differences += [f"{name}: the base model ships it, the export lacks it" for name in lost]
-    return HeaderComparison(tuple(passed) if same and pass_through else (), tuple(differences))
+    return passed if same and pass_through else [], differences
 
 
-def compare_with_keys(specs: Sequence[TensorSpec], expectation: Expectation) -> HeaderComparison:
-    """Compare what will be written with the names in the settings. Pure."""
+def compare_with_keys(specs: Sequence[TensorSpec], expectation: Expectation) -> list[str]:
+    """Compare what will be written with the names in the settings; a sentence for each difference. Pure."""
     written = {spec.name: spec for spec in specs}
     lost = [key for key in expectation.keys if key not in written and not _accounted(key, written, expectation, {})]
-    return HeaderComparison((), tuple(f"{key}: in model_state_dict_keys, and the export lacks it" for key in lost))
+    return [f"{key}: in model_state_dict_keys, and the export lacks it" for key in lost]
 
 
 def _differs(spec: TensorSpec, known: TensorSpec, config: Mapping[str, object], expectation: Expectation) -> str | None:
@@ -186,15 +164,11 @@ def _accounted(
 
 
 def _base_config(directory: Path) -> Mapping[str, object]:
-    path = directory / "config.json"
-    if not is_file(path):
-        return {}
     try:
-        found = read_json(path)
+        return base_config(directory)
     except FormatError:
         # The base's config is not ours to judge: an unreadable one adds no expectation.
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _same_architecture(config: Mapping[str, object], expectation: Expectation) -> bool:
@@ -202,27 +176,22 @@ def _same_architecture(config: Mapping[str, object], expectation: Expectation) -
     return isinstance(named, list) and set(map(str, named)) == set(expectation.architectures)
 
 
-def require_equal(comparison: HeaderComparison, path: Path) -> None:
+def require_equal(differences: Sequence[str], path: Path) -> None:
     """Raise `ExportMismatchError`, which lists the differences, if there are any."""
-    if not comparison.differences:
+    if not differences:
         return
-    more = len(comparison.differences) - _SHOWN
-    listed = "; ".join(comparison.differences[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+    more = len(differences) - _SHOWN
+    listed = "; ".join(differences[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
     raise ExportMismatchError(
         f"the export would differ from what the base model promises: {listed}",
         path=path,
-        tensor=comparison.differences[0].partition(":")[0],
+        tensor=differences[0].partition(":")[0],
         hint="Nothing is published. Set verify_export to false if this is what you want.",
     )
 
 
 def read_back(plan: ExportPlan, group: Group) -> None:
-    """Compare the written files' headers and index with the plan. Local: each rank of the group reads some files.
-
-    Raises:
-        ExportMismatchError: A file or tensor is absent, surplus, or of another shape, dtype or place.
-        FormatError: A header or the index is damaged.
-    """
+    """Compare the written files' headers and index with the plan. Local: each rank of the group reads some files."""
     directory, layout = plan.directory, plan.layout
     differences: list[str] = []
     for number, file in enumerate(layout.files):
@@ -238,7 +207,7 @@ def read_back(plan: ExportPlan, group: Group) -> None:
         if plan.options.index and not _as_planned(index, layout.index, len(layout.index)):
             same = read_index(index).weight_map == layout.weight_map
             differences.append(f"{index.name}: {'has other bytes' if same else 'lists other tensors or files'}")
-    require_equal(HeaderComparison((), tuple(differences)), directory)
+    require_equal(differences, directory)
 
 
 def _as_planned(path: Path, head: bytes, size: int) -> bool:
@@ -261,3 +230,40 @@ def _unlike(file: FileLayout, header: Header) -> list[str]:
             differences.append(f"{entry.spec.name}: {have} in {file.name}, {entry} planned")
     differences += [f"{name}: in {file.name}, but not planned" for name in found]
     return differences or [f"{file.name}: its header has other bytes than planned"]
+
+
+class Facts(NamedTuple):
+    """What the ranks gather about a model: of one rank, or merged of all.
+
+    Attributes:
+        quantized: Whether there are quantized parameters.
+        beside: For each rank the names of the state beside ordinary tensors, see `module_state_names`.
+        expectation: What the model says about its files, where there is a base model to compare with.
+        native: Name of a tensor exported in another dtype -> its dtype in memory.
+        outside: Names of tensors outside the exported model.
+        excluded: Names of tensors that the class excludes from its files.
+        specs: Names, shapes and dtypes that an export would have, where the written files do not show them.
+    """
+
+    quantized: bool
+    beside: list[list[list[str]]]
+    expectation: Expectation = Expectation()
+    native: Mapping[str, str] = {}
+    outside: Collection[str] = ()
+    excluded: Collection[str] = ()
+    specs: Sequence[TensorSpec] = ()
+
+    @staticmethod
+    def merged(notes: Sequence[JsonValue]) -> Facts:
+        """Merge the gathered facts of all ranks."""
+        rows = [Facts(*cast("tuple[Any, ...]", note)) for note in notes]
+        specs = {name: TensorSpec(name, tuple(shape), dtype) for row in rows for name, shape, dtype in row.specs}
+        return Facts(
+            any(row.quantized for row in rows),
+            [names for row in rows for names in row.beside],
+            _merged([Expectation(*row.expectation) for row in rows]),
+            {name: dtype for row in rows for name, dtype in row.native.items()},
+            frozenset(name for row in rows for name in row.outside),
+            sorted({name for row in rows for name in row.excluded}),
+            tuple(specs.values()),
+        )

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
 from shardwise.addons.base import SavesPretrained
 from shardwise.addons.files import local_arguments
+from shardwise.checkpointing.optimizers import Optimizers
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
 from shardwise.engine.records import ComponentRecord
 from shardwise.errors import MisuseError
 from shardwise.stateful_wrappers import ModelState
+from shardwise.stateful_wrappers.model import Model
 
 
 class MovedOnState(ModelState):
@@ -31,39 +34,50 @@ class MovedOnState(ModelState):
     listing = tensors = held = state_dict = load_state_dict = _refuse
 
 
-def hook_arguments(
-    session: Session,
-    state: ModelState,
-    directory: Path,
-    tokenizer: SavesPretrained | None,
-    peft_config: object | None,
-    is_final: bool,
-) -> SaveHookArgs:
+@dataclass(frozen=True, slots=True)
+class ModelRequest:
+    """A model to save, alone or as part of a checkpoint.
+
+    Attributes:
+        directory: The ``model`` directory.
+        reserve: Makes the directory above it, on rank 0, before anything is written.
+        optimizer: The optimizers; their state tells which tensors were trained beside an adapter.
+    """
+
+    session: Session
+    model: Model
+    directory: Path
+    addons: Sequence[CheckpointAddon] = ()
+    tokenizer: SavesPretrained | None = None
+    peft_config: object | None = None
+    is_final: bool = False
+    reserve: Callable[[], None] = lambda: None
+    optimizer: Optimizers | None = None
+
+
+def hook_arguments(request: ModelRequest, state: ModelState) -> SaveHookArgs:
     """The ``pre_save`` hooks' arguments in an adapter's save; a model's save adds its directories. All ranks call."""
-    config = session.config
+    config = request.session.config
     return {
         "model_state": state,
-        "model_path": str(directory),
+        "model_path": str(request.directory),
         "hf_metadata_dir": None,
         "consolidated_path": None,
-        "tokenizer": tokenizer,
-        "peft_config": peft_config,
-        "original_model_path": session.base_name(),
+        "tokenizer": request.tokenizer,
+        "peft_config": request.peft_config,
+        "original_model_path": request.session.base_name(),
         "v4_compatible": config.v4_compatible,
         "diffusers_compatible": config.diffusers_compatible,
         "legacy_paramwrapper_layout": config.legacy_paramwrapper_layout,
-        "is_final_checkpoint": is_final,
-        "pp_group": session.pp_group,
+        "is_final_checkpoint": request.is_final,
+        "pp_group": request.session.pp_group,
     }
 
 
 def run_hooks(
     addons: Sequence[CheckpointAddon], hook: Literal["pre_save", "post_save"], args: SaveHookArgs, group: Group
 ) -> None:
-    """Call a hook of every addon, one after the other. All ranks call, with the same addons.
-
-    An addon may communicate or not: the failure of one rank's hook is raised on every rank either way.
-    """
+    """Call a hook of every addon; what fails on one rank is raised on all. All ranks call, with the same addons."""
     for addon in addons:
         failure: BaseException | None = None
         try:
@@ -85,10 +99,7 @@ def run_after(addons: Sequence[CheckpointAddon], args: SaveHookArgs, session: Se
 
 
 def leading_own(addons: Sequence[CheckpointAddon]) -> int:
-    """The number of addons at the start that are the library's, with its own hooks.
-
-    Their work is local, and is done where failures reach all ranks anyway; `run_hooks` is for the addons behind them.
-    """
+    """The number of addons at the start that are the library's: their work is local, and needs no `run_hooks`."""
 
     def is_own(addon: CheckpointAddon) -> bool:
         return type(addon) is ConsolidatedHFAddon and vars(addon).keys().isdisjoint(("pre_save", "post_save"))

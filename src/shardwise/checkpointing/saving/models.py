@@ -8,14 +8,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import cast
 
 import torch
-from torch import nn
 
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon
-from shardwise.addons.base import SavesPretrained
 from shardwise.addons.hf_config import CONFIG
 from shardwise.addons.huggingface import (
     HFMetadataExporter,
@@ -26,23 +23,22 @@ from shardwise.addons.huggingface import (
     write_metadata,
 )
 from shardwise.checkpointing.arguments import refuse_whole_adapter
-from shardwise.checkpointing.hub import HubState, memory_of, natives_of, require_memory
-from shardwise.checkpointing.module_state_files import module_state_names, module_state_step
+from shardwise.checkpointing.hub import HubState, Recast, memory_of, natives_of, require_memory
+from shardwise.checkpointing.module_state import module_state_names, module_state_step
 from shardwise.checkpointing.per_rank import model_steps
 from shardwise.checkpointing.saving.commits import Closing
-from shardwise.checkpointing.saving.config_ties import loose_ties, settle_ties
-from shardwise.checkpointing.saving.facts import Facts, RankFacts
 from shardwise.checkpointing.saving.header_checks import (
+    Expectation,
+    Facts,
     compare_with_base,
     compare_with_keys,
-    expectation_row,
+    expectation_of,
     read_back,
     require_equal,
 )
-from shardwise.checkpointing.saving.hooks import hook_arguments, leading_own, run_after, run_hooks
-from shardwise.checkpointing.saving.recasts import Recast
+from shardwise.checkpointing.saving.hooks import ModelRequest, hook_arguments, leading_own, run_after, run_hooks
 from shardwise.checkpointing.saving.torch_format import capture_distcp, tensors_alone, write_distcp
-from shardwise.checkpointing.session import Session
+from shardwise.checkpointing.shared_names import loose_ties, settle_ties
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup
 from shardwise.disk.names import is_file
@@ -54,6 +50,7 @@ from shardwise.engine.export import Copies, ExportOptions, ExportPlan, make_room
 from shardwise.engine.jobs import Step
 from shardwise.engine.memo import Memo
 from shardwise.engine.merge import MergeOptions, write_merged
+from shardwise.engine.name_suggestions import listed
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.replicas import comparison
 from shardwise.engine.shards import ShardPlan, without_tensors, write_shards
@@ -75,6 +72,7 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.ownership import left_to_others
 from shardwise.plan.roster import Roster
 from shardwise.plan.shards import ShardFile, plan_shards
+from shardwise.settings import SaveConsolidatedMode
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.model_parts import described_part
 from shardwise.stateful_wrappers.names import Listing, undeclared_names
@@ -91,15 +89,10 @@ CONSOLIDATE_SCRIPT = b'#!/bin/sh\nexec python -m shardwise consolidate "$(dirnam
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A model to save: this rank's tensors, and the facts of all ranks.
+    """A model to save: what this rank holds, as it is written and ``exact`` beside an export, and all ranks' facts.
 
-    Attributes:
-        hub: What this rank holds.
-        own: The same as it is to be written, and what of it is exported in other dtypes.
-        exact: What this rank writes beside an export.
-        roster: Who holds what of the tensors that are written.
-        computed: Who holds what of those that an export's tensors are computed from.
-        beside: Who holds what of those that are written beside an export.
+    The rosters say who holds what of the tensors that are written, that an export is computed from, and that go beside
+    it.
     """
 
     hub: HubState
@@ -112,43 +105,25 @@ class Described:
 
 
 class ModelSave:
-    """One save of a model: captured in the foreground, written by `steps`. All ranks make one.
+    """One save of a model: captured now, written by `steps`, with local ``closing`` work. All ranks make one."""
 
-    ``directory`` is the ``model`` directory; on rank 0, ``reserve`` makes the one above it before anything is written.
-
-    Attributes:
-        closing: Local work to do when all bytes are durable; known after `steps`.
-    """
-
-    def __init__(
-        self,
-        session: Session,
-        model: nn.Module | Sequence[nn.Module],
-        directory: Path,
-        addons: Sequence[CheckpointAddon],
-        *,
-        tokenizer: SavesPretrained | None,
-        peft_config: object | None,
-        is_final: bool,
-        reserve: Callable[[], None],
-    ) -> None:
-        self._session = session
-        self._directory = directory
-        self._reserve = reserve
-        own = leading_own(addons)
+    def __init__(self, request: ModelRequest) -> None:
+        session, directory = request.session, request.directory
+        self._session, self._directory, self._reserve = session, directory, request.reserve
+        own = leading_own(request.addons)
         # The library's own addon works locally, inside steps whose failures reach all ranks anyway.
-        self._describes, self._addons = bool(own), addons[own:]
+        self._describes, self._addons = bool(own), request.addons[own:]
         self._exporter: HFMetadataExporter | None = None
         self._refusal: Exception | None = None
         self._loose_ties: dict[str, str] = {}
         self._untied_misfit: ExportMismatchError | None = None
         self.closing: list[Callable[[Group], None]] = []
-        self._wants_export = session.exports(is_final)
-        self._exports = self._wants_export and session.config.model_save_format == "safetensors"
+        self._is_final = request.is_final
+        self._exports = session.config.exports(is_final_checkpoint=request.is_final)
         self._carried: list[str] = []
-        self.state = ModelState(model)
+        self.state = ModelState(request.model)
         self.base = session.base()
-        self._args = hook_arguments(session, self.state, directory, tokenizer, peft_config, is_final)
+        self._args = hook_arguments(request, self.state)
         self._args["original_model_path"] = session.base_path()
         self._args["hf_metadata_dir"] = str(directory / METADATA_DIR)
         self._args["consolidated_path"] = str(directory / CONSOLIDATED_DIR) if self._exports else None
@@ -156,10 +131,7 @@ class ModelSave:
     def steps(self) -> list[Step]:
         """Capture the model, run the addons' ``pre_save`` hooks, and return the steps that write it. All ranks call.
 
-        Raises:
-            Exception: What the model's own metadata exporter refused with on this rank, as it is; a ShardwiseError that
-                reports it on the other ranks.
-            ShardwiseError: What else failed, on any rank.
+        What the model's own metadata exporter refused with is raised as it is on its rank, and reported on the others.
         """
         try:
             steps = self._written()
@@ -169,7 +141,7 @@ class ModelSave:
             raise
         steps += model_steps(self._session, self.state, self._directory)
         if self._describes:
-            self.closing.append(self._copy_metadata)
+            self.closing.append(lambda group: copy_metadata(self._args) if group.is_main else None)
         if not self._addons:
             return steps
         # Other addons may read everything that is there, and communicate.
@@ -186,15 +158,12 @@ class ModelSave:
         self._carried = self._compare_with_base(described.roster.specs, described.facts)
         shards = self._shards(described.own.export, described.roster, "model", described)
         self.closing.append(self._leave_script)
-        return [
-            shards,
-            *self._module_state(described.facts, described.hub.listing),
-            _alias_step(described.hub.unwritten_aliases),
-        ]
+        return [shards, *self._also(described.facts, described.hub.listing, described.hub.unwritten_aliases)]
 
     def _distcp(self) -> list[Step]:
         session = self._session
-        if self._wants_export and session.group.is_main:
+        is_wanted = self._is_final and session.config.consolidated_mode is not SaveConsolidatedMode.FALSE
+        if is_wanted and session.group.is_main:
             _LOG.warning(
                 "this checkpoint has no Hugging Face export: model_save_format 'torch_save' writes none; "
                 "`shardwise consolidate` makes one of it"
@@ -216,15 +185,15 @@ class ModelSave:
             meshes = MeshRegister(session.may_differ.of_model(listed.tensors, self.state.model))
             held.extend(held_tensors(((named.name, named.tensor) for named in listed.tensors), meshes))
             tensors.update(capture_distcp(session, "model", tensors_alone(self.state.state_dict())))
-            facts = RankFacts(self._describes and is_quantized(self._args), module_state_names(listed))
+            facts = Facts(self._describes and is_quantized(self._args), [module_state_names(listed)])
             if carries:
                 hub = session.names.capture(self.state)
                 specs = [tensor.spec for tensor in (*hub.held, *declared(hub.groups))]
-                facts = facts._replace(expectation=expectation_row(self.state.model, hub.absent), specs=specs)
+                facts = facts._replace(expectation=expectation_of(self.state.model, hub.absent, None), specs=specs)
             return Statement((held,), cast(JsonValue, facts))
 
         agreed = session.model_agreement.reach(describe, "describing the model")
-        facts, [roster] = Facts.of(agreed.notes), agreed.rosters
+        facts, [roster] = Facts.merged(agreed.notes), agreed.rosters
         if carries:
             self._carried = self._compare_with_base(facts.specs, facts)
         with session.group.together("preparing the model's directory"):
@@ -233,13 +202,15 @@ class ModelSave:
         rank = session.group.rank
         replicas, others = comparison(held, roster, rank), left_to_others(held, roster, rank)
         write = partial(write_distcp, tensors, self._directory, replicas=replicas, others=others)
-        return [_alias_step(kept), *self._module_state(facts, listed), write]
+        return [*self._also(facts, listed, kept), write]
 
-    def _module_state(self, facts: Facts, listing: Listing | None) -> list[Step]:
-        """The steps that write module state. All ranks call."""
-        if not facts.has_beside:
-            return []
-        return [module_state_step(listing, facts.beside, self._directory, self._session.group, self._session.storage)]
+    def _also(self, facts: Facts, listing: Listing | None, aliases: Mapping[str, str]) -> list[Step]:
+        """The steps that write module state, and add aliases to the manifest. All ranks call."""
+        record = ComponentRecord(aliases=tuple(AliasRecord("model", alias, name) for alias, name in aliases.items()))
+        session, steps = self._session, [lambda group: record]
+        if not any(any(names) for names in facts.beside):
+            return steps
+        return [module_state_step(listing, facts.beside, self._directory, session.group, session.storage), *steps]
 
     @staticmethod
     def _release_after(step: Step) -> Step:
@@ -290,11 +261,12 @@ class ModelSave:
         if described.beside.specs:  # of any rank: a stage may have no such tensor where another does
             excluded_names = {tensor.spec.name for tensor in hub.excluded}
             steps.append(self._shards(described.exact, described.beside, EXACT, excluded=excluded_names))
-        return [*steps, *self._module_state(described.facts, hub.listing), _alias_step(hub.unwritten_aliases)]
+        return [*steps, *self._also(described.facts, hub.listing, hub.unwritten_aliases)]
 
     def _described(self) -> Described:
         """Make room, capture the model, and agree on who holds what. All ranks call."""
-        session, base = self._session, self.base.specs if self._exports and self.base is not None else {}
+        session = self._session
+        base = None if not self._exports else {} if self.base is None else self.base.specs
         captured: list[tuple[HubState, Recast, list[HeldTensor]]] = []
         has_expectation = self.base is not None or session.first_exchange.names_keys
 
@@ -305,28 +277,23 @@ class ModelSave:
             hub, quantized = self._captured()
             natives = natives_of(hub.groups)
             held = [*hub.held, *(declared(hub.groups) if self._exports else [*natives, *hub.excluded])]
-            make = (
-                partial(Recast.of, held, base, hub.outside)
-                if self._exports
-                else partial(Recast.none, held, hub.outside)
-            )
-            own = session.recast.get(held, self._exports, make)
+            own = session.recast.get(held, self._exports, lambda: Recast.of(held, base, hub.outside))
             exact = [*_uncomputed(own.exact, hub.groups), *hub.excluded] if self._exports else []
             captured.append((hub, own, exact))
-            facts = RankFacts(
+            keys = session.config.model_state_dict_keys
+            facts = Facts(
                 quantized,
-                module_state_names(hub.listing),
-                expectation_row(self.state.model, hub.absent) if has_expectation else None,
+                [module_state_names(hub.listing)],
+                expectation_of(self.state.model, hub.absent, keys) if has_expectation else Expectation(),
                 own.native,
                 sorted(own.outside),
                 [tensor.spec.name for tensor in hub.excluded],
-                keys=list(session.config.model_state_dict_keys or ()),
             )
             return Statement((own.export, natives if self._exports else [], exact), cast(JsonValue, facts))
 
         agreed = session.model_agreement.reach(describe, "describing the model")
         roster, computed, beside = agreed.rosters
-        return Described(*captured[0], roster, computed, beside, Facts.of(agreed.notes))
+        return Described(*captured[0], roster, computed, beside, Facts.merged(agreed.notes))
 
     def _ask_exporter(self) -> None:
         """Let the model's own metadata exporter refuse the save, on every rank. Local."""
@@ -347,12 +314,16 @@ class ModelSave:
             session.checked_state = hub
         # As long as the same is captured, the parameters are the same.
         quantized = session.is_quantized.get([hub], None, self._look_at_parameters)
+        return self._staged(hub), quantized
+
+    def _staged(self, hub: HubState) -> HubState:
         # In one call: each component has one piece of memory, which a second call would overwrite.
+        session = self._session
         natives = iter(session.staged("model.native", natives_of(hub.groups)))
         groups = tuple(replace(held, natives=tuple(islice(natives, len(held.natives)))) for held in hub.groups)
         staged = session.staged("model", [*hub.held, *hub.excluded])
         own = len(hub.held)
-        return replace(hub, held=tuple(staged[:own]), excluded=tuple(staged[own:]), groups=groups), quantized
+        return replace(hub, held=tuple(staged[:own]), excluded=tuple(staged[own:]), groups=groups)
 
     def _look_at_parameters(self) -> bool:
         session = self._session
@@ -389,11 +360,12 @@ class ModelSave:
                 require_equal(compare_with_keys(specs, facts.expectation), self._directory)
             if base is None:
                 return []
-            comparison = compare_with_base(specs, base, facts.expectation, pass_through=config.pass_through_unloaded)
+            through = config.pass_through_unloaded
+            passed, differences = compare_with_base(specs, base, facts.expectation, pass_through=through)
             if verifies:
-                require_equal(comparison, base.directory)
-            base.check_readable(comparison.passed)
-            return list(comparison.passed)
+                require_equal(differences, base.directory)
+            base.check_readable(passed)
+            return cast(JsonValue, passed)
 
         return cast(list[str], group.broadcast_result(compare, "comparing the export with the base model"))
 
@@ -427,17 +399,11 @@ class ModelSave:
         """Log once why an export has no configuration, and which tensors are not in it. Local; rank 0 calls."""
         session = self._session
         if session.may_export and facts.outside:
-            names = sorted(facts.outside)
-            said = f"kept beside the export, for resuming: {', '.join(names[:5])} ({len(names)} tensors)"
-            if said not in session.logged:
-                session.logged.add(said)
-                _LOG.info("%s", said)
+            kept = listed(sorted(facts.outside))
+            session.log_once(logging.INFO, f"kept beside the export, for resuming: {kept}")
         config = self._directory / METADATA_DIR / CONFIG
         if session.may_export and self._exporter is None and not is_file(config):
-            why = why_no_config(self.state.model)
-            if why not in session.logged:
-                session.logged.add(why)
-                _LOG.warning("the export has no config.json: %s", why)
+            session.log_once(logging.WARNING, f"the export has no config.json: {why_no_config(self.state.model)}")
 
     def _look_at_ties(self, roster: Roster) -> None:
         """Find the configuration's ties with both names in the files. Local."""
@@ -469,13 +435,14 @@ class ModelSave:
         if not self._exports and described.hub.groups:
             return  # shards hold the tensors that the names in files are computed from
         directory, left_out = self._directory / METADATA_DIR, {*described.facts.outside, *described.facts.excluded}
-        session.class_check.check(self.state.model, directory, described.roster, passed=passed, left_out=left_out)
+        check = partial(
+            session.class_check.check, self.state.model, directory, described.roster, passed=passed, left_out=left_out
+        )
+        check()
         if self._exports and self._loose_ties:
             # Whether the two differ is known when they are written; the export is then opened as untied.
             try:
-                session.class_check_untied.check(
-                    self.state.model, directory, described.roster, passed=passed, left_out=left_out, untie=True
-                )
+                check(untie=True)
             except ExportMismatchError as misfit:
                 self._untied_misfit = misfit
 
@@ -500,10 +467,6 @@ class ModelSave:
             write_file(self._session.storage, script, CONSOLIDATE_SCRIPT)
             with storage_errors(script):
                 self._session.storage.make_executable(script)
-
-    def _copy_metadata(self, group: Group) -> None:
-        if group.is_main:
-            copy_metadata(self._args)
 
     def _after(self, closing: Closing, group: Group) -> ComponentRecord:
         with group.together("finishing the model's directory"):
@@ -572,12 +535,6 @@ class ModelSave:
             last = max(numbers.values(), default=1)
             index = {s.name: numbers.get(self.base.files.get(s.name, ""), last) for s in roster.specs}
         return plan_shards(held, roster, self._session.group.rank, index)
-
-
-def _alias_step(kept: Mapping[str, str]) -> Step:
-    """A step that writes nothing and adds aliases to the manifest."""
-    record = ComponentRecord(aliases=tuple(AliasRecord("model", alias, name) for alias, name in kept.items()))
-    return lambda group: record
 
 
 def default_addons(is_peft: bool) -> list[CheckpointAddon]:

@@ -22,11 +22,7 @@ from shardwise.upstream.torch_tensors import local_part
 
 
 def capture_distcp(session: Session, component: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state's tensors for DCP to write: staged copies in asynchronous mode, else the tensors themselves. Local.
-
-    Raises:
-        MisuseError: A tensor is sharded in a way that DCP's format describes wrongly, or cannot be copied aside.
-    """
+    """A state's tensors for DCP, staged in asynchronous mode; what it would describe wrongly is refused. Local."""
     for name, tensor in tensors.items():
         if is_packed(tensor):
             raise MisuseError(
@@ -47,10 +43,6 @@ def write_distcp(
 
     ``replicas`` are compared. A lower rank writes the tensors named in ``others``, since replicas may have other values
     of them; DCP itself would choose by the bytes that each rank writes.
-
-    Raises:
-        ReplicasDifferError: Ranks that hold a tensor as replicas have different values of it.
-        ShardwiseError: What DCP's writer failed with, on every rank.
     """
     failure: BaseException | None = None
     seen = Seen()

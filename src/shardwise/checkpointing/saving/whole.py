@@ -1,31 +1,46 @@
-"""Saving one whole checkpoint."""
+"""Saving a whole checkpoint, or one component (``weights_path/model``) for loops that publish by themselves.
+
+A component is written beside its place and moved there in one step: a re-save leaves no files of an earlier split, and
+an interrupted save leaves the earlier component whole.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal, cast
+
+from torch import nn
 
 from shardwise._version import __version__
-from shardwise.checkpointing.arguments import check_mapping
+from shardwise.addons.base import SavesPretrained
+from shardwise.checkpointing.arguments import check_mapping, whole_number
 from shardwise.checkpointing.averages import MODEL_EMA, Average
-from shardwise.checkpointing.lifetime import Lifetime
-from shardwise.checkpointing.optimizers import as_list, capture_optimizer
-from shardwise.checkpointing.reports import Call, Outcome
-from shardwise.checkpointing.run_state.checkpoint_state import capture_extras
+from shardwise.checkpointing.lifetime import Lifetime, Turn
+from shardwise.checkpointing.optimizers import Optimizers, Schedulers, as_list, capture_optimizer
+from shardwise.checkpointing.reports import Call
 from shardwise.checkpointing.run_state.data_order import with_loader
-from shardwise.checkpointing.saving.commits import Publication, check_metrics, warn_of_metrics
-from shardwise.checkpointing.saving.components import model_save
-from shardwise.checkpointing.saving.hooks import passed_addons
-from shardwise.checkpointing.saving.request import WhatToSave
+from shardwise.checkpointing.run_state.extras import capture_extras
+from shardwise.checkpointing.saving.adapters import AdapterSave
+from shardwise.checkpointing.saving.commits import (
+    Closing,
+    Publication,
+    Unfinished,
+    check_metrics,
+    warn_of_metrics,
+)
+from shardwise.checkpointing.saving.hooks import ModelRequest, leading_own, passed_addons
+from shardwise.checkpointing.saving.models import ModelSave
 from shardwise.comm import Group, JsonValue
+from shardwise.disk.names import is_there, walk
 from shardwise.engine.jobs import Step, below
 from shardwise.engine.records import ComponentRecord
 from shardwise.errors import MisuseError, StorageError
-from shardwise.lifecycle import checkpoint_name, remove_leftovers, reserve, temporary_name
+from shardwise.lifecycle import checkpoint_name, doomed_name, remove_leftovers, reserve, settle, temporary_name
 from shardwise.stateful_wrappers.model import Model
 from shardwise.timing import phase
 
@@ -33,16 +48,12 @@ _LOG = logging.getLogger(__name__)
 
 
 def save_checkpoint(life: Lifetime, what: WhatToSave, mistake: MisuseError | None) -> Path | None:
-    """See `Checkpointer.save`. All ranks call.
-
-    ``mistake`` is what is wrong with the arguments, if anything; raised where all ranks receive it.
-    """
+    """See `Checkpointer.save`; a ``mistake`` in the arguments is raised where all ranks receive it. All ranks call."""
     with life.reports.call("save") as told:
         return _save(life, what, mistake, told)
 
 
 def _save(life: Lifetime, what: WhatToSave, mistake: MisuseError | None, told: Call) -> Path | None:
-    """As `save_checkpoint`. All ranks call."""
     session = life.begin(call := f"save(epoch {what.epoch}, step {what.step})")
     if not life.config.enabled:
         if mistake is not None:
@@ -77,7 +88,7 @@ def _save(life: Lifetime, what: WhatToSave, mistake: MisuseError | None, told: C
     if session.group.is_main:
         warn_of_metrics(numbers, life.config)
     name = checkpoint_name(what.epoch, what.step)
-    temp, final = session.root / temporary_name(name), session.root / name
+    final = session.root / name
     info: dict[str, JsonValue] = {
         "shardwise": __version__,
         "epoch": what.epoch,
@@ -85,13 +96,13 @@ def _save(life: Lifetime, what: WhatToSave, mistake: MisuseError | None, told: C
         "world_size": session.group.world_size,
         "metrics": {key: value if math.isfinite(value) else None for key, value in numbers.items()},
     }
-    publication = Publication(session, temp, final, info, numbers, life.line)
+    publication = Publication(session, final, info, numbers, life.line)
     with life.saving(name, final, turn, publication.abandon) as run:
-        steps, closing = _capture(life, what, temp, publication.reserved(partial(_reserve, life, name)))
+        steps, closing = _capture(life, what, publication.temp, publication.reserved(partial(_reserve, life, name)))
 
         def commit(group: Group, record: ComponentRecord) -> None:
             publication.commit(group, record, closing)
-            told.over(Outcome(group, final, what.epoch, what.step, publication.total_bytes, publication.pruned))
+            told.over(group, final, what.epoch, what.step, publication.total_bytes, publication.pruned)
 
         run(steps, commit)
     return final
@@ -103,13 +114,22 @@ def _capture(
 ) -> tuple[list[Step], list[Callable[[Group], None]]]:
     """Capture everything now; returns the steps that write it, and the local work at their end. All ranks call."""
     optimizer, scheduler = what.optimizer, what.scheduler
-    save = model_save(
-        life, what.model, temp / "model", what.tokenizer, what.peft_config, what.is_final_checkpoint, reserve, optimizer
+    request = ModelRequest(
+        life.session,
+        what.model,
+        temp / "model",
+        life.addons,
+        what.tokenizer,
+        what.peft_config,
+        what.is_final_checkpoint,
+        reserve,
+        optimizer,
     )
+    save = model_save(request)
     steps = below("model", save.steps())
     closing = [*save.closing]
     if what.ema is not None:
-        own, theirs = _ema_steps(life, what, what.ema, temp / MODEL_EMA)
+        own, theirs = _ema_steps(request, what.ema, temp / MODEL_EMA)
         steps, closing = steps + own, closing + theirs
     if optimizer is not None or as_list(scheduler):
         chosen = [] if optimizer is None else optimizer
@@ -117,27 +137,21 @@ def _capture(
     return [*steps, *capture_extras(life.session, temp, what.extra_state or {}, life.order)], closing
 
 
-def _ema_steps(
-    life: Lifetime, what: WhatToSave, ema: Model, directory: Path
-) -> tuple[list[Step], list[Callable[[Group], None]]]:
-    """As `_capture`, for the average. All ranks call."""
-    session = life.session
+def _ema_steps(request: ModelRequest, ema: Model, directory: Path) -> tuple[list[Step], list[Callable[[Group], None]]]:
+    """As `_capture`, for the average of the request's model. All ranks call."""
+    session = request.session
 
     def look() -> tuple[Average, list[Step]]:
         average = Average.of(ema)
         return average, average.capture(directory, session.storage)
 
     average, beside = session.group.attempt(look, "looking at the averaged model")
-    saving = model_save(
-        life,
-        average.model,
-        directory,
-        what.tokenizer,
-        what.peft_config,
-        what.is_final_checkpoint,
-        lambda: None,
-        session=session.of_model(MODEL_EMA),
+    # Users' own hooks are for the model alone: they may write to one place.
+    addons = request.addons if session.config.is_peft else request.addons[: leading_own(request.addons)]
+    own = replace(
+        request, model=average.model, directory=directory, addons=addons, reserve=lambda: None, optimizer=None
     )
+    saving = model_save(replace(own, session=session.of_model(MODEL_EMA)))
     return below(MODEL_EMA, [*saving.steps(), *beside], MODEL_EMA), list(saving.closing)
 
 
@@ -152,3 +166,189 @@ def _reserve(life: Lifetime, name: str) -> None:
             _LOG.warning("what an interrupted save left could not be removed: %s", error)
     reserve(life.session.root, name, life.line.left_from)
     life.is_tidied = True
+
+
+_NAMES = ("epoch", "step", "model", "optimizer", "scheduler")
+_HINT = (
+    "Call save(step=..., model=..., optimizer=...), with epoch=... if you like, or save(epoch, step, model, optimizer)."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WhatToSave:
+    """The arguments of a save that may be given by position or by name."""
+
+    epoch: int
+    step: int
+    model: Model
+    optimizer: Optimizers | None
+    scheduler: Schedulers | None
+    tokenizer: SavesPretrained | None = None
+    peft_config: object | None = None
+    metrics: Mapping[str, float] | None = None
+    extra_state: Mapping[str, object] | None = None
+    is_final_checkpoint: bool = False
+    ema: Model | None = None
+    dataloader: object | None = None
+
+    @staticmethod
+    def of(
+        positional: Sequence[object], named: Mapping[str, object], epoch: int
+    ) -> tuple[WhatToSave, MisuseError | None]:
+        """Sort the arguments by their names; a mistake is returned. ``epoch`` is meant where none is given."""
+        given = dict(zip(_NAMES, positional, strict=False))
+        mistake = _mistake(positional, given, named)
+        given = {**given, **{name: value for name, value in named.items() if name in _NAMES}}
+        if given.get("epoch") is None:
+            given["epoch"] = epoch
+        what = WhatToSave(
+            whole_number(cast(int, given["epoch"])),
+            whole_number(cast(int, given.get("step"))),
+            cast(nn.Module, given.get("model")),
+            cast("Optimizers | None", given.get("optimizer")),
+            cast("Schedulers | None", given.get("scheduler")),
+        )
+        return what, mistake
+
+
+def _mistake(
+    positional: Sequence[object], given: Mapping[str, object], named: Mapping[str, object]
+) -> MisuseError | None:
+    if len(positional) > len(_NAMES):
+        return MisuseError(f"save() was given {len(positional)} arguments by position", hint=_HINT)
+    if positional and isinstance(positional[0], nn.Module):
+        return MisuseError("save() was given the model in the place of the epoch", hint=_HINT)
+    for name, value in named.items():
+        if name not in _NAMES:
+            return MisuseError(f"save() has no argument {name}", hint=_HINT)
+        if name in given:
+            return MisuseError(
+                f"save() was given {name} twice: {_shown(given[name])} by position, {_shown(value)} by name", hint=_HINT
+            )
+    lacks = [name for name in ("step", "model") if name not in given and name not in named]
+    if lacks:
+        return MisuseError(f"save() was not given {' and '.join(lacks)}", hint=_HINT)
+    return None
+
+
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, int) else f"a {type(value).__name__}"
+
+
+def save_model(
+    life: Lifetime,
+    model: Model,
+    weights_path: str | Path,
+    peft_config: object | None,
+    tokenizer: SavesPretrained | None,
+    is_final: bool,
+) -> None:
+    """See `Checkpointer.save_model`. All ranks call."""
+    life.ends = life.ends or is_final
+
+    def capture(target: Replacement) -> tuple[Sequence[Step], Closing]:
+        parts = life.session, model, target.temp, life.addons, tokenizer, peft_config, is_final, target.reserve
+        save = model_save(ModelRequest(*parts))
+        return save.steps(), save.closing
+
+    given = {"is_final_checkpoint=True": is_final} | passed_addons(life.addons)
+    _save_component(life, "model", weights_path, lambda: life.looked(model, saves=True), given, capture)
+
+
+def save_optimizer(
+    life: Lifetime, optimizer: Optimizers, model: Model, weights_path: str | Path, scheduler: Schedulers | None
+) -> None:
+    """See `Checkpointer.save_optimizer`. All ranks call."""
+
+    def capture(target: Replacement) -> tuple[Sequence[Step], Closing]:
+        group = life.session.group
+        with group.together(f"preparing {target.place}"):
+            if group.is_main:
+                target.reserve()
+        return capture_optimizer(life.session, optimizer, model, scheduler, target.temp), ()
+
+    _save_component(
+        life, "optimizer", weights_path, lambda: life.looked(model, optimizer, scheduler, saves=True), {}, capture
+    )
+
+
+def _save_component(
+    life: Lifetime,
+    what: Literal["model", "optimizer"],
+    weights_path: str | Path,
+    look: Callable[[], str],
+    given: Mapping[str, bool],
+    capture: Callable[[Replacement], tuple[Sequence[Step], Closing]],
+) -> None:
+    """Save one component; ``capture`` returns the steps that write it. All ranks call."""
+    place = Path(weights_path).absolute() / ("model" if what == "model" else "optim")
+    with life.reports.call(f"save_{what}") as told:
+        session = life.begin(call := f"save_{what}({place.parent})")
+        turn = life.turn(call, look, given) if life.config.enabled else Turn(skipped=True)
+        if turn.skipped:
+            return
+        target = Replacement(session, place, {"shardwise": __version__})
+        with life.saving(str(place), place, turn, target.abandon) as run:
+            steps, closing = capture(target)
+
+            def commit(group: Group, record: ComponentRecord) -> None:
+                target.commit(group, record, closing)
+                told.over(group, place, total_bytes=target.total_bytes)
+
+            run(steps, commit)
+
+
+def model_save(request: ModelRequest) -> ModelSave | AdapterSave:
+    """One save of a model, or of its adapters. All ranks call."""
+    return AdapterSave(request) if request.session.config.is_peft else ModelSave(request)
+
+
+class Replacement(Unfinished):
+    """Reserve, fill and put in place one component's directory."""
+
+    def reserve(self) -> None:
+        """Make the directory to write into, removing what an interrupted save left. Rank 0 calls."""
+        session = self._session
+        session.storage.make_directory(self.place.parent)
+        self._claim_name()
+        self._is_reserved = True
+        session.storage.remove_tree(self.temp)
+        if is_there(self._doomed) and not is_there(self.place):
+            # A crash between the two renames of commit(): what stood here is the only copy there is.
+            session.storage.rename_new(self._doomed, self.place)
+            session.storage.sync_directory(self.place.parent)
+        session.storage.remove_tree(self._doomed)
+        session.storage.make_directory(self.temp)
+
+    @property
+    def _doomed(self) -> Path:
+        return self.place.with_name(doomed_name(self.place.name))
+
+    @phase("publish")
+    def commit(self, group: Group, record: ComponentRecord, closing: Closing = ()) -> None:
+        """Write the component's manifest and rename it into place. All ranks call."""
+        union = self._gather(group, record, closing)
+        with group.together(f"putting {self.place} in place"):
+            if group.is_main:
+                storage = self._session.storage
+                self._write_manifest(union())
+                for where, _ in walk(self.temp):
+                    storage.sync_directory(where)
+                self._put_in_place()
+                # It is there: nothing is abandoned any more. What it replaced may be all that a power failure leaves.
+                self._is_reserved = False
+                settle(self.temp, self.place)
+                self._release()
+
+    def _put_in_place(self) -> None:
+        storage = self._session.storage
+        if not is_there(self.place):
+            storage.rename(self.temp, self.place)
+        elif not storage.exchange(self.temp, self.place):
+            # In two steps where there is no better way; reserve() sees to a crash between them.
+            storage.rename(self.place, self._doomed)
+            try:
+                storage.rename(self.temp, self.place)
+            except BaseException:
+                storage.rename_new(self._doomed, self.place)
+                raise

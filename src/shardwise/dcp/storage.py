@@ -73,7 +73,7 @@ from shardwise.errors import (
 from shardwise.format.index import encode_index
 from shardwise.format.manifest import MANIFEST_NAME, FileRecord
 from shardwise.geometry import Box, TensorSpec
-from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
+from shardwise.plan.fragments import Fragment, HeldTensor
 from shardwise.plan.layout import Layout, index_name, is_tensor_file, lay_out
 from shardwise.plan.reads import AnyRead, plan_reads
 from shardwise.sources.dcp_records import RECORD_TENSORS, has_record, read_record
@@ -374,8 +374,7 @@ class SafetensorsReader(StorageReader):
             offsets = tuple(a + b for a, b in zip(origin, item.storage_offsets, strict=True))
             memory = plain_memory(saved.spec.name, local_part(target))
             require_own_elements(saved.spec.name, memory)
-            fragment = Fragment(Box(offsets, tuple(item.lengths)), memory)
-            wanted = HeldTensor(saved.spec, saved.spec.shape, (HeldPart(Part(saved.spec.shape), (), (fragment,)),))
+            wanted = HeldTensor.alone(saved.spec, [Fragment(Box(offsets, tuple(item.lengths)), memory)])
             reads += plan_reads(saved, wanted)
         try:
             reader.execute(reads)

@@ -17,7 +17,7 @@ from shardwise.engine.sharing import PlannedReads
 from shardwise.errors import ConversionError, PeerError
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.deferred import refuse_stand_ins, resolve
-from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
+from shardwise.plan.fragments import Fragment, HeldTensor, copy_whole, part_in_box
 from shardwise.plan.layout import Layout
 from shardwise.plan.roster import Roster
 from shardwise.plan.schedule import WriteRun
@@ -172,7 +172,7 @@ def gather(tensor: HeldTensor, roster: Roster, group: Group, owner: int) -> torc
     if prepared.whole is None or len(ready) < len(partners):
         return None
     for _, buffer, box in prepared.receives:
-        _region(prepared.whole, box).copy_(buffer)
+        part_in_box(prepared.whole, box).copy_(buffer)
     return prepared.whole
 
 
@@ -207,16 +207,10 @@ def _prepare(tensor: HeldTensor, pieces: Sequence[tuple[int, Box]], rank: int, o
     receives: list[tuple[int, torch.Tensor, Box]] = []
     for source, box in pieces:
         if source == owner:
-            _region(whole, box).copy_(resolve(own[box]).detach())
+            part_in_box(whole, box).copy_(resolve(own[box]).detach())
         else:
             receives.append((source, torch.empty(box.sizes, dtype=dtype), box))
     return _Prepared([], receives, whole)
-
-
-def _region(tensor: torch.Tensor, box: Box) -> torch.Tensor:
-    for dim, (start, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
-        tensor = tensor.narrow(dim, start, size)
-    return tensor
 
 
 @dataclass(frozen=True)
@@ -242,13 +236,13 @@ class OpenedComputed:
         reads, hub = PlannedReads(), {}
         for spec in held.computed.hub:
             hub[spec.name] = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
-            self.source.add(_destination(spec, hub[spec.name]), reads, None)
+            wanted = HeldTensor.alone(spec, [Fragment(Box.whole(spec.shape), hub[spec.name])])
+            self.source.add(wanted, reads, None)
         reads.execute(reader, self.group)
         natives = held.computed.rule.backward(hub)
         with torch.no_grad():
             for tensor in held.natives:
-                for fragment in tensor.fragments:
-                    fragment.data.copy_(_region(natives[tensor.spec.name].reshape(tensor.grid), fragment.box))
+                copy_whole(natives[tensor.spec.name].reshape(tensor.grid), tensor)
 
 
 def open_computed(
@@ -281,8 +275,3 @@ def open_computed(
 def _fits(spec: TensorSpec, source: Source) -> bool:
     saved = source.tensors.get(spec.name)
     return saved is not None and saved.spec.shape == spec.shape
-
-
-def _destination(spec: TensorSpec, memory: torch.Tensor) -> HeldTensor:
-    fragment = Fragment(Box.whole(spec.shape), memory)
-    return HeldTensor(spec, spec.shape, (HeldPart(Part(spec.shape), (), (fragment,)),))

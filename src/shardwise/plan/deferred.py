@@ -16,7 +16,7 @@ import torch
 
 from shardwise.errors import ModuleStateError
 from shardwise.geometry import Box, TensorSpec
-from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
+from shardwise.plan.fragments import Fragment, HeldTensor
 
 _ATTRIBUTE = "_shardwise_deferred"
 
@@ -216,8 +216,7 @@ def stands_alone(tensor: HeldTensor) -> Deferred | None:
 
 def held_whole(spec: TensorSpec, what: Deferred) -> HeldTensor:
     """A tensor of the file that is one value, whole."""
-    fragment = Fragment(Box.whole(spec.shape), what.stand_in())
-    return HeldTensor(spec, spec.shape, (HeldPart(Part(spec.shape), (), (fragment,)),))
+    return HeldTensor.alone(spec, [Fragment(Box.whole(spec.shape), what.stand_in())])
 
 
 def _other(what: Deferred, found: torch.Tensor | None) -> ModuleStateError:

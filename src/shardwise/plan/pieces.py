@@ -6,11 +6,10 @@ receives the pieces that touch them.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from shardwise.geometry import Box, bounding
+from shardwise.geometry import Box, bounding, flat_offset
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceChunk
 from shardwise.plan.views import factor_shape
@@ -74,18 +73,11 @@ def wanted_regions(tensor: HeldTensor) -> list[Box]:
 
 
 def _coarse(box: Box, factors: Sequence[tuple[int, ...]]) -> Box:
-    """The smallest box of a tensor around a box of its grid."""
-    offsets, sizes, at = [], [], 0
+    """The smallest box of a tensor around a box of its grid, which is not empty."""
+    offsets, ends, at = [], [], 0
     for parts in factors:
-        low = last = 0
-        inner = math.prod(parts)
-        for part, start, size in zip(
-            parts, box.offsets[at : at + len(parts)], box.sizes[at : at + len(parts)], strict=True
-        ):
-            inner //= part
-            low += start * inner
-            last += (start + size - 1) * inner
-        offsets.append(low)
-        sizes.append(last - low + 1)
+        dims = slice(at, at + len(parts))
+        offsets.append(flat_offset(box.offsets[dims], parts))
+        ends.append(flat_offset(tuple(end - 1 for end in box.ends[dims]), parts) + 1)
         at += len(parts)
-    return Box(tuple(offsets), tuple(sizes))
+    return Box(tuple(offsets), tuple(end - start for start, end in zip(offsets, ends, strict=True)))

@@ -17,7 +17,6 @@ import torch
 from shardwise.errors import MissingTensorError
 from shardwise.geometry import DTYPE_BYTES, Box, TensorSpec, overlap, tiles
 from shardwise.plan.fragments import Fragment, HeldTensor
-from shardwise.plan.ownership import cut
 from shardwise.plan.views import factor_shape, refine_box
 
 
@@ -196,11 +195,11 @@ def _from_chunk(
         if common is None:
             continue
         if chunk.packed:
-            packed = PackedRead(chunk, common.relative_to(box), box.sizes, cut(fragment, common).data, spec)
+            packed = PackedRead(chunk, common.relative_to(box), box.sizes, fragment.cut(common).data, spec)
             yield common, [packed]
         else:
             start = sum(o * s for o, s in zip(common.offsets, strides, strict=True)) - origin
-            yield common, _strided(chunk, spec, start, common.sizes, strides, cut(fragment, common).data)
+            yield common, _strided(chunk, spec, start, common.sizes, strides, fragment.cut(common).data)
 
 
 @lru_cache(maxsize=65536)  # tensors of one kind have equal boxes

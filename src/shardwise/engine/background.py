@@ -32,9 +32,7 @@ def waiting_for_copies(stager: Stager) -> Step:
 class Background:
     """A thread that runs saves, and the buffers that they are written from.
 
-    Only that thread uses its process group, so that no collective of the training mixes with the save's.
-
-    ``group``, its own, is closed with it.
+    Only that thread uses ``group``, which is closed with it, so that no collective of the training mixes with a save's.
     """
 
     def __init__(self, group: Group, streams: DeviceStreams | None = None) -> None:

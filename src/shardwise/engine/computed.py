@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from zlib import crc32
 
 import torch
@@ -15,14 +16,13 @@ from shardwise.dtypes import torch_dtype
 from shardwise.engine.load import LoadOptions, LoadSource
 from shardwise.engine.sharing import PlannedReads
 from shardwise.errors import ConversionError, PeerError
-from shardwise.geometry import Box, TensorSpec
+from shardwise.geometry import Box
 from shardwise.plan.deferred import refuse_stand_ins, resolve
 from shardwise.plan.fragments import Fragment, HeldTensor, copy_whole, part_in_box
 from shardwise.plan.layout import Layout
 from shardwise.plan.roster import Roster
 from shardwise.plan.schedule import WriteRun
 from shardwise.sources.reader import Reader
-from shardwise.sources.sources import Source
 from shardwise.sources.tensor_bytes import flat_bytes, stored
 
 
@@ -138,10 +138,7 @@ def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def gather(tensor: HeldTensor, roster: Roster, group: Group, owner: int) -> torch.Tensor | None:
-    """Assemble one tensor on rank ``owner``. Its holders call.
-
-    Returns:
-        The tensor on ``owner``, ``None`` on other ranks. Where a holder has failed, ``None``; that rank raises.
+    """Assemble one tensor on rank ``owner``, ``None`` elsewhere and where a holder has failed. Its holders call.
 
     Raises:
         PeerError: A peer left.
@@ -176,8 +173,7 @@ def gather(tensor: HeldTensor, roster: Roster, group: Group, owner: int) -> torc
     return prepared.whole
 
 
-@dataclass(frozen=True, slots=True)
-class _Prepared:
+class _Prepared(NamedTuple):
     """The pieces that one rank sends and receives to assemble a tensor; ``whole`` has its own pieces already."""
 
     sends: list[tuple[int, torch.Tensor]]
@@ -257,8 +253,9 @@ def open_computed(
     wanted = [held for held in groups if held.natives]
 
     def wholes() -> dict[str, list[Box]]:
-        specs = (spec for held in wanted for spec in held.computed.hub)
-        return {spec.name: [Box.whole(spec.shape)] for spec in specs if _fits(spec, source.plain)}
+        tensors = source.plain.tensors
+        specs = [spec for held in wanted for spec in held.computed.hub if spec.name in tensors]
+        return {s.name: [Box.whole(s.shape)] for s in specs if tensors[s.name].spec.shape == s.shape}
 
     source = source.located(source.plain.located(wholes, group))
     found: list[HeldGroup] = []
@@ -270,8 +267,3 @@ def open_computed(
                 found.append(held)
         refuse_stand_ins(tensor for held in found for tensor in held.natives)
     return OpenedComputed(found, source, group, options)
-
-
-def _fits(spec: TensorSpec, source: Source) -> bool:
-    saved = source.tensors.get(spec.name)
-    return saved is not None and saved.spec.shape == spec.shape

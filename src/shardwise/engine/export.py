@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +16,7 @@ from shardwise.dtypes import torch_dtype
 from shardwise.engine.computed import ComputedPlan, write_computed
 from shardwise.engine.progress import Progress
 from shardwise.engine.records import ComponentRecord, check_written, layout_record
-from shardwise.engine.replicas import Comparison, Seen, comparison, look_at, refuse
+from shardwise.engine.replicas import Comparison, Digested, comparison, look_at, refuse, share_of
 from shardwise.engine.row_exchange import exchange_rows, spare_memory
 from shardwise.engine.writer import Digest, Digests, FileSet, totals, write_all, write_run
 from shardwise.format.manifest import FileRecord
@@ -30,8 +28,6 @@ from shardwise.plan.schedule import Schedule, WriteRun, schedule
 from shardwise.sources.reader import Reader
 from shardwise.sources.stream import tensor_blocks
 from shardwise.timing import count_bytes, phase, timed
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,9 +63,7 @@ class Copies:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """A planned export: the layout, and this rank's part of the work.
-
-    It may be written again as long as the held tensors stay where they are.
+    """A planned export, which may be written again as long as the held tensors stay where they are.
 
     Attributes:
         replicas: What this rank holds that others hold too, to be compared before anything is published.
@@ -136,10 +130,10 @@ def write_export(plan: ExportPlan, group: Group, storage: Storage, digest: Diges
         IncompleteTensorError: The ranks together did not write every byte of a tensor.
         ReplicasDifferError: Ranks that hold a tensor as replicas have different values of it.
     """
-    started = time.monotonic()
     spare = reserve(plan, group, storage)
-    progress = Progress(f"saving {plan.options.component}", _own_bytes(plan), group.is_main)
-    digests, seen = Digests(advance=progress.add), Seen()
+    progress = Progress(f"saving {plan.options.component}", plan.schedule.nbytes, group.is_main)
+    digests = Digests(advance=progress.add)
+    seen: list[Digested] = []
     failure: Exception | None = None
     try:
         with progress:
@@ -147,17 +141,7 @@ def write_export(plan: ExportPlan, group: Group, storage: Storage, digest: Diges
         seen = look_at(plan.replicas, plan.options.threads)
     except Exception as error:  # noqa: BLE001 - raised on every rank where digests are combined
         failure = error
-    record = _fold(plan, group, digests, seen, failure)
-    if group.is_main:
-        seconds = time.monotonic() - started
-        nbytes = plan.layout.total_bytes
-        _LOG.debug("wrote %s: %.3f GB in %.2f s", plan.directory, nbytes / 1e9, seconds)
-    return record
-
-
-def _own_bytes(plan: ExportPlan) -> int:
-    """About how many bytes this rank writes."""
-    return sum(run.nbytes for run in plan.schedule.runs)
+    return _fold(plan, group, digests, seen, failure)
 
 
 def make_room(plan: ExportPlan, storage: Storage) -> None:
@@ -170,9 +154,7 @@ def make_room(plan: ExportPlan, storage: Storage) -> None:
 def reserve(plan: ExportPlan, group: Group, storage: Storage) -> torch.Tensor:
     """Create every file with its header and its space, so that a full disk fails before a byte is written.
 
-    The index is known by then, and written.
-
-    Returns memory with which this rank takes part in exchanges of rows if it fails.
+    The index is written too. Returns memory with which this rank takes part in exchanges of rows if it fails.
     """
     if not plan.has_room:
         with group.together(f"reserving space in {plan.directory}"):
@@ -209,12 +191,9 @@ def _write(
         except Exception as error:  # noqa: BLE001 - raised once no peer waits
             failure = error
         # Peers count on this rank's rows even if its own writing has failed.
-        refused = exchange_rows(
-            plan.schedule.exchanges, plan.held, plan.layout, group, write_rows, failure=failure, spare=spare
-        )
-        failure = failure or refused
-        refused = write_computed(plan.computed, plan.layout, group, write_rows, failure)
-        failure = failure or refused
+        exchanges = plan.schedule.exchanges
+        failure = exchange_rows(exchanges, plan.held, plan.layout, group, write_rows, failure=failure, spare=spare)
+        failure = write_computed(plan.computed, plan.layout, group, write_rows, failure)
         if failure is not None:
             raise failure
         _copy(plan, group, storage, write_rows)
@@ -245,10 +224,12 @@ def _copy(plan: ExportPlan, group: Group, storage: Storage, write: Callable[[Wri
 
 
 @phase("fold")
-def _fold(plan: ExportPlan, group: Group, digests: Digests, seen: Seen, failure: Exception | None) -> ComponentRecord:
+def _fold(
+    plan: ExportPlan, group: Group, digests: Digests, seen: Sequence[Digested], failure: Exception | None
+) -> ComponentRecord:
     names = [entry.spec.name for file in plan.layout.files for entry in file.entries]
     xors, own_counts = totals(names, digests)
-    crcs, (*counts, differ) = group.fold(xors, [*own_counts, seen.share], f"writing {plan.directory}", failure)
+    crcs, (*counts, differ) = group.fold(xors, [*own_counts, share_of(seen)], f"writing {plan.directory}", failure)
     if differ:
         refuse(seen, group)
     written = dict(zip(names, counts, strict=True))

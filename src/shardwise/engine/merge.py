@@ -42,8 +42,7 @@ class MergeOptions:
     Attributes:
         single_rank: Rank 0 merges every file; otherwise the ranks take turns over the files.
         staging_dir: Local directory below which a file is finished before it is copied into place. Runs may share it.
-        patience_seconds: How long ranks that are done wait for those that still merge; the group's time-out if not
-            given.
+        patience_seconds: How long ranks wait for those that still merge; the group's time-out if not given.
     """
 
     single_rank: bool
@@ -71,17 +70,7 @@ def write_merged(
     sources |= {name: _moved(tensor, len(names)) for name, tensor in computed.sources.items()}
     behind = len(names) + len(computed.paths)
     sources |= {tensor.spec.name: _moved(tensor, behind) for tensor in plan.copies.tensors}
-    recorded: dict[Path, list[RecordedDigest]] = {path: [] for path in paths}
-    for tensor in record.tensors:
-        for chunk in tensor.chunks:
-            recorded[aside / chunk.file].append(
-                RecordedDigest(chunk.offset, chunk.nbytes, chunk.crc32c, tensor.spec.name)
-            )
-    for name, made in computed.sources.items():
-        [place] = made.chunks
-        run = RecordedDigest(place.offset, made.spec.nbytes, computed.digests[name], name)
-        recorded[computed.paths[place.file]].append(run)
-    ledger = DigestLedger({path: sorted(runs) for path, runs in recorded.items()})
+    ledger = _ledger(paths, aside, record, computed)
     digests = {entry.spec.name: 0 for file in plan.layout.files for entry in file.entries}
     with group.together(f"preparing {plan.directory}"):
         if group.is_main:
@@ -106,10 +95,22 @@ def write_merged(
     return export_record(plan, dict(zip(digests, crcs, strict=True))) if group.is_main else ComponentRecord()
 
 
+def _ledger(paths: Sequence[Path], aside: Path, record: ComponentRecord, computed: _ComputedFiles) -> DigestLedger:
+    recorded: dict[Path, list[RecordedDigest]] = {path: [] for path in paths}
+    for tensor in record.tensors:
+        for chunk in tensor.chunks:
+            run = RecordedDigest(chunk.offset, chunk.nbytes, chunk.crc32c, tensor.spec.name)
+            recorded[aside / chunk.file].append(run)
+    for name, made in computed.sources.items():
+        [place] = made.chunks
+        run = RecordedDigest(place.offset, made.spec.nbytes, computed.digests[name], name)
+        recorded[computed.paths[place.file]].append(run)
+    return DigestLedger({path: sorted(runs) for path, runs in recorded.items()})
+
+
 def _source(tensor: TensorRecord, files: dict[str, int]) -> SourceTensor:
-    return SourceTensor(
-        tensor.spec, tuple(SourceChunk(chunk.box, files[chunk.file], chunk.offset) for chunk in tensor.chunks)
-    )
+    chunks = [SourceChunk(chunk.box, files[chunk.file], chunk.offset) for chunk in tensor.chunks]
+    return SourceTensor(tensor.spec, tuple(chunks))
 
 
 def _moved(tensor: SourceTensor, by: int) -> SourceTensor:
@@ -172,14 +173,10 @@ def _move(place: Path, target: Path, size: int, crc: int, storage: Storage) -> N
     """
     with SequentialFile(storage, target) as copy:
         found = copy.append(blocks_of(storage, place))
-        if copy.size < size:
-            raise IntegrityError(
-                f"the staged file ends after {copy.size} of {size} bytes", path=place, hint=_STAGE_ELSEWHERE
-            )
-        if found != crc:
-            raise IntegrityError(
-                "the staged file has other bytes than were written to it", path=place, hint=_STAGE_ELSEWHERE
-            )
+        if copy.size < size or found != crc:
+            what = "has other bytes than were written to it"
+            what = f"ends after {copy.size} of {size} bytes" if copy.size < size else what
+            raise IntegrityError(f"the staged file {what}", path=place, hint=_STAGE_ELSEWHERE)
     with storage_errors(place):
         storage.remove_file(place)
 
@@ -199,12 +196,10 @@ class _ComputedFiles:
         """The roster without the computed tensors, which no rank holds."""
         if not self.sources:
             return roster
-        declarations = {
-            digest: replace(
-                declaration, specs=tuple(spec for spec in declaration.specs if spec.name not in self.sources)
-            )
-            for digest, declaration in roster.declarations.items()
-        }
+        declarations = dict(roster.declarations)
+        for digest, declaration in declarations.items():
+            specs = tuple(spec for spec in declaration.specs if spec.name not in self.sources)
+            declarations[digest] = replace(declaration, specs=specs)
         return Roster(declarations, roster.digests, roster.coordinates)
 
 

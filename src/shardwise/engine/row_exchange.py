@@ -44,8 +44,7 @@ def exchange_rows(
     Raises:
         PeerError: A peer left.
     """
-    if spare is None:
-        spare = spare_memory(exchanges, held, group.rank)
+    spare = spare_memory(exchanges, held, group.rank) if spare is None else spare
     for exchange in exchanges:
         for turn in range(exchange.rounds) if group.rank in exchange.members else ():
             try:

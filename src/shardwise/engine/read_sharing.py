@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -60,11 +60,9 @@ def is_remote(storage: Storage, path: Path) -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Made:
-    """Memory that one replica fills by its own code, for all of them.
+    """Memory ``dest``, of one shape and dtype on all replicas, that one of them fills by its own code for all.
 
-    Attributes:
-        dest: What it fills; of one shape and dtype on all replicas.
-        fill: Fills memory of that shape and dtype through a reader, as often as it is called.
+    ``fill`` fills memory of that shape and dtype through a reader, as often as it is called.
     """
 
     dest: torch.Tensor
@@ -86,16 +84,11 @@ class Wanted:
 _Piece = Read | Made
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Place:
+class _Place(NamedTuple):
     """A piece, and the memory of its bytes as they travel: its own destination where possible."""
 
     piece: _Piece
     memory: torch.Tensor
-
-    @property
-    def is_staged(self) -> bool:
-        return self.memory is not self.piece.dest
 
 
 class _Slab:
@@ -131,10 +124,10 @@ class _Parcel:
 
     def install(self) -> None:
         """Convert the pieces that do not lie at their destination yet."""
-        for place in self.places:
-            if place.is_staged:
-                dest = place.piece.dest.detach()
-                dest.copy_(place.memory.view(dest.shape))
+        for piece, memory in self.places:
+            if memory is not piece.dest:
+                dest = piece.dest.detach()
+                dest.copy_(memory.view(dest.shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,21 +136,13 @@ class _Round:
     shares: tuple[Share[_Piece], ...]
     limits: Limits
 
-    def read_by(self, rank: int) -> dict[int, Share[_Piece]]:
-        """What ``rank`` reads of it, by the shares' numbers."""
-        return {number: share for number, share in enumerate(self.shares) if share.reader == rank}
-
-    def read_by_others(self, rank: int) -> dict[int, Share[_Piece]]:
-        """What ``rank`` has passed on to it."""
-        return {number: share for number, share in enumerate(self.shares) if share.reader != rank}
+    def shares_of(self, rank: int, *, own: bool) -> dict[int, Share[_Piece]]:
+        """What ``rank`` reads of it, or what is passed on to it, by the shares' numbers."""
+        return {number: share for number, share in enumerate(self.shares) if (share.reader == rank) == own}
 
 
-@dataclass(slots=True)
-class _Outcome:
-    """This rank's parcels of a round, by the share's number, and its first failure."""
-
-    parcels: dict[int, _Parcel] = field(default_factory=dict)
-    failure: Exception | None = None
+#: This rank's parcels of a round, by the share's number, and its first failure.
+_Outcome = tuple[dict[int, _Parcel], Exception | None]
 
 
 def made_of(read: PackedRead, _: int) -> Iterator[Made]:
@@ -168,8 +153,7 @@ def made_of(read: PackedRead, _: int) -> Iterator[Made]:
 def spare_memory() -> torch.Tensor:
     """Memory for the messages of a rank that has failed, allocated before any peer can be left waiting.
 
-    Enough for a share of single bytes, each at an aligned place. It is written to only after a failure, and takes
-    address space alone until then.
+    Enough for a share of single bytes, each at an aligned place. Until a failure it takes address space alone.
     """
     return torch.empty(LIMITS.largest * _ALIGNMENT, dtype=torch.uint8)
 
@@ -189,12 +173,10 @@ def rehearse(shared: Mapping[tuple[int, ...], Wanted]) -> None:
 def read_shared(
     shared: Mapping[tuple[int, ...], Wanted], reader: Reader, group: Group, spare: torch.Tensor, limits: Limits = LIMITS
 ) -> Exception | None:
-    """Read what replicas want alike, each byte by one of them. The replicas call, each with the same sets.
+    """Read what replicas want alike, each byte by one of them. The replicas call, each with the same sets and limits.
 
     ``shared`` has for each set of replicas that this rank is part of what they have in common; ``spare`` is from
-    `spare_memory`; ``limits`` are the same on every rank.
-
-    Returns what failed locally first; what is passed on in later rounds is then of no use.
+    `spare_memory`. Returns what failed locally first; what is passed on in later rounds is then of no use.
 
     Raises:
         PeerError: A peer left.
@@ -209,15 +191,15 @@ def read_shared(
     with ThreadPoolExecutor(1, thread_name_prefix="shardwise-ahead") as ahead:
         reading = _begun(ahead, partial(_read, current, next(slabs), reader, group.rank, idle=False))
         while current is not None:
-            outcome = reading()
-            failure = failure or outcome.failure
+            parcels, refused = reading()
+            failure = failure or refused
             following = next(upcoming, None)
             if following is not None:
                 # The slab of the round before this one, which has been passed on.
                 read = partial(_read, following, next(slabs), reader, group.rank, idle=failure is not None)
                 reading = _begun(ahead, read)
             with group.keeping(failure):
-                refused = _pass_on(current, outcome.parcels, arriving, reader, group, spare, idle=failure is not None)
+                refused = _pass_on(current, parcels, arriving, reader, group, spare, idle=failure is not None)
             failure = failure or refused
             current = following
     return failure
@@ -271,8 +253,8 @@ def _fits(piece: _Piece) -> bool:
 
 def _staged_bytes(share: Share[_Piece], limits: Limits) -> int:
     """Bytes of a slab that a share takes on this rank."""
-    sizes = ((_nbytes(piece), piece) for piece in share.pieces)
-    return sum(_aligned(nbytes) for nbytes, piece in sizes if nbytes < limits.alone or not _fits(piece))
+    staged = (piece for piece in share.pieces if _nbytes(piece) < limits.alone or not _fits(piece))
+    return sum(_aligned(_nbytes(piece)) for piece in staged)
 
 
 def _parcel(share: Share[_Piece], limits: Limits, slab: _Slab) -> _Parcel:
@@ -310,25 +292,24 @@ def _parcels(shares: Mapping[int, Share[_Piece]], limits: Limits, slab: _Slab) -
 
 def _read(this: _Round, slab: _Slab, reader: Reader, rank: int, *, idle: bool) -> _Outcome:
     """Read this rank's shares of a round, unless ``idle``; a failure is kept and raised later."""
-    outcome = _Outcome()
+    parcels: dict[int, _Parcel] = {}
     try:
         if not idle:
-            outcome.parcels = _parcels(this.read_by(rank), this.limits, slab)
-        for parcel in outcome.parcels.values():
+            parcels = _parcels(this.shares_of(rank, own=True), this.limits, slab)
+        for parcel in parcels.values():
             _fill(parcel, reader)
     except Exception as error:  # noqa: BLE001 - raised once no peer waits
-        outcome.failure = error
-    return outcome
+        return parcels, error
+    return parcels, None
 
 
 def _fill(parcel: _Parcel, reader: Reader) -> None:
     reads: list[AnyRead] = []
-    for place in parcel.places:
-        piece, memory = place.piece, place.memory.detach()
+    for piece, memory in parcel.places:
         if isinstance(piece, Made):
-            piece.fill(memory, reader)
+            piece.fill(memory.detach(), reader)
         else:
-            reads.append(Read(piece.file, piece.offset, piece.rows, piece.period, piece.width, memory, piece.spec))
+            reads.append(piece._replace(dest=memory.detach()))
     reader.execute(reads)
     parcel.install()
 
@@ -344,7 +325,7 @@ def _pass_on(
     idle: bool,
 ) -> Exception | None:
     """Send and receive the messages of a round; blank ones if this rank has failed or finds no memory for them."""
-    own, theirs = this.read_by(group.rank), this.read_by_others(group.rank)
+    own, theirs = (this.shares_of(group.rank, own=own) for own in (True, False))
     arriving: dict[int, _Parcel] = {}
     failure: Exception | None = None
     if not idle:
@@ -374,15 +355,11 @@ def _pass_on(
 
 def _blanks(share: Share[_Piece], limits: Limits, spare: torch.Tensor) -> list[torch.Tensor]:
     """Messages of the sizes that those of `_parcel` have, all of them in the same memory."""
-    sizes: list[int] = []
-    packed = 0
-    for nbytes in map(_nbytes, share.pieces):
-        if nbytes < limits.alone:
-            packed += _aligned(nbytes)
-        else:
-            sizes += [min(limits.largest, nbytes - start) for start in range(0, nbytes, limits.largest)]
-    if any(nbytes < limits.alone for nbytes in map(_nbytes, share.pieces)):
-        sizes.append(packed)
+    counts = [_nbytes(piece) for piece in share.pieces]
+    large = [nbytes for nbytes in counts if nbytes >= limits.alone]
+    sizes = [min(limits.largest, n - start) for n in large for start in range(0, n, limits.largest)]
+    if len(large) < len(counts):
+        sizes.append(sum(_aligned(nbytes) for nbytes in counts if nbytes < limits.alone))
     if max(sizes, default=0) > len(spare):  # very many tiny pieces, each at an aligned place
         spare = torch.empty(max(sizes), dtype=torch.uint8)
     return [spare[:size] for size in sizes]

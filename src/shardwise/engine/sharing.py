@@ -23,11 +23,9 @@ from shardwise.sources.torch_files import fill_from_file
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """Whether replicas read the same bytes once.
+    """Whether replicas read the same bytes once: ``always``, ``never``, or ``auto``, from a network file system.
 
-    Attributes:
-        mode: ``always``, ``never``, or ``auto``: where the files are on a network file system.
-        stage: Pipeline stage; stages do not share tensors.
+    Pipeline stages do not share tensors.
     """
 
     mode: str = "never"
@@ -95,11 +93,9 @@ class PlannedReads:
     def add_made(
         self, tensor: HeldTensor, replicas: Replicas | None, make: Callable[[HeldTensor, int], Iterator[Made]]
     ) -> HeldTensor:
-        """Plan what has to be made of ``tensor`` for this rank and its replicas.
+        """Plan what has to be made of ``tensor`` for this rank and its replicas; returns what nobody else holds.
 
         ``make``, given a part of ``tensor`` and the most bytes of a piece, gives the pieces that fill it.
-
-        Returns what nobody else holds, which is left to the caller.
         """
         alone: list[HeldPart] = []
         for part in tensor.parts:
@@ -145,10 +141,7 @@ def finds_remote(source: Source, group: Group, storage: Storage, sharing: Sharin
 
 
 def find_replicas(held: Sequence[HeldTensor], group: Group, sharing: Sharing, remote: bool) -> Replicas | None:
-    """Find out who wants the same as this rank, where bytes are to be passed on. All ranks of the group call.
-
-    Returns ``None`` where every rank reads for itself.
-    """
+    """Who wants the same as this rank, ``None`` where every rank reads for itself. All ranks of the group call."""
     if sharing.mode == "never" or group.world_size == 1 or (sharing.mode == "auto" and not remote):
         return None
     roster = roster_of_kind(held, group, sharing.stage)

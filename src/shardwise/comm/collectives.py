@@ -28,18 +28,11 @@ def broadcast(group: dist.ProcessGroup, tensor: torch.Tensor, source: int) -> No
 
 
 def all_reduce(
-    group: dist.ProcessGroup, tensor: torch.Tensor, how: dist.ReduceOp, seconds: float | None = None
+    group: dist.ProcessGroup, tensor: torch.Tensor, how: dist.ReduceOp.RedOpType, seconds: float | None = None
 ) -> None:
-    """Combine every rank's tensor, element by element, in place.
-
-    Args:
-        group: The ranks.
-        tensor: This rank's, and then the result.
-        how: How to combine.
-        seconds: How long to wait for the others; the group's time-out if not given.
-    """
+    """Combine every rank's tensor in place, waiting ``seconds`` for the others; the group's time-out if not given."""
     options = dist.AllreduceOptions()
-    options.reduceOp = how
+    options.reduceOp = dist.ReduceOp(how)
     if seconds is not None:
         options.timeout = timedelta(seconds=seconds)
     group.allreduce([tensor], options).wait()

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -54,6 +55,7 @@ from shardwise.format.strict_json import (
     as_count,
     as_counts,
     as_object,
+    as_row,
     as_text,
     check_depth,
     dumps,
@@ -123,7 +125,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
             '"files":[',
             ",\n".join(_file_line(record) for record in manifest.files) + "],",
             '"tensors":[',
-            ",\n".join(map(_TensorLines().line, manifest.tensors)) + "],",
+            ",\n".join(map(_tensor_line, manifest.tensors)) + "],",
         ]
         if manifest.aliases:
             lines += ['"aliases":[', ",\n".join(map(dumps, manifest.aliases)) + "],"]
@@ -220,29 +222,21 @@ def _file_line(record: FileRecord) -> str:
     return dumps({"path": record.path, "size": record.size, "crc32c": crc, "header_bytes": record.header_bytes})
 
 
-class _TensorLines:
-    """Writes the lines of tensors; shapes and offsets, which many have in common, are encoded once."""
+#: Shapes and offsets, which many tensors have in common.
+_array = lru_cache(maxsize=65536)(dumps)
 
-    def __init__(self) -> None:
-        self._counts: dict[tuple[int, ...], str] = {}
 
-    def line(self, record: TensorRecord) -> str:
-        """The line of one tensor."""
-        component, (name, shape, dtype), crc, chunks = record
-        head = f'{{"component":{quoted(component)},"name":{quoted(name)},"dtype":{quoted(dtype)},'
-        digest = "null" if crc is None else f'"{crc:08x}"'
-        places = ",".join([self._chunk(chunk) for chunk in chunks])
-        return f'{head}"shape":{self._array(shape)},"crc32c":{digest},"chunks":[{places}]}}'
+def _tensor_line(record: TensorRecord) -> str:
+    component, (name, shape, dtype), crc, chunks = record
+    head = f'{{"component":{quoted(component)},"name":{quoted(name)},"dtype":{quoted(dtype)},'
+    digest = "null" if crc is None else f'"{crc:08x}"'
+    places = ",".join(map(_chunk_text, chunks))
+    return f'{head}"shape":{_array(shape)},"crc32c":{digest},"chunks":[{places}]}}'
 
-    def _chunk(self, chunk: ChunkRecord) -> str:
-        file, offset, nbytes, (offsets, sizes), crc = chunk
-        return f'[{quoted(file)},{offset},{nbytes},{self._array(offsets)},{self._array(sizes)},"{crc:08x}"]'
 
-    def _array(self, counts: tuple[int, ...]) -> str:
-        text = self._counts.get(counts)
-        if text is None:
-            text = self._counts[counts] = dumps(counts)
-        return text
+def _chunk_text(chunk: ChunkRecord) -> str:
+    file, offset, nbytes, (offsets, sizes), crc = chunk
+    return f'[{quoted(file)},{offset},{nbytes},{_array(offsets)},{_array(sizes)},"{crc:08x}"]'
 
 
 def _parse_crc(value: JsonValue, fail: Fail) -> int:
@@ -276,16 +270,12 @@ def _parse_tensor(value: JsonValue, fail: Fail) -> TensorRecord:
 
 
 def _parse_alias(value: JsonValue, fail: Fail) -> AliasRecord:
-    row = as_array(value, "the record of an alias", fail)
-    if len(row) != 3:
-        fail(f"has the record of an alias with {len(row)} fields where three belong")
+    row = as_row(value, 3, "the record of an alias", fail)
     return AliasRecord(*(as_text(field, "an alias", fail) for field in row))
 
 
 def _parse_chunk(value: JsonValue, fail: Fail) -> ChunkRecord:
-    row = as_array(value, "the record of a chunk", fail)
-    if len(row) != 6:
-        fail(f"has the record of a chunk with {len(row)} fields where six belong")
+    row = as_row(value, 6, "the record of a chunk", fail)
     return ChunkRecord(
         as_text(row[0], "the file of a chunk", fail),
         as_count(row[1], "the offset of a chunk", fail),

@@ -72,10 +72,9 @@ class AliasRecord(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A file of the checkpoint.
+    """A file of the checkpoint, by its POSIX path relative to the checkpoint's directory.
 
     Attributes:
-        path: POSIX path relative to the checkpoint's directory.
         size: Bytes of the file.
         crc32c: CRC-32C of the first ``header_bytes`` bytes of a tensor file, of the whole content of any other.
         header_bytes: Bytes of a tensor file that no chunk covers, at its start; ``None`` for any other file.
@@ -162,7 +161,7 @@ def _check_file(record: FileRecord, fail: Fail) -> None:
     reason = why_not_relative(record.path)
     if reason is not None:
         fail(f"names the file {record.path[:200]!r}, which {reason}")
-    if not _is_crc(record.crc32c) and record.crc32c is not None:
+    if record.crc32c is not None and not _is_crc(record.crc32c):
         fail(f"gives the file {record.path!r} a crc32c that is not a 32-bit number")
     as_count(record.size, f"the size of {record.path!r}", fail)
     if record.header_bytes is not None:

@@ -12,9 +12,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import NoReturn
+from functools import cache
+from typing import TYPE_CHECKING, NoReturn
 
 from shardwise.errors import FormatError, UnsafePickleError
+
+if TYPE_CHECKING:
+    import torch
 
 _UNSAFE_HINT = (
     "It is not loaded, because unpickling it could run code. If you trust whoever wrote it, load it yourself and save "
@@ -49,6 +53,22 @@ class PickledReference:
     """Something outside of the pickle that it refers to by ``key``, such as a storage of ``torch.save``."""
 
     key: object
+
+
+@cache
+def torch_dtypes() -> dict[str, torch.dtype]:
+    """Torch's dtypes by their names."""
+    import torch
+
+    return {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+
+
+@cache
+def plain_globals() -> frozenset[PickledGlobal]:
+    """What plain values of torch name: containers, sizes and dtypes."""
+    sets = ("set", "frozenset")
+    names = {"collections": ("OrderedDict",), "builtins": sets, "__builtin__": sets, "torch": ("Size", *torch_dtypes())}
+    return frozenset(PickledGlobal(module, name) for module, group in names.items() for name in group)
 
 
 _MARK = object()

@@ -6,13 +6,14 @@ import base64
 import binascii
 import collections
 import io
+import math
 import re
 import struct
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from shardwise.errors import StateFormatError
-from shardwise.format.strict_json import JsonValue, as_array, as_counts, as_text
+from shardwise.format.strict_json import JsonValue, as_array, as_counts, as_row, as_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,7 +98,7 @@ class Decoder:
         return items
 
     def _pairs(self, value: JsonValue, depth: int) -> dict[object, object]:
-        rows = [self._row(pair, 2, "an item of $dict") for pair in as_array(value, "$dict", fail)]
+        rows = [as_row(pair, 2, "an item of $dict", fail) for pair in as_array(value, "$dict", fail)]
         keys = [self.decode(row[0], depth) for row in rows]
         self._check_hashes(keys)
         result = {key: self.decode(row[1], depth) for key, row in zip(keys, rows, strict=True)}
@@ -118,19 +119,13 @@ class Decoder:
         return collections.Counter(cast("dict[object, int]", self._pairs(value, depth)))
 
     def _deque(self, value: JsonValue, depth: int) -> object:
-        items, limit = self._row(value, 2, "$deque")
+        items, limit = as_row(value, 2, "$deque", fail)
         if limit is not None and type(limit) is not int:
             fail("has a deque whose length limit is not an integer")
         decoded = self._list(items, depth)
         if limit is not None and not len(decoded) <= limit < 2**63:
             fail("has a deque longer than its limit")
         return collections.deque(decoded, limit)
-
-    def _row(self, value: JsonValue, count: int, tag: str) -> list[JsonValue]:
-        row = as_array(value, tag, fail)
-        if len(row) != count:
-            fail(f"has {tag} with {len(row)} fields where {count} belong")
-        return row
 
     def _int(self, value: JsonValue, depth: int) -> int:
         text = as_text(value, "$int", fail)
@@ -149,10 +144,10 @@ class Decoder:
         return bytes.fromhex(text)
 
     def _complex(self, value: JsonValue, depth: int) -> complex:
-        parts = [self.decode(part, depth) for part in self._row(value, 2, "$complex")]
-        if type(parts[0]) is not float or type(parts[1]) is not float:
+        real, imaginary = (self.decode(part, depth) for part in as_row(value, 2, "$complex", fail))
+        if type(real) is not float or type(imaginary) is not float:
             fail("has $complex that is not two floats")
-        return complex(parts[0], parts[1])
+        return complex(real, imaginary)
 
     def _bytes(self, value: JsonValue, depth: int) -> bytes:
         try:
@@ -182,8 +177,7 @@ class Decoder:
         from shardwise.upstream.torch_tensors import quantized_per_channel, quantized_per_tensor
 
         row = as_array(value, "$quantized", fail)
-        if len(row) not in (3, 4):
-            fail(f"has $quantized with {len(row)} fields where 3 or 4 belong")
+        row = row if len(row) == 4 else as_row(row, 3, "$quantized", fail)
         integers = self._tensor(row[0])
         if integers.dtype not in (torch.int8, torch.uint8, torch.int32):
             fail("has $quantized whose integers are of another dtype")
@@ -193,11 +187,8 @@ class Decoder:
                 fail("has $quantized whose scale or zero point is no number")
             return self._made(quantized_per_tensor, integers, scale, zero)
         scales, zeros, axis = self._tensor(row[1]), self._tensor(row[2]), row[3]
-        is_axis = type(axis) is int and 0 <= axis < integers.dim()
-        if not is_axis or not (scales.dim() == zeros.dim() == 1):
-            fail("has $quantized whose axis, scales or zero points do not fit")
-        axis = cast("int", axis)
-        if not len(scales) == len(zeros) == integers.shape[axis]:
+        length = integers.shape[axis] if type(axis) is int and 0 <= axis < integers.dim() else None
+        if type(axis) is not int or not scales.shape == zeros.shape == (length,):
             fail("has $quantized whose axis, scales or zero points do not fit")
         if not scales.dtype.is_floating_point or zeros.dtype not in (torch.int32, torch.int64, torch.float32):
             fail("has $quantized whose scales or zero points are of another dtype")
@@ -235,7 +226,7 @@ class Decoder:
     def _npscalar(self, value: JsonValue, depth: int) -> object:
         import numpy as np
 
-        code, text = self._row(value, 2, "$npscalar")
+        code, text = as_row(value, 2, "$npscalar", fail)
         dtype = self._numpy_dtype(code)
         return np.frombuffer(self._unhex(text, dtype.itemsize, "$npscalar"), dtype=dtype)[0]
 
@@ -243,12 +234,9 @@ class Decoder:
         import numpy as np
         import torch
 
-        code, sizes, name = self._row(value, 3, "$ndarray")
+        code, sizes, name = as_row(value, 3, "$ndarray", fail)
         dtype, shape, data = self._numpy_dtype(code), as_counts(sizes, "$ndarray", fail), self._tensor(name)
-        count = dtype.itemsize
-        for size in shape:
-            count *= size
-        if data.dtype != torch.uint8 or data.dim() != 1 or data.numel() != count:
+        if data.dtype != torch.uint8 or data.dim() != 1 or data.numel() != dtype.itemsize * math.prod(shape):
             fail("has $ndarray whose tensor does not hold its bytes")
         try:
             return np.frombuffer(data.cpu().numpy().tobytes(), dtype=dtype).reshape(shape).copy()

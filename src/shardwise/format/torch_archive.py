@@ -62,10 +62,7 @@ def read_torch_archive(
 ) -> TorchArchive:
     """Read a file's pickle and its archive's directory; no code that it names is imported or run, no tensor read.
 
-    Args:
-        path: The file.
-        allowed: The globals that it may name.
-        enums: Those of ``allowed`` that are enumerations.
+    It may name the globals ``allowed``, of which ``enums`` are enumerations.
 
     Raises:
         UnsafePickleError: It names another global.

@@ -9,10 +9,9 @@ from __future__ import annotations
 import io
 import re
 import zipfile
-from functools import cache
 
 from shardwise.errors import FormatError, UnsafePickleError
-from shardwise.format.pickle_tree import PickledCall, PickledGlobal, read_pickle_tree
+from shardwise.format.pickle_tree import PickledCall, PickledGlobal, plain_globals, read_pickle_tree
 
 #: No value beside tensors comes near this; a larger one is damaged or hostile.
 MAX_VALUE_BYTES = 2**28
@@ -22,28 +21,10 @@ _MAX_DEPTH = 64
 _DAMAGED = "The checkpoint is damaged: restore it from a copy."
 
 
-@cache
-def _allowed() -> frozenset[PickledGlobal]:
-    import torch
-
-    dtypes = [name for name, value in vars(torch).items() if isinstance(value, torch.dtype)]
-    names = {
-        "collections": ["OrderedDict"],
-        "builtins": ["set", "frozenset"],
-        "__builtin__": ["set", "frozenset"],
-        "torch": ["Size", *dtypes],
-    }
-    return frozenset(PickledGlobal(module, name) for module, group in names.items() for name in group)
-
-
 def read_torch_value(data: bytes, path: str, name: str, *, legacy: bool = False) -> object:
-    """The value in ``data``.
+    """The value in ``data``, which ``torch.save`` wrote; ``path`` and ``name`` are for errors.
 
-    Args:
-        data: What ``torch.save`` wrote.
-        path: The file, for errors.
-        name: What the value is called, for errors.
-        legacy: Unpickle without restrictions what cannot be read otherwise, which runs code from the file.
+    ``legacy`` unpickles without restrictions what cannot be read otherwise, which runs code from the file.
 
     Raises:
         UnsafePickleError: It names something outside the allow-lists, and ``legacy`` is not set.
@@ -51,7 +32,7 @@ def read_torch_value(data: bytes, path: str, name: str, *, legacy: bool = False)
     """
     pickled = _pickle_in(data, path, name)
     try:
-        return _Plain(path, name).of(read_pickle_tree(pickled, _allowed(), path), 0)
+        return _Plain(path, name).of(read_pickle_tree(pickled, plain_globals(), path), 0)
     except UnsafePickleError:
         return _by_torch(data, path, name, legacy)
 

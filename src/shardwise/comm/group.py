@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 
 from shardwise.comm import collectives
+from shardwise.comm.collectives import PACKET_BYTES, packet, to_bytes, to_tensor, unpacked
 from shardwise.comm.lost_ranks import RankProcess, TimeoutBudget, find_lost
-from shardwise.comm.messages import PACKET_BYTES, packet, to_bytes, to_tensor, unpacked
 from shardwise.comm.waiting import ABSENT_SECONDS, Waiting, meeting
 from shardwise.errors import PeerError, RemoteError, ShardwiseError
 from shardwise.format.strict_json import JsonValue

@@ -45,6 +45,8 @@ from shardwise.dcp.items import (
     refuse_packed,
     tensors_and_values,
     union,
+    write_final,
+    write_shards,
 )
 from shardwise.dcp.values import (
     VALUES_NAME,
@@ -56,7 +58,6 @@ from shardwise.dcp.values import (
     remove_values,
     write_values,
 )
-from shardwise.dcp.write import write_final, write_shards
 from shardwise.disk.names import exists
 from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import LocalStorage, Storage, using

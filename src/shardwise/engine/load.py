@@ -27,8 +27,7 @@ from shardwise.errors import (
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.deferred import Buffers, split
 from shardwise.plan.fragments import HeldTensor
-from shardwise.plan.pieces import wanted_regions
-from shardwise.plan.reads import SourceTensor
+from shardwise.plan.reads import SourceTensor, wanted_regions
 from shardwise.plan.sharing import Replicas
 from shardwise.sources.reader import ReadCounts, Reader
 from shardwise.sources.sources import Source

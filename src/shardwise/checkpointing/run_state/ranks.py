@@ -10,7 +10,7 @@ from shardwise.checkpointing.session import Session
 from shardwise.disk.names import is_file
 from shardwise.engine.records import write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError
-from shardwise.format.torch_value import read_torch_value
+from shardwise.format.torch_archive import read_torch_value
 from shardwise.sources.state_files import has_state, pack_state, read_file, read_state
 
 

@@ -43,12 +43,7 @@ _FEW = 2**14
 
 @dataclass(slots=True)
 class Vote:
-    """A flag that travels with the status of `Group.together`.
-
-    Attributes:
-        flag: This rank's flag, set inside.
-        any: Whether any rank's flag is true; known afterwards.
-    """
+    """This rank's flag, set inside of `Group.together`, and whether any rank's is true, known afterwards."""
 
     flag: bool = False
     any: bool = False
@@ -57,12 +52,7 @@ class Vote:
 class Group:
     """The ranks that save or load together: what they agree on, and the values that they exchange.
 
-    Args:
-        process_group: Their process group, or ``None`` for a single process.
-
-    Attributes:
-        rank: This process's rank in the group.
-        world_size: Number of ranks in the group.
+    ``process_group`` is ``None`` for a single process; ``rank`` and ``world_size`` are those of the group.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
@@ -329,14 +319,8 @@ class Group:
         """Run local work that succeeds on every rank or fails on every rank. All ranks call.
 
         The body must not contain a collective. Whatever it raises on any rank is raised on all of them, as the same
-        typed error, naming the rank where it happened (the lowest, if several failed).
-
-        Args:
-            what: What is being done, for messages: "writing model-00001-of-00002.safetensors".
-            seconds: How long a rank that is done waits for the others; the group's time-out if not given.
-
-        Yields:
-            A flag that travels in the same exchange.
+        typed error, naming the rank where it happened (the lowest, if several failed). A flag travels in the same
+        exchange. A rank that is done waits ``seconds`` for the others; the group's time-out if not given.
         """
         failure: BaseException | None = None
         vote = Vote()

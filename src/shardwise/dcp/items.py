@@ -40,13 +40,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Written:
-    """What a rank sends to the coordinator about one tensor item.
+    """What a rank sends to the coordinator about one tensor item: bytes written, and its share of the tensor's CRC-32C.
 
-    Attributes:
-        nbytes: Bytes written.
-        contribution: To the CRC-32C of the whole tensor.
-        chunk: Where the piece is, for a shard file.
-        file: The shard file.
+    For a shard file also where the piece is.
     """
 
     nbytes: int

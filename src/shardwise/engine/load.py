@@ -78,19 +78,15 @@ class LoadSource(Protocol):
     @property
     def plain(self) -> Source:
         """The stored tensors that byte ranges can read."""
-        ...
 
     def located(self, plain: Source) -> Self:
         """The same where more is known of the stored tensors' pieces."""
-        ...
 
     def names(self) -> Collection[str]:
         """All names that a model may want; whether one is among them is known in constant time."""
-        ...
 
     def unexpected(self, unwanted: Sequence[str], options: LoadOptions) -> list[str]:
         """Those of ``names`` that no rank wants that are more than what others are made from."""
-        ...
 
     def compare(
         self, specs: Sequence[TensorSpec], unexpected: Sequence[str], options: LoadOptions, *, dtypes: bool = True
@@ -104,7 +100,6 @@ class LoadSource(Protocol):
             TensorError: Names, shapes or dtypes differ.
             QuantizationError: A base is quantized in a way that cannot be undone.
         """
-        ...
 
     def add(self, tensor: HeldTensor, reads: PlannedReads, replicas: Replicas | None) -> None:
         """Plan how a tensor that is there is filled, by this rank or by ``replicas`` that want the same.
@@ -112,7 +107,6 @@ class LoadSource(Protocol):
         Raises:
             TensorError: Several elements of the tensor are one memory, or the source does not cover it.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,8 +77,7 @@ class Made:
 class Wanted:
     """The reads that a set of replicas has in common, in one order on all of them; destinations are each rank's.
 
-    Attributes:
-        made: Given the most bytes of a piece, the pieces of what has to be made; generated as they are needed.
+    ``made`` gives, for the most bytes of a piece, the pieces of what has to be made, as they are needed.
     """
 
     reads: list[Read] = field(default_factory=list)

@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from shardwise.engine.device_streams import CopyEvent, DeviceStreams
 from shardwise.errors import MisuseError
 from shardwise.plan.deferred import deferred, release, resolve
-from shardwise.plan.fragments import Fragment, HeldTensor
+from shardwise.plan.fragments import HeldTensor
 from shardwise.timing import phase
 from shardwise.upstream.torch_tensors import around, arrived, local_part, spread_of
 
@@ -164,8 +164,8 @@ class Stager:
         for source, offset in zip(sources, offsets, strict=True):
             flat = arena[offset : offset + source.numel() * source.element_size()]
             buffers.append(flat.view(source.dtype).view(source.shape))
-        remaining = iter(buffers)
-        plan = _Plan(layout, queued, arena, tuple(buffers), [_rebuilt(tensor, remaining) for tensor in held])
+        rest = iter(buffers)
+        plan = _Plan(layout, queued, arena, tuple(buffers), [tensor.elsewhere(lambda _: next(rest)) for tensor in held])
         self._plans[component] = plan
         return plan
 
@@ -261,10 +261,3 @@ def _huge_pages(nbytes: int) -> torch.Tensor:
         with contextlib.suppress(OSError):
             region.madvise(mmap.MADV_HUGEPAGE)
     return torch.from_numpy(np.frombuffer(region, dtype=np.uint8))
-
-
-def _rebuilt(tensor: HeldTensor, buffers: Iterator[torch.Tensor]) -> HeldTensor:
-    parts = [
-        part._replace(fragments=tuple(Fragment(f.box, next(buffers)) for f in part.fragments)) for part in tensor.parts
-    ]
-    return tensor._replace(parts=tuple(parts))

@@ -84,19 +84,10 @@ class FailTensor(Protocol):
 
     def __call__(self, reason: str, /, tensor: str | None = None) -> NoReturn:
         """Raise an error that says why, and names the tensor where there is one."""
-        ...
 
 
 class ChunkRecord(NamedTuple):
-    """A region of a tensor that lies in one run of bytes.
-
-    Attributes:
-        file: Path of a tensor file of the same manifest.
-        offset: Where the run starts in that file, in bytes.
-        nbytes: Length of the run.
-        box: The region, whose elements the run holds in row-major order.
-        crc32c: CRC-32C of the run.
-    """
+    """A region of a tensor, in row-major order in one run of bytes of a tensor file of the same manifest."""
 
     file: str
     offset: int
@@ -122,13 +113,7 @@ class TensorRecord(NamedTuple):
 
 
 class AliasRecord(NamedTuple):
-    """A further name of a saved tensor: the model had one tensor under both, and its bytes are saved under one.
-
-    Attributes:
-        component: What the tensor belongs to.
-        name: The name under which nothing is saved.
-        kept: The name under which the tensor is.
-    """
+    """A further name of a saved tensor: the model had one tensor under both, and its bytes are saved as ``kept``."""
 
     component: str
     name: str
@@ -163,13 +148,9 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The files and tensors of a checkpoint.
+    """Every file of a checkpoint but the manifest, every tensor in them, and further names of shared parameters.
 
-    Attributes:
-        files: Every file but the manifest.
-        tensors: Every tensor in the tensor files.
-        info: Epoch, step, metrics, versions and the like, as JSON; read-only.
-        aliases: Further names of tensors, where parameters are shared.
+    ``info`` has epoch, step, metrics, versions and the like, as JSON; read-only.
     """
 
     files: tuple[FileRecord, ...]

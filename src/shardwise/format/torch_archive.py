@@ -31,13 +31,7 @@ _DAMAGED = "It was cut short or changed: fetch it again, or restore it from a co
 
 @dataclass(frozen=True, slots=True)
 class StoredBytes:
-    """The content of one storage.
-
-    Attributes:
-        offset: Where it begins in the file, in bytes.
-        nbytes: Its length.
-        crc32: The archive's own checksum of it (CRC-32); 0 where it was written without.
-    """
+    """Where the content of one storage lies, and the archive's own CRC-32 of it, 0 where it was written without."""
 
     offset: int
     nbytes: int
@@ -46,13 +40,7 @@ class StoredBytes:
 
 @dataclass(frozen=True, slots=True)
 class TorchArchive:
-    """A file of ``torch.save``.
-
-    Attributes:
-        path: The file.
-        tree: What it holds, see `read_pickle_tree`.
-        storages: Key of each storage -> its content.
-    """
+    """A file of ``torch.save``: what it holds, see `read_pickle_tree`, and each storage by its key."""
 
     path: Path
     tree: object

@@ -7,7 +7,7 @@ its shape with the same row-major order (see `shardwise.plan.views`); for an unc
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -87,12 +87,9 @@ class HeldPart(NamedTuple):
 
 
 class HeldTensor(NamedTuple):
-    """This rank's part of one tensor of the file. Two are never compared but by identity.
+    """This rank's part of one tensor of the file, in a grid of its shape. Two are never compared but by identity.
 
-    Attributes:
-        spec: Name, global shape and dtype in the file.
-        grid: The refinement of ``spec.shape`` in which the fragments' boxes are given.
-        parts: Usually one; several where native tensors are joined into one of the file.
+    It has one part, or several where native tensors are joined into one of the file.
     """
 
     spec: TensorSpec
@@ -103,6 +100,14 @@ class HeldTensor(NamedTuple):
     def alone(spec: TensorSpec, fragments: Iterable[Fragment]) -> HeldTensor:
         """Regions, in the tensor's own shape, of a tensor that is spread over no mesh."""
         return HeldTensor(spec, spec.shape, (HeldPart(Part(spec.shape), (), tuple(fragments)),))
+
+    def elsewhere(self, memory: Callable[[torch.Tensor], torch.Tensor]) -> HeldTensor:
+        """The same regions with other memory, given for each fragment's."""
+        parts = [
+            part._replace(fragments=tuple(Fragment(box, memory(data)) for box, data in part.fragments))
+            for part in self.parts
+        ]
+        return self._replace(parts=tuple(parts))
 
     @property
     def fragments(self) -> tuple[Fragment, ...]:

@@ -48,12 +48,9 @@ Placement = Replicated | Sharded | Strided
 
 @dataclass(frozen=True, slots=True)
 class MeshKey:
-    """The key by which ranks identify the same kind of mesh.
+    """The key by which ranks identify the same kind of mesh: names (or empty strings) and sizes of its dimensions.
 
-    Attributes:
-        names: Names of the mesh dimensions; empty strings where the mesh has none.
-        shape: Size of each mesh dimension.
-        ordinal: Distinguishes meshes of equal names and shape on one rank, in the order in which tensors use them.
+    ``ordinal`` tells meshes of equal names and shape on one rank apart, in the order in which tensors use them.
     """
 
     names: tuple[str, ...]

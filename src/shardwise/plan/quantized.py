@@ -69,10 +69,8 @@ class QuantizedPiece:
 class Slab:
     """Pieces that are dequantized with one set of scales.
 
-    Attributes:
-        around: Box of the scale grid around all scales of the slab.
-        scales: Disjoint boxes within it: the scales that the pieces need and no others.
-        pieces: The pieces.
+    ``around`` is the box of the scale grid around all of them; ``scales`` are disjoint boxes within it: those that the
+    pieces need and no others.
     """
 
     around: Box

@@ -34,13 +34,10 @@ class SourceChunk(NamedTuple):
 
 
 class RemotePieces(NamedTuple):
-    """Where to look up the pieces of a tensor: another rank's part of the distributed table.
+    """Where to look up the pieces of a tensor: by its number in another rank's part of the distributed table.
 
-    Attributes:
-        number: The tensor's number on that rank.
-        file: Index of one of the files that hold it, for messages; -1 if none does.
-        single: Whether each element is in one place only, so that a piece that this rank knows is the only one for its
-            region.
+    ``file`` is one of the files that hold it, for messages, -1 if none does; ``single``, whether each element is in one
+    place only, so that a piece that this rank knows is the only one for its region.
     """
 
     number: int
@@ -67,17 +64,10 @@ class SourceTensor(NamedTuple):
 
 
 class Read(NamedTuple):
-    """Rows of bytes, and the memory that they fill.
+    """Rows of ``width`` bytes, ``period`` bytes apart in a file, the first at ``offset``, and the memory they fill.
 
-    Attributes:
-        file: Index into the source's files.
-        offset: Byte offset of the first row in the file.
-        rows: Number of rows.
-        period: Bytes from one row's start to the next.
-        width: Bytes of each row.
-        dest: The memory, in any strides. A single row may have any shape, in the file's order; with several rows the
-            first dimension is ``rows``.
-        spec: The saved tensor, for its dtype and for messages.
+    ``dest`` has any strides. A single row may have any shape, in the file's order; with several rows the first
+    dimension is ``rows``. ``spec`` is the saved tensor.
     """
 
     file: int

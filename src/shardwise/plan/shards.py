@@ -23,13 +23,9 @@ from shardwise.plan.roster import Roster
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShardPiece:
-    """One piece of a tensor in a shard file.
+    """One piece of a tensor, the number ``tensor`` in the list of held ones, in a shard file.
 
-    Attributes:
-        tensor: Index into the list of held tensors.
-        spec: The whole tensor.
-        box: The piece's region, in the tensor's shape.
-        data: Its elements, in any shape whose row-major order is the box's.
+    ``spec`` and ``box`` are of the tensor's shape; ``data`` has any shape whose row-major order is the box's.
     """
 
     tensor: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,10 +80,8 @@ class Totals(Digests):
 
     def tensors(self, specs: Sequence[TensorSpec]) -> tuple[TensorRecord, ...]:
         """The tensors and the pieces of them that stand in shard files."""
-        return tuple(
-            TensorRecord("model", spec, self.crcs.get(spec.name, 0), tuple(self.chunks.get(spec.name, ())))
-            for spec in specs
-        )
+        found = [(spec, self.crcs.get(spec.name, 0), tuple(self.chunks.get(spec.name, ()))) for spec in specs]
+        return tuple(TensorRecord("model", *each) for each in found)
 
 
 def tensors_and_values(items: Iterable[WriteItem]) -> tuple[list[WriteItem], list[WriteItem]]:
@@ -176,9 +175,8 @@ def write_final(
     storage: Storage, directory: Path, items: Sequence[WriteItem], planner: SavePlanner, layout: Layout
 ) -> list[WriteResult]:
     """Write items into the files of a layout, which exist, and make them durable."""
-    files = FileSet(storage, [directory / file.name for file in layout.files])
     results = []
-    try:
+    with closing(FileSet(storage, [directory / file.name for file in layout.files])) as files:
         for item in items:
             spec, box = spec_of(item), box_of(item)
             data = resolve(item, planner, box)
@@ -191,8 +189,6 @@ def write_final(
             nbytes = box.numel * spec.itemsize
             results.append(WriteResult(item.index, nbytes, Written(nbytes, total)))
         files.sync()
-    finally:
-        files.close()
     return results
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
 from zlib import crc32
@@ -221,12 +222,9 @@ class OpenedComputed:
     def read(self, storage: Storage) -> None:
         """Read, convert and install, one group at a time. All ranks of the group call."""
         reader = Reader(storage, self.source.plain.files, self.options.threads)
-        with self.group.together(f"converting tensors of {self.source.plain.path}"):
-            try:
-                for held in self.groups:
-                    self._load(held, reader)
-            finally:
-                reader.close()
+        with self.group.together(f"converting tensors of {self.source.plain.path}"), closing(reader):
+            for held in self.groups:
+                self._load(held, reader)
 
     def _load(self, held: HeldGroup, reader: Reader) -> None:
         reads, hub = PlannedReads(), {}

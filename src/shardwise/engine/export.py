@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -169,22 +170,21 @@ def reserve(plan: ExportPlan, group: Group, storage: Storage) -> torch.Tensor:
         return spare_memory(plan.schedule.exchanges, plan.held, group.rank)
 
 
-def _created(plan: ExportPlan, group: Group) -> list[int]:
+def _created(plan: ExportPlan, group: Group) -> range:
     """The files that this rank creates."""
-    return list(range(group.rank, len(plan.layout.files), group.world_size))
+    return range(group.rank, len(plan.layout.files), group.world_size)
 
 
 @phase("write")
 def _write(
     plan: ExportPlan, group: Group, storage: Storage, digests: Digests, digest: Digest, spare: torch.Tensor
 ) -> None:
-    files = FileSet(storage, [plan.directory / file.name for file in plan.layout.files])
     digest = timed("digest", digest)
+    with closing(FileSet(storage, [plan.directory / file.name for file in plan.layout.files])) as files:
 
-    def write_rows(run: WriteRun) -> None:
-        digests.take(run, write_run(run, files, storage, digest))
+        def write_rows(run: WriteRun) -> None:
+            digests.take(run, write_run(run, files, storage, digest))
 
-    try:
         failure: Exception | None = None
         try:
             write_all(plan.schedule.runs, files, storage, plan.options.threads, digests, digest)
@@ -203,24 +203,17 @@ def _write(
         files.sync()
         if group.is_main:  # every rank has created its files by now
             storage.sync_directory(plan.directory)
-    finally:
-        files.close()
 
 
 def _copy(plan: ExportPlan, group: Group, storage: Storage, write: Callable[[WriteRun], None]) -> None:
     """Carry tensors over, each by one rank, a block at a time."""
-    reader = Reader(storage, plan.copies.files)
-    try:
-        for number, tensor in enumerate(plan.copies.tensors):
-            if number % group.world_size != group.rank:
-                continue
+    with closing(Reader(storage, plan.copies.files)) as reader:
+        for tensor in plan.copies.tensors[group.rank :: group.world_size]:
             place, start = plan.layout.places[tensor.spec.name], 0
             for block in tensor_blocks(tensor, reader):
                 data = torch.frombuffer(block, dtype=torch.uint8).view(torch_dtype(tensor.spec.dtype))
                 write(WriteRun(place.file, place.offset + start, -1, tensor.spec, start, data))
                 start += len(block)
-    finally:
-        reader.close()
 
 
 @phase("fold")

@@ -174,19 +174,16 @@ class OpenedLoad:
     @contextlib.contextmanager
     def reading(self) -> Iterator[Callable[[object], dict[str, torch.Tensor]]]:
         """Inside, what there is for a module that takes its state itself can be read, by its own names. Local."""
-        reader = Reader(self.storage, self.source.plain.files, self.options.threads)
+        with contextlib.closing(Reader(self.storage, self.source.plain.files, self.options.threads)) as reader:
 
-        def values(owner: object) -> dict[str, torch.Tensor]:
-            buffers, reads = Buffers(), PlannedReads()
-            for tensor in self.later.get(id(owner), ()):
-                self.source.add(buffers.behind(tensor), reads, None)
-            reads.execute(reader, self.group)
-            return buffers.values()
+            def values(owner: object) -> dict[str, torch.Tensor]:
+                buffers, reads = Buffers(), PlannedReads()
+                for tensor in self.later.get(id(owner), ()):
+                    self.source.add(buffers.behind(tensor), reads, None)
+                reads.execute(reader, self.group)
+                return buffers.values()
 
-        try:
             yield values
-        finally:
-            reader.close()
 
     @phase("read")
     def read(self) -> LoadReport:
@@ -203,11 +200,8 @@ class OpenedLoad:
         progress = Progress(f"loading {source.path.name}", self.reads.nbytes, group.is_main)
         observe = (lambda _file, _offset, length: progress.add(length)) if group.is_main else None
         reader = Reader(self.storage, source.files, self.options.threads, observe)
-        with group.together(f"reading {source.path}"), progress:
-            try:
-                self.reads.execute(reader, group)
-            finally:
-                reader.close()
+        with group.together(f"reading {source.path}"), progress, contextlib.closing(reader):
+            self.reads.execute(reader, group)
         count_bytes(reader.counts.read)
         return LoadReport(self.missing, self.unexpected, reader.counts)
 

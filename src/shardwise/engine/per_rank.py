@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TypeAlias
 
@@ -122,8 +123,5 @@ def _unlike(kind: type[TensorError], what: str, spec: TensorSpec, path: Path) ->
 
 def read_own(path: Path, pairs: Sequence[Pair], storage: Storage, threads: int) -> None:
     """Read what `match_own` found. Local."""
-    reader = Reader(storage, [path], threads)
-    try:
+    with closing(Reader(storage, [path], threads)) as reader:
         reader.execute([read for saved, target in pairs for read in plan_reads(saved, target)])
-    finally:
-        reader.close()

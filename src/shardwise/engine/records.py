@@ -24,6 +24,8 @@ from shardwise.format.strict_json import JsonValue
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.layout import Layout
 
+_SPREAD_DIFFERENTLY = "Two ranks describe the tensor's sharding differently; check their meshes and placements."
+
 
 @dataclass(frozen=True)
 class ComponentRecord:
@@ -128,16 +130,12 @@ def layout_record(
     """
     files, tensors = [], []
     empty = crc32c(b"")
-    boxes: dict[tuple[int, ...], Box] = {}
     for file in layout.files:
         path, head = within + file.name, len(file.header)
         files.append(FileRecord.of_tensors(path, file.size, file.header))
         for spec, begin, end in file.entries:
-            box = boxes.get(spec.shape)
-            if box is None:
-                box = boxes[spec.shape] = Box.whole(spec.shape)
             crc = crcs[spec.name] if end > begin else empty
-            chunk = ChunkRecord(path, head + begin, end - begin, box, crc)
+            chunk = ChunkRecord(path, head + begin, end - begin, Box.whole(spec.shape), crc)
             tensors.append(TensorRecord(component, spec, crc, (chunk,)))
     return ComponentRecord(tuple(files), tuple(tensors))
 
@@ -159,12 +157,8 @@ def write_manifest(storage: Storage, directory: Path, record: ComponentRecord, i
     storage.sync_directory(directory)
 
 
-def check_written(spec: TensorSpec, nbytes: int, path: Path) -> None:
+def check_written(spec: TensorSpec, nbytes: int, path: Path, hint: str = _SPREAD_DIFFERENTLY) -> None:
     """Raise `IncompleteTensorError` unless all ranks together wrote ``nbytes``, all bytes of a tensor."""
     if nbytes != spec.nbytes:
-        raise IncompleteTensorError(
-            f"the ranks together wrote {nbytes} of {spec.nbytes} bytes",
-            path=path,
-            tensor=spec.name,
-            hint="Two ranks describe the tensor's sharding differently; check their meshes and placements.",
-        )
+        what = f"the ranks together wrote {nbytes} of {spec.nbytes} bytes"
+        raise IncompleteTensorError(what, path=path, tensor=spec.name, hint=hint)

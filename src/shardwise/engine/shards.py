@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,26 +101,22 @@ def write_shards(
 @phase("write")
 def _write(plan: ShardPlan, storage: Storage, progress: Progress) -> list[list[ChunkRecord]]:
     """Write the files and make them durable; returns the pieces in each, in the order of its entries."""
-    files = FileSet(storage, [plan.directory / file.layout.name for file in plan.files])
     written: list[list[ChunkRecord]] = []
     digest = timed("digest", crc32c)
-    try:
+    with closing(FileSet(storage, [plan.directory / file.layout.name for file in plan.files])) as files:
         for number, file in enumerate(plan.files):
             head, chunks = len(file.layout.header), list[ChunkRecord]()
             files.handle(number)  # a file without a tensor's bytes has a header to be synced all the same
             for spec, begin, end in file.layout.entries:
                 piece = file.pieces[spec.name]
-                crc = write_run(
-                    WriteRun(number, head + begin, piece.tensor, spec, 0, piece.data), files, storage, digest
-                )
+                run = WriteRun(number, head + begin, piece.tensor, spec, 0, piece.data)
+                crc = write_run(run, files, storage, digest)
                 progress.add(end - begin)
                 chunks.append(ChunkRecord(file.layout.name, head + begin, end - begin, piece.box, crc))
             written.append(chunks)
         files.sync()
         count_bytes(sum(chunk.nbytes for chunks in written for chunk in chunks))
         storage.sync_directory(plan.directory)
-    finally:
-        files.close()
     return written
 
 

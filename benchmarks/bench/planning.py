@@ -90,7 +90,7 @@ class _Alike(Group):
         self.rank, self.world_size = rank, ranks
         self._told = told or {}
 
-    def agree(self, failure: BaseException | None, what: str, flag: bool = False) -> bool:
+    def agree(self, failure: BaseException | None, what: str, flag: bool = False, seconds: float | None = None) -> bool:
         """As if no other rank had anything to say."""
         if failure is not None:
             raise failure

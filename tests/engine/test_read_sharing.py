@@ -16,8 +16,7 @@ from tests.support.simulate import Simulation, ThreadGroup, in_threads, raw, sim
 
 from shardwise.disk.storage import LocalStorage, file_system_type
 from shardwise.dtypes import torch_dtype
-from shardwise.engine.read_sharing import Made, Wanted, cut_read, is_remote
-from shardwise.engine.sharing import PlannedReads
+from shardwise.engine.sharing import Made, PlannedReads, Wanted, cut_read, is_remote
 from shardwise.errors import StorageError
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import HeldTensor

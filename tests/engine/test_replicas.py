@@ -9,18 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.simulate import Simulation, Spread, simulations
 
-from shardwise.engine.replicas import Seen, comparison, look_at
+from shardwise.engine.replicas import comparison, look_at, share_of
 from shardwise.geometry import TensorSpec
 from shardwise.plan.placement import Replicated, Sharded
 
 
-def seen(case: Simulation, rank: int) -> Seen:
-    return look_at([comparison(case.everyone[rank], case.roster, rank)])
+def share(case: Simulation, rank: int) -> int:
+    return share_of(look_at([comparison(case.everyone[rank], case.roster, rank)]))
 
 
 @given(simulations())
 def test_equal_replicas_add_up_to_zero(case: Simulation) -> None:
-    assert sum(seen(case, rank).share for rank in range(case.world)) == 0
+    assert sum(share(case, rank) for rank in range(case.world)) == 0
 
 
 @given(simulations(), st.data())
@@ -36,7 +36,7 @@ def test_one_byte_on_one_rank_is_seen_where_others_hold_it_and_it_may_not_differ
         flat = fragment.reshape(-1).clone()
         flat.view(torch.uint8)[0] ^= 1
         fragment.copy_(flat.view(fragment.shape))
-    total = sum(seen(case, each).share for each in range(case.world))
+    total = sum(share(case, each) for each in range(case.world))
     assert (total != 0) == (bool(memory) and case.tensors[number].spec.name in compared)
 
 
@@ -60,4 +60,4 @@ def test_a_tensor_under_two_names_is_compared_under_both() -> None:
     for held in case.everyone:
         held[1] = held[1]._replace(parts=held[0].parts)
     assert [replica.name for replica in comparison(case.everyone[0], case.roster, 0).own] == ["w", "v"]
-    assert sum(seen(case, rank).share for rank in range(2)) == 0
+    assert sum(share(case, rank) for rank in range(2)) == 0

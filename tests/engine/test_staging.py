@@ -12,7 +12,7 @@ import torch
 from tests.support.streams import FakeStreams
 
 from shardwise.dtypes import dtype_code
-from shardwise.engine.device_streams import AcceleratorStreams, CopyEvent, DeviceStreams
+from shardwise.engine.device_streams import CopyEvent, DeviceStreams
 from shardwise.engine.staging import Stager
 from shardwise.errors import MisuseError
 from shardwise.geometry import TensorSpec
@@ -293,7 +293,7 @@ class Module:
         return stream
 
 
-class Unpinned(AcceleratorStreams):
+class Unpinned(DeviceStreams):
     """Without page-locked memory, which needs an accelerator."""
 
     def pinned(self, nbytes: int) -> torch.Tensor:
@@ -330,19 +330,19 @@ class Capturing(Module):
 
 def test_settling_waits_for_the_stream_that_is_current() -> None:
     log: list[str] = []
-    AcceleratorStreams(lambda device: Module(log)).settle(torch.device("cuda:1"))
+    DeviceStreams(lambda device: Module(log)).settle(torch.device("cuda:1"))
     assert log == ["the host waits for current of cuda:1"]
 
 
 def test_a_graph_that_is_captured_is_not_made_to_wait() -> None:
     log: list[str] = []
-    streams = AcceleratorStreams(lambda device: Capturing(log))
+    streams = DeviceStreams(lambda device: Capturing(log))
     streams.hold_back(torch.device("cuda:1"), Event(log))
     assert log == []
 
 
 def test_a_device_without_streams_is_copied_from_at_once() -> None:
-    streams = AcceleratorStreams(lambda device: object())
+    streams = DeviceStreams(lambda device: object())
     assert not streams.has_streams(torch.device("mps"))
     stager, memory = Stager(streams), torch.ones(3)
     [staged] = data(stager.stage("model", held(x=memory.as_subclass(First))))
@@ -354,5 +354,5 @@ def test_a_device_without_streams_is_copied_from_at_once() -> None:
 @pytest.mark.parametrize("name", ["cuda", "xpu"])
 def test_torchs_modules_are_what_is_expected(name: str) -> None:
     # Their modules are there without a device; nothing of them is called.
-    assert AcceleratorStreams().has_streams(torch.device(name))
-    assert not AcceleratorStreams().has_streams(torch.device("cpu"))
+    assert DeviceStreams().has_streams(torch.device(name))
+    assert not DeviceStreams().has_streams(torch.device("cpu"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shardwise.errors import FormatError, UnsafePickleError
-from shardwise.format.torch_value import read_torch_value
+from shardwise.format.torch_archive import read_torch_value
 
 
 def saved(value: object) -> bytes:

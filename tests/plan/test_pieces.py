@@ -11,8 +11,7 @@ from hypothesis import given
 
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
-from shardwise.plan.pieces import MOST_REGIONS, ChunkIndex, wanted_regions
-from shardwise.plan.reads import SourceChunk
+from shardwise.plan.reads import MOST_REGIONS, ChunkIndex, SourceChunk, wanted_regions
 from shardwise.plan.views import factor_shape, refine_box
 
 

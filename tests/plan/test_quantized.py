@@ -10,14 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwise.geometry import Box, TensorSpec
-from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
+from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part, in_shape
 from shardwise.plan.quantized import (
     Quantized,
     bounding,
     byte_box,
     dequantize,
     disjoint,
-    in_shape,
     plan_slabs,
     scale_box,
     scales_to_float,
@@ -156,10 +155,12 @@ def test_a_region_of_a_grid_is_the_same_elements_of_the_tensor(data: st.DataObje
     order = data.draw(st.permutations(range(len(grid))))
     inverse = [order.index(d) for d in range(len(grid))]
     memory = torch.full([box.sizes[d] for d in order], -1).permute(inverse)  # strided in any order
-    for where, view in in_shape(box, memory, grid, shape):
+    for where, view in in_shape(Fragment(box, memory), grid, shape, strided=True):
         assert tuple(view.shape) == where.sizes
         view.copy_(region(whole, where))
     assert torch.equal(memory, region(whole.reshape(grid), box))
+    for where, part in in_shape(Fragment(box, memory), grid, shape):
+        assert torch.equal(part.reshape(where.sizes), region(whole, where))
 
 
 @given(st.data())

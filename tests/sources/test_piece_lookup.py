@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from shardwise.comm import Group, JsonValue
 from shardwise.disk.storage import LocalStorage
-from shardwise.engine.load import LoadOptions, load_tensors
+from shardwise.engine.load import LoadOptions, open_described
 from shardwise.errors import HeaderError, MisuseError, ShapeMismatchError, ShardwiseError
 from shardwise.format.dcp_metadata import read_dcp_metadata
 from shardwise.format.sharding import encode_sharding_metadata
@@ -227,7 +227,7 @@ def two_parts(directory: Path) -> list[list[float]]:
         held.append(HeldTensor(spec, spec.shape, (HeldPart(Part(spec.shape), (), (Fragment(box, memory),)),)))
         filled.append(memory)
     source = open_source(directory, group, spread=True)
-    load_tensors(held, source, group, LocalStorage(), LoadOptions())
+    open_described(lambda: held, source, group, LocalStorage(), LoadOptions()).read()
     return [memory.flatten().tolist() for memory in filled]
 
 
@@ -310,7 +310,9 @@ def load_other_shape(directory: Path) -> None:
     group = Group.current()
     spec, box = TensorSpec("t", (3, 4), "F32"), Box((0, 0), (3, 4))
     held = HeldTensor(spec, spec.shape, (HeldPart(Part(spec.shape), (), (Fragment(box, torch.zeros(3, 4)),)),))
-    load_tensors([held], open_source(directory, group, spread=True), group, LocalStorage(), LoadOptions())
+    open_described(
+        lambda: [held], open_source(directory, group, spread=True), group, LocalStorage(), LoadOptions()
+    ).read()
 
 
 def test_an_error_names_the_directory_where_no_file_has_a_piece(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from shardwise.engine.device_streams import DeviceStreams
+
 
 class FakeEvent:
     """A point on a stream."""
@@ -35,7 +37,7 @@ class FakeStream:
     queue: deque[Callable[[], None] | tuple[str, FakeEvent]] = field(default_factory=deque)
 
 
-class FakeStreams:
+class FakeStreams(DeviceStreams):
     """`DeviceStreams` of an accelerator whose memory is the CPU's.
 
     Args:

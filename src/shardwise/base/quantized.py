@@ -20,7 +20,7 @@ from typing import cast
 import torch
 
 from shardwise.dtypes import torch_dtype
-from shardwise.engine.read_sharing import Made
+from shardwise.engine.sharing import Made
 from shardwise.errors import QuantizationError, ShapeMismatchError
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part, part_in_box

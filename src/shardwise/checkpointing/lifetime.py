@@ -33,7 +33,7 @@ from shardwise.comm import Group, JsonValue
 from shardwise.disk.storage import Storage, using
 from shardwise.engine.background import Background, waiting_for_copies
 from shardwise.engine.collector import without_collector
-from shardwise.engine.device_streams import AcceleratorStreams, DeviceStreams
+from shardwise.engine.device_streams import DeviceStreams
 from shardwise.engine.jobs import Commit, SaveJob, Step
 from shardwise.engine.staging import Stager
 from shardwise.errors import MisuseError, ShardwiseError
@@ -250,7 +250,7 @@ class Lifetime:
         """Wait for this thread's work on the model's devices: threads that use its memory have other streams."""
         if self.device_streams is None and not torch.accelerator.is_available():
             return
-        streams = self.device_streams or AcceleratorStreams()
+        streams = self.device_streams or DeviceStreams()
         parts = [model] if isinstance(model, nn.Module) else model
         tensors = chain.from_iterable(chain(part.parameters(), part.buffers()) for part in parts)
         for device in {tensor.device for tensor in tensors}:
@@ -332,9 +332,9 @@ class Lifetime:
             return
         with session.group.together("making room for asynchronous saves"):
             if self.config.model_save_format == "torch_save":
-                stager.allocate_tensors("model", tensors_alone(ModelState(model).state_dict()))
+                stager.allocate("model", tensors_alone(ModelState(model).state_dict()))
                 if optimizer is not None:
-                    stager.allocate_tensors("optim", OptimizerState(optimizer, model).state_dict())
+                    stager.allocate("optim", OptimizerState(optimizer, model).state_dict())
                 return
             captured = session.names.capture(ModelState(model), load=True)
             stager.allocate("model", [*captured.held, *captured.excluded])

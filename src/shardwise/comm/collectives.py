@@ -1,4 +1,4 @@
-"""Collectives on a process group itself.
+"""Collectives on a process group itself, and how bytes travel in them.
 
 ``torch.distributed``'s functions look a group up in torch's registry first, which ``destroy_process_group()`` empties.
 A group's own methods need no registry: a save that is still being written in the background when a training script
@@ -28,18 +28,11 @@ def broadcast(group: dist.ProcessGroup, tensor: torch.Tensor, source: int) -> No
 
 
 def all_reduce(
-    group: dist.ProcessGroup, tensor: torch.Tensor, how: dist.ReduceOp, seconds: float | None = None
+    group: dist.ProcessGroup, tensor: torch.Tensor, how: dist.ReduceOp.RedOpType, seconds: float | None = None
 ) -> None:
-    """Combine every rank's tensor, element by element, in place.
-
-    Args:
-        group: The ranks.
-        tensor: This rank's, and then the result.
-        how: How to combine.
-        seconds: How long to wait for the others; the group's time-out if not given.
-    """
+    """Combine every rank's tensor in place, waiting ``seconds`` for the others; the group's time-out if not given."""
     options = dist.AllreduceOptions()
-    options.reduceOp = how
+    options.reduceOp = dist.ReduceOp(how)
     if seconds is not None:
         options.timeout = timedelta(seconds=seconds)
     group.allreduce([tensor], options).wait()
@@ -64,3 +57,33 @@ def send(group: dist.ProcessGroup, tensor: torch.Tensor, to: int) -> dist.Work:
 def receive(group: dist.ProcessGroup, tensor: torch.Tensor, source: int) -> dist.Work:
     """Begin to receive from rank ``source`` of the group; the result is waited for."""
     return group.recv([tensor], source, 0)
+
+
+#: Bytes that travel in a message's first exchange, its length among them: most messages are shorter and need no second.
+PACKET_BYTES = 512
+_LENGTH_BYTES = 8
+
+
+def packet(data: bytes) -> bytes:
+    """The length of a message and its first bytes: all of it, if it is short."""
+    return len(data).to_bytes(_LENGTH_BYTES, "little") + data[: PACKET_BYTES - _LENGTH_BYTES]
+
+
+def unpacked(packet: torch.Tensor) -> tuple[int, bytes]:
+    """The length of a message, and as much of it as its packet holds."""
+    raw = to_bytes(packet)
+    size = int.from_bytes(raw[:_LENGTH_BYTES], "little")
+    return size, raw[_LENGTH_BYTES : _LENGTH_BYTES + size]
+
+
+def to_tensor(data: bytes, size: int, device: torch.device) -> torch.Tensor:
+    """Bytes as a tensor of ``size`` elements of ``uint8``, zeros behind them."""
+    buffer = torch.zeros(size, dtype=torch.uint8)
+    if data:
+        buffer[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return buffer.to(device)
+
+
+def to_bytes(buffer: torch.Tensor) -> bytes:
+    """The bytes of a tensor of ``uint8``."""
+    return buffer.cpu().numpy().tobytes()

@@ -19,14 +19,14 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Self, TypeVar, cast
+from typing import NoReturn, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from shardwise.comm import collectives
+from shardwise.comm.collectives import PACKET_BYTES, packet, to_bytes, to_tensor, unpacked
 from shardwise.comm.lost_ranks import RankProcess, TimeoutBudget, find_lost
-from shardwise.comm.messages import PACKET_BYTES, packet, to_bytes, to_tensor, unpacked
 from shardwise.comm.waiting import ABSENT_SECONDS, Waiting, meeting
 from shardwise.errors import PeerError, RemoteError, ShardwiseError
 from shardwise.format.strict_json import JsonValue
@@ -40,18 +40,10 @@ _FAILED = 2
 #: Up to so many integers of all ranks together are gathered rather than reduced.
 _FEW = 2**14
 
-#: Prefix of a value that was computed. A rank that failed sends an empty message in the first exchange.
-_MADE = b"="
-
 
 @dataclass(slots=True)
 class Vote:
-    """A flag that travels with the status of `Group.together`.
-
-    Attributes:
-        flag: This rank's flag, set inside.
-        any: Whether any rank's flag is true; known afterwards.
-    """
+    """This rank's flag, set inside of `Group.together`, and whether any rank's is true, known afterwards."""
 
     flag: bool = False
     any: bool = False
@@ -60,12 +52,7 @@ class Vote:
 class Group:
     """The ranks that save or load together: what they agree on, and the values that they exchange.
 
-    Args:
-        process_group: Their process group, or ``None`` for a single process.
-
-    Attributes:
-        rank: This process's rank in the group.
-        world_size: Number of ranks in the group.
+    ``process_group`` is ``None`` for a single process; ``rank`` and ``world_size`` are those of the group.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
@@ -110,8 +97,7 @@ class Group:
 
         Args:
             of: The group with these ranks; ``None`` for the default group.
-            timeout_seconds: Every rank raises `PeerError` within this time once a rank is gone or hangs. Collectives
-                wait somewhat less, so that there is time left to find out which rank it is.
+            timeout_seconds: Every rank raises `PeerError` within this time once a rank is gone or hangs.
             what: The call in which the ranks meet, for messages.
             absent_seconds: A warning names the ranks that have not joined a call after this time.
 
@@ -210,19 +196,14 @@ class Group:
             return short if len(short) == size else to_bytes(self._broadcast_sized(own, size, source))
 
     def exchange(self, messages: Sequence[bytes], what: str) -> list[bytes]:
-        """Send each rank a message of its own. All ranks call.
+        """Send each rank, this one included, a message of its own. All ranks call.
 
-        Args:
-            messages: One for each rank, in rank order, this one included.
-            what: What is being done, for messages of errors.
-
-        Returns:
-            What each rank sent to this one, in rank order.
+        Returns what each rank sent to this one, in rank order. ``what`` is being done, for errors, as everywhere here.
         """
         if self.world_size == 1:
             return list(messages)
         with self._guard(what):
-            lengths = torch.tensor([len(message) for message in messages], dtype=torch.int64, device=self._device)
+            lengths = self._integers([len(message) for message in messages])
             theirs = torch.empty_like(lengths)
             collectives.all_to_all(self._alive, theirs, lengths)
             counts, data = theirs.tolist(), b"".join(messages)
@@ -261,26 +242,21 @@ class Group:
 
     def _largest(self, value: int, what: str, seconds: float | None = None) -> int:
         with self._guard(what):
-            own = torch.tensor([value], dtype=torch.int64, device=self._device)
-            collectives.all_reduce(self._alive, own, dist.ReduceOp(dist.ReduceOp.MAX), seconds)
+            own = self._integers([value])
+            collectives.all_reduce(self._alive, own, dist.ReduceOp.MAX, seconds)
             return int(own.item())
 
     def _integers(self, values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(list(values), dtype=torch.int64, device=self._device)
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
 
     # --- rows -------------------------------------------------------------------------------------------------------
 
     def swap(
         self, sends: Sequence[tuple[int, torch.Tensor]], receives: Sequence[tuple[int, torch.Tensor]], what: str
     ) -> None:
-        """Send tensors to peers and receive tensors from peers, point to point.
+        """Send contiguous CPU tensors to peers, by their ranks in the group, and receive such from peers.
 
         Only the ranks concerned call; both ends list the messages between them in the same order.
-
-        Args:
-            sends: ``(rank in the group, contiguous CPU tensor)``.
-            receives: ``(rank in the group, contiguous CPU tensor to fill)``.
-            what: What is being done, for messages.
         """
         if not sends and not receives:
             return
@@ -343,14 +319,8 @@ class Group:
         """Run local work that succeeds on every rank or fails on every rank. All ranks call.
 
         The body must not contain a collective. Whatever it raises on any rank is raised on all of them, as the same
-        typed error, naming the rank where it happened (the lowest, if several failed).
-
-        Args:
-            what: What is being done, for messages: "writing model-00001-of-00002.safetensors".
-            seconds: How long a rank that is done waits for the others; the group's time-out if not given.
-
-        Yields:
-            A flag that travels in the same exchange.
+        typed error, naming the rank where it happened (the lowest, if several failed). A flag travels in the same
+        exchange. A rank that is done waits ``seconds`` for the others; the group's time-out if not given.
         """
         failure: BaseException | None = None
         vote = Vote()
@@ -361,75 +331,60 @@ class Group:
         vote.any = self.agree(failure, what, vote.flag, seconds)
 
     def attempt(self, work: Callable[[], T], what: str) -> T:
-        """The result of ``work`` on this rank, if it succeeds on every rank; else raise, as `together`. All ranks call.
-
-        Args:
-            work: Local work, without a collective.
-            what: What is being done, for messages.
-        """
+        """The result of ``work``, which is local, if it succeeds on every rank; else raise, as `together`."""
         made: list[T] = []
         with self.together(what):
             made.append(work())
         return made[0]
 
     def agree(self, failure: BaseException | None, what: str, flag: bool = False, seconds: float | None = None) -> bool:
-        """Exchange status; raise on every rank if any rank passes a failure. All ranks call.
-
-        Args:
-            failure: What went wrong on this rank, or ``None``.
-            what: What was being done, for messages.
-            flag: Something else to ask in the same exchange.
-            seconds: How long to wait for the others; the group's time-out if not given.
-
-        Returns:
-            Whether any rank passed a true ``flag``.
+        """Exchange status, and whether any rank passes a true ``flag``, which is returned. All ranks call.
 
         Raises:
-            ShardwiseError: The failure of the lowest rank that has one.
+            ShardwiseError: The failure of the lowest rank that passes one.
         """
-        own = self._wrapped(failure)
         if self.world_size == 1:
-            self._raise_alone(own, failure)
+            self._raise_alone(failure)
             return flag
         # In nearly every call no rank has failed, which one reduced number shows.
         with self.keeping(failure):
-            most = self._largest(_FAILED if own is not None else int(flag), what, seconds)
-        if most != _FAILED:
-            return bool(most)
-        self._raise_first(own, failure, what)
-        raise AssertionError("a rank reported a failure and sent none")
+            most = self._largest(_FAILED if failure is not None else int(flag), what, seconds)
+        if most == _FAILED:
+            self._raise_first(failure, what)
+        return bool(most)
 
-    def _raise_first(self, own: ShardwiseError | None, failure: BaseException | None, what: str) -> None:
+    def _raise_first(self, failure: BaseException | None, what: str) -> NoReturn:
         """Raise the failure of the lowest rank that has one; all ranks call where any has."""
-        text = b"" if own is None else json.dumps(own.to_record()).encode()
+        own = None if failure is None else self._wrapped(failure)
         with self.keeping(failure):
-            everyone = self._gather_bytes(text, what)
-        for index, theirs in enumerate(everyone):
-            if not theirs:
-                continue
-            if index == self.rank:
-                self._raise_alone(own, failure)
-            raised = ShardwiseError.from_record(json.loads(theirs))
-            if own is not None and own.message != raised.message:
-                _LOG.error("rank %d also failed while %s: %s", self.global_rank, what, own)
-            raise raised
+            everyone = self._gather_bytes(b"" if own is None else json.dumps(own.to_record()).encode(), what)
+        rank, theirs = next((rank, theirs) for rank, theirs in enumerate(everyone) if theirs)
+        if rank == self.rank:
+            self._raise_alone(failure)
+        raised = ShardwiseError.from_record(json.loads(theirs))
+        if own is not None and own.message != raised.message:
+            _LOG.error("rank %d also failed while %s: %s", self.global_rank, what, own)
+        raise raised
 
-    def _wrapped(self, failure: BaseException | None) -> ShardwiseError | None:
-        return None if failure is None else ShardwiseError.wrap(failure, rank=self.global_rank)
+    def _wrapped(self, failure: BaseException) -> ShardwiseError:
+        return ShardwiseError.wrap(failure, rank=self.global_rank)
 
-    @staticmethod
-    def _raise_alone(own: ShardwiseError | None, failure: BaseException | None) -> None:
-        if own is not None:
+    def _raise_alone(self, failure: BaseException | None) -> None:
+        if failure is not None:
+            own = self._wrapped(failure)
             raise own from (failure if failure is not own else None)
 
-    @staticmethod
-    def _attempt(make: Callable[[], JsonValue], is_sent: bool) -> tuple[JsonValue, bytes, Exception | None]:
-        """The result of ``make``, its encoding (empty after a failure), and the failure."""
+    def _attempted(
+        self, make: Callable[[], T], encode: Callable[[T], bytes]
+    ) -> tuple[list[T], bytes, Exception | None]:
+        """The result of ``make`` and its encoding, or the failure, which a single process raises."""
         try:
             value = make()
-            return value, _MADE + json.dumps(value).encode() if is_sent else _MADE, None
+            return [value], encode(value) if self.world_size > 1 else b"", None
         except Exception as error:  # noqa: BLE001 - raised on every rank
-            return None, b"", error
+            if self.world_size == 1:
+                self._raise_alone(error)
+            return [], b"", error
 
     # --- values -----------------------------------------------------------------------------------------------------
 
@@ -445,16 +400,14 @@ class Group:
         Raises:
             ShardwiseError: ``make``, which is local, failed: the error of the lowest such rank, on every rank.
         """
-        value, text, failure = self._attempt(make, is_sent=True)
-        own = self._wrapped(failure)
+        made, text, failure = self._attempted(make, lambda value: json.dumps(value).encode())
         if self.world_size == 1:
-            self._raise_alone(own, failure)
-            return [value]
+            return made
         with self.keeping(failure):
             texts = self._gather_bytes(text, what)
         if not all(texts):
-            self._raise_first(own, failure, what)
-        return [json.loads(theirs[len(_MADE) :]) for theirs in texts]
+            self._raise_first(failure, what)
+        return [json.loads(theirs) for theirs in texts]
 
     def collect(self, make: Callable[[], JsonValue], what: str) -> list[JsonValue]:
         """As `gather`, but only rank 0 gets the values; other ranks get an empty list. All ranks call.
@@ -462,28 +415,26 @@ class Group:
         For large values that only rank 0 needs: `gather` would cost every rank the memory and time of all of them.
         """
         # Rank 0 receives its own value directly: its message says only that it succeeded.
-        value, text, failure = self._attempt(make, is_sent=not self.is_main)
-        own = self._wrapped(failure)
+        made, text, failure = self._attempted(make, lambda value: b"0" if self.is_main else json.dumps(value).encode())
         if self.world_size == 1:
-            self._raise_alone(own, failure)
-            return [value]
+            return made
         with self.keeping(failure), self._guard(what):
             first = to_tensor(packet(text), PACKET_BYTES, self._device)
             packets = [unpacked(theirs) for theirs in self._all_gather(first)]
         if not all(size for size, _ in packets):
-            self._raise_first(own, failure, what)
+            self._raise_first(failure, what)
         with self._guard(what):
             if not self.is_main:
                 if packets[self.rank][0] > len(packets[self.rank][1]):
                     collectives.send(self._alive, to_tensor(text, len(text), self._device), 0).wait()
                 return []
-            found = [value]
+            found = made
             for rank, (size, short) in enumerate(packets[1:], start=1):  # one at a time: memory for one rank's text
                 if size > len(short):
                     buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
                     collectives.receive(self._alive, buffer, rank).wait()
                     short = to_bytes(buffer)
-                found.append(json.loads(short[len(_MADE) :]))
+                found.append(json.loads(short))
             return found
 
     def broadcast_json(self, value: JsonValue, source: int = 0, what: str = "broadcasting") -> JsonValue:
@@ -499,18 +450,15 @@ class Group:
             ShardwiseError: ``make`` failed on rank 0; raised on every rank.
         """
         failure: Exception | None = None
-        own: ShardwiseError | None = None
         text = b""
         if self.is_main:
             try:
                 text = json.dumps([make(), None]).encode()
             except Exception as error:  # noqa: BLE001 - raised on every rank
-                failure, own = error, ShardwiseError.wrap(error, rank=self.global_rank)
-                text = json.dumps([None, own.to_record()]).encode()
+                failure, text = error, json.dumps([None, self._wrapped(error).to_record()]).encode()
         with self.keeping(failure):
-            received = self.broadcast_bytes(text, 0, what)
-        value, record = json.loads(received)
-        self._raise_alone(own, failure)
+            value, record = json.loads(self.broadcast_bytes(text, 0, what))
+        self._raise_alone(failure)
         if record is not None:
             raise ShardwiseError.from_record(record)
         return cast(JsonValue, value)
@@ -528,20 +476,13 @@ class Group:
 
         All ranks call, with lists of the same lengths. Its cost is that of the lists, whatever the number of ranks.
 
-        Args:
-            xors: Combined by exclusive or.
-            sums: Added up.
-            what: What is being done, for messages.
-            failure: What went wrong on this rank before; it is raised on every rank, as by `agree`.
-
         Raises:
-            ShardwiseError: The failure of the lowest rank that has one.
+            ShardwiseError: The ``failure`` of the lowest rank that passes one, which is what went wrong before.
         """
-        own = self._wrapped(failure)
         if self.world_size == 1:
-            self._raise_alone(own, failure)
+            self._raise_alone(failure)
             return list(xors), list(sums)
-        counts = [*sums, int(own is not None)]
+        counts = [*sums, int(failure is not None)]
         if (len(xors) + len(counts)) * self.world_size <= _FEW:  # one exchange instead of two
             with self.keeping(failure), self._guard(what):
                 rows = torch.stack(self._all_gather(self._integers([*xors, *counts]))).cpu()
@@ -550,19 +491,21 @@ class Group:
         else:
             with self.keeping(failure), self._guard(what):
                 total = self._integers(counts)
-                collectives.all_reduce(self._alive, total, dist.ReduceOp(dist.ReduceOp.SUM))
+                collectives.all_reduce(self._alive, total, dist.ReduceOp.SUM)
                 *added, failed = total.tolist()
-            bits = torch.empty(0, 0, dtype=torch.int64)
+            bits = None
         if failed:
-            self._raise_first(own, failure, what)
-        if len(bits) or not xors:
-            return _exclusive_or(bits) if xors else [], added
+            self._raise_first(failure, what)
+        if not xors:
+            return [], added
         with self._guard(what):
-            mine = self._integers(xors)
-            if self._device.type != "cpu":  # NCCL has no exclusive or
-                return _exclusive_or(torch.stack(self._all_gather(mine)).cpu()), added
-            collectives.all_reduce(self._alive, mine, dist.ReduceOp(dist.ReduceOp.BXOR))
-            return mine.tolist(), added
+            if bits is None and self._device.type == "cpu":
+                mine = self._integers(xors)
+                collectives.all_reduce(self._alive, mine, dist.ReduceOp.BXOR)
+                return mine.tolist(), added
+            if bits is None:  # NCCL has no exclusive or
+                bits = torch.stack(self._all_gather(self._integers(xors))).cpu()
+        return _exclusive_or(bits), added
 
 
 def _exclusive_or(rows: torch.Tensor) -> list[int]:

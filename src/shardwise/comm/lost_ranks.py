@@ -28,19 +28,14 @@ _POLL_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class TimeoutBudget:
-    """A configured time-out, divided so that both parts and what lies between them fit into it.
-
-    Attributes:
-        collective: Seconds that a collective may wait for its peers.
-        report: Seconds that a rank whose collective broke may take to find out who is missing.
-    """
+    """The seconds that a collective may wait for its peers, and that finding out who is missing may take after it."""
 
     collective: float
     report: float
 
     @staticmethod
     def within(seconds: float) -> TimeoutBudget:
-        """Divide ``seconds``: a fifth, at most 10 s, for the reports, and a twentieth, at most 2 s, to spare."""
+        """Divide a time-out: a fifth, at most 10 s, for the reports, and a twentieth, at most 2 s, to spare."""
         report, spare = min(seconds / 5, 10.0), min(seconds / 20, 2.0)
         return TimeoutBudget(seconds - report - spare, report)
 
@@ -73,18 +68,11 @@ def find_lost(
 ) -> tuple[list[int], str]:
     """Who is missing after a collective of group ``name`` broke on ``rank``.
 
-    Returns when every rank has either reported or died, or when time is up, so that a rank that notices late still
-    finds the reports of the others and names the same rank.
+    Returns when every rank has either reported or died, or when ``seconds`` are over, so that a rank that notices late
+    still finds the reports of the others and names the same rank. ``processes`` are those of the ranks, empty if they
+    are not known; ``host`` is the rank whose process holds the store, if it is a member.
 
-    Args:
-        name: The group's name, the same on every rank.
-        rank: This rank in the group.
-        processes: Where each rank of the group runs; may be empty if that is not known.
-        host: The rank in the group whose process holds the store, if it is a member.
-        seconds: How long to wait for the reports of others at most.
-
-    Returns:
-        Ranks of the group, and what is known of them: "died" or "did not answer".
+    Returns ranks of the group, and what is known of them: "died" or "did not answer".
     """
     deadline = time.monotonic() + seconds
     # With the processes in the key, since a restarted job may meet in the store that the last one reported to.
@@ -113,18 +101,12 @@ def find_lost(
 
 
 class _Reports:
-    """Reports in the job's key-value store, followed by a thread: a store whose process has stopped never answers.
-
-    Args:
-        keys: Where each rank reports.
-
-    Attributes:
-        silent: Ranks that have not reported; ``None`` as long as the store has not answered.
-        refused: Whether it has failed, and nothing more will come.
-    """
+    """Reports in the job's key-value store, followed by a thread: a store whose process has stopped never answers."""
 
     def __init__(self, keys: Sequence[str]) -> None:
+        #: Ranks that have not reported; ``None`` as long as the store has not answered.
         self.silent: tuple[int, ...] | None = None if keys else ()
+        #: Whether the store has failed, and nothing more will come.
         self.refused = False
         self._keys = keys
         self._over = threading.Event()

@@ -39,14 +39,10 @@ class _Store(Protocol):
 
 
 class Waiting:
-    """A thread that warns when this rank has waited long for others. It sleeps unless the rank is waiting.
+    """A thread that warns when this rank has waited ``seconds`` for others. It sleeps unless the rank is waiting.
 
-    Args:
-        name: The group's name, the same on every rank.
-        rank: This rank in the group.
-        ranks: Global ranks of the group, in order.
-        seconds: After how long to warn.
-        limit: Seconds after which the wait ends in an error, for the message.
+    ``name`` is the group's, ``rank`` this rank in it, and ``ranks`` are the global ranks of all in order; after
+    ``limit`` seconds the wait ends in an error, which the message says.
     """
 
     def __init__(self, name: str, rank: int, ranks: Sequence[int], seconds: float, limit: float) -> None:
@@ -148,15 +144,7 @@ class Waiting:
 
 @contextlib.contextmanager
 def meeting(ranks: Sequence[int], rank: int, what: str, seconds: float, limit: float) -> Iterator[None]:
-    """Watch over the creation of a group, which has no name yet.
-
-    Args:
-        ranks: Global ranks of the group to be.
-        rank: This rank among them.
-        what: The call in which they meet.
-        seconds: As in `Waiting`.
-        limit: Likewise.
-    """
+    """Watch over the creation of a group, which has no name yet, in the call ``what``; others as in `Waiting`."""
     waiting = Waiting("meeting-" + "-".join(map(str, ranks[:4])) + f"-{len(ranks)}", rank, ranks, seconds, limit)
     try:
         with waiting.during(what):

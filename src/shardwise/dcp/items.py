@@ -1,9 +1,11 @@
-"""The items of DCP's plans in this library's terms, and the messages about them between ranks and coordinator."""
+"""The items of DCP's plans in this library's terms, written, and the messages between ranks and coordinator."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
@@ -11,12 +13,19 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from shardwise.dcp.regions import is_packed
 from shardwise.dcp.values import PackedValue
-from shardwise.dtypes import dtype_code
-from shardwise.engine.writer import Digests
+from shardwise.disk.crc import shift
+from shardwise.disk.sequential import SequentialFile
+from shardwise.disk.storage import Storage
+from shardwise.dtypes import dtype_code, torch_dtype
+from shardwise.engine.writer import Digests, FileSet, write_run
 from shardwise.errors import IncompleteTensorError, MisuseError, NameCollisionError
 from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
-from shardwise.geometry import Box, TensorSpec
+from shardwise.geometry import Box, TensorSpec, runs
 from shardwise.plan.layout import Layout
+from shardwise.plan.schedule import WriteRun
+from shardwise.plan.shards import ShardFile, ShardPiece, shard_files
+from shardwise.sources.digest import contribution
+from shardwise.sources.tensor_bytes import byte_blocks
 from shardwise.stateful_wrappers.memory import plain_memory
 from shardwise.upstream.torch_tensors import local_part
 
@@ -32,13 +41,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Written:
-    """What a rank sends to the coordinator about one tensor item.
+    """What a rank sends to the coordinator about one tensor item: bytes written, and its share of the tensor's CRC-32C.
 
-    Attributes:
-        nbytes: Bytes written.
-        contribution: To the CRC-32C of the whole tensor.
-        chunk: Where the piece is, for a shard file.
-        file: The shard file.
+    For a shard file also where the piece is.
     """
 
     nbytes: int
@@ -75,10 +80,8 @@ class Totals(Digests):
 
     def tensors(self, specs: Sequence[TensorSpec]) -> tuple[TensorRecord, ...]:
         """The tensors and the pieces of them that stand in shard files."""
-        return tuple(
-            TensorRecord("model", spec, self.crcs.get(spec.name, 0), tuple(self.chunks.get(spec.name, ())))
-            for spec in specs
-        )
+        found = [(spec, self.crcs.get(spec.name, 0), tuple(self.chunks.get(spec.name, ()))) for spec in specs]
+        return tuple(TensorRecord("model", *each) for each in found)
 
 
 def tensors_and_values(items: Iterable[WriteItem]) -> tuple[list[WriteItem], list[WriteItem]]:
@@ -166,3 +169,56 @@ def refuse_packed(planner: SavePlanner) -> None:
                 tensor=str(name),
                 hint="Pass shardwise.dcp.regions.as_regions(state_dict) to dcp.save and dcp.load.",
             )
+
+
+def write_final(
+    storage: Storage, directory: Path, items: Sequence[WriteItem], planner: SavePlanner, layout: Layout
+) -> list[WriteResult]:
+    """Write items into the files of a layout, which exist, and make them durable."""
+    results = []
+    with closing(FileSet(storage, [directory / file.name for file in layout.files])) as files:
+        for item in items:
+            spec, box = spec_of(item), box_of(item)
+            data = resolve(item, planner, box)
+            place = layout.places[spec.name]
+            total = 0
+            for first, count, index in runs(box, spec.shape):
+                start = first * spec.itemsize
+                run = WriteRun(place.file, place.offset + start, 0, spec, start, data[index])
+                total ^= shift(write_run(run, files, storage), spec.nbytes - start - count * spec.itemsize)
+            nbytes = box.numel * spec.itemsize
+            results.append(WriteResult(item.index, nbytes, Written(nbytes, total)))
+        files.sync()
+    return results
+
+
+def write_shards(
+    storage: Storage, directory: Path, items: Sequence[WriteItem], planner: SavePlanner, task: Task, stem: str
+) -> list[WriteResult]:
+    """Make this rank's shard files, write its items into them and make them durable."""
+    by_box = {(item.index.fqn, box_of(item)): item for item in items}
+    pieces = [ShardPiece(0, spec_of(i), box_of(i), resolve(i, planner, box_of(i))) for i in items]
+    planned = shard_files(pieces, task.rank, task.world_size, None, stem)
+    storage.check_space(directory, sum(file.layout.size for file in planned))
+    results = []
+    for file in planned:
+        for name, written in _write_pieces(file, directory, storage):
+            assert written.chunk is not None
+            index = by_box[(name, written.chunk.box)].index
+            results.append(WriteResult(index, written.nbytes, written))
+    return results
+
+
+def _write_pieces(file: ShardFile, directory: Path, storage: Storage) -> list[tuple[str, Written]]:
+    header = file.layout.header
+    record = FileRecord.of_tensors(file.layout.name, file.layout.size, header)
+    out = []
+    with SequentialFile(storage, directory / file.layout.name, file.layout.size) as made:
+        made.append([header])
+        for spec, begin, end in file.layout.entries:
+            piece, dtype = file.pieces[spec.name], torch_dtype(spec.dtype)
+            crc = made.append(byte_blocks(piece.data, dtype), spec.name)
+            share = contribution(piece.box, piece.spec.shape, piece.data, crc, dtype)
+            chunk = ChunkRecord(record.path, len(header) + begin, end - begin, piece.box, crc)
+            out.append((spec.name, Written(end - begin, share, chunk, record)))
+    return out

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
-    MetadataIndex,
     StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
@@ -45,6 +45,8 @@ from shardwise.dcp.items import (
     refuse_packed,
     tensors_and_values,
     union,
+    write_final,
+    write_shards,
 )
 from shardwise.dcp.values import (
     VALUES_NAME,
@@ -56,15 +58,13 @@ from shardwise.dcp.values import (
     remove_values,
     write_values,
 )
-from shardwise.dcp.write import write_final, write_shards
 from shardwise.disk.names import exists
 from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import LocalStorage, Storage, using
 from shardwise.dtypes import torch_dtype
-from shardwise.engine.records import ComponentRecord, layout_record, write_manifest
+from shardwise.engine.records import ComponentRecord, check_written, layout_record, write_manifest
 from shardwise.errors import (
     CheckpointNotFoundError,
-    IncompleteTensorError,
     MissingTensorError,
     MisuseError,
     ShardwiseError,
@@ -73,7 +73,7 @@ from shardwise.errors import (
 from shardwise.format.index import encode_index
 from shardwise.format.manifest import MANIFEST_NAME, FileRecord
 from shardwise.geometry import Box, TensorSpec
-from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
+from shardwise.plan.fragments import Fragment, HeldTensor
 from shardwise.plan.layout import Layout, index_name, is_tensor_file, lay_out
 from shardwise.plan.reads import AnyRead, plan_reads
 from shardwise.sources.dcp_records import RECORD_TENSORS, has_record, read_record
@@ -195,7 +195,9 @@ class SafetensorsWriter(StorageWriter):
             NameCollisionError: Ranks saved different values under one name.
         """
         totals = Totals.of(results)
-        self._check_counts(totals)
+        hint = "Wrap the state dict with shardwise.dcp.regions.as_regions, or check the tensor's placements."
+        for spec in self._specs:
+            check_written(spec, totals.counts.get(spec.name, 0), self._path, hint)
         plain = write_values(self._storage, self._path, merge_values(totals.values))
         record = ComponentRecord(tuple(totals.files.values()), totals.tensors(self._specs))
         if self._layout is not None:
@@ -205,16 +207,6 @@ class SafetensorsWriter(StorageWriter):
             record = layout_record(self._layout, totals.crcs)
         self._remove_stale({file.path for file in record.files})
         write_manifest(self._storage, self._path, record + ComponentRecord(tuple(plain)), {})
-
-    def _check_counts(self, totals: Totals) -> None:
-        for spec in self._specs:
-            if totals.counts.get(spec.name, 0) != spec.nbytes:
-                raise IncompleteTensorError(
-                    f"the ranks together wrote {totals.counts.get(spec.name, 0)} of {spec.nbytes} bytes",
-                    path=self._path,
-                    tensor=spec.name,
-                    hint="Wrap the state dict with shardwise.dcp.regions.as_regions, or check the tensor's placements.",
-                )
 
     def _remove_stale(self, current: set[str]) -> None:
         """Remove tensor files of an earlier save under this stem that the new one does not have."""
@@ -360,7 +352,6 @@ class SafetensorsReader(StorageReader):
         """
         source = self._source
         assert source is not None
-        reader = Reader(self._storage, source.files, self._threads)
         targets = []
         reads: list[AnyRead] = []
         for item in plan.items:
@@ -370,17 +361,14 @@ class SafetensorsReader(StorageReader):
             target = planner.resolve_tensor(item).detach()
             targets.append((item, target))
             saved = source.tensors[item.storage_index.fqn]
-            origin = _origin(item.storage_index)
+            origin = tuple(item.storage_index.offset or ())
             offsets = tuple(a + b for a, b in zip(origin, item.storage_offsets, strict=True))
             memory = plain_memory(saved.spec.name, local_part(target))
             require_own_elements(saved.spec.name, memory)
-            fragment = Fragment(Box(offsets, tuple(item.lengths)), memory)
-            wanted = HeldTensor(saved.spec, saved.spec.shape, (HeldPart(Part(saved.spec.shape), (), (fragment,)),))
+            wanted = HeldTensor.alone(saved.spec, [Fragment(Box(offsets, tuple(item.lengths)), memory)])
             reads += plan_reads(saved, wanted)
-        try:
+        with closing(Reader(self._storage, source.files, self._threads)) as reader:
             reader.execute(reads)
-        finally:
-            reader.close()
         for item, target in targets:
             planner.commit_tensor(item, target)
         future: Future[None] = Future()
@@ -411,7 +399,3 @@ class SafetensorsReader(StorageReader):
     def checkpoint_id(self) -> str:
         """Where this reader reads."""
         return str(self._path)
-
-
-def _origin(index: MetadataIndex) -> tuple[int, ...]:
-    return tuple(index.offset or ())

@@ -33,11 +33,7 @@ _NAMES = {".json": VALUES_NAME, ".safetensors": VALUES_TENSORS_NAME}
 
 @dataclass(frozen=True)
 class PackedValue:
-    """A value as a rank sends it to the coordinator.
-
-    Attributes:
-        packed: A state, which is a table of this one value under its name; see `pack_state`.
-    """
+    """A value as a rank sends it to the coordinator: a state, a table of it alone under its name; see `pack_state`."""
 
     packed: Mapping[str, bytes]
 

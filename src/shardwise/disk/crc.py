@@ -27,13 +27,7 @@ def crc32c(data: Buffer, value: int = 0) -> int:
 
 
 def combine(crc_a: int, crc_b: int, len_b: int) -> int:
-    """Return the CRC-32C of the concatenation of two runs of bytes.
-
-    Args:
-        crc_a: CRC-32C of the first run.
-        crc_b: CRC-32C of the second run.
-        len_b: Length of the second run in bytes.
-    """
+    """Return the CRC-32C of the concatenation of two runs of bytes, the second of ``len_b`` bytes."""
     found: int = combine_crc32c(crc_a, crc_b, len_b)
     return found
 

@@ -83,14 +83,9 @@ def _open(path: Path, error: type[ShardwiseError], follows: bool) -> tuple[int, 
 def open_regular(
     path: str | os.PathLike[str], error: type[ShardwiseError], *, follows: bool = True
 ) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a regular file for reading and give it with its size in bytes.
+    """Open a regular file, or if ``follows`` a link to one, for reading; gives it with its size in bytes.
 
     Operating-system errors inside the ``with`` block become typed errors too.
-
-    Args:
-        path: The file.
-        error: Type raised where the path is not a regular file.
-        follows: Whether it may be a symbolic link to one.
 
     Raises:
         CheckpointNotFoundError: Nothing is there.
@@ -202,10 +197,7 @@ def _leads_into_a_store(path: Path) -> bool:
 def resolve_inside(root: str | os.PathLike[str], relative: str, error: type[ShardwiseError] = FormatError) -> Path:
     """Return the real path of ``root/relative``, which need not exist, and make sure that it lies below ``root``.
 
-    Args:
-        root: A directory; it may itself be reached through symbolic links.
-        relative: A POSIX path from an index or manifest.
-        error: Type raised for a path that leads elsewhere.
+    ``root`` may itself be reached through symbolic links; ``relative`` is a POSIX path from an index or manifest.
 
     Raises:
         ShardwiseError: Of type ``error``; the path is absolute, holds "..", or a symbolic link leads out of ``root``.

@@ -77,11 +77,8 @@ def names_in(directory: Path) -> list[str]:
 def walk(top: Path, enters: Callable[[Path], bool] = lambda directory: True) -> Iterator[tuple[Path, list[str]]]:
     """Every directory below ``top``, itself included, with the names in it that are no directories, sorted.
 
-    Those inside a directory come before it, as for deleting and syncing. Links are not followed.
-
-    Args:
-        top: A directory; nothing is found where there is none.
-        enters: Whether a directory below it is looked into.
+    Those inside a directory come before it, as for deleting and syncing. Links are not followed, nor directories that
+    are not to be entered.
     """
     if not is_directory(top):
         return

@@ -24,17 +24,8 @@ _FEWEST_PLACES = 16  # what POSIX promises (_XOPEN_IOV_MAX)
 def read_rows(handle: int, into: memoryview, rows: int, width: int, pitch: int, period: int, offset: int) -> int:
     """Read ``rows`` rows of ``width`` bytes, ``period`` bytes apart in the file, the first at ``offset``.
 
-    Args:
-        handle: A file descriptor.
-        into: Where the rows go, ``pitch`` bytes from one row's start to the next; bytes between them are not touched.
-        rows: How many rows.
-        width: Bytes of each row.
-        pitch: At least ``width``.
-        period: At least ``width``; the bytes between rows are read too and dropped.
-        offset: Of the first row in the file.
-
-    Returns:
-        How many rows were read whole; fewer only at the end of the file.
+    They go to places ``pitch`` bytes apart in ``into``, between which nothing is touched; what is between rows in the
+    file is read too and dropped. Returns how many rows were read whole, fewer only at the end of the file.
 
     Raises:
         OSError: The system failed.

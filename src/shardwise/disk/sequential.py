@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -16,14 +17,10 @@ Block = bytes | memoryview
 
 
 class SequentialFile:
-    """A file that is written from front to back. Local; one thread.
+    """A file that is written from front to back, created, or replaced, with the first bytes. Local; one thread.
 
-    As a context manager it is made durable at the end of the ``with`` block, and closed in any case.
-
-    Args:
-        storage: Through what.
-        path: The file, which is created, or replaced, with the first bytes.
-        size: Bytes to reserve for it; 0 where the file system takes no write behind a file's end.
+    As a context manager it is made durable at the end of the ``with`` block, and closed in any case. ``size`` bytes are
+    reserved for it; 0 where the file system takes no write behind a file's end.
     """
 
     def __init__(self, storage: Storage, path: Path, size: int = 0) -> None:
@@ -35,14 +32,7 @@ class SequentialFile:
         self.crc32c = 0
 
     def append(self, blocks: Iterable[Block], tensor: str | None = None) -> int:
-        """Append a part of the file.
-
-        Args:
-            blocks: Its bytes.
-            tensor: The tensor that they are of, for errors.
-
-        Returns:
-            The CRC-32C of the part.
+        """Append a part of the file, of ``tensor``; returns its CRC-32C.
 
         Raises:
             ShardwiseError: The file system refused, or ``blocks`` raised it; names the file and the tensor.
@@ -86,47 +76,41 @@ def write_file(storage: Storage, path: Path, content: bytes) -> None:
 
 
 def copy_file(source: Path, target: Path, storage: Storage, origin: Storage | None = None) -> None:
-    """Copy a file's bytes, making the directory; not durable yet. Local.
+    """Copy a file's bytes from ``origin`` to ``storage``, the same by default, making the directory. Local.
 
-    Args:
-        source: The file.
-        target: Its copy, which replaces what is there.
-        storage: Where ``target`` is.
-        origin: Where ``source`` is; there too by default.
+    The copy replaces what is there, and is not durable yet.
     """
     storage.make_directory(target.parent)
     storage.create(target, 0, b"")
-    handle = storage.open(target, writable=True)
-    with locating(target):
-        try:
-            offset = 0
-            for block in blocks_of(origin or storage, source):
-                storage.write(handle, block, offset)
-                offset += len(block)
-        finally:
-            storage.close(handle)
+    with _opened(storage, target, writable=True) as handle:
+        offset = 0
+        for block in blocks_of(origin or storage, source):
+            storage.write(handle, block, offset)
+            offset += len(block)
 
 
 def sync_file(storage: Storage, path: Path, *, writable: bool = False) -> None:
     """Make the bytes of a file durable, which may be another's, and read-only. Local."""
-    handle = storage.open(path, writable=writable)
-    with locating(path):
-        try:
-            storage.sync(handle)
-        finally:
-            storage.close(handle)
+    with _opened(storage, path, writable=writable) as handle:
+        storage.sync(handle)
 
 
 def blocks_of(storage: Storage, path: Path) -> Iterator[memoryview]:
     """The bytes of a file, in blocks that are valid until the next is asked for. Local."""
     buffer = memoryview(bytearray(_BLOCK_BYTES))
-    handle = storage.open(path, writable=False)
+    with _opened(storage, path, writable=False) as handle:
+        offset = 0
+        while got := storage.read(handle, buffer, offset):
+            yield buffer[:got]
+            offset += got
+
+
+@contextmanager
+def _opened(storage: Storage, path: Path, *, writable: bool) -> Iterator[int]:
+    handle = storage.open(path, writable=writable)
     with locating(path):
         try:
-            offset = 0
-            while got := storage.read(handle, buffer, offset):
-                yield buffer[:got]
-                offset += got
+            yield handle
         finally:
             storage.close(handle)
 

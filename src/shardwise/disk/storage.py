@@ -63,11 +63,9 @@ _KINDS: dict[int, Kind] = {
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What stands under a name.
+    """What stands under a name; the size is a file's, in bytes.
 
     Attributes:
-        kind: What it is.
-        size: Of a file: its bytes.
         identity: What distinguishes it from everything else in the storage, whatever name it has; ``None`` where the
             storage knows no such thing.
         changed: When its content changed last, in seconds since 1970; ``None`` where the storage does not say. For
@@ -98,18 +96,15 @@ class Ranges(Protocol):
 
     def open(self, path: Path, *, writable: bool) -> int:
         """Open an existing regular file; returns a handle."""
-        ...
 
     def write(self, handle: int, data: Buffer, offset: int) -> None:
         """Write all of ``data``."""
 
     def read(self, handle: int, into: memoryview, offset: int) -> int:
         """Fill ``into``; returns how many bytes there were, fewer only at the end of the file."""
-        ...
 
     def status_of(self, handle: int) -> Status:
         """The open file: its size now, and the identity that `Looks.status` gives under its name."""
-        ...
 
     def sync(self, handle: int) -> None:
         """Make the file's bytes durable."""
@@ -148,7 +143,6 @@ class Names(Protocol):
 
         Only what replaces a component that stands alone, or a checkpoint that was abandoned, calls it.
         """
-        ...
 
     def symlink(self, target: str, path: Path) -> None:
         """Create a symbolic link at ``path``, which must not exist, to ``target`` (relative to the link)."""
@@ -172,27 +166,21 @@ class Looks(Protocol):
     def status(self, path: Path, *, follows: bool = True) -> Status | None:
         """What is at ``path``, or ``None``: nothing, or a name that can never be.
 
-        Args:
-            path: The name.
-            follows: Whether a link stands for what it leads to (a link that leads nowhere, or in a circle: nothing) or
-                for itself.
+        If ``follows``, a link stands for what it leads to (if that is nowhere, or a circle, for nothing), else for
+        itself.
         """
-        ...
 
     def entries(self, path: Path) -> list[Entry]:
         """All that is in a directory, by name."""
-        ...
 
     def read_link(self, path: Path) -> str:
         """The text of a link."""
-        ...
 
     def real_path(self, path: Path) -> Path:
         """Where ``path`` is when every link in it is followed; where nothing is there, where it would be.
 
         A storage without links gives ``path``. A link in a circle raises ``StorageError``.
         """
-        ...
 
 
 class Storage(Ranges, Directories, Names, Looks, Protocol):
@@ -213,7 +201,6 @@ class IsLocal(Protocol):
 
     def local_path(self, path: Path) -> Path:
         """Where this machine has what the storage has at ``path``."""
-        ...
 
 
 @runtime_checkable
@@ -227,7 +214,6 @@ class ReadsRows(Protocol):
 
         The gaps are read along. Returns how many rows there were, fewer only at the end of the file.
         """
-        ...
 
 
 #: File systems on which reserving space costs nothing: an allocation of extents, no write of zeros.

@@ -25,12 +25,7 @@ from shardwise.timing import phase
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """A rank's declaration before a save.
-
-    Attributes:
-        held: Lists of tensors that it holds; as many lists on every rank, each of which gets a roster.
-        note: Any other value that all ranks need.
-    """
+    """A rank's declaration before a save: lists of tensors that it holds, as many as on every rank, and any note."""
 
     held: tuple[Sequence[HeldTensor], ...]
     note: JsonValue = None
@@ -38,11 +33,9 @@ class Statement:
 
 @dataclass(frozen=True, slots=True)
 class Agreed:
-    """The statements of all ranks. The same on every rank, and the same object until a rank makes a new statement.
+    """The statements of all ranks: who holds what, for each list of `Statement.held`, and each rank's note.
 
-    Attributes:
-        rosters: Who holds what, for each list of `Statement.held`.
-        notes: Each rank's note, in rank order.
+    The same on every rank, and the same object until a rank makes a new statement.
     """
 
     rosters: tuple[Roster, ...]
@@ -70,25 +63,24 @@ class Agreement:
             IncompleteTensorError: The ranks together lack a piece of a tensor.
             MisuseError: Two meshes of a rank cannot be distinguished.
         """
-        held: list[Sequence[HeldTensor]] = []
-        kinds: list[_Kind] = []
+        own: list[tuple[Statement, _Kind]] = []
 
         def describe_kind() -> JsonValue:
             statement = describe()
-            held.extend(statement.held)
             kind, row = _describe(statement, self._stage)
-            kinds.append(kind)
+            own.append((statement, kind))
             return row
 
         rows = self._group.gather(describe_kind, what)
         # Every rank compares what all have received, so that they decide alike, whatever became of an earlier save.
         if rows != self._rows:
-            self._kinds = self._receive(kinds[0], [str(digest) for digest, _ in cast(list[_Row], rows)])
+            [(statement, kind)] = own
+            self._kinds = self._receive(kind, [str(digest) for digest, _ in cast(list[_Row], rows)])
             agreed = self._agreed_on(cast(list[_Row], rows))
             with self._group.together("checking that the ranks hold every tensor whole"):
-                for roster, own in zip(agreed.rosters, held, strict=True):
+                for roster, held in zip(agreed.rosters, statement.held, strict=True):
                     _ = roster.specs
-                    roster.check_complete(own)
+                    roster.check_complete(held)
             self._rows, self._agreed = rows, agreed
         return self._agreed
 
@@ -175,12 +167,10 @@ def _mesh(mesh: MeshKey) -> JsonValue:
 
 
 def roster_of_kind(held: Sequence[HeldTensor], group: Group, stage: int) -> Roster | None:
-    """Which ranks hold the same kinds of tensor as this rank, and at which coordinates. All ranks call.
+    """Which ranks hold the same kinds of tensor as this rank, and at which coordinates: these alone. All ranks call.
 
     Only digests of descriptions are gathered: with a rank of another kind there is nothing in common to rely on.
-
-    Returns:
-        A roster that knows of these ranks alone; ``None`` where this rank's meshes cannot be distinguished.
+    Returns ``None`` where this rank's meshes cannot be distinguished.
     """
     own: list[_Kind] = []
 

@@ -1,21 +1,91 @@
-"""Runs saves in the background, one at a time, on a separate process group."""
+"""Runs saves in the background, one at a time, on a separate process group, also while the process ends.
+
+A training script may return from its last line, raise, or call ``sys.exit`` without `Checkpointer.finalize`. The
+interpreter then waits for the thread that writes; but executors take no more work from a certain moment on, and no
+caller is left to raise a failure to. So the saves that no caller has waited for yet are remembered, and
+
+1. before executors close, the interpreter waits for them;
+2. at the very end, one that has failed is logged as an error, and the process ends with a code other than 0.
+"""
 
 from __future__ import annotations
 
+import atexit
+import concurrent.futures.thread  # noqa: F401 - what it registers has to be registered first, to run last
+import contextlib
+import functools
 import logging
+import os
+import sys
 import threading
 from contextvars import copy_context
+from dataclasses import dataclass, field
 
 from shardwise.comm import Group
 from shardwise.engine.device_streams import DeviceStreams
 from shardwise.engine.jobs import SaveJob, Step
-from shardwise.engine.process_exit import PendingSave, forget, remember
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.staging import Stager
 from shardwise.errors import SaveInterruptedError, ShardwiseError
 from shardwise.timing import phase
+from shardwise.upstream.python import before_threads_end
 
 _LOG = logging.getLogger(__name__)
+
+#: Exit code of a process that has lost a save.
+LOST_EXIT_CODE = 1
+
+
+@dataclass(eq=False)
+class PendingSave:
+    """A save in the background, until a caller has waited for it."""
+
+    what: str
+    thread: threading.Thread = field(default_factory=threading.Thread)
+    failure: BaseException | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it is still being written on this rank."""
+        return self.thread.is_alive()
+
+
+_pending: set[PendingSave] = set()
+
+
+@functools.cache
+def _register_exit_hooks() -> None:
+    atexit.register(_report_lost)
+    os.register_at_fork(after_in_child=_pending.clear)  # a data loader's worker has no thread that writes
+    # Hooks of `atexit` run only when every thread has ended, and executors close before.
+    before_threads_end(_wait_for_pending)
+
+
+def _wait_for_pending() -> None:
+    for save in list(_pending):
+        if save.is_running:
+            _LOG.info("waiting for a save before the process ends: %s", save.what)
+        save.thread.join()
+
+
+def _report_lost() -> None:
+    lost = [save for save in _pending if save.failure is not None or save.is_running]
+    if not lost:
+        return
+    for save in lost:
+        why = "it was not finished" if save.failure is None else f"{save.failure}"
+        _LOG.error(
+            "LOST: %s, in the background, and the process ends before this was raised: %s. Call finalize() before the "
+            "end, or use the checkpointer in a with statement, to have it raised.",
+            save.what,
+            why,
+        )
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    # An exception from here does not change the exit code, and 0 would report success.
+    os._exit(LOST_EXIT_CODE)
 
 
 def waiting_for_copies(stager: Stager) -> Step:
@@ -32,9 +102,7 @@ def waiting_for_copies(stager: Stager) -> Step:
 class Background:
     """A thread that runs saves, and the buffers that they are written from.
 
-    Only that thread uses its process group, so that no collective of the training mixes with the save's.
-
-    ``group``, its own, is closed with it.
+    Only that thread uses ``group``, which is closed with it, so that no collective of the training mixes with a save's.
     """
 
     def __init__(self, group: Group, streams: DeviceStreams | None = None) -> None:
@@ -56,7 +124,7 @@ class Background:
         """Start a save; the previous one must have been waited for. All ranks call.
 
         The thread publishes as soon as every rank is durable; it waits for no later call, and the process does not end
-        before it has (see `shardwise.engine.process_exit`).
+        before it has.
         """
         save = PendingSave(job.what)
         save.thread = threading.Thread(
@@ -64,11 +132,12 @@ class Background:
         )
         # From here on, before the thread runs, the staged memory belongs to the job.
         self.stager.lend()
-        remember(save)
+        _register_exit_hooks()
+        _pending.add(save)
         try:
             save.thread.start()
         except BaseException:
-            forget(save)
+            _pending.discard(save)
             self.stager.take_back()
             raise
         self._save = save
@@ -103,7 +172,7 @@ class Background:
         save = self._save
         if save is None:
             return None
-        save.join()
+        save.thread.join()
         failure = save.failure
         if failure is None or isinstance(failure, ShardwiseError):
             return failure
@@ -117,12 +186,12 @@ class Background:
     def acknowledge(self) -> None:
         """Forget the last save, which has ended: the caller of the library knows its outcome."""
         if self._save is not None:
-            forget(self._save)
+            _pending.discard(self._save)
             self._save = None
 
     def close(self) -> None:
         """Release thread, group and buffers; the last save must have been waited for."""
         if self._save is not None:
-            self._save.join()
+            self._save.thread.join()
         self.stager.clear()
         self._group.close()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from typing import NamedTuple
 from zlib import crc32
 
 import torch
@@ -15,14 +17,13 @@ from shardwise.dtypes import torch_dtype
 from shardwise.engine.load import LoadOptions, LoadSource
 from shardwise.engine.sharing import PlannedReads
 from shardwise.errors import ConversionError, PeerError
-from shardwise.geometry import Box, TensorSpec
+from shardwise.geometry import Box
 from shardwise.plan.deferred import refuse_stand_ins, resolve
-from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
+from shardwise.plan.fragments import Fragment, HeldTensor, copy_whole, part_in_box
 from shardwise.plan.layout import Layout
 from shardwise.plan.roster import Roster
 from shardwise.plan.schedule import WriteRun
 from shardwise.sources.reader import Reader
-from shardwise.sources.sources import Source
 from shardwise.sources.tensor_bytes import flat_bytes, stored
 
 
@@ -138,10 +139,7 @@ def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def gather(tensor: HeldTensor, roster: Roster, group: Group, owner: int) -> torch.Tensor | None:
-    """Assemble one tensor on rank ``owner``. Its holders call.
-
-    Returns:
-        The tensor on ``owner``, ``None`` on other ranks. Where a holder has failed, ``None``; that rank raises.
+    """Assemble one tensor on rank ``owner``, ``None`` elsewhere and where a holder has failed. Its holders call.
 
     Raises:
         PeerError: A peer left.
@@ -172,12 +170,11 @@ def gather(tensor: HeldTensor, roster: Roster, group: Group, owner: int) -> torc
     if prepared.whole is None or len(ready) < len(partners):
         return None
     for _, buffer, box in prepared.receives:
-        _region(prepared.whole, box).copy_(buffer)
+        part_in_box(prepared.whole, box).copy_(buffer)
     return prepared.whole
 
 
-@dataclass(frozen=True, slots=True)
-class _Prepared:
+class _Prepared(NamedTuple):
     """The pieces that one rank sends and receives to assemble a tensor; ``whole`` has its own pieces already."""
 
     sends: list[tuple[int, torch.Tensor]]
@@ -207,16 +204,10 @@ def _prepare(tensor: HeldTensor, pieces: Sequence[tuple[int, Box]], rank: int, o
     receives: list[tuple[int, torch.Tensor, Box]] = []
     for source, box in pieces:
         if source == owner:
-            _region(whole, box).copy_(resolve(own[box]).detach())
+            part_in_box(whole, box).copy_(resolve(own[box]).detach())
         else:
             receives.append((source, torch.empty(box.sizes, dtype=dtype), box))
     return _Prepared([], receives, whole)
-
-
-def _region(tensor: torch.Tensor, box: Box) -> torch.Tensor:
-    for dim, (start, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
-        tensor = tensor.narrow(dim, start, size)
-    return tensor
 
 
 @dataclass(frozen=True)
@@ -231,24 +222,21 @@ class OpenedComputed:
     def read(self, storage: Storage) -> None:
         """Read, convert and install, one group at a time. All ranks of the group call."""
         reader = Reader(storage, self.source.plain.files, self.options.threads)
-        with self.group.together(f"converting tensors of {self.source.plain.path}"):
-            try:
-                for held in self.groups:
-                    self._load(held, reader)
-            finally:
-                reader.close()
+        with self.group.together(f"converting tensors of {self.source.plain.path}"), closing(reader):
+            for held in self.groups:
+                self._load(held, reader)
 
     def _load(self, held: HeldGroup, reader: Reader) -> None:
         reads, hub = PlannedReads(), {}
         for spec in held.computed.hub:
             hub[spec.name] = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
-            self.source.add(_destination(spec, hub[spec.name]), reads, None)
+            wanted = HeldTensor.alone(spec, [Fragment(Box.whole(spec.shape), hub[spec.name])])
+            self.source.add(wanted, reads, None)
         reads.execute(reader, self.group)
         natives = held.computed.rule.backward(hub)
         with torch.no_grad():
             for tensor in held.natives:
-                for fragment in tensor.fragments:
-                    fragment.data.copy_(_region(natives[tensor.spec.name].reshape(tensor.grid), fragment.box))
+                copy_whole(natives[tensor.spec.name].reshape(tensor.grid), tensor)
 
 
 def open_computed(
@@ -263,8 +251,9 @@ def open_computed(
     wanted = [held for held in groups if held.natives]
 
     def wholes() -> dict[str, list[Box]]:
-        specs = (spec for held in wanted for spec in held.computed.hub)
-        return {spec.name: [Box.whole(spec.shape)] for spec in specs if _fits(spec, source.plain)}
+        tensors = source.plain.tensors
+        specs = [spec for held in wanted for spec in held.computed.hub if spec.name in tensors]
+        return {s.name: [Box.whole(s.shape)] for s in specs if tensors[s.name].spec.shape == s.shape}
 
     source = source.located(source.plain.located(wholes, group))
     found: list[HeldGroup] = []
@@ -276,13 +265,3 @@ def open_computed(
                 found.append(held)
         refuse_stand_ins(tensor for held in found for tensor in held.natives)
     return OpenedComputed(found, source, group, options)
-
-
-def _fits(spec: TensorSpec, source: Source) -> bool:
-    saved = source.tensors.get(spec.name)
-    return saved is not None and saved.spec.shape == spec.shape
-
-
-def _destination(spec: TensorSpec, memory: torch.Tensor) -> HeldTensor:
-    fragment = Fragment(Box.whole(spec.shape), memory)
-    return HeldTensor(spec, spec.shape, (HeldPart(Part(spec.shape), (), (fragment,)),))

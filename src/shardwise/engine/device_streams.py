@@ -1,4 +1,4 @@
-"""An interface to order copies from an accelerator among its other work, and its implementation by torch's streams.
+"""The order of copies from an accelerator among its other work.
 
 Work on an accelerator is queued on streams, and the host goes on. A copy out of device memory runs on a separate
 stream. So that it does not read values of a later step, it waits for the work that its device's current stream has so
@@ -19,39 +19,6 @@ class CopyEvent(Protocol):
 
     def synchronize(self) -> None:
         """Return when the point is reached; blocks the host. Any thread calls."""
-
-
-class DeviceStreams(Protocol):
-    """The operations on accelerators that staging needs.
-
-    For each asynchronous save, on the thread that saves: `has_streams` and `pinned` when memory is made, `copy` for
-    each tensor, then for each device `mark` and `hold_back`. Later, on any thread that steps an optimizer, `hold_back`
-    again. Before any other save, and before a load: `settle`.
-    """
-
-    def has_streams(self, device: torch.device) -> bool:
-        """Whether copies from ``device`` are queued; otherwise they are done when `torch.Tensor.copy_` returns."""
-
-    def pinned(self, nbytes: int) -> torch.Tensor:
-        """Host memory of ``nbytes`` bytes that devices copy into without the host."""
-
-    def copy(self, buffer: torch.Tensor, source: torch.Tensor) -> None:
-        """Queue a copy behind all that the current stream of the source's device has been given.
-
-        The memory of ``source`` may be freed once this returns: it is not given to others before it was read.
-        """
-
-    def mark(self, device: torch.device) -> CopyEvent:
-        """The point behind all copies that were queued from ``device``."""
-
-    def hold_back(self, device: torch.device, event: CopyEvent) -> None:
-        """Let what this thread gives to the current stream of ``device`` from now on wait for ``event``.
-
-        The host does not wait.
-        """
-
-    def settle(self, device: torch.device) -> None:
-        """Return when all that this thread gave to the current stream of ``device`` is done."""
 
 
 class _Stream(Protocol):
@@ -80,8 +47,13 @@ class DeviceModule(Protocol):
         """Makes another stream the current one."""
 
 
-class AcceleratorStreams:
-    """`DeviceStreams` of whatever accelerators torch knows, one side stream for each device."""
+class DeviceStreams:
+    """Streams of whatever accelerators torch knows, one side stream for each device.
+
+    For each asynchronous save, on the thread that saves: `has_streams` and `pinned` when memory is made, `copy` for
+    each tensor, then for each device `mark` and `hold_back`. Later, on any thread that steps an optimizer, `hold_back`
+    again. Before any other save, and before a load: `settle`.
+    """
 
     def __init__(self, module_of: Callable[[torch.device], object] = torch.get_device_module) -> None:
         self._module_of = module_of
@@ -89,7 +61,7 @@ class AcceleratorStreams:
         self._known: dict[torch.device, bool] = {}
 
     def has_streams(self, device: torch.device) -> bool:
-        """Whether the device's module has streams; Apple's GPUs, for one, are waited for by the copy itself."""
+        """Whether copies from ``device`` are queued; of Apple's GPUs, for one, they are done when ``copy_`` returns."""
         known = self._known.get(device)
         if known is None:
             known = device.type not in ("cpu", "meta") and isinstance(self._module_of(device), DeviceModule)
@@ -97,11 +69,14 @@ class AcceleratorStreams:
         return known
 
     def pinned(self, nbytes: int) -> torch.Tensor:
-        """Page-locked memory."""
+        """Page-locked memory, which devices copy into without the host."""
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def copy(self, buffer: torch.Tensor, source: torch.Tensor) -> None:
-        """Queue it on the side stream of the source's device."""
+        """Queue a copy behind all that the current stream of the source's device has been given.
+
+        The memory of ``source`` may be freed once this returns: it is not given to others before it was read.
+        """
         device = source.device
         module = self._module(device)
         side = self._sides.get(device)
@@ -114,11 +89,11 @@ class AcceleratorStreams:
             source.record_stream(cast(torch.Stream, side))
 
     def mark(self, device: torch.device) -> CopyEvent:
-        """Record an event on the device's side stream."""
+        """The point behind all copies that were queued from ``device``."""
         return self._sides[device].record_event()
 
     def hold_back(self, device: torch.device, event: CopyEvent) -> None:
-        """Let the device's current stream wait for the event.
+        """Let what this thread gives to the device's current stream from now on wait for ``event``; the host does not.
 
         Not while a graph is captured on it, which only records, and cannot wait for what is outside of it.
         """
@@ -128,7 +103,7 @@ class AcceleratorStreams:
             module.current_stream(device).wait_event(event)
 
     def settle(self, device: torch.device) -> None:
-        """Wait for the device's current stream."""
+        """Return when all that this thread gave to the current stream of ``device`` is done."""
         self._module(device).current_stream(device).synchronize()
 
     def _module(self, device: torch.device) -> DeviceModule:

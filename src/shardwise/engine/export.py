@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from shardwise.dtypes import torch_dtype
 from shardwise.engine.computed import ComputedPlan, write_computed
 from shardwise.engine.progress import Progress
 from shardwise.engine.records import ComponentRecord, check_written, layout_record
-from shardwise.engine.replicas import Comparison, Seen, comparison, look_at, refuse
+from shardwise.engine.replicas import Comparison, Digested, comparison, look_at, refuse, share_of
 from shardwise.engine.row_exchange import exchange_rows, spare_memory
 from shardwise.engine.writer import Digest, Digests, FileSet, totals, write_all, write_run
 from shardwise.format.manifest import FileRecord
@@ -30,8 +29,6 @@ from shardwise.plan.schedule import Schedule, WriteRun, schedule
 from shardwise.sources.reader import Reader
 from shardwise.sources.stream import tensor_blocks
 from shardwise.timing import count_bytes, phase, timed
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,9 +64,7 @@ class Copies:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """A planned export: the layout, and this rank's part of the work.
-
-    It may be written again as long as the held tensors stay where they are.
+    """A planned export, which may be written again as long as the held tensors stay where they are.
 
     Attributes:
         replicas: What this rank holds that others hold too, to be compared before anything is published.
@@ -136,10 +131,10 @@ def write_export(plan: ExportPlan, group: Group, storage: Storage, digest: Diges
         IncompleteTensorError: The ranks together did not write every byte of a tensor.
         ReplicasDifferError: Ranks that hold a tensor as replicas have different values of it.
     """
-    started = time.monotonic()
     spare = reserve(plan, group, storage)
-    progress = Progress(f"saving {plan.options.component}", _own_bytes(plan), group.is_main)
-    digests, seen = Digests(advance=progress.add), Seen()
+    progress = Progress(f"saving {plan.options.component}", plan.schedule.nbytes, group.is_main)
+    digests = Digests(advance=progress.add)
+    seen: list[Digested] = []
     failure: Exception | None = None
     try:
         with progress:
@@ -147,17 +142,7 @@ def write_export(plan: ExportPlan, group: Group, storage: Storage, digest: Diges
         seen = look_at(plan.replicas, plan.options.threads)
     except Exception as error:  # noqa: BLE001 - raised on every rank where digests are combined
         failure = error
-    record = _fold(plan, group, digests, seen, failure)
-    if group.is_main:
-        seconds = time.monotonic() - started
-        nbytes = plan.layout.total_bytes
-        _LOG.debug("wrote %s: %.3f GB in %.2f s", plan.directory, nbytes / 1e9, seconds)
-    return record
-
-
-def _own_bytes(plan: ExportPlan) -> int:
-    """About how many bytes this rank writes."""
-    return sum(run.nbytes for run in plan.schedule.runs)
+    return _fold(plan, group, digests, seen, failure)
 
 
 def make_room(plan: ExportPlan, storage: Storage) -> None:
@@ -170,9 +155,7 @@ def make_room(plan: ExportPlan, storage: Storage) -> None:
 def reserve(plan: ExportPlan, group: Group, storage: Storage) -> torch.Tensor:
     """Create every file with its header and its space, so that a full disk fails before a byte is written.
 
-    The index is known by then, and written.
-
-    Returns memory with which this rank takes part in exchanges of rows if it fails.
+    The index is written too. Returns memory with which this rank takes part in exchanges of rows if it fails.
     """
     if not plan.has_room:
         with group.together(f"reserving space in {plan.directory}"):
@@ -187,34 +170,30 @@ def reserve(plan: ExportPlan, group: Group, storage: Storage) -> torch.Tensor:
         return spare_memory(plan.schedule.exchanges, plan.held, group.rank)
 
 
-def _created(plan: ExportPlan, group: Group) -> list[int]:
+def _created(plan: ExportPlan, group: Group) -> range:
     """The files that this rank creates."""
-    return list(range(group.rank, len(plan.layout.files), group.world_size))
+    return range(group.rank, len(plan.layout.files), group.world_size)
 
 
 @phase("write")
 def _write(
     plan: ExportPlan, group: Group, storage: Storage, digests: Digests, digest: Digest, spare: torch.Tensor
 ) -> None:
-    files = FileSet(storage, [plan.directory / file.name for file in plan.layout.files])
     digest = timed("digest", digest)
+    with closing(FileSet(storage, [plan.directory / file.name for file in plan.layout.files])) as files:
 
-    def write_rows(run: WriteRun) -> None:
-        digests.take(run, write_run(run, files, storage, digest))
+        def write_rows(run: WriteRun) -> None:
+            digests.take(run, write_run(run, files, storage, digest))
 
-    try:
         failure: Exception | None = None
         try:
             write_all(plan.schedule.runs, files, storage, plan.options.threads, digests, digest)
         except Exception as error:  # noqa: BLE001 - raised once no peer waits
             failure = error
         # Peers count on this rank's rows even if its own writing has failed.
-        refused = exchange_rows(
-            plan.schedule.exchanges, plan.held, plan.layout, group, write_rows, failure=failure, spare=spare
-        )
-        failure = failure or refused
-        refused = write_computed(plan.computed, plan.layout, group, write_rows, failure)
-        failure = failure or refused
+        exchanges = plan.schedule.exchanges
+        failure = exchange_rows(exchanges, plan.held, plan.layout, group, write_rows, failure=failure, spare=spare)
+        failure = write_computed(plan.computed, plan.layout, group, write_rows, failure)
         if failure is not None:
             raise failure
         _copy(plan, group, storage, write_rows)
@@ -224,31 +203,26 @@ def _write(
         files.sync()
         if group.is_main:  # every rank has created its files by now
             storage.sync_directory(plan.directory)
-    finally:
-        files.close()
 
 
 def _copy(plan: ExportPlan, group: Group, storage: Storage, write: Callable[[WriteRun], None]) -> None:
     """Carry tensors over, each by one rank, a block at a time."""
-    reader = Reader(storage, plan.copies.files)
-    try:
-        for number, tensor in enumerate(plan.copies.tensors):
-            if number % group.world_size != group.rank:
-                continue
+    with closing(Reader(storage, plan.copies.files)) as reader:
+        for tensor in plan.copies.tensors[group.rank :: group.world_size]:
             place, start = plan.layout.places[tensor.spec.name], 0
             for block in tensor_blocks(tensor, reader):
                 data = torch.frombuffer(block, dtype=torch.uint8).view(torch_dtype(tensor.spec.dtype))
                 write(WriteRun(place.file, place.offset + start, -1, tensor.spec, start, data))
                 start += len(block)
-    finally:
-        reader.close()
 
 
 @phase("fold")
-def _fold(plan: ExportPlan, group: Group, digests: Digests, seen: Seen, failure: Exception | None) -> ComponentRecord:
+def _fold(
+    plan: ExportPlan, group: Group, digests: Digests, seen: Sequence[Digested], failure: Exception | None
+) -> ComponentRecord:
     names = [entry.spec.name for file in plan.layout.files for entry in file.entries]
     xors, own_counts = totals(names, digests)
-    crcs, (*counts, differ) = group.fold(xors, [*own_counts, seen.share], f"writing {plan.directory}", failure)
+    crcs, (*counts, differ) = group.fold(xors, [*own_counts, share_of(seen)], f"writing {plan.directory}", failure)
     if differ:
         refuse(seen, group)
     written = dict(zip(names, counts, strict=True))

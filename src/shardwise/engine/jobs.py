@@ -34,10 +34,8 @@ def below(prefix: str, steps: Sequence[Step], component: str = "") -> list[Step]
 class SaveJob:
     """The rest of a save once the state is captured. Every rank has one, with the same steps.
 
-    Attributes:
-        steps: Each writes a component and returns a record of it; all ranks run them in this order.
-        commit: Makes the result visible, given the records of all steps.
-        abandon: Removes what was written, after a failure; must not raise.
+    Each step writes a component and returns a record of it; ``commit`` makes the result visible, given the records of
+    all; ``abandon`` removes what was written, after a failure, and must not raise.
     """
 
     what: str

@@ -6,18 +6,16 @@ Every load goes this way. What a checkpoint and a base model differ in is in the
 from __future__ import annotations
 
 import contextlib
-import logging
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import NoReturn, Protocol, Self
 
 import torch
 
 from shardwise.comm import Group
 from shardwise.disk.storage import Storage
 from shardwise.engine.missing_files import missing_files_named
-from shardwise.engine.name_suggestions import Shapes, listed, nearest
+from shardwise.engine.name_suggestions import listed, nearest
 from shardwise.engine.progress import Progress
 from shardwise.engine.sharing import NO_SHARING, PlannedReads, Sharing, find_replicas, finds_remote
 from shardwise.errors import (
@@ -29,15 +27,12 @@ from shardwise.errors import (
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.deferred import Buffers, split
 from shardwise.plan.fragments import HeldTensor
-from shardwise.plan.pieces import wanted_regions
-from shardwise.plan.reads import SourceTensor
+from shardwise.plan.reads import SourceTensor, wanted_regions
 from shardwise.plan.sharing import Replicas
 from shardwise.sources.reader import ReadCounts, Reader
 from shardwise.sources.sources import Source
 from shardwise.stateful_wrappers.memory import require_own_elements
 from shardwise.timing import count_bytes, phase
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,49 +78,35 @@ class LoadSource(Protocol):
     @property
     def plain(self) -> Source:
         """The stored tensors that byte ranges can read."""
-        ...
 
     def located(self, plain: Source) -> Self:
         """The same where more is known of the stored tensors' pieces."""
-        ...
 
     def names(self) -> Collection[str]:
         """All names that a model may want; whether one is among them is known in constant time."""
-        ...
 
     def unexpected(self, unwanted: Sequence[str], options: LoadOptions) -> list[str]:
         """Those of ``names`` that no rank wants that are more than what others are made from."""
-        ...
 
     def compare(
         self, specs: Sequence[TensorSpec], unexpected: Sequence[str], options: LoadOptions, *, dtypes: bool = True
     ) -> None:
-        """Compare what a rank wants with what there is.
+        """Compare what a rank wants, under its names in the files, with what there is.
 
-        Args:
-            specs: The model's tensors under their names in the files.
-            unexpected: Names that no rank wants.
-            options: What may differ.
-            dtypes: Whether dtypes are compared; tensors that conversion computes have their own.
+        ``unexpected`` are names that no rank wants; without ``dtypes`` these are not compared, since tensors that
+        conversion computes have their own.
 
         Raises:
             TensorError: Names, shapes or dtypes differ.
             QuantizationError: A base is quantized in a way that cannot be undone.
         """
-        ...
 
     def add(self, tensor: HeldTensor, reads: PlannedReads, replicas: Replicas | None) -> None:
-        """Plan how a tensor that is there is filled.
-
-        Args:
-            tensor: What this rank holds.
-            reads: Takes what has to be done.
-            replicas: Ranks that want the same, where they share the reading.
+        """Plan how a tensor that is there is filled, by this rank or by ``replicas`` that want the same.
 
         Raises:
             TensorError: Several elements of the tensor are one memory, or the source does not cover it.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +134,9 @@ class CheckpointSource:
         tensors = self.plain.tensors
         missing = [spec.name for spec in specs if spec.name not in tensors]
         if missing and not options.allow_missing:
-            raise _missing(missing, unexpected, self.plain, _shapes(specs))
+            _refuse_names(MissingTensorError, missing, specs, unexpected, self.plain)
         if unexpected and not options.allow_unexpected:
-            raise _unexpected_error(unexpected, _shapes(specs), self.plain)
+            _refuse_names(UnexpectedTensorError, unexpected, specs, unexpected, self.plain)
         for spec in specs:
             saved = tensors.get(spec.name)
             if saved is not None and saved.spec != spec:
@@ -168,34 +149,11 @@ class CheckpointSource:
         reads.add(self.plain.tensors[tensor.spec.name], tensor, replicas)
 
 
-def load_tensors(
-    held: Sequence[HeldTensor], source: Source, group: Group, storage: Storage, options: LoadOptions
-) -> LoadReport:
-    """Fill every fragment of ``held`` from ``source``. All ranks of the group call.
-
-    Each rank reads the byte ranges that it needs and nothing more (but for small gaps between rows); with
-    ``options.sharing`` replicas read each range once and pass it on. Nothing is written to the model before names,
-    shapes and dtypes of all tensors agree on every rank.
-
-    Raises:
-        MissingTensorError: The model has a tensor that the source lacks; names the nearest.
-        UnexpectedTensorError: The source has a tensor that no rank's model has; names the nearest.
-        ShapeMismatchError: Shapes differ.
-        DtypeMismatchError: Dtypes differ.
-        IntegrityError: A file is shorter than its header promises.
-    """
-    return open_described(lambda: held, source, group, storage, options).read()
-
-
 @dataclass(frozen=True)
 class OpenedLoad:
     """A load of which all is known to fit, on every rank, and nothing has been read.
 
     Attributes:
-        source: Where it comes from.
-        group: The ranks that load together.
-        storage: Through what.
-        options: What may differ.
         reads: What this rank reads into its memory.
         later: The identity of a module that takes its state itself -> the tensors that there are for it.
         missing: Names that the source lacks.
@@ -216,47 +174,35 @@ class OpenedLoad:
     @contextlib.contextmanager
     def reading(self) -> Iterator[Callable[[object], dict[str, torch.Tensor]]]:
         """Inside, what there is for a module that takes its state itself can be read, by its own names. Local."""
-        reader = Reader(self.storage, self.source.plain.files, self.options.threads)
+        with contextlib.closing(Reader(self.storage, self.source.plain.files, self.options.threads)) as reader:
 
-        def values(owner: object) -> dict[str, torch.Tensor]:
-            buffers, reads = Buffers(), PlannedReads()
-            for tensor in self.later.get(id(owner), ()):
-                self.source.add(buffers.behind(tensor), reads, None)
-            reads.execute(reader, self.group)
-            return buffers.values()
+            def values(owner: object) -> dict[str, torch.Tensor]:
+                buffers, reads = Buffers(), PlannedReads()
+                for tensor in self.later.get(id(owner), ()):
+                    self.source.add(buffers.behind(tensor), reads, None)
+                reads.execute(reader, self.group)
+                return buffers.values()
 
-        try:
             yield values
-        finally:
-            reader.close()
 
     @phase("read")
     def read(self) -> LoadReport:
         """Fill what was described. All ranks of the group call, once.
 
-        Values are cast to the dtype of the memory that they go to. Extra memory: the reader's buffers (4 MiB for each
-        thread), and about 20 MiB while quantized tensors are read.
+        Each rank reads the byte ranges that it needs and nothing more (but for small gaps between rows); values are
+        cast to the dtype of the memory that they go to. Extra memory: the reader's buffers (4 MiB for each thread), and
+        about 20 MiB while quantized tensors are read.
 
         Raises:
             IntegrityError: A file is shorter than its header promises.
         """
         source, group = self.source.plain, self.group
-        started = time.monotonic()
         progress = Progress(f"loading {source.path.name}", self.reads.nbytes, group.is_main)
         observe = (lambda _file, _offset, length: progress.add(length)) if group.is_main else None
         reader = Reader(self.storage, source.files, self.options.threads, observe)
-        with group.together(f"reading {source.path}"), progress:
-            try:
-                self.reads.execute(reader, group)
-            finally:
-                reader.close()
+        with group.together(f"reading {source.path}"), progress, contextlib.closing(reader):
+            self.reads.execute(reader, group)
         count_bytes(reader.counts.read)
-        if group.is_main:
-            seconds = max(time.monotonic() - started, 1e-9)
-            rate = reader.counts.read / 1e9 / seconds
-            _LOG.debug(
-                "read %s: %.3f GB on rank 0 in %.2f s (%.2f GB/s)", source.path, reader.counts.read / 1e9, seconds, rate
-            )
         return LoadReport(self.missing, self.unexpected, reader.counts)
 
 
@@ -283,16 +229,14 @@ def open_load(
 ) -> OpenedLoad:
     """Compare what ``describe`` gives with ``source``, and plan what to read. All ranks of the group call.
 
-    Args:
-        describe: Gives what this rank holds. Local.
-        source: Where it comes from.
-        group: The ranks that load together.
-        storage: Through what.
-        options: What may differ.
-        asks: Something else to ask in the same exchange, once all is described. Local.
+    ``asks``, local as ``describe`` is, is something else to ask in the same exchange, once all is described. Nothing is
+    written to the model before names, shapes and dtypes of all tensors agree on every rank.
 
     Raises:
-        TensorError: As `load_tensors`.
+        MissingTensorError: The model has a tensor that the source lacks; names the nearest.
+        UnexpectedTensorError: The source has a tensor that no rank's model has; names the nearest.
+        ShapeMismatchError: Shapes differ.
+        DtypeMismatchError: Dtypes differ.
     """
     held, unexpected, remote, asked = _described(describe, source, group, storage, options, asks)
     source = source.located(source.plain.located(lambda: _regions(held, source.plain), group))
@@ -359,10 +303,7 @@ def _described(
     options: LoadOptions,
     asks: Callable[[], bool],
 ) -> tuple[Sequence[HeldTensor], list[str], bool, bool]:
-    """What this rank holds; unexpected names; whether any rank's files are remote, and any asks.
-
-    In one exchange.
-    """
+    """What this rank holds; unexpected names; whether any rank's files are remote, and any asks: in one exchange."""
     names = sorted(source.names())
     held: Sequence[HeldTensor] = ()
     wants, remote, asked = [0] * len(names), False, False
@@ -384,11 +325,9 @@ def _regions(held: Sequence[HeldTensor], source: Source) -> dict[str, list[Box]]
     """Regions that this rank wants of tensors with remote pieces; a mismatch of shapes is reported later."""
     wanted: dict[str, list[Box]] = {}
     for tensor in held:
-        spec = tensor.spec
-        saved = source.tensors.get(spec.name)
-        if saved is None or saved.remote is None or saved.spec.shape != spec.shape:
-            continue
-        wanted.setdefault(spec.name, []).extend(wanted_regions(tensor))
+        saved = source.tensors.get(tensor.spec.name)
+        if saved is not None and saved.remote is not None and saved.spec.shape == tensor.spec.shape:
+            wanted.setdefault(tensor.spec.name, []).extend(wanted_regions(tensor))
     return wanted
 
 
@@ -415,47 +354,27 @@ def _compare(spec: TensorSpec, saved: SourceTensor, source: Source, options: Loa
         )
 
 
-def _shapes(specs: Sequence[TensorSpec]) -> dict[str, tuple[int, ...]]:
-    return {spec.name: spec.shape for spec in specs}
-
-
-def _with_saved(name: str, own: Mapping[str, tuple[int, ...]], names: Sequence[str], source: Source) -> Shapes:
-    """Shapes of one name and of those that it is compared with."""
-    saved = {other: source.tensors[other].spec.shape for other in names if other in source.tensors}
-    return {**own, **saved, **({name: own[name]} if name in own else {})}
-
-
-def _missing(
-    names: Sequence[str], unclaimed: Sequence[str], source: Source, own: Mapping[str, tuple[int, ...]]
-) -> MissingTensorError:
-    shapes = _with_saved(names[0], own, unclaimed, source) if unclaimed else None
-    close = nearest(names[0], unclaimed or source.tensors, shapes)
-    hint = "Build the model from the checkpoint's own config.json, or allow a subset of the keys."
-    if close is not None and unclaimed:
-        hint = f"The checkpoint has {close!r}; is it the same tensor under another name (key_mapping)?"
-    elif close is not None:
-        hint = f"The nearest name there is {close!r}, which the model has too. {hint}"
-    return MissingTensorError(
-        f"the checkpoint lacks {len(names)} of the model's tensors: {listed(names)}",
-        path=source.path,
-        tensor=names[0],
-        hint=hint,
-    )
-
-
-def _unexpected_error(
-    names: Sequence[str], own: Mapping[str, tuple[int, ...]], source: Source
-) -> UnexpectedTensorError:
-    shapes = _with_saved(names[0], own, names[:1], source)
-    close = nearest(names[0], [name for name in own if name not in source.tensors], shapes)
-    hint = "Build the model from the checkpoint's own config.json."
-    if close is not None:
-        hint = f"The model has {close!r}; is it the same tensor under another name (key_mapping)?"
-    elif (close := nearest(names[0], own)) is not None:
-        hint = f"The nearest name in the model is {close!r}, which the checkpoint has too. {hint}"
-    return UnexpectedTensorError(
-        f"the checkpoint holds {len(names)} tensors that the model lacks: {listed(names)}",
-        path=source.path,
-        tensor=names[0],
-        hint=hint,
-    )
+def _refuse_names(
+    kind: type[MissingTensorError | UnexpectedTensorError],
+    names: Sequence[str],
+    own: Iterable[TensorSpec],
+    unexpected: Sequence[str],
+    source: Source,
+) -> NoReturn:
+    """Refuse names that the checkpoint lacks, or that the model does; names the nearest on the other side."""
+    shapes = {spec.name: spec.shape for spec in own}
+    if kind is MissingTensorError:
+        what, there, here = f"the checkpoint lacks {len(names)} of the model's tensors", "checkpoint", "model"
+        hint = "Build the model from the checkpoint's own config.json, or allow a subset of the keys."
+        candidates = unexpected
+    else:
+        what, there, here = f"the checkpoint holds {len(names)} tensors that the model lacks", "model", "checkpoint"
+        hint = "Build the model from the checkpoint's own config.json."
+        candidates = [name for name in shapes if name not in source.tensors]
+    shared = [name for name in shapes if name in source.tensors]
+    saved = {name: source.tensors[name].spec.shape for name in unexpected if name in source.tensors}
+    if (close := nearest(names[0], candidates, shapes | saved)) is not None:
+        hint = f"The {there} has {close!r}; is it the same tensor under another name (key_mapping)?"
+    elif (close := nearest(names[0], shared)) is not None:
+        hint = f"The nearest name in the {there} is {close!r}, which the {here} has too. {hint}"
+    raise kind(f"{what}: {listed(names)}", path=source.path, tensor=names[0], hint=hint)

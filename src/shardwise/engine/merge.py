@@ -7,11 +7,11 @@ written again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
 from shardwise.disk.private_directory import private_directory
 from shardwise.disk.sequential import SequentialFile, blocks_of, write_file
 from shardwise.disk.storage import Storage, storage_errors
@@ -21,8 +21,8 @@ from shardwise.engine.export import ExportPlan, export_record
 from shardwise.engine.records import ComponentRecord, merged
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.errors import IntegrityError
-from shardwise.format.manifest import TensorRecord
-from shardwise.geometry import Box, TensorSpec
+from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
+from shardwise.geometry import Box
 from shardwise.plan.layout import FileLayout, index_name
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.plan.roster import Roster
@@ -42,8 +42,7 @@ class MergeOptions:
     Attributes:
         single_rank: Rank 0 merges every file; otherwise the ranks take turns over the files.
         staging_dir: Local directory below which a file is finished before it is copied into place. Runs may share it.
-        patience_seconds: How long ranks that are done wait for those that still merge; the group's time-out if not
-            given.
+        patience_seconds: How long ranks wait for those that still merge; the group's time-out if not given.
     """
 
     single_rank: bool
@@ -62,25 +61,17 @@ def write_merged(
     computed = _write_aside(plan, aside, group, storage)
     files = group.attempt(lambda: plan_shards(plan.held, roster, group.rank), "planning the shards")
     component = plan.options.component
-    shards = ShardPlan(aside, component, computed.others(roster), files, replicas=plan.replicas)
-    own_record = write_shards(shards, group, storage, most_chunks=None)
-    record = merged(map(ComponentRecord.decoded, group.gather(own_record.encoded, "gathering records")))
+    shards = ShardPlan(aside, component, _without(roster, computed), files, replicas=plan.replicas)
+    record = _gathered(write_shards(shards, group, storage, most_chunks=None), group) + computed
     names = {file.path: number for number, file in enumerate(record.files)}
     sources = {tensor.spec.name: _source(tensor, names) for tensor in record.tensors}
-    paths = [*(aside / file.path for file in record.files), *computed.paths, *plan.copies.files]
-    sources |= {name: _moved(tensor, len(names)) for name, tensor in computed.sources.items()}
-    behind = len(names) + len(computed.paths)
-    sources |= {tensor.spec.name: _moved(tensor, behind) for tensor in plan.copies.tensors}
+    sources |= {tensor.spec.name: _moved(tensor, len(names)) for tensor in plan.copies.tensors}
+    paths = [*(aside / file.path for file in record.files), *plan.copies.files]
     recorded: dict[Path, list[RecordedDigest]] = {path: [] for path in paths}
     for tensor in record.tensors:
         for chunk in tensor.chunks:
-            recorded[aside / chunk.file].append(
-                RecordedDigest(chunk.offset, chunk.nbytes, chunk.crc32c, tensor.spec.name)
-            )
-    for name, made in computed.sources.items():
-        [place] = made.chunks
-        run = RecordedDigest(place.offset, made.spec.nbytes, computed.digests[name], name)
-        recorded[computed.paths[place.file]].append(run)
+            run = RecordedDigest(chunk.offset, chunk.nbytes, chunk.crc32c, tensor.spec.name)
+            recorded[aside / chunk.file].append(run)
     ledger = DigestLedger({path: sorted(runs) for path, runs in recorded.items()})
     digests = {entry.spec.name: 0 for file in plan.layout.files for entry in file.entries}
     with group.together(f"preparing {plan.directory}"):
@@ -106,10 +97,13 @@ def write_merged(
     return export_record(plan, dict(zip(digests, crcs, strict=True))) if group.is_main else ComponentRecord()
 
 
+def _gathered(own: ComponentRecord, group: Group) -> ComponentRecord:
+    return merged(map(ComponentRecord.decoded, group.gather(own.encoded, "gathering records")))
+
+
 def _source(tensor: TensorRecord, files: dict[str, int]) -> SourceTensor:
-    return SourceTensor(
-        tensor.spec, tuple(SourceChunk(chunk.box, files[chunk.file], chunk.offset) for chunk in tensor.chunks)
-    )
+    chunks = [SourceChunk(chunk.box, files[chunk.file], chunk.offset) for chunk in tensor.chunks]
+    return SourceTensor(tensor.spec, tuple(chunks))
 
 
 def _moved(tensor: SourceTensor, by: int) -> SourceTensor:
@@ -153,14 +147,11 @@ def _merge_file(file: FileLayout, place: Path, merging: _Merging) -> tuple[dict[
     """Write one final file to ``place`` from front to back."""
     found: dict[str, int] = {}
     reader = VerifyingReader(merging.storage, merging.paths, merging.ledger)
-    try:
-        with SequentialFile(merging.storage, place) as made:
-            made.append([file.header])
-            for entry in file.entries:
-                name = entry.spec.name
-                found[name] = made.append(reader.blocks(merging.sources[name]), name)
-    finally:
-        reader.close()
+    with closing(reader), SequentialFile(merging.storage, place) as made:
+        made.append([file.header])
+        for entry in file.entries:
+            name = entry.spec.name
+            found[name] = made.append(reader.blocks(merging.sources[name]), name)
     return found, made.crc32c
 
 
@@ -172,74 +163,50 @@ def _move(place: Path, target: Path, size: int, crc: int, storage: Storage) -> N
     """
     with SequentialFile(storage, target) as copy:
         found = copy.append(blocks_of(storage, place))
-        if copy.size < size:
-            raise IntegrityError(
-                f"the staged file ends after {copy.size} of {size} bytes", path=place, hint=_STAGE_ELSEWHERE
-            )
-        if found != crc:
-            raise IntegrityError(
-                "the staged file has other bytes than were written to it", path=place, hint=_STAGE_ELSEWHERE
-            )
+        if copy.size < size or found != crc:
+            what = "has other bytes than were written to it"
+            what = f"ends after {copy.size} of {size} bytes" if copy.size < size else what
+            raise IntegrityError(f"the staged file {what}", path=place, hint=_STAGE_ELSEWHERE)
     with storage_errors(place):
         storage.remove_file(place)
 
 
-@dataclass(frozen=True)
-class _ComputedFiles:
-    """The files of all ranks' computed tensors; the same on every rank.
-
-    ``sources`` and ``digests`` are by tensor name; chunks refer to ``paths``.
-    """
-
-    paths: tuple[Path, ...]
-    sources: Mapping[str, SourceTensor]
-    digests: Mapping[str, int]
-
-    def others(self, roster: Roster) -> Roster:
-        """The roster without the computed tensors, which no rank holds."""
-        if not self.sources:
-            return roster
-        declarations = {
-            digest: replace(
-                declaration, specs=tuple(spec for spec in declaration.specs if spec.name not in self.sources)
-            )
-            for digest, declaration in roster.declarations.items()
-        }
-        return Roster(declarations, roster.digests, roster.coordinates)
+def _without(roster: Roster, computed: ComponentRecord) -> Roster:
+    """The roster without the computed tensors, which no rank holds."""
+    if not computed.tensors:
+        return roster
+    names = {tensor.spec.name for tensor in computed.tensors}
+    declarations = dict(roster.declarations)
+    for digest, declaration in declarations.items():
+        specs = tuple(spec for spec in declaration.specs if spec.name not in names)
+        declarations[digest] = replace(declaration, specs=specs)
+    return Roster(declarations, roster.digests, roster.coordinates)
 
 
-def _write_aside(plan: ExportPlan, directory: Path, group: Group, storage: Storage) -> _ComputedFiles:
+def _write_aside(plan: ExportPlan, directory: Path, group: Group, storage: Storage) -> ComponentRecord:
     """Compute what has to be computed and put it into ``directory``, front to back. All ranks of the group call.
 
-    One group of tensors is in memory at a time, on the rank that computes it.
+    One group of tensors is in memory at a time, on the rank that computes it. Returns the record of all ranks.
 
     Raises:
         ConversionError: The conversion did not give what it announced.
         StorageError: The file system refused, on any rank; the same error on every rank.
     """
     if not group.any(bool(plan.computed.groups), "looking for tensors that have to be computed"):
-        return _ComputedFiles((), {}, {})
-    paths = tuple(directory / f"computed-{rank:05d}" for rank in range(1, group.world_size + 1))
-    own: list[JsonValue] = []
+        return ComponentRecord()
+    name, own = f"computed-{group.rank + 1:05d}", list[TensorRecord]()
     with group.together(f"computing tensors of {plan.directory}"):
         storage.make_directory(directory)
-        with SequentialFile(storage, paths[group.rank]) as file:
+        with SequentialFile(storage, directory / name) as file:
 
             def append(run: WriteRun) -> None:
-                start = file.size
-                crc = file.append(byte_blocks(run.data, torch_dtype(run.spec.dtype)), run.spec.name)
-                own.append([run.spec.name, list(run.spec.shape), run.spec.dtype, start, crc])
+                spec, start = run.spec, file.size
+                crc = file.append(byte_blocks(run.data, torch_dtype(spec.dtype)), spec.name)
+                chunk = ChunkRecord(name, start, spec.nbytes, Box.whole(spec.shape), crc)
+                own.append(TensorRecord(plan.options.component, spec, crc, (chunk,)))
 
             failure = write_computed(plan.computed, plan.layout, group, append)
             if failure is not None:
                 raise failure
-    rows = cast(list[list[list[JsonValue]]], group.gather_json(own, "gathering records"))
-    sources: dict[str, SourceTensor] = {}
-    digests: dict[str, int] = {}
-    for number, theirs in enumerate(rows):
-        for row in theirs:
-            name, shape, dtype, offset, crc = cast(tuple[str, list[int], str, int, int], tuple(row))
-            spec = TensorSpec(name, tuple(shape), dtype)
-            sources[name] = SourceTensor(spec, (SourceChunk(Box.whole(spec.shape), number, offset),))
-            digests[name] = crc
-    return _ComputedFiles(paths, sources, digests)
+    files = (FileRecord(name, file.size, file.crc32c, None),) if own else ()
+    return _gathered(ComponentRecord(files, tuple(own)), group)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shardwise.disk.names import exists, is_directory
@@ -45,26 +45,21 @@ def saved_aliases(source: Source) -> dict[str, str]:
     Local. Empty where no manifest lists a file of the source, or where it cannot be read: the error about the tensor
     that is then missing says more.
     """
-    try:
+    with suppress(OSError, ShardwiseError):
         for directory, manifest in _manifests(source.path):
-            listed = {directory / file.path for file in manifest.files}
-            if not listed.isdisjoint(source.files):
+            if not {directory / file.path for file in manifest.files}.isdisjoint(source.files):
                 return {name: kept for of, name, kept in manifest.aliases if of == "model"}
-    except (OSError, ShardwiseError):
-        pass
     return {}
 
 
 def _missing_file(path: Path) -> Path | None:
     """A tensor file at or below ``path`` that the nearest manifest lists and that does not exist."""
-    try:
+    with suppress(OSError, ShardwiseError):  # the error about the tensor says more than one about the manifest
         for directory, manifest in _manifests(path):
             for file in manifest.files:
                 found = directory / file.path
                 if found.suffix == ".safetensors" and found.is_relative_to(path) and not exists(found):
                     return found
-    except (OSError, ShardwiseError):  # the error about the tensor says more than one about the manifest
-        pass
     return None
 
 

@@ -25,12 +25,7 @@ def nearest(name: str, candidates: Collection[str], shapes: Shapes | None = None
 
     It is one whose name ends alike: in the same parameter (``weight``) of a module of the same name (``q_proj``), or of
     one that differs by a slip or an abbreviation (``q_project``); never a norm for a projection, ``k_proj`` for
-    ``q_proj``, or a bias for a weight. Where shapes are known they have to agree.
-
-    Args:
-        name: The name that has no match.
-        candidates: Names that exist.
-        shapes: Name -> shape, of ``name`` and of candidates, as far as they are known.
+    ``q_proj``, or a bias for a weight. Where shapes, of ``name`` and of candidates, are known, they have to agree.
     """
     module, leaf = _last_two(name)
     known = shapes or {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TypeAlias
 
@@ -17,6 +18,7 @@ from shardwise.errors import (
     MisuseError,
     ShapeMismatchError,
     StateFormatError,
+    TensorError,
     UnexpectedTensorError,
 )
 from shardwise.format.header import arrange, encode_header, read_header
@@ -100,32 +102,26 @@ def match_own(path: Path, held: Mapping[str, HeldTensor]) -> tuple[list[Pair], M
     for spec, begin, _ in header.entries:
         target = held.get(spec.name)
         if target is None:
-            raise UnexpectedTensorError(
-                "this rank's file has a tensor that the rank does not hold",
-                path=path,
-                tensor=spec.name,
-                hint="Build the model and its optimizer as when the checkpoint was saved.",
+            raise _unlike(
+                UnexpectedTensorError, "this rank's file has a tensor that the rank does not hold", spec, path
             )
-        _compare(spec, target.spec, path)
+        own = target.spec
+        if spec.shape != own.shape:
+            what = f"this rank saved it with shape {list(spec.shape)}, here it has {list(own.shape)}"
+            raise _unlike(ShapeMismatchError, what, spec, path)
+        if spec.dtype != own.dtype:
+            raise _unlike(DtypeMismatchError, f"this rank saved it as {spec.dtype}, here it is {own.dtype}", spec, path)
         chunk = SourceChunk(Box.whole(spec.shape), 0, header.data_start + begin)
         found.append((SourceTensor(spec, (chunk,)), target._replace(spec=spec)))
-    return found, header.metadata or {}
+    return found, header.metadata
 
 
-def _compare(saved: TensorSpec, own: TensorSpec, path: Path) -> None:
+def _unlike(kind: type[TensorError], what: str, spec: TensorSpec, path: Path) -> TensorError:
     hint = "Build the model and its optimizer as when the checkpoint was saved."
-    if saved.shape != own.shape:
-        message = f"this rank saved it with shape {list(saved.shape)}, here it has {list(own.shape)}"
-        raise ShapeMismatchError(message, path=path, tensor=saved.name, hint=hint)
-    if saved.dtype != own.dtype:
-        message = f"this rank saved it as {saved.dtype}, here it is {own.dtype}"
-        raise DtypeMismatchError(message, path=path, tensor=saved.name, hint=hint)
+    return kind(what, path=path, tensor=spec.name, hint=hint)
 
 
 def read_own(path: Path, pairs: Sequence[Pair], storage: Storage, threads: int) -> None:
     """Read what `match_own` found. Local."""
-    reader = Reader(storage, [path], threads)
-    try:
+    with closing(Reader(storage, [path], threads)) as reader:
         reader.execute([read for saved, target in pairs for read in plan_reads(saved, target)])
-    finally:
-        reader.close()

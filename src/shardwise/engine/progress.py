@@ -6,7 +6,6 @@ import logging
 import sys
 import threading
 import time
-from types import TracebackType
 from typing import Protocol
 
 from shardwise.timing import current
@@ -52,23 +51,15 @@ class Progress:
             elif time.monotonic() - self._logged >= LOG_SECONDS:
                 self._logged = time.monotonic()
                 share = 100 * self._done / max(self._total, self._done, 1)
-                _LOG.debug("%s: %.0f%% of %.2f GB, %s", self._what, share, self._total / 1e9, self._rate())
-
-    def close(self) -> None:
-        """Take the bar off the terminal. Safe to call twice."""
-        self._shown = False
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def _rate(self) -> str:
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        return f"{self._done / 1e9 / seconds:.2f} GB/s in {seconds:.1f} s"
+                rate = self._done / 1e9 / (self._logged - self._started)
+                _LOG.debug("%s: %.0f%% of %.2f GB, %.2f GB/s", self._what, share, self._total / 1e9, rate)
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def __exit__(self, *_: object) -> None:
+        """Take the bar off the terminal."""
+        self._shown = False
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -37,12 +37,7 @@ _HINT = (
 
 
 class Replica(NamedTuple):
-    """Something that this rank holds as a replica of what others hold.
-
-    Attributes:
-        ranks: Those that hold the same, ascending, this one among them.
-        data: This rank's memory of it.
-    """
+    """A part of a tensor that ``ranks``, ascending, all hold, and this rank's memory of it."""
 
     name: str
     part: int
@@ -60,9 +55,8 @@ class Comparison:
 
     def reading(self, memory: Mapping[str, torch.Tensor]) -> Comparison:
         """The same with other memory behind the tensors, by name: this rank's local tensors."""
-        return Comparison(
-            self.roster, self.rank, tuple([replica._replace(data=(memory[replica.name],)) for replica in self.own])
-        )
+        own = [replica._replace(data=(memory[replica.name],)) for replica in self.own]
+        return Comparison(self.roster, self.rank, tuple(own))
 
 
 def comparison(held: Sequence[HeldTensor], roster: Roster, rank: int) -> Comparison:
@@ -100,30 +94,24 @@ class Digested:
         """The weight of this rank's numbers in the sum over its replicas: equal numbers add up to zero."""
         return 1 - len(ranks) if ranks[0] == self.of.rank else 1
 
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """This rank's replicas, digested."""
-
-    digested: tuple[Digested, ...] = ()
-
-    @property
     def share(self) -> int:
         """This rank's summand; the sum over all ranks is zero if all replicas are equal."""
-        total = 0
-        for digested in self.digested:
-            sums: dict[tuple[int, ...], int] = {}
-            for replica, number in digested.hashes():
-                sums[replica.ranks] = sums.get(replica.ranks, 0) + number
-            total += sum((number & _MASK) * digested.weight(ranks) for ranks, number in sums.items())
-        return total
+        sums: dict[tuple[int, ...], int] = {}
+        for replica, number in self.hashes():
+            sums[replica.ranks] = sums.get(replica.ranks, 0) + number
+        return sum((number & _MASK) * self.weight(ranks) for ranks, number in sums.items())
 
 
 @phase("compare")
-def look_at(comparisons: Sequence[Comparison], threads: int = 1) -> Seen:
+def look_at(comparisons: Sequence[Comparison], threads: int = 1) -> list[Digested]:
     """Digest what this rank holds as replicas. Local; reads each byte of it once."""
     known: dict[tuple[object, ...], int] = {}  # a tied tensor has several names
-    return Seen(tuple([Digested(each, _crcs(each.own, known, threads)) for each in comparisons]))
+    return [Digested(each, _crcs(each.own, known, threads)) for each in comparisons]
+
+
+def share_of(seen: Iterable[Digested]) -> int:
+    """This rank's summand of all comparisons together."""
+    return sum(digested.share() for digested in seen)
 
 
 def _crcs(own: Sequence[Replica], known: dict[tuple[object, ...], int], threads: int) -> tuple[int, ...]:
@@ -155,12 +143,12 @@ def _crc(data: tuple[torch.Tensor, ...]) -> int:
     return crc
 
 
-def refuse(seen: Seen, group: Group) -> None:
+def refuse(seen: Iterable[Digested], group: Group) -> None:
     """Find the replicas that differ and raise `ReplicasDifferError`, the same on every rank.
 
     All ranks call, once the sum of their shares is not zero.
     """
-    for digested in seen.digested:
+    for digested in seen:
         sums = dict.fromkeys([spec.name for spec in digested.of.roster.specs], 0)
         for replica, number in digested.hashes():
             sums[replica.name] += number * digested.weight(replica.ranks)

@@ -15,9 +15,8 @@ from shardwise.comm import Group
 from shardwise.errors import PeerError
 from shardwise.geometry import Box
 from shardwise.plan.deferred import resolve
-from shardwise.plan.fragments import Fragment, HeldTensor
+from shardwise.plan.fragments import Fragment, HeldTensor, part_in_box
 from shardwise.plan.layout import Layout
-from shardwise.plan.ownership import cut
 from shardwise.plan.rows import Exchange
 from shardwise.plan.schedule import WriteRun
 from shardwise.sources.tensor_bytes import flat_bytes, stored
@@ -45,8 +44,7 @@ def exchange_rows(
     Raises:
         PeerError: A peer left.
     """
-    if spare is None:
-        spare = spare_memory(exchanges, held, group.rank)
+    spare = spare_memory(exchanges, held, group.rank) if spare is None else spare
     for exchange in exchanges:
         for turn in range(exchange.rounds) if group.rank in exchange.members else ():
             try:
@@ -160,7 +158,7 @@ def _cut_out(
 ) -> list[Fragment]:
     """This rank's part of the rows, in the order in which the receiver enumerates it."""
     by_box = {fragment.box: fragment for fragment in fragments}
-    return [cut(by_box[boxes[number]], common) for number, common in exchange.pieces(boxes, start, count)]
+    return [by_box[boxes[number]].cut(common) for number, common in exchange.pieces(boxes, start, count)]
 
 
 def _pack(pieces: Sequence[Fragment]) -> torch.Tensor:
@@ -175,9 +173,6 @@ def _place(exchange: Exchange, rows: torch.Tensor, box: Box, start: int, count: 
         common = box.intersect(lead)
         if common is not None:
             target = rows[position : position + lead.numel].view(lead.sizes)
-            inside = common.relative_to(lead)
-            for dim, (low, size) in enumerate(zip(inside.offsets, inside.sizes, strict=True)):
-                target = target.narrow(dim, low, size)
-            target.copy_(data)
+            part_in_box(target, common.relative_to(lead)).copy_(data)
             return
         position += lead.numel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from shardwise.disk.crc import combine, crc32c
 from shardwise.disk.storage import Storage
 from shardwise.engine.progress import Progress
 from shardwise.engine.records import ComponentRecord, check_written
-from shardwise.engine.replicas import Comparison, Seen, comparison, look_at, refuse
+from shardwise.engine.replicas import Comparison, Digested, comparison, look_at, refuse, share_of
 from shardwise.engine.writer import FileSet, write_run
 from shardwise.format.header import encode_header
 from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
@@ -32,9 +33,8 @@ MOST_CHUNKS = 300_000
 class ShardPlan:
     """A planned sharded save; it may be written again as long as the held tensors stay where they are.
 
-    Attributes:
-        all_bytes: Bytes of all ranks' files, if they have been added up.
-        replicas: What this rank holds that others hold too, to be compared before anything is published.
+    ``all_bytes`` are those of all ranks' files, if they have been added up; ``replicas`` are compared before anything
+    is published.
     """
 
     directory: Path
@@ -71,16 +71,9 @@ def write_shards(
 ) -> ComponentRecord:
     """Write this rank's shard files. All ranks of the group call; files are durable when it returns.
 
-    Chunks are recorded if all ranks together have at most ``most_chunks``; ``None`` for any number.
-
-    Returns:
-        This rank's files and its pieces of tensors, to be `shardwise.engine.records.merged` with those of the others.
-        Rank 0's names every tensor. Above ``most_chunks`` only files, with digests of their whole content.
-
-    Raises:
-        StorageError: The file system refused, on any rank; the same error on every rank.
-        IncompleteTensorError: The ranks together did not write every byte of a tensor.
-        ReplicasDifferError: Ranks that hold a tensor as replicas have different values of it.
+    Returns this rank's files and its pieces of tensors, to be `shardwise.engine.records.merged` with those of the
+    others; rank 0's names every tensor. If all ranks together have more than ``most_chunks`` (``None`` for any number),
+    only files, with digests of their whole content. Raises as `shardwise.engine.export.write_export`.
     """
     nbytes, total = plan.own_bytes, plan.all_bytes
     if total is None:
@@ -94,7 +87,7 @@ def write_shards(
             storage.create(plan.directory / file.layout.name, file.layout.size, file.layout.header)
     failure: Exception | None = None
     written: list[list[ChunkRecord]] = []
-    seen = Seen()
+    seen: list[Digested] = []
     try:
         with Progress(f"saving {plan.component}", plan.own_bytes, group.is_main) as progress:
             written = _write(plan, storage, progress)
@@ -108,26 +101,22 @@ def write_shards(
 @phase("write")
 def _write(plan: ShardPlan, storage: Storage, progress: Progress) -> list[list[ChunkRecord]]:
     """Write the files and make them durable; returns the pieces in each, in the order of its entries."""
-    files = FileSet(storage, [plan.directory / file.layout.name for file in plan.files])
     written: list[list[ChunkRecord]] = []
     digest = timed("digest", crc32c)
-    try:
+    with closing(FileSet(storage, [plan.directory / file.layout.name for file in plan.files])) as files:
         for number, file in enumerate(plan.files):
             head, chunks = len(file.layout.header), list[ChunkRecord]()
             files.handle(number)  # a file without a tensor's bytes has a header to be synced all the same
             for spec, begin, end in file.layout.entries:
                 piece = file.pieces[spec.name]
-                crc = write_run(
-                    WriteRun(number, head + begin, piece.tensor, spec, 0, piece.data), files, storage, digest
-                )
+                run = WriteRun(number, head + begin, piece.tensor, spec, 0, piece.data)
+                crc = write_run(run, files, storage, digest)
                 progress.add(end - begin)
                 chunks.append(ChunkRecord(file.layout.name, head + begin, end - begin, piece.box, crc))
             written.append(chunks)
         files.sync()
         count_bytes(sum(chunk.nbytes for chunks in written for chunk in chunks))
         storage.sync_directory(plan.directory)
-    finally:
-        files.close()
     return written
 
 
@@ -136,7 +125,7 @@ def _check(
     plan: ShardPlan,
     group: Group,
     written: list[list[ChunkRecord]],
-    seen: Seen,
+    seen: list[Digested],
     failure: Exception | None,
     most_chunks: int | None,
 ) -> bool:
@@ -146,7 +135,7 @@ def _check(
     for file, chunks in zip(plan.files, written, strict=False):  # after a failure only some have been written
         for entry, chunk in zip(file.layout.entries, chunks, strict=True):
             own[entry.spec.name] += chunk.nbytes
-    sums = [*own.values(), sum(map(len, written)), seen.share]
+    sums = [*own.values(), sum(map(len, written)), share_of(seen)]
     _, (*counts, all_chunks, differ) = group.fold([], sums, f"writing {plan.directory}", failure)
     if differ:
         refuse(seen, group)

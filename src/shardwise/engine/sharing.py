@@ -1,33 +1,378 @@
-"""The reads of a load, grouped by the ranks that want the same bytes."""
+"""The reads of a load, grouped by the ranks that want the same bytes: of those one reads and passes on, in rounds.
+
+Bytes of ordinary tensors travel as they are in the file, and every rank converts them as if it had read them itself;
+what has to be made of several reads, such as dequantized values, travels as it is in memory. While a round is passed
+on, the next one is read. Bytes that cannot be received at their destination go through three reused slabs of memory:
+one for received bytes, and two in turn for read ones. A rank whose reading fails keeps taking part until
+the rounds are over, so that its peers are not left waiting; its failure is then raised where all ranks learn of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
 from shardwise.comm import Group
-from shardwise.disk.storage import Storage
+from shardwise.disk.storage import IsLocal, Storage, file_system_type
+from shardwise.dtypes import torch_dtype
 from shardwise.engine.agreement import roster_of_kind
-from shardwise.engine.read_sharing import Made, Wanted, is_remote, made_of, read_shared, rehearse, spare_memory
 from shardwise.plan.fragments import HeldPart, HeldTensor
-from shardwise.plan.reads import AnyRead, Read, SourceTensor, plan_reads
-from shardwise.plan.sharing import LIMITS, Limits, Replicas
-from shardwise.sources.reader import Reader
+from shardwise.plan.reads import AnyRead, PackedRead, Read, SourceTensor, plan_reads
+from shardwise.plan.sharing import LIMITS, Limits, Replicas, Share, rounds
+from shardwise.sources.reader import Reader, cut_read
 from shardwise.sources.sources import Source
+from shardwise.sources.tensor_bytes import flat_bytes, is_as_stored
 from shardwise.sources.torch_files import fill_from_file
+from shardwise.timing import phase
+
+#: Every dtype's elements lie at a multiple of this in a message.
+_ALIGNMENT = 16
+
+#: As the system calls them in its list of mounts.
+_REMOTE_NAMES = (
+    "nfs nfs4 lustre gpfs ceph beegfs wekafs panfs pvfs2 orangefs glusterfs afs cifs smb3 smbfs ocfs2 gfs2 fuse"
+)
+_REMOTE = frozenset(_REMOTE_NAMES.split())
+#: Local file systems that happen to be served by a process; all other ``fuse.*`` are taken for remote ones.
+_LOCAL_FUSE = frozenset(("fuse.fuse-overlayfs", "fuse.overlayfs", "fuse.mergerfs", "fuse.ntfs-3g", "fuse.bindfs"))
+
+
+@runtime_checkable
+class KnowsDistance(Protocol):
+    """An optional capability of a `Storage`: whether reading a file goes over a network."""
+
+    def is_remote(self, path: Path) -> bool:
+        """Whether the files at ``path``, which exists, are on another machine."""
+
+
+def is_remote(storage: Storage, path: Path) -> bool:
+    """Whether replicas that read at ``path`` ask a network file system for the same bytes."""
+    if isinstance(storage, KnowsDistance):
+        return storage.is_remote(path)
+    if not isinstance(storage, IsLocal):
+        return True
+    kind = file_system_type(storage.local_path(path))
+    return kind in _REMOTE or (kind.startswith("fuse.") and kind not in _LOCAL_FUSE)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Made:
+    """Memory ``dest``, of one shape and dtype on all replicas, that one of them fills by its own code for all.
+
+    ``fill`` fills memory of that shape and dtype through a reader, as often as it is called.
+    """
+
+    dest: torch.Tensor
+    fill: Callable[[torch.Tensor, Reader], None]
+
+
+@dataclass(slots=True, eq=False)
+class Wanted:
+    """The reads that a set of replicas has in common, in one order on all of them; destinations are each rank's.
+
+    ``made`` gives, for the most bytes of a piece, the pieces of what has to be made, as they are needed.
+    """
+
+    reads: list[Read] = field(default_factory=list)
+    made: list[Callable[[int], Iterator[Made]]] = field(default_factory=list)
+
+
+_Piece = Read | Made
+
+
+class _Place(NamedTuple):
+    """A piece, and the memory of its bytes as they travel: its own destination where possible."""
+
+    piece: _Piece
+    memory: torch.Tensor
+
+
+class _Slab:
+    """Memory that is reused round after round, so that a load's memory does not depend on the allocator."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def clear(self, nbytes: int, largest: int) -> None:
+        """Provide ``nbytes`` for a new round; nothing that was taken before is in use any more.
+
+        Of what the round before had, at most ``largest`` is kept; a tensor that is read whole may have needed more.
+        """
+        self._used = 0
+        if not nbytes <= self._memory.numel() <= max(nbytes, largest):
+            # The old one goes first.
+            self._memory = torch.empty(0, dtype=torch.uint8)
+            self._memory = torch.empty(nbytes, dtype=torch.uint8)
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """The next ``nbytes`` of it."""
+        start, self._used = self._used, self._used + _aligned(nbytes)
+        return self._memory[start : start + nbytes]
+
+
+@dataclass(slots=True, eq=False)
+class _Parcel:
+    """The memory of one share on one rank: the messages that carry it."""
+
+    places: list[_Place] = field(default_factory=list)
+    messages: list[torch.Tensor] = field(default_factory=list)
+
+    def install(self) -> None:
+        """Convert the pieces that do not lie at their destination yet."""
+        for piece, memory in self.places:
+            if memory is not piece.dest:
+                dest = piece.dest.detach()
+                dest.copy_(memory.view(dest.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    members: tuple[int, ...]
+    shares: tuple[Share[_Piece], ...]
+    limits: Limits
+
+    def shares_of(self, rank: int, *, own: bool) -> dict[int, Share[_Piece]]:
+        """What ``rank`` reads of it, or what is passed on to it, by the shares' numbers."""
+        return {number: share for number, share in enumerate(self.shares) if (share.reader == rank) == own}
+
+
+#: This rank's parcels of a round, by the share's number, and its first failure.
+_Outcome = tuple[dict[int, _Parcel], Exception | None]
+
+
+def made_of(read: PackedRead, _: int) -> Iterator[Made]:
+    """A serialised tensor has to be loaded whole, whatever its size and whatever is wanted of it."""
+    yield Made(read.dest, lambda memory, reader: reader.execute([read._replace(dest=memory)]))
+
+
+def spare_memory() -> torch.Tensor:
+    """Memory for the messages of a rank that has failed, allocated before any peer can be left waiting.
+
+    Enough for a share of single bytes, each at an aligned place. Until a failure it takes address space alone.
+    """
+    return torch.empty(LIMITS.largest * _ALIGNMENT, dtype=torch.uint8)
+
+
+def rehearse(shared: Mapping[tuple[int, ...], Wanted]) -> None:
+    """Go through the rounds of `read_shared` without reading. Local.
+
+    A rank that cannot compute the sizes of its rounds could not take part in them; here its failure still reaches all
+    ranks.
+    """
+    for members in sorted(shared):
+        for _ in _rounds(members, shared[members], LIMITS):
+            pass
+
+
+@phase("exchange")
+def read_shared(
+    shared: Mapping[tuple[int, ...], Wanted], reader: Reader, group: Group, spare: torch.Tensor, limits: Limits = LIMITS
+) -> Exception | None:
+    """Read what replicas want alike, each byte by one of them. The replicas call, each with the same sets and limits.
+
+    ``shared`` has for each set of replicas that this rank is part of what they have in common; ``spare`` is from
+    `spare_memory`. Returns what failed locally first; what is passed on in later rounds is then of no use.
+
+    Raises:
+        PeerError: A peer left.
+    """
+    failure: Exception | None = None
+    # One order of the sets for all ranks, so that no two of them wait for each other in different sets.
+    upcoming = (_Round(m, shares, limits) for m in sorted(shared) for shares in _rounds(m, shared[m], limits))
+    current = next(upcoming, None)
+    if current is None:
+        return None
+    arriving, slabs = _Slab(), itertools.cycle((_Slab(), _Slab()))
+    with ThreadPoolExecutor(1, thread_name_prefix="shardwise-ahead") as ahead:
+        reading = _begun(ahead, partial(_read, current, next(slabs), reader, group.rank, idle=False))
+        while current is not None:
+            parcels, refused = reading()
+            failure = failure or refused
+            following = next(upcoming, None)
+            if following is not None:
+                # The slab of the round before this one, which has been passed on.
+                read = partial(_read, following, next(slabs), reader, group.rank, idle=failure is not None)
+                reading = _begun(ahead, read)
+            with group.keeping(failure):
+                refused = _pass_on(current, parcels, arriving, reader, group, spare, idle=failure is not None)
+            failure = failure or refused
+            current = following
+    return failure
+
+
+def _begun(ahead: ThreadPoolExecutor, read: Callable[[], _Outcome]) -> Callable[[], _Outcome]:
+    """Start to read on another thread, or, where the system has none left, read at once: peers wait for the outcome."""
+    try:
+        return ahead.submit(read).result
+    except RuntimeError:
+        outcome = read()
+        return lambda: outcome
+
+
+def _rounds(members: tuple[int, ...], wanted: Wanted, limits: Limits) -> Iterator[tuple[Share[_Piece], ...]]:
+    most = limits.share(len(members))
+    yield from rounds(((_nbytes(piece), piece) for piece in _pieces(wanted, most)), members, limits)
+
+
+def _pieces(wanted: Wanted, most: int) -> Iterator[_Piece]:
+    for read in sorted(wanted.reads, key=lambda read: (read.file, read.offset)):
+        yield from cut_read(read, most)
+    for made in wanted.made:
+        yield from made(most)
+
+
+def _nbytes(piece: _Piece) -> int:
+    """Bytes that travel."""
+    return piece.rows * piece.width if isinstance(piece, Read) else piece.dest.nbytes
+
+
+def _memory_of(piece: _Piece) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Dtype and shape in which a piece travels."""
+    if isinstance(piece, Made):
+        return piece.dest.dtype, tuple(piece.dest.shape)
+    dtype = torch_dtype(piece.spec.dtype)
+    return dtype, (piece.rows, piece.width // dtype.itemsize)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _fits(piece: _Piece) -> bool:
+    """Whether the bytes that travel are those of the destination's memory."""
+    dest = piece.dest
+    return (
+        dest.device.type == "cpu" and dest.dtype == _memory_of(piece)[0] and dest.is_contiguous() and is_as_stored(dest)
+    )
+
+
+def _staged_bytes(share: Share[_Piece], limits: Limits) -> int:
+    """Bytes of a slab that a share takes on this rank."""
+    staged = (piece for piece in share.pieces if _nbytes(piece) < limits.alone or not _fits(piece))
+    return sum(_aligned(_nbytes(piece)) for piece in staged)
+
+
+def _parcel(share: Share[_Piece], limits: Limits, slab: _Slab) -> _Parcel:
+    """Memory for a share; its messages depend on nothing that differs between ranks."""
+    parcel = _Parcel()
+    small: list[tuple[_Piece, int]] = []
+    end = 0
+    for piece in share.pieces:
+        nbytes = _nbytes(piece)
+        if nbytes < limits.alone:
+            small.append((piece, end))
+            end += _aligned(nbytes)
+            continue
+        dtype, shape = _memory_of(piece)
+        memory = piece.dest if _fits(piece) else slab.take(nbytes).view(dtype).view(shape)
+        parcel.places.append(_Place(piece, memory))
+        # A serialised tensor is one piece, however large it is.
+        flat = flat_bytes(memory)
+        parcel.messages += [flat[start : start + limits.largest] for start in range(0, nbytes, limits.largest)]
+    if small:
+        packed = slab.take(end)
+        for piece, start in small:
+            dtype, shape = _memory_of(piece)
+            memory = packed[start : start + _nbytes(piece)].view(dtype)
+            parcel.places.append(_Place(piece, memory.view(shape)))
+        parcel.messages.append(packed)
+    return parcel
+
+
+def _parcels(shares: Mapping[int, Share[_Piece]], limits: Limits, slab: _Slab) -> dict[int, _Parcel]:
+    """Memory for some shares of one round, by their numbers."""
+    slab.clear(sum(_staged_bytes(share, limits) for share in shares.values()), limits.round)
+    return {number: _parcel(share, limits, slab) for number, share in shares.items()}
+
+
+def _read(this: _Round, slab: _Slab, reader: Reader, rank: int, *, idle: bool) -> _Outcome:
+    """Read this rank's shares of a round, unless ``idle``; a failure is kept and raised later."""
+    parcels: dict[int, _Parcel] = {}
+    try:
+        if not idle:
+            parcels = _parcels(this.shares_of(rank, own=True), this.limits, slab)
+        for parcel in parcels.values():
+            _fill(parcel, reader)
+    except Exception as error:  # noqa: BLE001 - raised once no peer waits
+        return parcels, error
+    return parcels, None
+
+
+def _fill(parcel: _Parcel, reader: Reader) -> None:
+    reads: list[AnyRead] = []
+    for piece, memory in parcel.places:
+        if isinstance(piece, Made):
+            piece.fill(memory.detach(), reader)
+        else:
+            reads.append(piece._replace(dest=memory.detach()))
+    reader.execute(reads)
+    parcel.install()
+
+
+def _pass_on(
+    this: _Round,
+    parcels: Mapping[int, _Parcel],
+    slab: _Slab,
+    reader: Reader,
+    group: Group,
+    spare: torch.Tensor,
+    *,
+    idle: bool,
+) -> Exception | None:
+    """Send and receive the messages of a round; blank ones if this rank has failed or finds no memory for them."""
+    own, theirs = (this.shares_of(group.rank, own=own) for own in (True, False))
+    arriving: dict[int, _Parcel] = {}
+    failure: Exception | None = None
+    if not idle:
+        try:
+            arriving = _parcels(theirs, this.limits, slab)
+        except Exception as error:  # noqa: BLE001 - raised once no peer waits
+            failure = error
+    sends_blanks = idle or failure is not None
+
+    def messages(number: int, made: Mapping[int, _Parcel]) -> list[torch.Tensor]:
+        return _blanks(this.shares[number], this.limits, spare) if sends_blanks else made[number].messages
+
+    others = [member for member in this.members if member != group.rank]
+    sends = [(other, message) for number in own for message in messages(number, parcels) for other in others]
+    receives = [(share.reader, message) for number, share in theirs.items() for message in messages(number, arriving)]
+    group.swap(sends, receives, "passing on what replicas have read")
+    if sends_blanks:
+        return failure
+    reader.counts.passed += sum(message.numel() for _, message in receives)
+    try:
+        for parcel in arriving.values():
+            parcel.install()
+    except Exception as error:  # noqa: BLE001 - raised once no peer waits
+        return error
+    return None
+
+
+def _blanks(share: Share[_Piece], limits: Limits, spare: torch.Tensor) -> list[torch.Tensor]:
+    """Messages of the sizes that those of `_parcel` have, all of them in the same memory."""
+    counts = [_nbytes(piece) for piece in share.pieces]
+    large = [nbytes for nbytes in counts if nbytes >= limits.alone]
+    sizes = [min(limits.largest, n - start) for n in large for start in range(0, n, limits.largest)]
+    if len(large) < len(counts):
+        sizes.append(sum(_aligned(nbytes) for nbytes in counts if nbytes < limits.alone))
+    if max(sizes, default=0) > len(spare):  # very many tiny pieces, each at an aligned place
+        spare = torch.empty(max(sizes), dtype=torch.uint8)
+    return [spare[:size] for size in sizes]
 
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """Whether replicas read the same bytes once.
+    """Whether replicas read the same bytes once: ``always``, ``never``, or ``auto``, from a network file system.
 
-    Attributes:
-        mode: ``always``, ``never``, or ``auto``: where the files are on a network file system.
-        stage: Pipeline stage; stages do not share tensors.
+    Pipeline stages do not share tensors.
     """
 
     mode: str = "never"
@@ -95,11 +440,9 @@ class PlannedReads:
     def add_made(
         self, tensor: HeldTensor, replicas: Replicas | None, make: Callable[[HeldTensor, int], Iterator[Made]]
     ) -> HeldTensor:
-        """Plan what has to be made of ``tensor`` for this rank and its replicas.
+        """Plan what has to be made of ``tensor`` for this rank and its replicas; returns what nobody else holds.
 
         ``make``, given a part of ``tensor`` and the most bytes of a piece, gives the pieces that fill it.
-
-        Returns what nobody else holds, which is left to the caller.
         """
         alone: list[HeldPart] = []
         for part in tensor.parts:
@@ -145,10 +488,7 @@ def finds_remote(source: Source, group: Group, storage: Storage, sharing: Sharin
 
 
 def find_replicas(held: Sequence[HeldTensor], group: Group, sharing: Sharing, remote: bool) -> Replicas | None:
-    """Find out who wants the same as this rank, where bytes are to be passed on. All ranks of the group call.
-
-    Returns ``None`` where every rank reads for itself.
-    """
+    """Who wants the same as this rank, ``None`` where every rank reads for itself. All ranks of the group call."""
     if sharing.mode == "never" or group.world_size == 1 or (sharing.mode == "auto" and not remote):
         return None
     roster = roster_of_kind(held, group, sharing.stage)

@@ -23,10 +23,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from shardwise.engine.device_streams import AcceleratorStreams, CopyEvent, DeviceStreams
+from shardwise.engine.device_streams import CopyEvent, DeviceStreams
 from shardwise.errors import MisuseError
 from shardwise.plan.deferred import deferred, release, resolve
-from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor
+from shardwise.plan.fragments import HeldTensor
 from shardwise.timing import phase
 from shardwise.upstream.torch_tensors import around, arrived, local_part, spread_of
 
@@ -41,7 +41,7 @@ class _Plan:
     Attributes:
         layout: What the buffers were made for, as `_layout` describes it.
         queued: The devices that copies are queued on.
-        arena: Keeps the memory alive, as bytes.
+        arena: All of the memory, as bytes.
         buffers: One for each source, contiguous.
         held: The tensors with the buffers as their memory, where the component consists of held tensors.
     """
@@ -57,7 +57,7 @@ class Stager:
     """Owns the staging memory of one checkpointer. Threads may share it."""
 
     def __init__(self, streams: DeviceStreams | None = None) -> None:
-        self._streams: DeviceStreams = streams or AcceleratorStreams()
+        self._streams = streams or DeviceStreams()
         self._plans: dict[str, _Plan] = {}
         self._arenas: dict[str, torch.Tensor] = {}
         self._pending: dict[torch.device, CopyEvent] = {}
@@ -66,47 +66,39 @@ class Stager:
         self._lock = threading.Lock()
         self._unread = threading.Condition(self._lock)
 
-    def allocate(self, component: str, held: Sequence[HeldTensor]) -> None:
-        """Make the memory for a component and touch its pages, so that the first save does not have to."""
+    def allocate(self, component: str, held: Sequence[HeldTensor] | Mapping[str, torch.Tensor]) -> None:
+        """Make a component's memory, for `stage` or `stage_tensors`, and touch its pages before the first save does."""
         with self._writable():
-            self._planned(component, held, _sources(held)).arena.fill_(0)
-
-    def allocate_tensors(self, component: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """As `allocate`, for `stage_tensors`."""
-        with self._writable():
-            self._planned(component, (), [_local(name, tensor) for name, tensor in tensors.items()]).arena.fill_(0)
+            if isinstance(held, Mapping):
+                plan = self._planned(component, (), [_local(name, tensor) for name, tensor in held.items()])
+            else:
+                plan = self._planned(component, held, _sources(held))
+            plan.arena.fill_(0)
 
     @phase("stage")
     def stage(self, component: str, held: Sequence[HeldTensor]) -> list[HeldTensor]:
-        """Copy every fragment into the component's memory.
+        """Copy every fragment into the component's memory; returns the same tensors with that memory behind them.
 
-        Returns:
-            The same tensors, with that memory behind them; the same objects as long as tensors of the same kind are
-            staged. What is on the CPU is copied when this returns, what is on an accelerator when `wait` does.
+        They are the same objects as long as tensors of the same kind are staged. What is on the CPU is copied when this
+        returns, what is on an accelerator when `wait` does.
         """
-        sources = _sources(held)
-        with self._writable():
-            plan = self._planned(component, held, sources)
-            self._copy_all(plan, sources)
-        return plan.held
+        return self._staged(component, held, _sources(held)).held
 
     @phase("stage")
     def stage_tensors(self, component: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copy plain tensors and what this rank has of DTensors into the component's memory.
+        """As `stage`, of plain tensors and what this rank has of DTensors.
 
-        Returns:
-            As `stage`. DTensors are DTensors again, of the same mesh and placements, around that memory, which is the
-            CPU's whatever the mesh is of: they may be written, and not computed with.
+        DTensors are DTensors again, of the same mesh and placements, around memory that is the CPU's whatever the mesh
+        is of: they may be written, and not computed with.
 
         Raises:
             MisuseError: A tensor's class does not keep its values as one dense block.
         """
-        sources = [_local(name, tensor) for name, tensor in tensors.items()]
-        with self._writable():
-            plan = self._planned(component, (), sources)
-            self._copy_all(plan, sources)
-        pairs = zip(tensors.items(), plan.buffers, strict=True)
-        return {name: _around(buffer, tensor) for (name, tensor), buffer in pairs}
+        plan = self._staged(component, (), [_local(name, tensor) for name, tensor in tensors.items()])
+        return {
+            name: around(buffer, spread_of(tensor)) if isinstance(tensor, DTensor) else buffer
+            for (name, tensor), buffer in zip(tensors.items(), plan.buffers, strict=True)
+        }
 
     @phase("stage")
     def wait(self) -> None:
@@ -172,8 +164,8 @@ class Stager:
         for source, offset in zip(sources, offsets, strict=True):
             flat = arena[offset : offset + source.numel() * source.element_size()]
             buffers.append(flat.view(source.dtype).view(source.shape))
-        remaining = iter(buffers)
-        plan = _Plan(layout, queued, arena, tuple(buffers), [_rebuilt(tensor, remaining) for tensor in held])
+        rest = iter(buffers)
+        plan = _Plan(layout, queued, arena, tuple(buffers), [tensor.elsewhere(lambda _: next(rest)) for tensor in held])
         self._plans[component] = plan
         return plan
 
@@ -188,34 +180,27 @@ class Stager:
         self._arenas[component] = made
         return made
 
-    def _copy_all(self, plan: _Plan, sources: Sequence[torch.Tensor]) -> None:
+    def _staged(self, component: str, held: Sequence[HeldTensor], sources: Sequence[torch.Tensor]) -> _Plan:
         """Copy, and order later work behind the copies, also where one of them fails."""
         used: dict[torch.device, None] = {}
-        try:
-            for buffer, source in zip(plan.buffers, sources, strict=True):
-                self._copy(buffer, source, plan.queued, used)
-        finally:
-            release()
-            for device in used:
-                event = self._pending[device] = self._streams.mark(device)
-                self._streams.hold_back(device, event)
-            if used and self._before_steps is None:
-                self._before_steps = register_optimizer_step_pre_hook(self._before_step)
-
-    def _copy(
-        self,
-        buffer: torch.Tensor,
-        source: torch.Tensor,
-        queued: frozenset[torch.device],
-        used: dict[torch.device, None],
-    ) -> None:
-        """Copy one tensor: the only place where staging reads what it was given."""
-        source = resolve(source)
-        if not queued or source.device not in queued:
-            buffer.copy_(source)
-            return
-        used[source.device] = None
-        self._streams.copy(buffer, source)
+        with self._writable():
+            plan = self._planned(component, held, sources)
+            try:
+                for buffer, given in zip(plan.buffers, sources, strict=True):
+                    source = resolve(given)
+                    if source.device in plan.queued:
+                        used[source.device] = None
+                        self._streams.copy(buffer, source)
+                    else:
+                        buffer.copy_(source)
+            finally:
+                release()
+                for device in used:
+                    event = self._pending[device] = self._streams.mark(device)
+                    self._streams.hold_back(device, event)
+                if used and self._before_steps is None:
+                    self._before_steps = register_optimizer_step_pre_hook(self._before_step)
+        return plan
 
     def _before_step(self, *_: object) -> None:
         """Called before any optimizer's ``step``, which may run on another stream or thread than the save did."""
@@ -266,11 +251,6 @@ def _local(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return local
 
 
-def _around(buffer: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` with ``buffer`` as this rank's part."""
-    return around(buffer, spread_of(tensor)) if isinstance(tensor, DTensor) else buffer
-
-
 def _huge_pages(nbytes: int) -> torch.Tensor:
     """Anonymous memory, in huge pages where the system grants them."""
     if nbytes == 0:
@@ -281,13 +261,3 @@ def _huge_pages(nbytes: int) -> torch.Tensor:
         with contextlib.suppress(OSError):
             region.madvise(mmap.MADV_HUGEPAGE)
     return torch.from_numpy(np.frombuffer(region, dtype=np.uint8))
-
-
-def _rebuilt(tensor: HeldTensor, buffers: Iterator[torch.Tensor]) -> HeldTensor:
-    parts = tuple(
-        HeldPart(
-            part.part, part.coordinate, tuple(Fragment(fragment.box, next(buffers)) for fragment in part.fragments)
-        )
-        for part in tensor.parts
-    )
-    return tensor._replace(parts=parts)

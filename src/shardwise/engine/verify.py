@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from shardwise.disk.crc import combine, crc32c
 from shardwise.disk.guarded import is_followed, is_made_of_links, read_whole, resolve_inside
@@ -70,7 +70,7 @@ class Damage:
     Attributes:
         file: The file, relative to the checkpoint's directory (POSIX).
         message: What is wrong, without the names.
-        component: What the tensors belong to (``model``, ``optim``); ``None`` where no single tensor is concerned.
+        component: What the tensors belong to (``model``, ``optim``); ``None`` where there are none.
         tensors: Names of the damaged tensors. Empty for a header or a file without tensors.
     """
 
@@ -89,13 +89,7 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """A run of bytes with a digest: a chunk of a tensor, the header of a tensor file, or a whole other file.
-
-    Attributes:
-        kind: ``header`` or ``digest``.
-        component: Component of the tensor; ``None`` for anything but a chunk.
-        tensor: Name of the tensor; ``None`` in the same case.
-    """
+    """A run of bytes with a digest: a chunk of a tensor, the header of a tensor file, or a whole other file."""
 
     file: str
     offset: int
@@ -110,8 +104,7 @@ class Extent:
         return Damage(self.file, kind, message, self.component, () if self.tensor is None else (self.tensor,))
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
+class _Run(NamedTuple):
     """Part of an extent; ``extent`` is its number."""
 
     extent: int
@@ -158,11 +151,11 @@ def files_below(manifest: Manifest, prefixes: Collection[str] = ()) -> tuple[Fil
 
 def tensors_by_file(manifest: Manifest) -> dict[str, list[TensorRecord]]:
     """The tensors that have a chunk in each file."""
-    found: dict[str, dict[int, TensorRecord]] = {}
-    for number, tensor in enumerate(manifest.tensors):
-        for chunk in tensor.chunks:
-            found.setdefault(chunk.file, {})[number] = tensor
-    return {file: list(tensors.values()) for file, tensors in found.items()}
+    found: dict[str, list[TensorRecord]] = {}
+    for tensor in manifest.tensors:
+        for file in dict.fromkeys([chunk.file for chunk in tensor.chunks]):
+            found.setdefault(file, []).append(tensor)
+    return found
 
 
 def check_files(
@@ -361,14 +354,7 @@ def check_checkpoint(
     """Check that a checkpoint is what was saved, before anything is read from it. All ranks of the group call.
 
     The work is shared: every rank looks at some of the files, and reads about the same number of bytes.
-
-    Args:
-        path: The checkpoint's directory.
-        level: ``sizes`` compares manifest, kinds and sizes; ``digests`` also reads every byte.
-        group: The ranks that restore.
-        storage: Through what bytes are read.
-        components: Directories of the checkpoint that are to be restored (``model``, ``optim``); all where empty.
-        threads: Reads at once on each rank.
+    ``components`` are the directories that are to be restored (``model``, ``optim``); all where empty.
 
     Returns:
         Whether the checkpoint could be checked: one without a manifest (another tool's) is let through, with a warning.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 from shardwise.disk.guarded import read_whole, why_not_relative
 from shardwise.disk.names import is_directory
 from shardwise.errors import FormatError
-from shardwise.format.pickle_tree import PickledCall, PickledGlobal, read_pickle_tree
+from shardwise.format.pickle_tree import PickledCall, PickledGlobal, plain_globals, read_pickle_tree, torch_dtypes
 from shardwise.format.strict_json import MAX_DIMS, MAX_INT
 from shardwise.upstream.torch_checkpoint import (
     LAYOUT,
@@ -63,13 +63,6 @@ _T = TypeVar("_T")
 
 
 @cache
-def _dtypes() -> dict[str, torch.dtype]:
-    import torch
-
-    return {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-
-
-@cache
 def _allowed() -> frozenset[PickledGlobal]:
     names = {
         _METADATA: (
@@ -84,15 +77,12 @@ def _allowed() -> frozenset[PickledGlobal]:
         ),
         STORAGE_INFO[0]: (STORAGE_INFO[1],),
         _LEGACY: ("TensorProperties", LEGACY_MEMORY_FORMATS[1]),
-        "torch": ("Size", *_dtypes()),
         LAYOUT[0]: (LAYOUT[1],),
         "pathlib": _PATHS,
         "pathlib._local": _PATHS,
-        "collections": ("OrderedDict",),
-        "builtins": ("set", "frozenset"),
-        "__builtin__": ("set", "frozenset"),
     }
-    return frozenset(PickledGlobal(module, name) for module, group in names.items() for name in group)
+    own = (PickledGlobal(module, name) for module, group in names.items() for name in group)
+    return plain_globals().union(own)
 
 
 def read_dcp_metadata(path: str | os.PathLike[str]) -> Metadata:
@@ -168,11 +158,11 @@ class _Builder:
             self._fail(f"has {what} that is not an integer from 0 to 2**63 - 1")
         return value
 
-    def _text_or_none(self, fields: dict[object, object], key: str) -> str | None:
-        return self._optional(fields.get(key), lambda value: self._typed(value, str, key))
-
     def _optional(self, value: object, build: Callable[[object], _T]) -> _T | None:
         return None if value is None else build(value)
+
+    def _text(self, fields: dict[object, object], key: str) -> str | None:
+        return self._optional(fields.get(key), lambda value: self._typed(value, str, key))
 
     def metadata(self, tree: object) -> Metadata:
         from torch.distributed.checkpoint.metadata import Metadata
@@ -186,7 +176,7 @@ class _Builder:
             planner_data=self._plain(fields.get("planner_data")),
             storage_data=self._optional(fields.get("storage_data"), self._storage_data),
             storage_meta=self._optional(fields.get("storage_meta"), self._storage_meta),
-            version=self._text_or_none(fields, "version"),
+            version=self._text(fields, "version"),
         )
 
     def _item(self, name: str, item: object) -> TensorStorageMetadata | BytesStorageMetadata:
@@ -217,15 +207,11 @@ class _Builder:
         from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
         rows = self._typed(value, list, "chunks")
-        known = self._chunk_lists.get(id(rows))
-        if known is not None:
-            return known[1]
-        chunks = []
-        for row in rows:
-            fields = self._fields(row, _METADATA, "ChunkStorageMetadata")
-            chunks.append(ChunkStorageMetadata(self._size(fields.get("offsets")), self._size(fields.get("sizes"))))
-        self._chunk_lists[id(rows)] = (rows, chunks)
-        return chunks
+        if id(rows) not in self._chunk_lists:
+            each = [self._fields(row, _METADATA, "ChunkStorageMetadata") for row in rows]
+            chunks = [ChunkStorageMetadata(self._size(f.get("offsets")), self._size(f.get("sizes"))) for f in each]
+            self._chunk_lists[id(rows)] = (rows, chunks)
+        return self._chunk_lists[id(rows)][1]
 
     def _tensor_properties(self, value: object) -> TensorProperties:
         from torch.distributed.checkpoint.metadata import TensorProperties
@@ -238,10 +224,10 @@ class _Builder:
         if not isinstance(value.state, tuple) or len(value.state) != 5:
             self._fail("has malformed TensorProperties")
         dtype, layout, requires_grad, memory_format, pin_memory = value.state
-        if not isinstance(dtype, PickledGlobal) or dtype.module != "torch" or dtype.name not in _dtypes():
+        if not isinstance(dtype, PickledGlobal) or dtype.module != "torch" or dtype.name not in torch_dtypes():
             self._fail("has something else where a dtype belongs")
         properties = TensorProperties(
-            dtype=_dtypes()[dtype.name],
+            dtype=torch_dtypes()[dtype.name],
             layout=self._layout(layout),
             requires_grad=self._typed(requires_grad, bool, "requires_grad"),
             memory_format=self._memory_format(memory_format),
@@ -311,8 +297,8 @@ class _Builder:
         modules = self._typed(fields.get("modules", []), list, "modules")
         return StorageMeta(
             checkpoint_id=self._optional(fields.get("checkpoint_id"), self._where),
-            save_id=self._text_or_none(fields, "save_id"),
-            load_id=self._text_or_none(fields, "load_id"),
+            save_id=self._text(fields, "save_id"),
+            load_id=self._text(fields, "load_id"),
             modules=[self._typed(item, str, "a module's name") for item in modules],
         )
 
@@ -330,12 +316,9 @@ class _Builder:
             inner: list[object] = []
             for item in level:
                 if isinstance(item, (dict, list, tuple, set, frozenset)):
-                    if id(item) in seen:
-                        continue
+                    fresh = id(item) not in seen
                     seen.add(id(item))
-                    inner.extend(item)
-                    if isinstance(item, dict):
-                        inner.extend(item.values())
+                    inner += [*item, *(item.values() if isinstance(item, dict) else ())] if fresh else ()
                 elif item is not None and type(item) not in (str, int, float, bool, bytes):
                     self._fail("has planner_data that are not plain values")
             level = inner

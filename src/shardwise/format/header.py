@@ -49,7 +49,7 @@ _ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
 DAMAGED = "The file is damaged or was not written by safetensors: fetch or save it again."
 
 
-class TensorEntry(NamedTuple):  # made once for each tensor: a frozen dataclass costs four times as much
+class TensorEntry(NamedTuple):
     """A tensor and the bytes ``begin`` to ``end`` of the data section that hold it."""
 
     spec: TensorSpec
@@ -59,12 +59,9 @@ class TensorEntry(NamedTuple):  # made once for each tensor: a frozen dataclass 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A validated header.
+    """A validated header: the tensors by their place in the file, and where in it the data section starts, in bytes.
 
-    Attributes:
-        entries: The tensors, ordered by their place in the file.
-        metadata: The ``__metadata__`` strings; read-only, empty where the file has none.
-        data_start: Offset in the file at which the data section starts, in bytes.
+    ``metadata`` are the ``__metadata__`` strings, read-only, empty where the file has none.
     """
 
     entries: tuple[TensorEntry, ...]
@@ -97,17 +94,13 @@ def arrange(specs: Iterable[TensorSpec]) -> tuple[TensorEntry, ...]:
     names: set[str] = set()
     entries, begin = [], 0
     for dtype in sorted(by_dtype, key=_RANK.__getitem__, reverse=True):
-        sizes: dict[tuple[int, ...], int] = {}  # bytes by shape, of which there are few
         for spec in sorted(by_dtype[dtype], key=attrgetter("name")):
-            name, shape, _ = spec
-            if name in names:
-                raise MisuseError("two tensors of a file have the same name", tensor=name, hint="Rename one of them.")
-            names.add(name)
-            nbytes = sizes.get(shape)
-            if nbytes is None:
-                nbytes = sizes[shape] = spec.nbytes
-            entries.append(TensorEntry(spec, begin, begin + nbytes))
-            begin += nbytes
+            if spec.name in names:
+                what = "two tensors of a file have the same name"
+                raise MisuseError(what, tensor=spec.name, hint="Rename one of them.")
+            names.add(spec.name)
+            entries.append(TensorEntry(spec, begin, begin + spec.nbytes))
+            begin = entries[-1].end
     return tuple(entries)
 
 
@@ -171,12 +164,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 def parse_header(buffer: bytes, file_size: int, path: str) -> Header:
-    """Validate a header that is already in memory.
-
-    Args:
-        buffer: The first bytes of the file, at least to the end of the header.
-        file_size: Bytes of the whole file.
-        path: The file, for errors.
+    """Validate a header in memory: ``buffer`` has the first bytes of the file, at least to the end of the header.
 
     Raises:
         HeaderError: The header is malformed, or the file is shorter or longer than it says.
@@ -190,8 +178,7 @@ def parse_header(buffer: bytes, file_size: int, path: str) -> Header:
     if len(text) < length:
         fail(f"has {length} bytes, of which only {len(text)} are there")
     if not text.startswith(b"{"):
-        _refuse_other_formats(buffer, path)
-        fail("does not start with '{'")
+        _refuse_start(buffer, path, f"the header of {path!r} does not start with '{{'")
     table = as_object(loads(text, fail=fail), "which", fail)
     noted = table.pop(_METADATA_KEY, None)
     entries = [_entry(name, value, path) for name, value in table.items()]
@@ -204,65 +191,44 @@ def parse_header(buffer: bytes, file_size: int, path: str) -> Header:
     return Header(tuple(entries), metadata, data_start)
 
 
-def _refuse_other_formats(start: bytes, path: str) -> None:
-    """Raise an error that names the format, if the file is of another known one."""
+def _refuse_start(start: bytes, path: str, wrong: str) -> NoReturn:
+    """Raise an error that names the format, if the file is of another known one, and what is wrong otherwise."""
     found = what_is(start)
     if found is not None and found.kind is not Kind.SAFETENSORS:
         raise HeaderError(f"{path!r} is {found.name}, not a safetensors file", path=path, hint=found.hint)
+    raise HeaderError(wrong, path=path, hint=DAMAGED)
 
 
 def _header_length(start: bytes, file_size: int, path: str) -> int:
-    if len(start) < LENGTH_BYTES or file_size < LENGTH_BYTES:
-        _refuse_other_formats(start, path)
-        missing = LENGTH_BYTES - min(len(start), file_size)
-        raise HeaderError(
-            f"{path!r} is truncated: {missing} bytes of the header's length are missing", path=path, hint=DAMAGED
-        )
-    (length,) = struct.unpack_from("<Q", start)
-    if length > MAX_HEADER_BYTES:
-        _refuse_other_formats(start, path)
-        raise HeaderError(
-            f"{path!r} claims a header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed",
-            path=path,
-            hint=DAMAGED,
-        )
-    missing = LENGTH_BYTES + length - file_size
+    missing = LENGTH_BYTES - min(len(start), file_size)
     if missing > 0:
-        _refuse_other_formats(start, path)
-        raise HeaderError(
-            f"{path!r} is truncated: {missing} of its header's {length} bytes are missing", path=path, hint=DAMAGED
-        )
-    return int(length)
+        _refuse_start(start, path, f"{path!r} is truncated: {missing} bytes of the header's length are missing")
+    length = int.from_bytes(start[:LENGTH_BYTES], "little")
+    missing = LENGTH_BYTES + length - file_size
+    if length > MAX_HEADER_BYTES:
+        most = f"at most {MAX_HEADER_BYTES} are allowed"
+        _refuse_start(start, path, f"{path!r} claims a header of {length} bytes; {most}")
+    if missing > 0:
+        _refuse_start(start, path, f"{path!r} is truncated: {missing} of its header's {length} bytes are missing")
+    return length
 
 
 def _entry(name: str, value: JsonValue, path: str) -> TensorEntry:
-    if len(name) > MAX_NAME:
-        raise HeaderError(
-            f"the header of {path!r} has a tensor name of {len(name)} characters, starting with {name[:80]!r}",
-            path=path,
-            hint=DAMAGED,
-        )
-
     def fail(reason: str) -> NoReturn:
-        raise HeaderError(f"the header of {path!r} {reason}", path=path, tensor=name, hint=DAMAGED)
+        tensor = name if len(name) <= MAX_NAME else None
+        raise HeaderError(f"the header of {path!r} {reason}", path=path, tensor=tensor, hint=DAMAGED)
 
+    if len(name) > MAX_NAME:
+        fail(f"has a tensor name of {len(name)} characters, starting with {name[:80]!r}")
     info = as_object(value, "the entry of a tensor", fail)
     exact_keys(info, _ENTRY_KEYS, "the entry of a tensor", fail)
     dtype = as_text(info["dtype"], "dtype", fail)
-    if dtype in _SUB_BYTE:
-        raise HeaderError(
-            f"the tensor has the sub-byte dtype {dtype}, which shardwise does not read",
-            path=path,
-            tensor=name,
-            hint="Convert the checkpoint to a dtype of whole bytes.",
-        )
     if dtype not in DTYPE_BYTES:
-        raise HeaderError(
-            f"the tensor has the unknown dtype {dtype[:40]!r}",
-            path=path,
-            tensor=name,
-            hint=f"Known are {', '.join(DTYPE_BYTES)}.",
-        )
+        what, hint = f"unknown dtype {dtype[:40]!r}", f"Known are {', '.join(DTYPE_BYTES)}."
+        if dtype in _SUB_BYTE:
+            what = f"sub-byte dtype {dtype}, which shardwise does not read"
+            hint = "Convert the checkpoint to a dtype of whole bytes."
+        raise HeaderError(f"the tensor has the {what}", path=path, tensor=name, hint=hint)
     shape = as_counts(info["shape"], "shape", fail)
     check_magnitude(shape, "the shape", fail)
     offsets = as_counts(info["data_offsets"], "data_offsets", fail)

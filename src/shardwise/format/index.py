@@ -32,13 +32,13 @@ _DAMAGED = "The index is damaged or forged: fetch or save it again."
 
 @dataclass(frozen=True, slots=True)
 class WeightIndex:
-    """A validated ``*.safetensors.index.json``.
+    """A validated ``*.safetensors.index.json``; read-only.
 
     Attributes:
-        weight_map: Tensor name -> name of the file in the index's own directory; read-only.
+        weight_map: Tensor name -> name of the file in the index's own directory.
         total_size: Bytes of all tensors together, where the index says so.
         total_parameters: Number of parameters, where the index says so.
-        metadata: The whole ``metadata`` object as it stands; read-only.
+        metadata: The whole ``metadata`` object as it stands.
     """
 
     weight_map: Mapping[str, str]
@@ -58,11 +58,6 @@ class WeightIndex:
 
 def encode_index(weight_map: Mapping[str, str], total_size: int, *, total_parameters: int | None = None) -> bytes:
     """Return an index as transformers writes it: sorted keys, two spaces of indent, a newline at the end.
-
-    Args:
-        weight_map: Tensor name -> file name.
-        total_size: Bytes of all tensors together.
-        total_parameters: Number of parameters; left out where it is ``None``.
 
     Raises:
         MisuseError: A file name is not a plain name.

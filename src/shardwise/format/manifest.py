@@ -32,36 +32,36 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import NoReturn
+from types import MappingProxyType
+from typing import NamedTuple, NoReturn, Protocol
 
 from shardwise.disk.crc import crc32c
-from shardwise.disk.guarded import MANIFEST_NAME, open_regular, read_whole, resolve_inside
+from shardwise.disk.guarded import MANIFEST_NAME, open_regular, read_whole, resolve_inside, why_not_relative
 from shardwise.disk.names import is_directory
 from shardwise.errors import ManifestError
-from shardwise.format.manifest_records import (
-    AliasRecord,
-    ChunkRecord,
-    FileRecord,
-    Manifest,
-    TensorRecord,
-    check_manifest,
-)
 from shardwise.format.strict_json import (
+    MAX_DIMS,
+    MAX_NAME,
     Fail,
     JsonValue,
     as_array,
     as_count,
     as_counts,
     as_object,
+    as_row,
     as_text,
     check_depth,
+    check_magnitude,
     dumps,
     exact_keys,
     loads,
     quoted,
 )
-from shardwise.geometry import DTYPE_BYTES, Box, TensorSpec
+from shardwise.geometry import DTYPE_BYTES, Box, TensorSpec, tiles
 
 __all__ = [
     "MANIFEST_NAME",
@@ -77,6 +77,220 @@ __all__ = [
     "read_manifest",
     "resolve_inside",
 ]
+
+
+class FailTensor(Protocol):
+    """The callback for an error in a manifest."""
+
+    def __call__(self, reason: str, /, tensor: str | None = None) -> NoReturn:
+        """Raise an error that says why, and names the tensor where there is one."""
+
+
+class ChunkRecord(NamedTuple):
+    """A region of a tensor, in row-major order in one run of bytes of a tensor file of the same manifest."""
+
+    file: str
+    offset: int
+    nbytes: int
+    box: Box
+    crc32c: int
+
+
+class TensorRecord(NamedTuple):
+    """A tensor of the checkpoint and the chunks that hold it.
+
+    Attributes:
+        component: What it belongs to: ``model``, ``optim``, ...
+        spec: Name in the file, global shape, dtype.
+        crc32c: CRC-32C of the whole tensor in row-major order, however it is spread over chunks; where it was computed.
+        chunks: Regions that cover the tensor exactly once; those of a tensor without elements may be left out.
+    """
+
+    component: str
+    spec: TensorSpec
+    crc32c: int | None
+    chunks: tuple[ChunkRecord, ...]
+
+
+class AliasRecord(NamedTuple):
+    """A further name of a saved tensor: the model had one tensor under both, and its bytes are saved as ``kept``."""
+
+    component: str
+    name: str
+    kept: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file of the checkpoint, by its POSIX path relative to the checkpoint's directory.
+
+    Attributes:
+        size: Bytes of the file.
+        crc32c: CRC-32C of the first ``header_bytes`` bytes of a tensor file, of the whole content of any other.
+        header_bytes: Bytes of a tensor file that no chunk covers, at its start; ``None`` for any other file.
+    """
+
+    path: str
+    size: int
+    crc32c: int | None
+    header_bytes: int | None
+
+    @staticmethod
+    def plain(path: str, content: bytes) -> FileRecord:
+        """The record of a file that is no tensor file."""
+        return FileRecord(path, len(content), crc32c(content), None)
+
+    @staticmethod
+    def of_tensors(path: str, size: int, header: bytes) -> FileRecord:
+        """The record of a tensor file."""
+        return FileRecord(path, size, crc32c(header), len(header))
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Every file of a checkpoint but the manifest, every tensor in them, and further names of shared parameters.
+
+    ``info`` has epoch, step, metrics, versions and the like, as JSON; read-only.
+    """
+
+    files: tuple[FileRecord, ...]
+    tensors: tuple[TensorRecord, ...]
+    info: Mapping[str, JsonValue] = field(default_factory=dict)
+    aliases: tuple[AliasRecord, ...] = ()
+    _by_path: Mapping[str, FileRecord] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "info", MappingProxyType(dict(self.info)))
+        object.__setattr__(self, "_by_path", {record.path: record for record in self.files})
+
+    def file(self, path: str) -> FileRecord:
+        """Return the record of the file at ``path`` (relative, POSIX).
+
+        Raises:
+            ManifestError: The manifest has no such file.
+        """
+        found = self._by_path.get(path)
+        if found is None:
+            raise ManifestError(f"the manifest has no file {path!r}", hint="Pass a path that stands in the manifest.")
+        return found
+
+
+def check_manifest(manifest: Manifest, fail: FailTensor) -> None:
+    """Check that a manifest does not contradict itself: names, shapes, places, and that chunks cover all bytes once."""
+    runs: dict[str, list[tuple[int, int]]] = {}
+    for record in manifest.files:
+        _check_file(record, fail)
+        if record.path in runs:
+            fail(f"names the file {record.path!r} twice")
+        runs[record.path] = []
+    seen: set[tuple[str, str]] = set()
+    shapes: set[tuple[int, ...]] = set()  # those that are known to be sound: models have few
+    for tensor in manifest.tensors:
+        key = (tensor.component, tensor.spec.name)
+        if key in seen:
+            fail(f"names the tensor twice in the component {tensor.component!r}", tensor.spec.name)
+        seen.add(key)
+        if tensor.spec.shape not in shapes:
+            _check_shape(tensor.spec, fail)
+            shapes.add(tensor.spec.shape)
+        _check_tensor(tensor, manifest, fail)
+        for chunk in tensor.chunks:
+            if chunk.nbytes:
+                runs[chunk.file].append((chunk.offset, chunk.offset + chunk.nbytes))
+    _check_aliases(manifest.aliases, seen, fail)
+    for record in manifest.files:
+        if record.header_bytes is not None:
+            _check_covered(record, record.header_bytes, runs[record.path], fail)
+
+
+def _check_file(record: FileRecord, fail: Fail) -> None:
+    reason = why_not_relative(record.path)
+    if reason is not None:
+        fail(f"names the file {record.path[:200]!r}, which {reason}")
+    if record.crc32c is not None and not _is_crc(record.crc32c):
+        fail(f"gives the file {record.path!r} a crc32c that is not a 32-bit number")
+    as_count(record.size, f"the size of {record.path!r}", fail)
+    if record.header_bytes is not None:
+        as_count(record.header_bytes, f"header_bytes of {record.path!r}", fail)
+        if record.header_bytes > record.size:
+            fail(f"gives {record.path!r} a header longer than the file")
+
+
+def _check_shape(spec: TensorSpec, fail: FailTensor) -> None:
+    if len(spec.shape) > MAX_DIMS:
+        fail(f"gives the tensor {len(spec.shape)} dimensions", spec.name)
+    as_counts(list(spec.shape), f"the shape of {spec.name!r}", fail)
+    check_magnitude(spec.shape, f"{spec.name!r}: the shape", fail)
+
+
+def _check_aliases(aliases: Sequence[AliasRecord], tensors: Set[tuple[str, str]], fail: FailTensor) -> None:
+    """Check further names against the tensors, each a component and a name; a DCP directory's are not in a manifest."""
+    described = {component for component, _ in tensors} if aliases else set()
+    seen: set[tuple[str, str]] = set()
+    for component, name, kept in aliases:
+        if not 0 < len(component) <= MAX_NAME or max(len(name), len(kept)) > MAX_NAME:
+            fail(f"has an alias with an empty or overlong component or name, starting with {name[:80]!r}")
+        if (component, name) in tensors or (component, name) in seen or name == kept:
+            fail(f"has an alias of the component {component!r} that is the name of something else too", name)
+        if component in described and (component, kept) not in tensors:
+            fail(f"has an alias of a tensor that the component {component!r} lacks", kept)
+        seen.add((component, name))
+
+
+def _is_whole(box: Box, shape: tuple[int, ...]) -> bool:
+    return box.sizes == shape and not any(box.offsets)
+
+
+def _check_tensor(tensor: TensorRecord, manifest: Manifest, fail: FailTensor) -> None:
+    spec = tensor.spec
+    if len(spec.name) > MAX_NAME or not 0 < len(tensor.component) <= MAX_NAME:
+        fail(f"has an empty or overlong component or name, starting with {spec.name[:80]!r}")
+    if not _is_crc(tensor.crc32c) and tensor.crc32c is not None:
+        fail("gives the tensor a crc32c that is not a 32-bit number", spec.name)
+    for chunk in tensor.chunks:
+        reason = _why_bad_chunk(chunk, spec, manifest)
+        if reason is not None:
+            fail(f"has a chunk of the tensor in {chunk.file[:200]!r} that {reason}", spec.name)
+    if len(tensor.chunks) == 1 and _is_whole(tensor.chunks[0].box, spec.shape):
+        return
+    if not tiles(spec.shape, [chunk.box for chunk in tensor.chunks]):
+        fail("has chunks that do not cover the tensor exactly once", spec.name)
+
+
+def _why_bad_chunk(chunk: ChunkRecord, spec: TensorSpec, manifest: Manifest) -> str | None:
+    box, shape = chunk.box, spec.shape
+    if len(box.offsets) != len(shape) or len(box.sizes) != len(shape):
+        return f"has another number of dimensions than the tensor's {len(shape)}"
+    if not _is_whole(box, shape) and any(
+        o < 0 or s < 0 or o + s > n for o, s, n in zip(box.offsets, box.sizes, shape, strict=True)
+    ):
+        return f"reaches outside the shape {list(shape)}"
+    if box.numel * spec.itemsize != chunk.nbytes:
+        return f"takes {chunk.nbytes} bytes for {box.numel} elements of {spec.dtype}"
+    if not _is_crc(chunk.crc32c):
+        return "has a crc32c that is not a 32-bit number"
+    record = manifest._by_path.get(chunk.file)
+    if record is None or record.header_bytes is None:
+        return "is not a tensor file of this manifest"
+    if chunk.offset < record.header_bytes or chunk.offset + chunk.nbytes > record.size:
+        return f"lies at bytes {chunk.offset} to {chunk.offset + chunk.nbytes}, outside the file's data"
+    return None
+
+
+def _is_crc(value: int | None) -> bool:
+    return type(value) is int and 0 <= value <= 0xFFFFFFFF
+
+
+def _check_covered(record: FileRecord, position: int, runs: list[tuple[int, int]], fail: Fail) -> None:
+    runs.sort()
+    for begin, end in runs:
+        if begin != position:
+            what = "overlapping chunks" if begin < position else "bytes that no chunk covers"
+            fail(f"describes {record.path!r} with {what} at byte {min(begin, position)}")
+        position = end
+    if position != record.size:
+        fail(f"leaves the last {record.size - position} bytes of {record.path!r} uncovered")
+
 
 #: Newest version of the record. A record is written in the oldest one that can say what there is to say.
 MANIFEST_VERSION = 2
@@ -123,7 +337,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
             '"files":[',
             ",\n".join(_file_line(record) for record in manifest.files) + "],",
             '"tensors":[',
-            ",\n".join(map(_TensorLines().line, manifest.tensors)) + "],",
+            ",\n".join(map(_tensor_line, manifest.tensors)) + "],",
         ]
         if manifest.aliases:
             lines += ['"aliases":[', ",\n".join(map(dumps, manifest.aliases)) + "],"]
@@ -220,29 +434,21 @@ def _file_line(record: FileRecord) -> str:
     return dumps({"path": record.path, "size": record.size, "crc32c": crc, "header_bytes": record.header_bytes})
 
 
-class _TensorLines:
-    """Writes the lines of tensors; shapes and offsets, which many have in common, are encoded once."""
+#: Shapes and offsets, which many tensors have in common.
+_array = lru_cache(maxsize=65536)(dumps)
 
-    def __init__(self) -> None:
-        self._counts: dict[tuple[int, ...], str] = {}
 
-    def line(self, record: TensorRecord) -> str:
-        """The line of one tensor."""
-        component, (name, shape, dtype), crc, chunks = record
-        head = f'{{"component":{quoted(component)},"name":{quoted(name)},"dtype":{quoted(dtype)},'
-        digest = "null" if crc is None else f'"{crc:08x}"'
-        places = ",".join([self._chunk(chunk) for chunk in chunks])
-        return f'{head}"shape":{self._array(shape)},"crc32c":{digest},"chunks":[{places}]}}'
+def _tensor_line(record: TensorRecord) -> str:
+    component, (name, shape, dtype), crc, chunks = record
+    head = f'{{"component":{quoted(component)},"name":{quoted(name)},"dtype":{quoted(dtype)},'
+    digest = "null" if crc is None else f'"{crc:08x}"'
+    places = ",".join(map(_chunk_text, chunks))
+    return f'{head}"shape":{_array(shape)},"crc32c":{digest},"chunks":[{places}]}}'
 
-    def _chunk(self, chunk: ChunkRecord) -> str:
-        file, offset, nbytes, (offsets, sizes), crc = chunk
-        return f'[{quoted(file)},{offset},{nbytes},{self._array(offsets)},{self._array(sizes)},"{crc:08x}"]'
 
-    def _array(self, counts: tuple[int, ...]) -> str:
-        text = self._counts.get(counts)
-        if text is None:
-            text = self._counts[counts] = dumps(counts)
-        return text
+def _chunk_text(chunk: ChunkRecord) -> str:
+    file, offset, nbytes, (offsets, sizes), crc = chunk
+    return f'[{quoted(file)},{offset},{nbytes},{_array(offsets)},{_array(sizes)},"{crc:08x}"]'
 
 
 def _parse_crc(value: JsonValue, fail: Fail) -> int:
@@ -276,16 +482,12 @@ def _parse_tensor(value: JsonValue, fail: Fail) -> TensorRecord:
 
 
 def _parse_alias(value: JsonValue, fail: Fail) -> AliasRecord:
-    row = as_array(value, "the record of an alias", fail)
-    if len(row) != 3:
-        fail(f"has the record of an alias with {len(row)} fields where three belong")
+    row = as_row(value, 3, "the record of an alias", fail)
     return AliasRecord(*(as_text(field, "an alias", fail) for field in row))
 
 
 def _parse_chunk(value: JsonValue, fail: Fail) -> ChunkRecord:
-    row = as_array(value, "the record of a chunk", fail)
-    if len(row) != 6:
-        fail(f"has the record of a chunk with {len(row)} fields where six belong")
+    row = as_row(value, 6, "the record of a chunk", fail)
     return ChunkRecord(
         as_text(row[0], "the file of a chunk", fail),
         as_count(row[1], "the offset of a chunk", fail),

@@ -12,9 +12,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import NoReturn
+from functools import cache
+from typing import TYPE_CHECKING, NoReturn
 
 from shardwise.errors import FormatError, UnsafePickleError
+
+if TYPE_CHECKING:
+    import torch
 
 _UNSAFE_HINT = (
     "It is not loaded, because unpickling it could run code. If you trust whoever wrote it, load it yourself and save "
@@ -51,6 +55,22 @@ class PickledReference:
     key: object
 
 
+@cache
+def torch_dtypes() -> dict[str, torch.dtype]:
+    """Torch's dtypes by their names."""
+    import torch
+
+    return {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+
+
+@cache
+def plain_globals() -> frozenset[PickledGlobal]:
+    """What plain values of torch name: containers, sizes and dtypes."""
+    sets = ("set", "frozenset")
+    names = {"collections": ("OrderedDict",), "builtins": sets, "__builtin__": sets, "torch": ("Size", *torch_dtypes())}
+    return frozenset(PickledGlobal(module, name) for module, group in names.items() for name in group)
+
+
 _MARK = object()
 _UNHASHABLE_AS_KEY = (list, dict, set, tuple, frozenset)
 
@@ -63,7 +83,7 @@ def read_pickle_tree(
     *,
     torch_file: bool = False,
 ) -> object:
-    """Return what ``data`` holds as plain containers, `PickledGlobal` and `PickledCall`.
+    """Return what a pickle, which may name the globals ``allowed``, holds: containers, `PickledGlobal`, `PickledCall`.
 
     Time and memory are linear in ``len(data)``. Containers may be shared or contain themselves; the caller has to look
     out for that.
@@ -74,9 +94,8 @@ def read_pickle_tree(
         path: The file, for errors.
         enums: Those of ``allowed`` whose members it may name. Python calls such a class with the member's value, and
             Python 3.11.0 to 3.11.3 asks for the attribute of the member's name: a `PickledCall` with either.
-        torch_file: Whether it is the pickle of a file of ``torch.save``: it may refer to what is outside of it
-            (`PickledReference`), and attributes of an ``OrderedDict`` are dropped, such as the ``_metadata`` that
-            ``state_dict()`` adds.
+        torch_file: It may refer to what is outside of it (`PickledReference`), and attributes of an ``OrderedDict`` are
+            dropped, such as the ``_metadata`` that ``state_dict()`` adds.
 
     Raises:
         UnsafePickleError: It names another global, or uses an opcode that plain data do not need.

@@ -18,11 +18,7 @@ DCP_SHARDING_KEY = "DCP_SHARDING_INFO"
 
 
 def encode_sharding_metadata(offsets: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """Return the ``__metadata__`` that makes a shard readable by ``torch.distributed.checkpoint``.
-
-    Args:
-        offsets: Where in its global tensor each tensor of the file starts, in elements per dimension.
-    """
+    """Return the ``__metadata__`` that makes a shard, whose tensors start there, readable by DCP."""
     record = {name: {"saved_offsets": list(offsets[name])} for name in sorted(offsets)}
     return {DCP_SHARDING_KEY: json.dumps(record), "DCP_VERSION": "1.0", "format": "pt"}
 

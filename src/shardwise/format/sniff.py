@@ -41,13 +41,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Recognised:
-    """A format.
-
-    Attributes:
-        kind: Its family.
-        name: What it is, with its article, to stand behind "the file is": "a GGUF file (llama.cpp)".
-        hint: What to do about it where tensors in safetensors were expected, one sentence or two.
-    """
+    """A format: its name stands behind "the file is", its hint says what to do where safetensors were expected."""
 
     kind: Kind
     name: str
@@ -153,14 +147,10 @@ _MSGPACK_START = re.compile(rb"(?:[\x81-\x8f]|\xde..)(?:[\xa1-\xbf]|\xd9.)[\x20-
 
 
 def what_is(first_bytes: bytes) -> Recognised | None:
-    """Name a format.
+    """Name a format by the file's first `FIRST_BYTES` bytes, or all of it where it has fewer.
 
-    Args:
-        first_bytes: The file's first `FIRST_BYTES` bytes, or all of it where it has fewer.
-
-    Returns:
-        ``None`` where no signature is there; damaged files and ones of unknown formats look like this. A file that
-        begins as safetensors does is named so, whatever comes behind.
+    ``None`` where no signature is there; damaged files and ones of unknown formats look like this. A file that begins
+    as safetensors does is named so, whatever comes behind.
     """
     start = first_bytes[:FIRST_BYTES]
     if not start:

@@ -54,14 +54,10 @@ quoted: Callable[[str], str] = json.encoder.encode_basestring
 
 
 def loads(data: bytes, *, fail: Fail) -> JsonValue:
-    """Parse ``data`` strictly.
+    """Parse UTF-8 text strictly; ``fail`` is called with the reason where it is not strict JSON.
 
     Takes time and memory linear in ``len(data)``, which the caller bounds. Nesting is bounded by the interpreter's
     recursion limit, which the parser obeys; parts of free form are checked with `check_depth`.
-
-    Args:
-        data: UTF-8 text.
-        fail: Called with the reason where the text is not strict JSON.
     """
     try:
         text = data.decode("utf-8")
@@ -145,6 +141,14 @@ def as_array(value: JsonValue, what: str, fail: Fail) -> list[JsonValue]:
     if not isinstance(value, list):
         fail(f"{what} must be an array, not {_show(value)}")
     return value
+
+
+def as_row(value: JsonValue, count: int, what: str, fail: Fail) -> list[JsonValue]:
+    """Return ``value`` where it is an array of ``count`` items."""
+    row = as_array(value, what, fail)
+    if len(row) != count:
+        fail(f"has {what} with {len(row)} fields where {count} belong")
+    return row
 
 
 def exact_keys(value: dict[str, JsonValue], keys: frozenset[str], what: str, fail: Fail) -> None:

@@ -29,12 +29,9 @@ _ADAPTER_STEMS = ("adapter_model", "adapter", "adapter_extra", "pytorch_lora_wei
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """How a kind of weight files is named.
+    """How a kind of weight files is named; the first suffix is that of standard names and indices.
 
-    Attributes:
-        suffixes: Of files; the first is that of standard names and indices.
-        stem: transformers' name: the single file, then its index.
-        diffusion_stem: diffusers' name: its index, then the single file.
+    Of transformers' name the single file comes first, then its index; of diffusers' the index, then the single file.
     """
 
     suffixes: tuple[str, ...]
@@ -62,12 +59,9 @@ TORCH = Naming((".bin", ".pt", ".pth", ".ckpt"), "pytorch_model")
 
 @dataclass(frozen=True, slots=True)
 class WeightFiles:
-    """The files of a model.
+    """The names of a model's files, sorted, and of the index that lists them.
 
-    Attributes:
-        files: Their names, sorted.
-        index: The index that lists them.
-        unread: The index that was passed over for the standard file beside it, as transformers does.
+    ``unread`` is the index that was passed over for the standard file beside it, as transformers does.
     """
 
     files: tuple[str, ...]
@@ -86,16 +80,9 @@ class _Candidate:
 def choose_weights(
     directory: Path, names: Sequence[str], naming: Naming, read: Callable[[Path], WeightIndex]
 ) -> WeightFiles | None:
-    """Choose the files that make up the model in a directory.
+    """Choose the files that make up the model in a directory, in which there are ``names``; ``read`` reads an index.
 
-    Args:
-        directory: The directory.
-        names: What is in it.
-        naming: Which kind of files is meant.
-        read: Reads an index.
-
-    Returns:
-        ``None`` where no file of this kind is there; adapters' files are none.
+    ``None`` where no file of this kind is there; adapters' files are none.
 
     Raises:
         AmbiguousFilesError: Several could be meant; all are listed.

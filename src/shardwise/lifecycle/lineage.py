@@ -28,11 +28,9 @@ _VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The identity of a checkpoint, distinct from an earlier one of the same name.
+    """A checkpoint's name when it was published, and an id that tells it from an earlier one of the same name.
 
-    Attributes:
-        name: Its directory's name when it was published.
-        id: A unique text; empty for one that was saved without a lineage.
+    The id is empty for one that was saved without a lineage.
     """
 
     name: str
@@ -44,9 +42,6 @@ class Lineage:
     """A checkpoint's identity and ancestors.
 
     Attributes:
-        own: The checkpoint.
-        epoch: Its epoch.
-        step: Its step.
         sequence: How many publications the root had seen when it was saved; a later one has a higher number.
         ancestors: The checkpoints of its root that its run came through, the nearest first.
         tree: What all checkpoints that have one first ancestor have in common, also when that is deleted; empty for
@@ -99,11 +94,7 @@ def read_lineage(directory: Path) -> Lineage | None:
 class Start:
     """The checkpoint that a run goes on from, as it was when the run restored or saved it.
 
-    Later, another checkpoint or none may have its name.
-
-    Attributes:
-        path: Its directory.
-        lineage: Its lineage; ``None`` where it has none.
+    Later, another checkpoint or none may have its name. Its lineage is ``None`` where it has none.
     """
 
     path: Path
@@ -118,37 +109,27 @@ class Start:
 def next_lineage(
     root: Path, checkpoints: Sequence[CheckpointInfo], name: str, epoch: int, step: int, start: Start | None
 ) -> Lineage:
-    """The lineage of a checkpoint that is about to be published in a root.
+    """The lineage of the checkpoint ``name`` that is about to be published in a root, which holds ``checkpoints``.
 
-    Args:
-        root: The directory of the checkpoints.
-        checkpoints: Those of the root.
-        name: The new one's name.
-        epoch: Its epoch.
-        step: Its step.
-        start: The checkpoint that the run was restored from or saved last; ``None`` where that is not known: the one
-            before it in the order of steps is taken for it then.
+    ``start`` is the checkpoint that the run was restored from or saved last; where that is not known, the one before it
+    in the order of steps is taken for it.
     """
     known = {info.name: info for info in checkpoints if info.complete and info.name != name}
-    theirs: Lineage | None = None
-    before: str | None = None
+    before: CheckpointInfo | None = None
     if start is None:
-        earlier = [info for info in known.values() if info.order < (epoch, step)]
-        before = max(earlier, key=lambda info: info.order).name if earlier else None
-    else:
-        theirs = start.lineage
-        if theirs is None and real_path(start.path.parent) == real_path(root):
-            before = start.path.name
+        earlier = (info for info in known.values() if info.order < (epoch, step))
+        before = max(earlier, key=lambda info: info.order, default=None)
+    elif start.lineage is None and real_path(start.path.parent) == real_path(root):
+        before = known.get(start.path.name)
     ancestors: tuple[Origin, ...] = ()
-    if theirs is not None:
-        ancestors = tuple(each for each in (theirs.own, *theirs.ancestors) if _is_there(each, known))
-    elif before is not None:
-        ancestors = tuple(_origin(known[each]) for each in line_of(known, before))
     tree = uuid.uuid4().hex
-    if theirs is not None:
+    if start is not None and start.lineage is not None:
+        theirs = start.lineage
+        ancestors = tuple(each for each in (theirs.own, *theirs.ancestors) if _is_there(each, known))
         tree = theirs.tree
-    elif before in known:
-        tree = known[before].tree
+    elif before is not None:
+        ancestors = tuple(_origin(known[each]) for each in line_of(known, before.name))
+        tree = before.tree
     sequence = 1 + max((info.sequence for info in checkpoints), default=0)
     return Lineage(Origin(name, uuid.uuid4().hex), epoch, step, sequence, ancestors, tree)
 
@@ -171,8 +152,7 @@ def line_of(checkpoints: Mapping[str, CheckpointInfo], tip: str) -> tuple[str, .
 def branch_point(info: CheckpointInfo, line: Sequence[str], checkpoints: Mapping[str, CheckpointInfo]) -> int | None:
     """Where a checkpoint left a line: the position in ``line`` of the nearest checkpoint that both come from.
 
-    Returns:
-        The length of the line where what both come from is deleted; ``None`` where they have nothing in common.
+    The length of the line where that is deleted; ``None`` where they have nothing in common.
     """
     position = {name: number for number, name in enumerate(line)}
     shared = (position[name] for name in line_of(checkpoints, info.name) if name in position)

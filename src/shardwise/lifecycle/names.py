@@ -100,11 +100,6 @@ def is_doomed(name: str) -> bool:
     return name.startswith(_DOOMED)
 
 
-def is_hidden(name: str) -> bool:
-    """Whether ``name`` can never be resumed from."""
-    return name.startswith(".")
-
-
 def is_plain(name: str) -> bool:
     """Whether ``name`` is a single, visible path component without special characters."""
     return _PLAIN.fullmatch(name) is not None
@@ -116,7 +111,7 @@ def published_name(temporary: str) -> str:
     Raises:
         MisuseError: ``temporary`` is not such a name.
     """
-    if not is_temporary(temporary):
+    if not temporary.startswith(_SAVING):
         raise MisuseError(
             f"{temporary!r} is not the name of an unfinished save", hint="Pass the path that reserve() returned."
         )

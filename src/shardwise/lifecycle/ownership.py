@@ -38,9 +38,7 @@ _LOOK_SECONDS = 0.05
 class Claim:
     """The right to write an unfinished save, until it is released or the process ends.
 
-    Args:
-        path: The file that is locked.
-        handle: It, open; ``None`` where a storage has no locks.
+    ``path`` is the file that is locked, ``handle`` the same, open; ``None`` where a storage has no locks.
     """
 
     def __init__(self, path: Path, handle: int | None) -> None:
@@ -48,41 +46,33 @@ class Claim:
         self._handle: int | None = handle
         _claims.add(self)
 
-    def release(self) -> None:
+    def release(self, *, keeps_file: bool = False) -> None:
         """Remove the file and the lock. Safe to call twice."""
         handle, self._handle = self._handle, None
         if handle is None:
             return
         # Before the lock goes: whoever locks a file that has lost its name sees that and begins again.
         with contextlib.suppress(OSError):
-            os.unlink(self.path)
+            if not keeps_file:
+                os.unlink(self.path)
         os.close(handle)
-
-    def _disown(self) -> None:
-        """In a forked child: the lock is the parent's, and ends with it."""
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            os.close(handle)
 
 
 _claims: weakref.WeakSet[Claim] = weakref.WeakSet()
 
 
 def _leave_to_the_parent() -> None:
-    for claim in list(_claims):
-        claim._disown()
+    for claim in list(_claims):  # in a forked child: the lock is the parent's, and ends with it
+        claim.release(keeps_file=True)
 
 
 os.register_at_fork(after_in_child=_leave_to_the_parent)
 
 
 def claim(root: Path, name: str, token: str = "") -> Claim:
-    """Claim the unfinished save of ``name``; one rank calls, before it makes or removes anything of it.
+    """Claim the unfinished save of ``name`` in ``root``; one rank calls, before it makes or removes anything of it.
 
-    Args:
-        root: The directory that holds it; it exists.
-        name: The name under which it is to be published.
-        token: Identifies this run, for other ranks that check whether they see the same directory.
+    ``token`` identifies this run, for other ranks that check whether they see the same directory.
 
     Raises:
         CheckpointBusyError: A process that is alive has it; the message names its host and number.
@@ -117,13 +107,7 @@ def claimed_by(root: Path, name: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """The process that has claimed an unfinished save.
-
-    Attributes:
-        host: Its machine.
-        pid: Its number there.
-        alive: Whether it exists; ``None`` where it is on another machine, of which this one does not know.
-    """
+    """The process that has claimed an unfinished save; whether it is ``alive`` is not known of another machine's."""
 
     host: str
     pid: int

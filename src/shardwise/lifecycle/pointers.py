@@ -21,7 +21,6 @@ from shardwise.lifecycle.names import (
     ANNOUNCEMENT_NAME,
     LATEST,
     draft_name,
-    is_hidden,
     is_plain,
     parse_checkpoint_name,
 )
@@ -75,11 +74,11 @@ def read_pointer(root: Path, name: str) -> str | None:
     Raises:
         CheckpointNotFoundError: The pointer leads outside the root, in a circle, or is unreadable.
     """
-    if is_hidden(name) or not is_plain(name):
+    if not is_plain(name):
         return None
+    path = root / f"{name}.txt"
     with storage_errors(root / name):
-        if is_there(root / f"{name}.txt"):
-            path = root / f"{name}.txt"
+        if is_there(path):
             target = _read_text(path)
         elif is_link(root / name):
             path = root / name
@@ -88,12 +87,9 @@ def read_pointer(root: Path, name: str) -> str | None:
             return None
     inside = None if target is None else _inside(root, target)
     if inside is None:
+        what = "cannot be read" if target is None else f"leads to {target!r}, which is not in its root"
         raise CheckpointNotFoundError(
-            f"The pointer {name} leads to {target!r}, which is not in its root"
-            if target is not None
-            else f"The pointer {name} cannot be read",
-            path=path,
-            hint="Name the checkpoint directory, or pass its path.",
+            f"The pointer {name} {what}", path=path, hint="Name the checkpoint directory, or pass its path."
         )
     return inside
 
@@ -122,13 +118,9 @@ def announce(root: Path, name: str, known_as: str = "") -> None:
     """Record durably that the checkpoint ``name`` is about to be published; one rank calls.
 
     Publication is one rename and moving ``LATEST`` another. A crash between the two would resume from the older
-    checkpoint, and the next save of the same step would then find its name taken. With the record,
-    `announced` distinguishes that case from a ``LATEST`` that somebody set back on purpose.
-
-    Args:
-        root: Directory of the checkpoints.
-        name: The checkpoint's name.
-        known_as: Its id, which distinguishes it from a checkpoint that it replaces.
+    checkpoint, and the next save of the same step would then find its name taken. With the record, `announced`
+    distinguishes that case from a ``LATEST`` that somebody set back on purpose; ``known_as``, its id, distinguishes the
+    checkpoint from one that it replaces.
     """
     with storage_errors(root):
         _replace_text(root, ANNOUNCEMENT_NAME, f"{name} {known_as}".rstrip())

@@ -37,16 +37,8 @@ def reserve(root: Path, name: str, start: Start | None = None) -> Path:
     """Make the empty temporary directory in which the checkpoint ``name`` is written; one rank calls.
 
     What an interrupted save of the same name left is removed: its temporary directory, and a directory of the published
-    name that could not be resumed from.
-
-    Args:
-        root: Directory of the checkpoints; it need not exist.
-        name: Name of the checkpoint.
-        start: The checkpoint that the run was restored from or saved last, if that is known. One of this name that was
-            abandoned when the run was rolled back is replaced on publication.
-
-    Returns:
-        The temporary directory, to be handed to `publish` or `abandon`.
+    name that could not be resumed from. ``start`` is the checkpoint that the run was restored from or saved last, if
+    that is known: one of this name that was abandoned when the run was rolled back is replaced on publication.
 
     Raises:
         CheckpointExistsError: The checkpoint is already published, and not one that the run left behind.
@@ -94,11 +86,6 @@ def publish(temp: Path, final: Path, start: Start | None = None) -> None:
     One that the run left behind when it went back to ``start`` is replaced: the two directories swap their names in
     one step, and the old one is deleted. Where the file system has no such step the old one is renamed away first; a
     crash between the two renames leaves neither under its name, and the line that the run is on is whole without it.
-
-    Args:
-        temp: What `reserve` returned.
-        final: The checkpoint.
-        start: As for `reserve`.
 
     Raises:
         CheckpointExistsError: ``final`` exists; it is untouched, and so is ``temp``.
@@ -182,16 +169,9 @@ def abandon(temp: Path) -> None:
 def remove_leftovers(root: Path, *, active: Collection[Path] = ()) -> tuple[str, ...]:
     """Delete what interrupted saves and deletions left in the root; one rank calls, before its first save.
 
-    A killed save of a step that is never saved again would otherwise hold its space for ever. A save whose lock is held
-    by a live process is no leftover. Neither are components saved by themselves (``.saving-model``): their own next
-    save removes what is left of them.
-
-    Args:
-        root: Directory of the checkpoints; it need not exist.
-        active: Temporary directories of saves that are under way.
-
-    Returns:
-        The names that were deleted.
+    A killed save of a step that is never saved again would otherwise hold its space for ever. A save that is under way
+    (``active``), or whose lock is held by a live process, is no leftover. Neither are components saved by themselves
+    (``.saving-model``): their own next save removes what is left of them. Returns the names that were deleted.
     """
     if local_path(root) is None:
         return ()  # without locks nobody knows what is still being written

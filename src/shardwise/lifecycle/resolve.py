@@ -10,13 +10,14 @@ change of the data, is decided by ``LATEST``, which is set by publication and al
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import operator
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import SupportsIndex
 
@@ -40,20 +41,18 @@ from shardwise.lifecycle.pointers import announced, linked_checkpoint, read_poin
 
 logger = logging.getLogger(__name__)
 
+#: What ``save_pretrained`` writes.
+_SAVE_PRETRAINED = frozenset({"config.json", "adapter_config.json"})
 _METRICS_LIMIT = 1 << 20
 _LISTED = 8
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
-    """A directory of the root that has a checkpoint's name.
+    """A directory of the root that has a checkpoint's name, ``epoch_E_step_S``.
 
     Attributes:
-        name: ``epoch_E_step_S``.
-        epoch: E.
-        step: S.
         complete: It may be resumed from.
-        path: The directory.
         verifiable: It has a manifest. A complete one without (another tool's) cannot be checked.
         metrics: Finite numbers of its ``losses.json``.
         measurable: Its ``losses.json`` is absent or what it should be; of a damaged one nobody knows what it said.
@@ -93,7 +92,6 @@ class ResolvedCheckpoint:
     """A complete checkpoint to resume from.
 
     Attributes:
-        path: Its directory.
         name: Last component of ``path``.
         epoch: From the name, also in the forms that other tools use, or of a copy with another name from its lineage or
             manifest; ``None`` where none of them says.
@@ -150,22 +148,10 @@ def list_checkpoints(root: Path) -> tuple[CheckpointInfo, ...]:
             linked = linked_checkpoint(root, entry.name)
             if numbers is None or not (entry.kind == "directory" or linked):
                 continue
-            complete, verifiable = is_complete(directory), is_verifiable(directory)
             metrics, lineage = _metrics(directory), read_lineage(directory)
-            measurable = metrics is not None
-            found.append(
-                CheckpointInfo(
-                    entry.name,
-                    *numbers,
-                    complete,
-                    directory,
-                    verifiable,
-                    metrics or {},
-                    measurable,
-                    lineage,
-                    linked=linked,
-                )
-            )
+            info = CheckpointInfo(entry.name, *numbers, is_complete(directory), directory, is_verifiable(directory))
+            small = {} if metrics is None else metrics
+            found.append(replace(info, metrics=small, measurable=metrics is not None, lineage=lineage, linked=linked))
     return tuple(sorted(found, key=lambda info: info.order))
 
 
@@ -194,28 +180,20 @@ def _metrics(directory: Path) -> dict[str, float] | None:
         return None
     if not isinstance(document, dict):
         return None
-    numbers = {}
+    numbers: dict[str, float] = {}
     for key, value in document.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
-            try:
-                number = float(value)
-            except OverflowError:
-                continue
-            if math.isfinite(number):
-                numbers[key] = number
-    return numbers
+            with contextlib.suppress(OverflowError):
+                numbers[key] = float(value)
+    return {key: number for key, number in numbers.items() if math.isfinite(number)}
 
 
 def resolve(root: Path, restore_from: str | Path | int = LATEST) -> ResolvedCheckpoint | None:
-    """Find the checkpoint that ``restore_from`` means.
+    """Find the checkpoint that ``restore_from`` means: it is complete.
 
-    Args:
-        root: Directory of the checkpoints and pointers.
-        restore_from: ``LATEST``, another pointer's name, the name of a directory in the root, a path (a `Path`, or
-            text that names nothing in the root), or the number of a step.
-
-    Returns:
-        The checkpoint, always complete; ``None`` only for ``LATEST`` of a root in which no checkpoint was published.
+    ``restore_from`` is ``LATEST``, another pointer's name, the name of a directory in the root, a path (a `Path`, or
+    text that names nothing in the root), or the number of a step. Returns ``None`` only for ``LATEST`` of a root in
+    which no checkpoint was published.
 
     Raises:
         CheckpointNotFoundError: There is no such thing; the text lists what there is.
@@ -239,13 +217,9 @@ def resolve(root: Path, restore_from: str | Path | int = LATEST) -> ResolvedChec
 
 
 def latest_step(root: Path) -> int | None:
-    """The step of the checkpoint that ``LATEST`` means.
+    """The step of the checkpoint that ``LATEST`` means; raises as `resolve`.
 
-    Returns:
-        ``None`` where there is none to resume from, or it is of another tool and does not tell its step.
-
-    Raises:
-        As `resolve`.
+    ``None`` where there is none to resume from, or it is of another tool and does not tell its step.
     """
     found = resolve(root)
     return None if found is None else found.step
@@ -334,49 +308,39 @@ def _at_path(root: Path, path: Path) -> ResolvedCheckpoint:
 
 
 def _checked(root: Path, directory: Path, label: str) -> ResolvedCheckpoint:
+    kind: type[CheckpointNotFoundError | IncompleteCheckpointError] = CheckpointNotFoundError
+    hint: str | None = None
     if is_temporary(directory.name) or is_doomed(directory.name):
-        raise IncompleteCheckpointError(f"{label} is an interrupted save", path=directory, hint=_what_is_there(root))
-    if not is_there(directory):
-        raise CheckpointNotFoundError(f"{label} does not exist", path=directory, hint=_what_is_there(root))
-    if not is_directory(directory):
-        raise CheckpointNotFoundError(f"{label} is not a directory", path=directory, hint=_what_is_there(root))
-    if not is_complete(directory):
-        if _is_model_directory(directory):
-            raise CheckpointNotFoundError(
-                f"{label} is a directory of a Hugging Face model or adapter, and no checkpoint of a run",
-                path=directory,
-                hint="There is nothing to resume in it: load its weights with load_base_model, or with load_model.",
-            )
-        raise IncompleteCheckpointError(
-            f"{label} has neither {MANIFEST_NAME} nor model/ nor .metadata: an interrupted save, or not a checkpoint",
-            path=directory,
-            hint=_what_is_there(root),
-        )
-    return _describe(directory)
-
-
-def _is_model_directory(directory: Path) -> bool:
-    """Whether a directory without a checkpoint's name looks like what ``save_pretrained`` writes."""
-    if parse_checkpoint_name(directory.name) is not None:
-        return False
-    return not {"config.json", "adapter_config.json"}.isdisjoint(names_in(directory))
+        kind, what = IncompleteCheckpointError, "is an interrupted save"
+    elif not is_there(directory):
+        what = "does not exist"
+    elif not is_directory(directory):
+        what = "is not a directory"
+    elif is_complete(directory):
+        return _describe(directory)
+    elif parse_checkpoint_name(directory.name) is None and not _SAVE_PRETRAINED.isdisjoint(names_in(directory)):
+        what = "is a directory of a Hugging Face model or adapter, and no checkpoint of a run"
+        hint = "There is nothing to resume in it: load its weights with load_base_model, or with load_model."
+    else:
+        kind = IncompleteCheckpointError
+        what = f"has neither {MANIFEST_NAME} nor model/ nor .metadata: an interrupted save, or not a checkpoint"
+    raise kind(f"{label} {what}", path=directory, hint=hint or _what_is_there(root))
 
 
 def _describe(directory: Path) -> ResolvedCheckpoint:
-    numbers = parse_checkpoint_name(directory.name)
-    lineage = read_lineage(directory) if numbers is None else None
-    epoch, step = numbers or (None, None)
-    if lineage is not None:  # a copy under another name
-        epoch, step = lineage.epoch, lineage.step
-    elif numbers is None:
-        epoch, step = _recorded_numbers(directory) if is_verifiable(directory) else foreign_numbers(directory.name)
-    return ResolvedCheckpoint(directory, directory.name, epoch, step, is_verifiable(directory), read_metrics(directory))
+    numbers: tuple[int | None, int | None] | None = parse_checkpoint_name(directory.name)
+    verifiable = is_verifiable(directory)
+    if numbers is None:  # a copy under another name, or another tool's
+        lineage = read_lineage(directory)
+        if lineage is not None:
+            numbers = lineage.epoch, lineage.step
+        else:
+            numbers = _recorded_numbers(directory) if verifiable else foreign_numbers(directory.name)
+    return ResolvedCheckpoint(directory, directory.name, *numbers, verifiable, read_metrics(directory))
 
 
 def _recorded_numbers(directory: Path) -> tuple[int | None, int | None]:
     """Epoch and step by the manifest, of a copy under another name that was saved before there were lineages."""
-    if not is_verifiable(directory):
-        return None, None
     try:
         info = read_manifest(directory / MANIFEST_NAME).info
     except ShardwiseError as error:

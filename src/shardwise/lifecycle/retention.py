@@ -142,8 +142,7 @@ def prune(root: Path, policy: Retention) -> tuple[str, ...]:
     Each is first renamed to a name that nothing resolves, and that is made durable; what an interrupted call left is
     deleted by the next. One that cannot be deleted does not keep the others.
 
-    Returns:
-        The names of the checkpoints that were deleted.
+    Returns the names of the deleted.
 
     Raises:
         StorageError: The file system refused, of several refusals the first, when everything was tried. What was to be

@@ -16,7 +16,7 @@ import torch
 
 from shardwise.errors import ModuleStateError
 from shardwise.geometry import Box, TensorSpec
-from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
+from shardwise.plan.fragments import Fragment, HeldTensor
 
 _ATTRIBUTE = "_shardwise_deferred"
 
@@ -27,22 +27,17 @@ class Maker(Protocol):
     @property
     def label(self) -> str:
         """Its name, for messages."""
-        ...
 
     def make(self) -> Mapping[str, torch.Tensor]:
         """Values by key, as this rank holds them, dense."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Deferred:
-    """The description of a value that is made when it is needed.
+    """The description of a value, as this rank holds it, that is made when it is needed.
 
     Attributes:
         key: The maker's name for it.
-        shape: What this rank holds of it.
-        dtype: Likewise.
-        device: Where it is made.
         maker: Makes it; ``None`` where it can only be loaded.
         owner: The module that loads it. Compared by identity.
         template: Makes the DTensor of this rank's part, which the owner is given; ``None`` for plain tensors.
@@ -135,16 +130,12 @@ def bound(view: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 def split(tensor: HeldTensor) -> tuple[HeldTensor | None, list[tuple[object, HeldTensor]]]:
     """Split a tensor into what is in memory and what its owners load: ``(in memory, [(owner, theirs)])``."""
-    owners: dict[int, object] = {}
-    for part in tensor.parts:
-        for fragment in part.fragments:
-            if fragment.data.is_meta and (what := deferred(fragment.data)) is not None:
-                owners[id(what.owner)] = what.owner
+    found = [deferred(fragment.data) for part in tensor.parts for fragment in part.fragments if fragment.data.is_meta]
+    owners = {id(what.owner): what.owner for what in found if what is not None}
     if not owners:
         return tensor, []
     direct = _only(tensor, None)
-    has_memory = any(part.fragments for part in direct.parts)
-    return direct if has_memory else None, [(owner, _only(tensor, owner)) for owner in owners.values()]
+    return direct if direct.parts else None, [(owner, _only(tensor, owner)) for owner in owners.values()]
 
 
 def _only(tensor: HeldTensor, owner: object | None) -> HeldTensor:
@@ -181,11 +172,7 @@ class Buffers:
 
     def behind(self, tensor: HeldTensor) -> HeldTensor:
         """The same tensor, with memory instead of stand-ins."""
-        parts = (
-            part._replace(fragments=tuple(Fragment(f.box, self._memory(f.data)) for f in part.fragments))
-            for part in tensor.parts
-        )
-        return tensor._replace(parts=tuple(parts))
+        return tensor.elsewhere(self._memory)
 
     def _memory(self, view: torch.Tensor) -> torch.Tensor:
         what = deferred(view)
@@ -216,8 +203,7 @@ def stands_alone(tensor: HeldTensor) -> Deferred | None:
 
 def held_whole(spec: TensorSpec, what: Deferred) -> HeldTensor:
     """A tensor of the file that is one value, whole."""
-    fragment = Fragment(Box.whole(spec.shape), what.stand_in())
-    return HeldTensor(spec, spec.shape, (HeldPart(Part(spec.shape), (), (fragment,)),))
+    return HeldTensor.alone(spec, [Fragment(Box.whole(spec.shape), what.stand_in())])
 
 
 def _other(what: Deferred, found: torch.Tensor | None) -> ModuleStateError:

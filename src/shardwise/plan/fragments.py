@@ -6,27 +6,32 @@ its shape with the same row-major order (see `shardwise.plan.views`); for an unc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 
-from shardwise.geometry import Box, TensorSpec
+from shardwise.geometry import Box, TensorSpec, flat_offset
 from shardwise.plan.placement import MeshKey, Placement, Region, regions
-from shardwise.plan.views import AxisView, hub_boxes, hub_views
+from shardwise.plan.views import AxisView, factor_shape, hub_boxes, hub_views
 
 
 class Fragment(NamedTuple):
-    """A region of a tensor with its memory. Two are never compared but by identity.
+    """A region of a tensor, in its grid, with its memory. Two are never compared but by identity.
 
-    Attributes:
-        box: Where it lies, in the tensor's grid.
-        data: Its elements: shape ``box.sizes``, any strides, any device. Its dtype may differ from the file's.
+    ``data`` has the shape ``box.sizes``, any strides, any device; its dtype may differ from the file's.
     """
 
     box: Box
     data: torch.Tensor
+
+    def cut(self, box: Box) -> Fragment:
+        """The part inside ``box``, which lies within; no copy."""
+        if box.sizes == self.data.shape:
+            return self
+        return Fragment(box, part_in_box(self.data, box.relative_to(self.box)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +87,9 @@ class HeldPart(NamedTuple):
 
 
 class HeldTensor(NamedTuple):
-    """This rank's part of one tensor of the file. Two are never compared but by identity.
+    """This rank's part of one tensor of the file, in a grid of its shape. Two are never compared but by identity.
 
-    Attributes:
-        spec: Name, global shape and dtype in the file.
-        grid: The refinement of ``spec.shape`` in which the fragments' boxes are given.
-        parts: Usually one; several where native tensors are joined into one of the file.
+    It has one part, or several where native tensors are joined into one of the file.
     """
 
     spec: TensorSpec
@@ -97,6 +99,19 @@ class HeldTensor(NamedTuple):
     def renamed(self, name: str) -> HeldTensor:
         """The same under another name."""
         return self._replace(spec=self.spec._replace(name=name))
+
+    @staticmethod
+    def alone(spec: TensorSpec, fragments: Iterable[Fragment]) -> HeldTensor:
+        """Regions, in the tensor's own shape, of a tensor that is spread over no mesh."""
+        return HeldTensor(spec, spec.shape, (HeldPart(Part(spec.shape), (), tuple(fragments)),))
+
+    def elsewhere(self, memory: Callable[[torch.Tensor], torch.Tensor]) -> HeldTensor:
+        """The same regions with other memory, given for each fragment's."""
+        parts = [
+            part._replace(fragments=tuple(Fragment(box, memory(data)) for box, data in part.fragments))
+            for part in self.parts
+        ]
+        return self._replace(parts=tuple(parts))
 
     @property
     def fragments(self) -> tuple[Fragment, ...]:
@@ -117,6 +132,48 @@ def part_in_box(whole: torch.Tensor, box: Box) -> torch.Tensor:
     return whole[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))]
 
 
+def in_shape(
+    fragment: Fragment, grid: tuple[int, ...], shape: tuple[int, ...], *, strided: bool = False
+) -> Iterator[Fragment]:
+    """Express a region in a grid as regions of the shape that the grid refines, as few as possible; no copy.
+
+    Their memory keeps the grid's dimensions. If ``strided`` it has those of ``shape``, which may take more regions.
+    """
+    if grid == shape or not fragment.box.numel:
+        yield from (fragment,) if fragment.box.numel else ()
+        return
+    (offsets, sizes), strides, at = fragment.box, fragment.data.stride() if strided else (), 0
+    groups = factor_shape(shape, grid)
+    per_dim: list[list[Box]] = []
+    for factors in groups:
+        dims = slice(at, at + len(factors))
+        per_dim.append(_ranges(Box(offsets[dims], sizes[dims]), factors, strides[dims]))
+        at += len(factors)
+    for inner in itertools.product(*per_dim):
+        starts = tuple(flat_offset(box.offsets, factors) for box, factors in zip(inner, groups, strict=True))
+        box = Box(starts, tuple(box.numel for box in inner))
+        data = fragment.cut(Box(*(sum(each, ()) for each in zip(*inner, strict=True)))).data
+        yield Fragment(box, data.view(box.sizes) if strided else data)
+
+
+def _ranges(box: Box, factors: tuple[int, ...], strides: tuple[int, ...]) -> list[Box]:
+    """A box of one dimension's factors as boxes that are ranges of it, and one stride apart where there are any."""
+    first = len(factors) - 1
+    length, stride = box.sizes[first], strides[first] if strides else 0
+    while first > 0 and box.sizes[first] == factors[first]:
+        size, step = box.sizes[first - 1], strides[first - 1] if strides else 0
+        if strides and size > 1 and length > 1 and step != stride * length:
+            break
+        stride = step if length == 1 else stride
+        length *= size
+        first -= 1
+    outer = (range(o, o + s) for o, s in zip(box.offsets[:first], box.sizes[:first], strict=True))
+    return [
+        Box((*index, *box.offsets[first:]), (*(1 for _ in index), *box.sizes[first:]))
+        for index in itertools.product(*outer)
+    ]
+
+
 def seen_through(view: AxisView | None, native: HeldPart) -> HeldPart:
     """A rank's share of a native tensor, seen through a view; the same memory. Without a view, unchanged."""
     if view is None:
@@ -132,26 +189,15 @@ def hold(
     local: torch.Tensor,
     grid: tuple[int, ...] | None = None,
 ) -> HeldTensor:
-    """Describe a local tensor as fragments.
+    """Describe ``local``, this rank's local native tensor, as fragments of the file's tensor ``spec``.
 
-    Args:
-        spec: The tensor in the file.
-        part: How the native tensor is spread, and how the file's tensor looks into it.
-        coordinate: This rank's mesh coordinate; ``()`` for a plain tensor.
-        local: This rank's local native tensor.
-        grid: The file tensor's grid; its shape if not given.
+    ``coordinate`` is ``()`` for a plain tensor; ``grid`` is the file tensor's, its shape if not given.
     """
-    fragments = tuple(_fragments(part.view, part.regions(coordinate), local))
-    return HeldTensor(spec, grid or spec.shape, (HeldPart(part, coordinate, fragments),))
-
-
-def _fragments(view: AxisView | None, held: Iterable[Region], local: torch.Tensor) -> Iterator[Fragment]:
-    for region in held:
-        data = local
-        if region.box.sizes != local.shape:
-            for dim, (start, size) in enumerate(zip(region.local, region.box.sizes, strict=True)):
-                data = data.narrow(dim, start, size)
-        if view is None:
-            yield Fragment(region.box, data)
+    found: list[Fragment] = []
+    for box, start in part.regions(coordinate):
+        data = local if box.sizes == local.shape else part_in_box(local, Box(start, box.sizes))
+        if part.view is None:
+            found.append(Fragment(box, data))
         else:
-            yield from (Fragment(box, part) for box, part in hub_views(view, region.box, data))
+            found += [Fragment(hub, piece) for hub, piece in hub_views(part.view, box, data)]
+    return HeldTensor(spec, grid or spec.shape, (HeldPart(part, coordinate, tuple(found)),))

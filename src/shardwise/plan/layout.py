@@ -28,13 +28,7 @@ SPLIT_WAYS = 8
 
 @dataclass(frozen=True)
 class FileLayout:
-    """One file of the export.
-
-    Attributes:
-        name: File name, without directory.
-        header: The bytes before the data: length field, JSON, padding.
-        entries: Tensors in file order; offsets relative to the end of the header.
-    """
+    """One file of the export: its name, the bytes before the data, and the tensors in file order."""
 
     name: str
     header: bytes
@@ -46,7 +40,7 @@ class FileLayout:
         return len(self.header) + (self.entries[-1].end if self.entries else 0)
 
 
-class Place(NamedTuple):  # made once for each tensor: a frozen dataclass costs four times as much
+class Place(NamedTuple):
     """Where a tensor's bytes lie: ``file`` is an index into `Layout.files`, ``offset`` counts from the file's start."""
 
     file: int
@@ -62,12 +56,11 @@ class Layout:
     @cached_property
     def places(self) -> dict[str, Place]:
         """Place of each tensor, by name."""
-        found: dict[str, Place] = {}
-        for number, file in enumerate(self.files):
-            head = len(file.header)
-            for spec, begin, _ in file.entries:
-                found[spec.name] = Place(number, head + begin)
-        return found
+        return {
+            spec.name: Place(number, len(file.header) + begin)
+            for number, file in enumerate(self.files)
+            for spec, begin, _ in file.entries
+        }
 
     @property
     def weight_map(self) -> dict[str, str]:
@@ -98,14 +91,14 @@ def lay_out(
     stem: str = "model",
     metadata: Mapping[str, str] | None = None,
 ) -> Layout:
-    """Assign every tensor a file and an offset.
+    """Assign every tensor, given in the model's order, a file and an offset.
 
     Args:
-        specs: All tensors, in the model's order.
+        specs: All tensors.
         base_files: File of each tensor in the base model; its split and names are kept, and tensors that it does not
             know go to its last file. Without it, files are filled in order up to a limit.
         max_file_bytes: Largest data size of a file without a base; a larger tensor has a file of its own. ``None`` puts
-            everything into one file, whatever its size.
+            everything into one file.
         stem: What file names start with.
         metadata: ``__metadata__`` of every file; ``{"format": "pt"}`` if not given.
 
@@ -152,9 +145,7 @@ def file_limit(total_bytes: int, max_file_bytes: int) -> int:
 def _split_by_size(specs: Sequence[TensorSpec], max_file_bytes: int | None, stem: str) -> dict[str, list[TensorSpec]]:
     if max_file_bytes is None:
         return {f"{stem}.safetensors": list(specs)}
-    kinds = {(spec.shape, spec.dtype): spec for spec in specs}
-    nbytes_of = {kind: spec.nbytes for kind, spec in kinds.items()}
-    sizes = [nbytes_of[shape, dtype] for _, shape, dtype in specs]
+    sizes = [spec.nbytes for spec in specs]
     limit = file_limit(sum(sizes), max_file_bytes)
     bins: list[list[TensorSpec]] = []
     used = 0
@@ -181,8 +172,5 @@ def shard_name(shard: int, file: int, files: int, stem: str = "model") -> str:
 
 def is_tensor_file(name: str, stem: str = "model") -> bool:
     """Whether a save under ``stem`` may have given a file this name: whole, one of several, or a shard."""
-    numbered = r"-\d{5,}-of-\d{5,}"
-    return (
-        re.fullmatch(rf"({re.escape(stem)}({numbered})?|shard-\d{{5,}}-{re.escape(stem)}{numbered})\.safetensors", name)
-        is not None
-    )
+    numbered, stem = r"-\d{5,}-of-\d{5,}", re.escape(stem)
+    return bool(re.fullmatch(rf"({stem}({numbered})?|shard-\d{{5,}}-{stem}{numbered})\.safetensors", name))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from shardwise.geometry import Box, split_rows
+from shardwise.geometry import split_rows
 from shardwise.plan.fragments import Fragment, HeldTensor
 from shardwise.plan.roster import Roster
 
@@ -22,42 +22,23 @@ SPLIT_REPLICATED_ABOVE_BYTES = 4 * 2**20
 
 
 class OwnedFragment(NamedTuple):
-    """A region that this rank, and no other, writes. ``tensor`` is an index into the list of held tensors."""
+    """A region that this rank alone writes, and its tensor's number in the list of held ones."""
 
     tensor: int
     fragment: Fragment
 
 
-def cut(fragment: Fragment, box: Box) -> Fragment:
-    """The part of a fragment inside ``box``, which it contains; no copy."""
-    data = fragment.data
-    for dim, (low, size) in enumerate(zip(box.relative_to(fragment.box).offsets, box.sizes, strict=True)):
-        if size != data.shape[dim]:
-            data = data.narrow(dim, low, size)
-    return Fragment(box, data)
-
-
 def own(
     held: Sequence[HeldTensor], roster: Roster, rank: int, skip: frozenset[int] = frozenset()
 ) -> list[OwnedFragment]:
-    """The regions that ``rank`` writes.
-
-    Args:
-        held: What the rank holds, in declared order.
-        roster: Who holds what.
-        rank: The rank in the group.
-        skip: Indices of tensors that are written in another way (by exchanging rows first).
-    """
+    """The regions that ``rank`` writes of what it holds, without the tensors ``skip``, whose rows are exchanged."""
     loads: dict[tuple[int, ...], list[int]] = {}
     mine: list[OwnedFragment] = []
     for number, part, shard_set in roster.holders(held):
         if number in skip:
             continue
         replicas = shard_set.replicas_of(rank)
-        if len(replicas) == 1:
-            mine.extend([OwnedFragment(number, fragment) for fragment in part.fragments])
-            continue
-        if part.part.may_differ:
+        if len(replicas) == 1 or part.part.may_differ:
             if replicas[0] == rank:
                 mine.extend([OwnedFragment(number, fragment) for fragment in part.fragments])
             continue
@@ -86,4 +67,4 @@ def _share(fragment: Fragment, itemsize: int, load: list[int], position: int) ->
         load[lightest] += max(nbytes, 1)
         return fragment if lightest == position else None
     box = split_rows(fragment.box, len(load), position)
-    return None if box is None else cut(fragment, box)
+    return None if box is None else fragment.cut(box)

@@ -18,6 +18,7 @@ import itertools
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from shardwise.geometry import Box
 
@@ -47,12 +48,9 @@ Placement = Replicated | Sharded | Strided
 
 @dataclass(frozen=True, slots=True)
 class MeshKey:
-    """The key by which ranks identify the same kind of mesh.
+    """The key by which ranks identify the same kind of mesh: names (or empty strings) and sizes of its dimensions.
 
-    Attributes:
-        names: Names of the mesh dimensions; empty strings where the mesh has none.
-        shape: Size of each mesh dimension.
-        ordinal: Distinguishes meshes of equal names and shape on one rank, in the order in which tensors use them.
+    ``ordinal`` tells meshes of equal names and shape on one rank apart, in the order in which tensors use them.
     """
 
     names: tuple[str, ...]
@@ -60,14 +58,8 @@ class MeshKey:
     ordinal: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
-    """One rectangular piece of what a rank holds.
-
-    Attributes:
-        box: Where it lies in the global tensor.
-        local: Where it starts in the rank's local tensor.
-    """
+class Region(NamedTuple):
+    """One rectangular piece of what a rank holds: where it lies globally, and starts in the rank's local tensor."""
 
     box: Box
     local: tuple[int, ...]
@@ -83,37 +75,22 @@ def chunk(length: int, parts: int, index: int) -> Interval:
     return start, min(size, length - start)
 
 
-def _take(intervals: list[Interval], start: int, length: int) -> list[Interval]:
-    """The global intervals behind local indices ``start .. start + length``."""
-    taken: list[Interval] = []
-    position = 0
-    for begin, size in intervals:
-        low, high = max(start, position), min(start + length, position + size)
-        if low < high:
-            taken.append((begin + low - position, high - low))
-        position += size
-    return taken
-
-
-def _merge(intervals: list[Interval]) -> list[Interval]:
-    merged: list[Interval] = []
-    for begin, size in intervals:
-        if merged and sum(merged[-1]) == begin:
-            merged[-1] = (merged[-1][0], merged[-1][1] + size)
-        else:
-            merged.append((begin, size))
-    return merged
-
-
-def _cut(intervals: list[Interval], placement: Sharded | Strided, parts: int, index: int) -> list[Interval]:
+def _cut(intervals: list[Interval], groups: int, parts: int, index: int) -> list[Interval]:
+    """Piece ``index`` of ``parts`` of each group of what is held along one dimension, neighbours merged."""
     length = sum(size for _, size in intervals)
-    groups = placement.split_factor if isinstance(placement, Strided) else 1
     taken: list[Interval] = []
     for group in range(groups):
         group_start, group_length = chunk(length, groups, group)
         start, size = chunk(group_length, parts, index)
-        taken += _take(intervals, group_start + start, size)
-    return _merge(taken)
+        start, position = start + group_start, 0
+        for begin, held in intervals:
+            low, high = max(start, position), min(start + size, position + held)
+            if low < high and taken and sum(taken[-1]) == begin + low - position:
+                taken[-1] = (taken[-1][0], taken[-1][1] + high - low)
+            elif low < high:
+                taken.append((begin + low - position, high - low))
+            position += held
+    return taken
 
 
 def _cut_last(mesh_shape: tuple[int, ...], placements: tuple[Placement, ...]) -> tuple[int, ...]:
@@ -140,29 +117,19 @@ def regions(
 ) -> tuple[Region, ...]:
     """The disjoint regions of a tensor that the rank at ``coordinate`` holds, in the order of its local tensor.
 
-    Args:
-        shape: Global shape.
-        mesh_shape: Size of each mesh dimension.
-        placements: One placement for each mesh dimension.
-        coordinate: The rank's index along each mesh dimension.
-
-    Returns:
-        No region at all where the rank's local tensor is empty.
+    ``shape`` is global; the others have one entry for each mesh dimension. None where the local tensor is empty.
     """
     per_dim: list[list[Interval]] = [[(0, n)] if n else [] for n in shape]
     late = _cut_last(mesh_shape, placements)
     for at in (*(i for i in range(len(placements)) if i not in late), *reversed(late)):
         placement = placements[at]
         if not isinstance(placement, Replicated):
-            how = Sharded(placement.dim) if at in late else placement
-            per_dim[placement.dim] = _cut(per_dim[placement.dim], how, mesh_shape[at], coordinate[at])
-    with_local: list[list[tuple[int, int, int]]] = []
-    for intervals in per_dim:
-        starts = itertools.accumulate((size for _, size in intervals), initial=0)
-        with_local.append([(begin, size, local) for (begin, size), local in zip(intervals, starts, strict=False)])
+            groups = placement.split_factor if isinstance(placement, Strided) and at not in late else 1
+            per_dim[placement.dim] = _cut(per_dim[placement.dim], groups, mesh_shape[at], coordinate[at])
+    starts = [itertools.accumulate((size for _, size in intervals), initial=0) for intervals in per_dim]
     return tuple(
-        Region(Box(tuple(b for b, _, _ in combo), tuple(s for _, s, _ in combo)), tuple(at for _, _, at in combo))
-        for combo in itertools.product(*with_local)
+        Region(Box(tuple(b for (b, _), _ in each), tuple(s for (_, s), _ in each)), tuple(at for _, at in each))
+        for each in itertools.product(*map(zip, per_dim, starts))
     )
 
 

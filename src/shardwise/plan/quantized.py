@@ -11,17 +11,14 @@ scales, blocks of 32); block-scaled FP8 as in DeepSeek-V3 (arXiv:2412.19437, sec
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from shardwise.geometry import Box, TensorSpec, bounding
-from shardwise.plan.fragments import HeldTensor
+from shardwise.plan.fragments import HeldTensor, in_shape
 from shardwise.plan.reads import SourceTensor
-from shardwise.plan.views import factor_shape
 
 #: Values dequantized at a time: 1 MiB of FP8, and three float32 tensors of 4 MiB while they are computed.
 PIECE_ELEMENTS = 2**20
@@ -29,8 +26,6 @@ PIECE_ELEMENTS = 2**20
 SLAB_SCALES = 2**20
 #: Beyond this many boxes of scales, one box around them is read instead of their exact union.
 _MOST_BOXES = 256
-
-_Cost = Callable[[Box], int]
 
 #: The sixteen E2M1 numbers; the highest bit is the sign.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -74,10 +69,8 @@ class QuantizedPiece:
 class Slab:
     """Pieces that are dequantized with one set of scales.
 
-    Attributes:
-        around: Box of the scale grid around all scales of the slab.
-        scales: Disjoint boxes within it: the scales that the pieces need and no others.
-        pieces: The pieces.
+    ``around`` is the box of the scale grid around all of them; ``scales`` are disjoint boxes within it: those that the
+    pieces need and no others.
     """
 
     around: Box
@@ -88,17 +81,13 @@ class Slab:
 def plan_slabs(
     tensor: Quantized, wanted: HeldTensor, piece_elements: int = PIECE_ELEMENTS, slab_scales: int = SLAB_SCALES
 ) -> Iterator[Slab]:
-    """Cut what a rank wants of a quantized tensor into slabs.
+    """Cut what a rank wants of a quantized tensor, in any grid and any strides, into slabs.
 
-    Args:
-        tensor: The tensor; ``wanted`` has its shape.
-        wanted: Fragments in any grid of that shape, their memory strided in any way.
-        piece_elements: Most values of a piece.
-        slab_scales: Most scales of a slab, as far as whole blocks allow.
+    A piece has at most ``piece_elements`` values, a slab ``slab_scales`` scales, as far as whole blocks allow.
     """
     regions: list[QuantizedPiece] = []
     for fragment in wanted.fragments:
-        for box, data in in_shape(fragment.box, fragment.data, wanted.grid, tensor.spec.shape):
+        for box, data in in_shape(fragment, wanted.grid, tensor.spec.shape, strided=True):
             if tensor.transposed:
                 box, data = Box(_swap(box.offsets), _swap(box.sizes)), data.transpose(-1, -2)
             regions.append(QuantizedPiece(box, data))
@@ -142,17 +131,10 @@ def byte_box(box: Box) -> Box:
 
 
 def dequantize(values: torch.Tensor, scales: torch.Tensor, tensor: Quantized, box: Box, around: Box) -> torch.Tensor:
-    """The float32 numbers of a box of stored values.
+    """The float32 numbers of a box of stored values, as a new tensor of shape ``box.sizes``.
 
-    Args:
-        values: The stored values of ``box``; with ``tensor.packed`` the bytes of `byte_box`.
-        scales: Float32 scales of the box ``around`` of the scale grid.
-        tensor: What they belong to.
-        box: Which values.
-        around: Which scales.
-
-    Returns:
-        A new tensor of shape ``box.sizes``.
+    ``values`` are those of ``box``, with ``tensor.packed`` the bytes of `byte_box`; ``scales``, in float32, are those
+    of the box ``around`` of the scale grid.
     """
     numbers = _unpacked(values, box) if tensor.packed else values.to(torch.float32)
     for dim, (start, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
@@ -226,7 +208,9 @@ def _pieces(region: QuantizedPiece, most: int) -> Iterator[QuantizedPiece]:
     return _cut(region, (1,) * len(region.box.sizes), lambda box: box.numel, most)
 
 
-def _cut(region: QuantizedPiece, block: tuple[int, ...], cost: _Cost, most: int) -> Iterator[QuantizedPiece]:
+def _cut(
+    region: QuantizedPiece, block: tuple[int, ...], cost: Callable[[Box], int], most: int
+) -> Iterator[QuantizedPiece]:
     box = region.box
     if cost(box) <= most:
         yield region
@@ -243,54 +227,3 @@ def _cut(region: QuantizedPiece, block: tuple[int, ...], cost: _Cost, most: int)
             begin = end
         return
     yield region
-
-
-def in_shape(
-    box: Box, data: torch.Tensor, grid: tuple[int, ...], shape: tuple[int, ...]
-) -> Iterator[tuple[Box, torch.Tensor]]:
-    """Express a region in a grid as regions of the tensor itself, as few as its memory allows; no copy.
-
-    Args:
-        box: The region, in the grid.
-        data: Its memory: shape ``box.sizes``, any strides.
-        grid: A refinement of ``shape`` with the same row-major order.
-        shape: The tensor's shape.
-    """
-    if box.numel == 0:
-        return
-    if grid == shape:
-        yield box, data
-        return
-    runs: list[list[tuple[int, int, int]]] = []  # for each dimension: start, length, offset in memory
-    strides: list[int] = []
-    at = 0
-    for factors in factor_shape(shape, grid):
-        dims = range(at, at + len(factors))
-        found, stride = _runs(factors, [(box.offsets[d], box.sizes[d], data.stride(d)) for d in dims])
-        runs.append(found)
-        strides.append(stride)
-        at += len(factors)
-    for combo in itertools.product(*runs):
-        sizes = tuple(length for _, length, _ in combo)
-        offset = data.storage_offset() + sum(where for _, _, where in combo)
-        yield Box(tuple(start for start, _, _ in combo), sizes), data.as_strided(sizes, strides, offset)
-
-
-def _runs(factors: tuple[int, ...], axes: list[tuple[int, int, int]]) -> tuple[list[tuple[int, int, int]], int]:
-    """The consecutive runs of one dimension's factors, and the memory stride within each."""
-    inner = len(axes) - 1
-    length, stride = axes[inner][1], axes[inner][2]
-    while inner > 0 and axes[inner][:2] == (0, factors[inner]):
-        size, step = axes[inner - 1][1:]
-        if size > 1 and length > 1 and step != stride * length:
-            break
-        stride = step if length == 1 else stride
-        length *= size
-        inner -= 1
-    units = [math.prod(factors[i + 1 :]) for i in range(len(factors))]
-    base = sum(axes[i][0] * units[i] for i in range(len(axes)))
-    found = []
-    for index in itertools.product(*(range(size) for _, size, _ in axes[:inner])):
-        start = base + sum(n * units[i] for i, n in enumerate(index))
-        found.append((start, length, sum(n * axes[i][2] for i, n in enumerate(index))))
-    return found, stride

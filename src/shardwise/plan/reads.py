@@ -1,4 +1,4 @@
-"""Which bytes to read, and where each goes. Pure.
+"""Which bytes to read, where each goes, and which pieces of a tensor a rank has to know for that. Pure.
 
 A saved tensor is a set of chunks, each a box in row-major order somewhere in a file. What a rank wants of it is a set
 of fragments. Their intersections become `Read`s: rows of bytes at a regular distance in a file, and the memory that
@@ -8,6 +8,7 @@ they fill.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -15,21 +16,15 @@ from typing import NamedTuple
 import torch
 
 from shardwise.errors import MissingTensorError
-from shardwise.geometry import DTYPE_BYTES, Box, TensorSpec, overlap, tiles
+from shardwise.geometry import DTYPE_BYTES, Box, TensorSpec, bounding, flat_offset, overlap, tiles
 from shardwise.plan.fragments import Fragment, HeldTensor
-from shardwise.plan.ownership import cut
 from shardwise.plan.views import factor_shape, refine_box
 
 
 class SourceChunk(NamedTuple):
-    """A saved piece of a tensor.
+    """A saved piece of a tensor: its region in the tensor's shape, and its file, by number, and byte offset there.
 
-    Attributes:
-        box: Its region, in the tensor's shape.
-        file: Index into the source's files.
-        offset: Byte offset in the file.
-        packed: Length in bytes where the piece is not raw bytes but a serialised tensor (an item of a DCP ``.distcp``
-            file); 0 for raw bytes.
+    ``packed`` is its length in bytes if it is a serialised tensor (an item of a DCP ``.distcp`` file), 0 for raw bytes.
     """
 
     box: Box
@@ -39,13 +34,10 @@ class SourceChunk(NamedTuple):
 
 
 class RemotePieces(NamedTuple):
-    """Where to look up the pieces of a tensor: another rank's part of the distributed table.
+    """Where to look up the pieces of a tensor: by its number in another rank's part of the distributed table.
 
-    Attributes:
-        number: The tensor's number on that rank.
-        file: Index of one of the files that hold it, for messages; -1 if none does.
-        single: Whether each element is in one place only, so that a piece that this rank knows is the only one for its
-            region.
+    ``file`` is one of the files that hold it, for messages, -1 if none does; ``single``, whether each element is in one
+    place only, so that a piece that this rank knows is the only one for its region.
     """
 
     number: int
@@ -54,13 +46,7 @@ class RemotePieces(NamedTuple):
 
 
 class SourceTensor(NamedTuple):
-    """A saved tensor: what it is, and where its pieces are.
-
-    Attributes:
-        spec: What it is.
-        chunks: Its pieces; where ``remote`` is set, those that this rank knows.
-        remote: Where to look up the pieces, if this rank does not know all of them.
-    """
+    """A saved tensor and its pieces: those that this rank knows, where ``remote`` says where to look up all of them."""
 
     spec: TensorSpec
     chunks: tuple[SourceChunk, ...]
@@ -82,17 +68,10 @@ class SourceTensor(NamedTuple):
 
 
 class Read(NamedTuple):
-    """Rows of bytes, and the memory that they fill.
+    """Rows of ``width`` bytes, ``period`` bytes apart in a file, the first at ``offset``, and the memory they fill.
 
-    Attributes:
-        file: Index into the source's files.
-        offset: Byte offset of the first row in the file.
-        rows: Number of rows.
-        period: Bytes from one row's start to the next.
-        width: Bytes of each row.
-        dest: The memory, in any strides. A single row may have any shape, in the file's order; with several rows the
-            first dimension is ``rows``.
-        spec: The saved tensor, for its dtype and for messages.
+    ``dest`` has any strides. A single row may have any shape, in the file's order; with several rows the first
+    dimension is ``rows``. ``spec`` is the saved tensor.
     """
 
     file: int
@@ -105,14 +84,9 @@ class Read(NamedTuple):
 
 
 class PackedRead(NamedTuple):
-    """A serialised tensor to load, and the region of it to copy.
+    """A serialised tensor to load, and the region of it to copy to ``dest``.
 
-    Attributes:
-        chunk: Where it is.
-        region: The region, in the chunk's own coordinates, refined as ``shape``.
-        shape: The chunk's shape in the grid.
-        dest: What it fills.
-        spec: The saved tensor.
+    The region is in the chunk's own coordinates, in a grid in which the chunk has the shape ``shape``.
     """
 
     chunk: SourceChunk
@@ -200,11 +174,11 @@ def _from_chunk(
         if common is None:
             continue
         if chunk.packed:
-            packed = PackedRead(chunk, common.relative_to(box), box.sizes, cut(fragment, common).data, spec)
+            packed = PackedRead(chunk, common.relative_to(box), box.sizes, fragment.cut(common).data, spec)
             yield common, [packed]
         else:
             start = sum(o * s for o, s in zip(common.offsets, strides, strict=True)) - origin
-            yield common, _strided(chunk, spec, start, common.sizes, strides, cut(fragment, common).data)
+            yield common, _strided(chunk, spec, start, common.sizes, strides, fragment.cut(common).data)
 
 
 @lru_cache(maxsize=65536)  # tensors of one kind have equal boxes
@@ -260,3 +234,62 @@ def _strided(
         return
     for i in range(sizes[0]):
         yield from _strided(chunk, spec, start + i * strides[0], sizes[1:], strides[1:], dest[i])
+
+
+#: Up to so many regions of a tensor are sent one by one; for more, the one region that spans them all.
+MOST_REGIONS = 8
+
+
+class ChunkIndex:
+    """The pieces of one tensor, found by region without a search through all.
+
+    A checkpoint of N ranks has N pieces of a tensor, and a rank reads few of them: it sends the regions that it wants,
+    and receives the pieces that touch them.
+    """
+
+    __slots__ = ("_chunks", "_dim", "_longest", "_starts")
+
+    def __init__(self, chunks: Sequence[SourceChunk]) -> None:
+        boxes = [chunk.box for chunk in chunks]
+        dims = range(len(boxes[0].sizes) if boxes else 0)
+        # Along the dimension with the most distinct offsets.
+        dim = max(dims, key=lambda d: len({box.offsets[d] for box in boxes}), default=None)
+        self._dim = dim
+        self._chunks = tuple(chunks)
+        if dim is None:
+            return
+        self._chunks = tuple(sorted(chunks, key=lambda chunk: chunk.box.offsets[dim]))
+        self._starts = [chunk.box.offsets[dim] for chunk in self._chunks]
+        self._longest = max(box.sizes[dim] for box in boxes)
+
+    def touching(self, box: Box) -> Sequence[SourceChunk]:
+        """The pieces that share an element with a region."""
+        dim = self._dim
+        if dim is None:
+            return self._chunks
+        low = box.offsets[dim]
+        first = bisect_left(self._starts, low - self._longest + 1)
+        last = bisect_left(self._starts, low + box.sizes[dim], first)
+        return [chunk for chunk in self._chunks[first:last] if chunk.box.intersect(box) is not None]
+
+
+def wanted_regions(tensor: HeldTensor) -> list[Box]:
+    """The regions that a rank holds, in the tensor's own shape; together they cover its fragments, or more."""
+    boxes = [fragment.box for fragment in tensor.fragments if 0 not in fragment.box.sizes]
+    if len(boxes) > MOST_REGIONS:
+        boxes = [bounding(boxes)]
+    if tensor.grid == tensor.spec.shape:
+        return boxes
+    factors = factor_shape(tensor.spec.shape, tensor.grid)
+    return [_coarse(box, factors) for box in boxes]
+
+
+def _coarse(box: Box, factors: Sequence[tuple[int, ...]]) -> Box:
+    """The smallest box of a tensor around a box of its grid, which is not empty."""
+    offsets, ends, at = [], [], 0
+    for parts in factors:
+        dims = slice(at, at + len(parts))
+        offsets.append(flat_offset(box.offsets[dims], parts))
+        ends.append(flat_offset(tuple(end - 1 for end in box.ends[dims]), parts) + 1)
+        at += len(parts)
+    return Box(tuple(offsets), tuple(end - start for start, end in zip(offsets, ends, strict=True)))

@@ -8,6 +8,7 @@ integers, every rank can compute every other rank's boxes.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,33 +16,20 @@ from functools import cached_property
 from shardwise.errors import IncompleteTensorError, NameCollisionError
 from shardwise.geometry import TensorSpec
 from shardwise.plan.fragments import HeldPart, HeldTensor, Part
-from shardwise.plan.placement import MeshKey, Placement, Replicated, Sharded, Strided, shard_coordinate
-
-
-def _placement_code(placement: Placement) -> str:
-    match placement:
-        case Replicated():
-            return "r"
-        case Sharded(dim):
-            return f"s{dim}"
-        case Strided(dim, factor):
-            return f"x{dim}.{factor}"
+from shardwise.plan.placement import MeshKey, Placement, shard_coordinate
 
 
 def _part_code(part: Part) -> str:
     mesh = "" if part.mesh is None else f"{part.mesh.names}{part.mesh.shape}{part.mesh.ordinal}"
     differs = "~" if part.may_differ else ""
-    return f"{part.native_shape}|{mesh}|{','.join(map(_placement_code, part.placements))}|{part.view}{differs}"
+    return f"{part.native_shape}|{mesh}|{part.placements}|{part.view}{differs}"
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """A rank's tensors; equal on ranks of one kind.
+    """A rank's tensors, in the model's order; equal on ranks of one kind.
 
-    Attributes:
-        specs: The tensors in the file that this kind of rank holds a part of, in the model's order.
-        stage: Pipeline stage, which keeps two stages' tensors of one name from passing for replicas.
-        digest: Hexadecimal digest over specs, spreads and stage.
+    ``stage``, the pipeline's, keeps two stages' tensors of one name from passing for replicas; ``digest`` is over all.
     """
 
     specs: tuple[TensorSpec, ...]
@@ -56,17 +44,12 @@ class Declaration:
         text = [str(stage)]
         specs = []
         for spec, grid, parts in held:
-            kind: tuple[object, ...]
-            if len(parts) == 1:
-                kind = (spec.shape, spec.dtype, grid, parts[0].part)
-            else:
-                kind = (spec.shape, spec.dtype, grid, *[part.part for part in parts])
+            kind = (spec.shape, spec.dtype, grid, *[part.part for part in parts])
             code = kinds.get(kind)
             if code is None:
                 spreads = [_part_code(part.part) for part in parts]
                 code = kinds[kind] = f"\0{spec.shape}{spec.dtype}{grid}{spreads}\n"
-            text.append(spec.name)
-            text.append(code)
+            text += spec.name, code
             specs.append(spec)
         digest = hashlib.blake2b("".join(text).encode(), digest_size=16).hexdigest()
         return Declaration(tuple(specs), stage, digest)
@@ -77,13 +60,7 @@ Coordinates = Mapping[MeshKey, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Roster:
-    """All ranks' declarations and coordinates. The same on every rank.
-
-    Attributes:
-        declarations: The distinct ones, by digest, in the order of the first rank that made each.
-        digests: The digest of each rank's declaration.
-        coordinates: Each rank's mesh coordinates.
-    """
+    """All ranks' declarations (the distinct ones, by digest; each rank's digest) and coordinates, equal everywhere."""
 
     declarations: Mapping[str, Declaration]
     digests: tuple[str, ...]
@@ -106,16 +83,9 @@ class Roster:
             NameCollisionError: Two kinds of rank declare one name with different shapes or dtypes, or two pipeline
                 stages declare the same name.
         """
-        declarations = sorted(self.declarations.values(), key=lambda d: d.stage)
         found: dict[str, TensorSpec] = {}
         stages: dict[str, int] = {}
-        if len(declarations) == 1:
-            # A single declaration needs no comparison, unless it names a tensor twice.
-            found = {spec.name: spec for spec in declarations[0].specs}
-            if len(found) == len(declarations[0].specs):
-                return declarations[0].specs
-            found.clear()
-        for declaration in declarations:
+        for declaration in sorted(self.declarations.values(), key=lambda each: each.stage):
             stage = declaration.stage
             for spec in declaration.specs:
                 known = found.setdefault(spec.name, spec)
@@ -127,9 +97,6 @@ class Roster:
     @cached_property
     def _declarers(self) -> dict[str, str]:
         """For each tensor name, a key of the set of digests that declare it."""
-        if len(self.declarations) == 1:
-            [(digest, declaration)] = self.declarations.items()
-            return dict.fromkeys([spec.name for spec in declaration.specs], digest)
         names: dict[str, str] = {}
         joined: dict[tuple[str, str], str] = {}  # the same text object for all names of one set
         for digest, declaration in self.declarations.items():
@@ -167,13 +134,9 @@ class Roster:
 
     def _shard_set(self, digests: set[str], part: Part) -> ShardSet:
         replicas: dict[tuple[int, ...], list[int]] = {}
-        for rank, digest in enumerate(self.digests):
-            if digest not in digests:
-                continue
-            if part.mesh is None:
-                replicas.setdefault((), []).append(rank)
-            elif part.mesh in self.coordinates[rank]:
-                own = shard_coordinate(part.placements, self.coordinates[rank][part.mesh])
+        for rank, (digest, coordinates) in enumerate(zip(self.digests, self.coordinates, strict=True)):
+            if digest in digests and (part.mesh is None or part.mesh in coordinates):
+                own = () if part.mesh is None else shard_coordinate(part.placements, coordinates[part.mesh])
                 replicas.setdefault(own, []).append(rank)
         return ShardSet({where: tuple(ranks) for where, ranks in sorted(replicas.items())})
 
@@ -188,10 +151,8 @@ class Roster:
             if found in checked:
                 continue
             checked.add(found)
-            wanted = 1
-            if part.part.mesh is not None:
-                for size, placement in zip(part.part.mesh.shape, part.part.placements, strict=True):
-                    wanted *= 1 if isinstance(placement, Replicated) else size
+            sizes = () if part.part.mesh is None else part.part.mesh.shape
+            wanted = math.prod(shard_coordinate(part.part.placements, sizes))
             present = len(found.replicas)
             if present != wanted:
                 raise IncompleteTensorError(
@@ -222,15 +183,11 @@ class ShardSet:
 
 
 def _collision(spec: TensorSpec, stage: int, known: TensorSpec, known_stage: int) -> NameCollisionError:
-    if stage != known_stage:
-        what = f"pipeline stages {known_stage} and {stage} both have a tensor of this name"
-    else:
-        what = (
-            f"ranks disagree about this tensor: {known.dtype} {list(known.shape)} here, "
-            f"{spec.dtype} {list(spec.shape)} there"
-        )
+    here, there = (f"{each.dtype} {list(each.shape)}" for each in (known, spec))
     return NameCollisionError(
-        what,
+        f"pipeline stages {known_stage} and {stage} both have a tensor of this name"
+        if stage != known_stage
+        else f"ranks disagree about this tensor: {here} here, {there} there",
         tensor=spec.name,
         hint="Give each stage's modules the names that they have in the whole model; a last stage has its copy of a "
         "tied embedding as the head alone (model.model.embed_tokens = torch.nn.Identity()).",

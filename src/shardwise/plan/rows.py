@@ -26,9 +26,6 @@ FEW_RUNS = 64
 ROUND_BYTES = 8 * 2**20
 
 
-RowsPiece = tuple[tuple[int, ...], tuple[Box, ...]]
-
-
 @dataclass(frozen=True)
 class Sources:
     """For each target, the ranks whose pieces make up its rows, and their boxes.
@@ -41,7 +38,7 @@ class Sources:
         outer: Leading grid dimensions that enumerate the rows.
     """
 
-    pieces: tuple[RowsPiece, ...]
+    pieces: tuple[tuple[tuple[int, ...], tuple[Box, ...]], ...]
     grid: tuple[int, ...]
     outer: int
     _known: dict[int, tuple[tuple[int, tuple[Box, ...]], ...]] = field(default_factory=dict, repr=False, compare=False)
@@ -70,8 +67,14 @@ class Sources:
         return {rank: position for position, rank in enumerate(self.members)}
 
     @cached_property
-    def _row_ranges(self) -> tuple[tuple[int, int], ...]:
-        return tuple([_row_range(boxes, self.lead) for _, boxes in self.pieces])
+    def _row_ranges(self) -> list[tuple[int, int]]:
+        """The first row that each piece touches, and the one after the last."""
+        found = []
+        for _, boxes in self.pieces:
+            first = min(flat_offset(box.offsets[: self.outer], self.lead) for box in boxes)
+            last = max(flat_offset(tuple(end - 1 for end in box.ends[: self.outer]), self.lead) for box in boxes)
+            found.append((first, last + 1))
+        return found
 
     def share(self, target: int) -> tuple[int, int]:
         """The first row of a target, and the one after its last."""
@@ -91,22 +94,9 @@ class Sources:
         return known
 
 
-def _row_range(boxes: tuple[Box, ...], lead: tuple[int, ...]) -> tuple[int, int]:
-    """The first row that boxes touch, and the one after the last, where ``lead`` enumerates the rows."""
-    first = min([flat_offset(box.offsets[: len(lead)], lead) for box in boxes])
-    last = max([flat_offset(tuple([end - 1 for end in box.ends[: len(lead)]]), lead) for box in boxes])
-    return first, last + 1
-
-
 @dataclass(frozen=True)
 class Exchange:
-    """How one tensor becomes rows.
-
-    Attributes:
-        tensor: Index into the list of held tensors.
-        sources: For each target, the ranks whose pieces make up its rows, and their boxes.
-        rows_per_round: How many rows a target receives at a time.
-    """
+    """How one tensor, by its number in the list of held ones, becomes rows; a target receives some at a time."""
 
     tensor: int
     sources: Sources
@@ -168,22 +158,8 @@ class ExchangePlanner:
 
     def plan_all(self, held: Sequence[HeldTensor]) -> list[Exchange]:
         """The exchanges that a rank's tensors need."""
-        found = []
-        # Most tensors share their part object with others, and need only this lookup.
-        needless: set[tuple[int, tuple[int, ...], str]] = set()
-        for number, tensor in enumerate(held):
-            spec, grid, parts = tensor
-            if len(grid) < 2:
-                continue
-            key = (id(parts[0].part), grid, spec.dtype) if len(parts) == 1 else None
-            if key in needless:
-                continue
-            exchange = self.plan(number, tensor)
-            if exchange is not None:
-                found.append(exchange)
-            elif key is not None:
-                needless.add(key)
-        return found
+        planned = (self.plan(number, tensor) for number, tensor in enumerate(held) if len(tensor.grid) > 1)
+        return [exchange for exchange in planned if exchange is not None]
 
     def plan(self, number: int, tensor: HeldTensor) -> Exchange | None:
         """The exchange that ``tensor`` needs, or ``None`` where its holders can write it as it lies.
@@ -265,13 +241,8 @@ def _fixed(view: AxisView | None) -> list[tuple[int, int, int]]:
     """The whole native dimensions that a view fixes: ``(native dimension, native grid dimension, index)``."""
     if view is None:
         return []
-    whole: dict[int, int] = {}
-    position = 0
-    for dim, factors in enumerate(view.native_grid):
-        if len(factors) == 1:
-            whole[position] = dim
-        position += len(factors)
-    return [(whole[at], at, index) for at, index in view.fixed if at in whole]
+    dims = [dim if len(factors) == 1 else None for dim, factors in enumerate(view.native_grid) for _ in factors]
+    return [(dim, at, index) for at, index in view.fixed if (dim := dims[at]) is not None]
 
 
 def _in_rows(part: Part) -> bool:

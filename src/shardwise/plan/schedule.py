@@ -15,8 +15,8 @@ import torch
 
 from shardwise.geometry import DTYPE_BYTES, TensorSpec, only_run, runs
 from shardwise.plan.fragments import HeldTensor
-from shardwise.plan.layout import Layout, Place
-from shardwise.plan.ownership import OwnedFragment, own
+from shardwise.plan.layout import Layout
+from shardwise.plan.ownership import own
 from shardwise.plan.roster import Roster
 from shardwise.plan.rows import Exchange, ExchangePlanner
 
@@ -28,9 +28,9 @@ class WriteRun(NamedTuple):
         file: Index into the layout's files.
         offset: Byte offset in the file.
         tensor: Index into the list of held tensors.
-        spec: The tensor.
+        spec: The tensor; the bytes are ``data`` in row-major order, cast to its dtype.
         start: Byte offset in the tensor.
-        data: The elements, of any strides; in row-major order they are the bytes, after a cast to ``spec.dtype``.
+        data: The elements, of any strides.
     """
 
     file: int
@@ -65,46 +65,18 @@ class Schedule:
 
 
 def schedule(held: Sequence[HeldTensor], layout: Layout, roster: Roster, rank: int) -> Schedule:
-    """Plan the writes of ``rank``, without asking anybody.
-
-    Args:
-        held: What the rank holds.
-        layout: Where each tensor lies.
-        roster: Who holds what.
-        rank: The rank in the group.
-    """
+    """Plan the writes of ``rank``, which holds ``held``, without asking anybody."""
     exchanges = ExchangePlanner(roster).plan_all(held) if roster.world_size > 1 else []
     skip = frozenset(exchange.tensor for exchange in exchanges)
     by_file: list[list[WriteRun]] = [[] for _ in layout.files]
     places = layout.places
-    for owned in own(held, roster, rank, skip):
-        number, (box, data) = owned
+    for number, (box, data) in own(held, roster, rank, skip):
         spec, grid, _ = held[number]
-        place = places[spec.name]
+        file, offset = places[spec.name]
         first = only_run(box, grid)
-        if first is None:
-            by_file[place.file] += _runs_of(owned, held[number], place)
-        else:
-            start = first * DTYPE_BYTES[spec.dtype]
-            by_file[place.file].append(WriteRun(place.file, place.offset + start, number, spec, start, data))
+        found = [(first, data)] if first is not None else [(at, data[index]) for at, _, index in runs(box, grid)]
+        itemsize = DTYPE_BYTES[spec.dtype]
+        by_file[file] += [WriteRun(file, offset + at * itemsize, number, spec, at * itemsize, run) for at, run in found]
     turn = rank * len(layout.files) // max(roster.world_size, 1)
-    found: list[WriteRun] = []
-    for its_runs in by_file[turn:] + by_file[:turn]:
-        its_runs.sort(key=attrgetter("offset"))
-        found += its_runs
-    return Schedule(tuple(found), tuple(sorted(exchanges, key=lambda e: held[e.tensor].spec.name)))
-
-
-def _runs_of(owned: OwnedFragment, tensor: HeldTensor, place: Place) -> Sequence[WriteRun]:
-    box, itemsize = owned.fragment.box, tensor.spec.itemsize
-    return [
-        WriteRun(
-            place.file,
-            place.offset + first * itemsize,
-            owned.tensor,
-            tensor.spec,
-            first * itemsize,
-            owned.fragment.data[index],
-        )
-        for first, _, index in runs(box, tensor.grid)
-    ]
+    ordered = [run for its in by_file[turn:] + by_file[:turn] for run in sorted(its, key=attrgetter("offset"))]
+    return Schedule(tuple(ordered), tuple(sorted(exchanges, key=lambda e: held[e.tensor].spec.name)))

@@ -7,8 +7,6 @@ ranks'.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,22 +15,17 @@ import torch
 from shardwise.format.header import arrange, encode_header
 from shardwise.format.sharding import encode_sharding_metadata
 from shardwise.geometry import Box, TensorSpec
-from shardwise.plan.fragments import Fragment, HeldTensor
+from shardwise.plan.fragments import HeldTensor, in_shape
 from shardwise.plan.layout import FileLayout, shard_name
-from shardwise.plan.ownership import cut, own
+from shardwise.plan.ownership import own
 from shardwise.plan.roster import Roster
-from shardwise.plan.views import factor_shape
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShardPiece:
-    """One piece of a tensor in a shard file.
+    """One piece of a tensor, the number ``tensor`` in the list of held ones, in a shard file.
 
-    Attributes:
-        tensor: Index into the list of held tensors.
-        spec: The whole tensor.
-        box: The piece's region, in the tensor's shape.
-        data: Its elements, in any shape whose row-major order is the box's.
+    ``spec`` and ``box`` are of the tensor's shape; ``data`` has any shape whose row-major order is the box's.
     """
 
     tensor: int
@@ -49,45 +42,6 @@ class ShardFile:
     pieces: Mapping[str, ShardPiece]
 
 
-def coarsen(fragment: Fragment, shape: tuple[int, ...], grid: tuple[int, ...]) -> list[tuple[Box, torch.Tensor]]:
-    """Express a fragment of a grid as boxes of the shape that the grid refines."""
-    if shape == grid:
-        return [(fragment.box, fragment.data)]
-    per_dim: list[list[tuple[int, int, Box]]] = []
-    position = 0
-    for factors in factor_shape(shape, grid):
-        end = position + len(factors)
-        sub = Box(fragment.box.offsets[position:end], fragment.box.sizes[position:end])
-        per_dim.append(_ranges(sub, factors))
-        position = end
-    out = []
-    for combo in itertools.product(*per_dim):
-        box = Box(tuple(start for start, _, _ in combo), tuple(length for _, length, _ in combo))
-        inner = Box(
-            tuple(o for _, _, part in combo for o in part.offsets), tuple(s for _, _, part in combo for s in part.sizes)
-        )
-        out.append((box, cut(fragment, inner).data))
-    return out
-
-
-def _ranges(box: Box, factors: tuple[int, ...]) -> list[tuple[int, int, Box]]:
-    """A box of one dimension's factors as ranges of that dimension: ``(start, length, the sub-box)``."""
-    whole = len(factors)
-    while whole > 0 and box.sizes[whole - 1] == factors[whole - 1]:
-        whole -= 1
-    outer = max(whole - 1, 0)
-    out = []
-    for index in itertools.product(
-        *(range(o, o + s) for o, s in zip(box.offsets[:outer], box.sizes[:outer], strict=True))
-    ):
-        sub = Box((*index, *box.offsets[outer:]), (*(1 for _ in index), *box.sizes[outer:]))
-        start = 0
-        for i, n in zip(sub.offsets, factors, strict=True):
-            start = start * n + i
-        out.append((start, math.prod(sub.sizes), sub))
-    return out
-
-
 def plan_shards(
     held: Sequence[HeldTensor],
     roster: Roster,
@@ -95,46 +49,25 @@ def plan_shards(
     file_index: Mapping[str, int] | None = None,
     stem: str = "model",
 ) -> tuple[ShardFile, ...]:
-    """The files that ``rank`` writes.
-
-    Args:
-        held: What the rank holds.
-        roster: Who holds what.
-        rank: The rank in the group.
-        file_index: Number (from 1) of the file that each tensor belongs to in the merged model; all 1 if not given.
-        stem: What the second half of file names starts with.
-    """
+    """The files that ``rank`` writes of what it holds; other arguments as for `shard_files`."""
     pieces = []
-    for owned in own(held, roster, rank):
-        tensor = held[owned.tensor]
-        for box, data in coarsen(owned.fragment, tensor.spec.shape, tensor.grid):
-            if box.numel:
-                pieces.append(ShardPiece(owned.tensor, tensor.spec, box, data))
-    pieces += _without_elements(held, roster, rank)
+    for number, fragment in own(held, roster, rank):
+        spec, grid, _ = held[number]
+        pieces += [ShardPiece(number, spec, box, data) for box, data in in_shape(fragment, grid, spec.shape)]
+    for number, (spec, _, parts) in enumerate(held):
+        # No region assigns a tensor without elements to a rank: its first holder writes it.
+        if not spec.numel and parts and roster.shard_set(spec.name, parts[0].part).members[0] == rank:
+            pieces.append(ShardPiece(number, spec, Box.whole(spec.shape), torch.empty(spec.shape)))
     return shard_files(pieces, rank, roster.world_size, file_index, stem)
-
-
-def _without_elements(held: Sequence[HeldTensor], roster: Roster, rank: int) -> list[ShardPiece]:
-    """Tensors without elements, which no region assigns to a rank: their first holder writes them."""
-    return [
-        ShardPiece(number, tensor.spec, Box.whole(tensor.spec.shape), torch.empty(tensor.spec.shape))
-        for number, tensor in enumerate(held)
-        if tensor.spec.numel == 0
-        and any(roster.shard_set(tensor.spec.name, part.part).members[0] == rank for part in tensor.parts[:1])
-    ]
 
 
 def shard_files(
     pieces: Sequence[ShardPiece], rank: int, world_size: int, file_index: Mapping[str, int] | None, stem: str
 ) -> tuple[ShardFile, ...]:
-    """Put a rank's pieces into files.
+    """Put a rank's pieces, which are disjoint, into files.
 
-    Args:
-        pieces: Disjoint pieces.
-        rank: The rank in the group.
-        world_size: Number of ranks in the group.
-        file_index: As in `plan_shards`.
-        stem: As in `plan_shards`.
+    ``file_index`` has the number (from 1) of the file that each tensor belongs to in the merged model, all 1 if not
+    given; ``stem`` is what the second half of file names starts with.
     """
     files = max((file_index or {}).values(), default=1)
     groups: dict[tuple[int, int], dict[str, ShardPiece]] = {}

@@ -15,6 +15,7 @@ from shardwise.plan.fragments import Part
 from shardwise.plan.roster import Roster
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +44,7 @@ LIMITS = Limits()
 
 @dataclass(frozen=True, slots=True)
 class Share(Generic[T]):
-    """The pieces that one replica reads in one round.
-
-    Attributes:
-        reader: Its rank in the group.
-        pieces: In file order.
-    """
+    """The pieces, in file order, that one replica, a rank in the group, reads in one round."""
 
     reader: int
     pieces: tuple[T, ...]
@@ -56,12 +52,7 @@ class Share(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Replicas:
-    """Which ranks want the same as this one.
-
-    Attributes:
-        roster: Ranks that hold tensors of the same kinds as this one; others are unknown to it.
-        rank: This rank in the group.
-    """
+    """Which ranks want the same as this one; ``roster`` knows only those that hold tensors of the same kinds."""
 
     roster: Roster
     rank: int
@@ -76,34 +67,25 @@ def rounds(
 ) -> Iterator[tuple[Share[T], ...]]:
     """Deal pieces to replicas: neighbours to one, and each new share to the replica that has read the least so far.
 
-    Args:
-        pieces: Bytes of each piece and the piece, in an order common to the replicas. One above ``limits.share`` is a
-            share of its own, and one above ``limits.round`` a round.
-        members: The replicas' ranks.
-        limits: How much at a time.
-
-    Yields:
-        The shares of one round, together at most ``limits.round`` but for a larger piece. Every replica gets the same
-        for the same sizes.
+    ``pieces``, with their bytes, are in an order common to the replicas. One above ``limits.share`` is a share of its
+    own, and one above ``limits.round`` a round. Every replica gets the same rounds for the same sizes.
     """
     read = dict.fromkeys(members, 0)
-    gathered: list[Share[T]] = []
-    total = 0
-    for nbytes, share in _shares(pieces, limits.share(len(members))):
-        if gathered and total + nbytes > limits.round:
-            yield tuple(gathered)
-            gathered, total = [], 0
+
+    def dealt(nbytes: int, share: tuple[T, ...]) -> Share[T]:
         reader = min(members, key=read.__getitem__)
         # A share of no bytes would be dealt to the same replica for ever.
         read[reader] += max(nbytes, 1)
-        gathered.append(Share(reader, share))
-        total += nbytes
-    if gathered:
-        yield tuple(gathered)
+        return Share(reader, share)
+
+    shares = _groups(pieces, limits.share(len(members)))
+    dealt_shares = ((nbytes, dealt(nbytes, share)) for nbytes, share in shares)
+    return (found for _, found in _groups(dealt_shares, limits.round))
 
 
-def _shares(pieces: Iterable[tuple[int, T]], most: int) -> Iterator[tuple[int, tuple[T, ...]]]:
-    gathered: list[T] = []
+def _groups(pieces: Iterable[tuple[int, U]], most: int) -> Iterator[tuple[int, tuple[U, ...]]]:
+    """Neighbours together, as many as have at most ``most`` bytes, at least one."""
+    gathered: list[U] = []
     total = 0
     for nbytes, piece in pieces:
         if gathered and total + nbytes > most:

@@ -82,15 +82,10 @@ def refine_range(start: int, length: int, factors: tuple[int, ...]) -> tuple[Box
 @functools.lru_cache(maxsize=4096)  # the views of one fused tensor share few grids, and a layer is like the one before
 def refine_box(box: Box, grid: tuple[tuple[int, ...], ...]) -> tuple[Box, ...]:
     """Express a box of a tensor in a grid of it (factors for each dimension), as few boxes as that takes."""
-    per_dim = [
-        refine_range(start, size, factors) for start, size, factors in zip(box.offsets, box.sizes, grid, strict=True)
-    ]
+    per_dim = map(refine_range, box.offsets, box.sizes, grid)
     return tuple(
-        Box(
-            tuple(o for part in combo for o in part.offsets),
-            tuple(s for part in combo for s in part.sizes),
-        )
-        for combo in itertools.product(*per_dim)
+        Box(tuple(o for part in each for o in part.offsets), tuple(s for part in each for s in part.sizes))
+        for each in itertools.product(*per_dim)
     )
 
 
@@ -141,22 +136,8 @@ def hub_boxes(view: AxisView, box: Box) -> tuple[Box, ...]:
 
 
 def hub_views(view: AxisView, box: Box, data: torch.Tensor) -> tuple[tuple[Box, torch.Tensor], ...]:
-    """As `hub_boxes`, with the part of ``data`` behind each; no element is copied.
-
-    Args:
-        view: The mapping.
-        box: Where ``data`` lies in the native tensor.
-        data: A tensor of shape ``box.sizes``, of any strides.
-
-    Returns:
-        Pairs of a hub grid box and a view of ``data`` of its shape.
-    """
-    out: list[tuple[Box, torch.Tensor]] = []
-    for refined in refine_box(box, view.native_grid):
-        hub = _through(view, refined)
-        if hub is not None:
-            out.append((hub, _slice(view, hub, box, data)))
-    return tuple(out)
+    """As `hub_boxes`, each with a view of its shape of ``data``, a tensor of shape ``box.sizes`` and any strides."""
+    return tuple((hub, _slice(view, hub, box, data)) for hub in hub_boxes(view, box))
 
 
 def _slice(view: AxisView, hub: Box, box: Box, data: torch.Tensor) -> torch.Tensor:

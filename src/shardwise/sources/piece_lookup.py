@@ -26,8 +26,7 @@ from zlib import crc32
 
 from shardwise.comm import Group, JsonValue
 from shardwise.geometry import Box, TensorSpec, tiles
-from shardwise.plan.pieces import ChunkIndex
-from shardwise.plan.reads import RemotePieces, SourceChunk, SourceTensor
+from shardwise.plan.reads import ChunkIndex, RemotePieces, SourceChunk, SourceTensor
 from shardwise.sources.entries import Entry, assemble, decode_entry
 
 _ASKING = "asking for pieces of tensors"

@@ -9,7 +9,7 @@ import torch
 
 from shardwise.dtypes import torch_dtype
 from shardwise.geometry import Box
-from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
+from shardwise.plan.fragments import Fragment, HeldTensor
 from shardwise.plan.reads import SourceTensor, plan_reads
 from shardwise.plan.views import refine_range
 from shardwise.sources.reader import Reader
@@ -31,7 +31,6 @@ def tensor_blocks(source: SourceTensor, reader: Reader, elements: int | None = N
         for box in refine_range(start, count, spec.shape) if spec.shape else (Box((), ()),):
             fragments.append(Fragment(box, buffer[used : used + box.numel].view(box.sizes)))
             used += box.numel
-        wanted = HeldTensor(spec, spec.shape, (HeldPart(Part(spec.shape), (), tuple(fragments)),))
-        reader.execute(list(plan_reads(source, wanted)))
+        reader.execute(list(plan_reads(source, HeldTensor.alone(spec, fragments))))
         yield as_bytes(buffer)
         start += count

@@ -49,7 +49,7 @@ from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.engine.jobs import Step, below
 from shardwise.engine.records import ComponentRecord, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError, StateFormatError
-from shardwise.format.torch_value import read_torch_value
+from shardwise.format.torch_archive import read_torch_value
 from shardwise.lifecycle import Start, resolve
 from shardwise.lifecycle.resolve import is_verifiable
 from shardwise.sources.dcp_values import is_dcp

@@ -14,7 +14,7 @@ from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
 from shardwise.dcp.regions import is_packed
 from shardwise.engine.records import ComponentRecord
-from shardwise.engine.replicas import Comparison, Seen, look_at, refuse
+from shardwise.engine.replicas import Comparison, Digested, look_at, refuse, share_of
 from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.stateful_wrappers.state_dict_overrides import EXTRA
 from shardwise.timing import count_bytes, phase
@@ -45,7 +45,7 @@ def write_distcp(
     of them; DCP itself would choose by the bytes that each rank writes.
     """
     failure: BaseException | None = None
-    seen = Seen()
+    seen: list[Digested] = []
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -56,7 +56,7 @@ def write_distcp(
     except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
         failure = _cause(error)
     count_bytes(sum(local_part(tensor).nbytes for name, tensor in tensors.items() if name not in others))
-    _, [differ] = group.fold([], [seen.share], f"writing {directory}", failure)
+    _, [differ] = group.fold([], [share_of(seen)], f"writing {directory}", failure)
     if differ:
         refuse(seen, group)
     return ComponentRecord()

@@ -80,13 +80,7 @@ def adapter_of(module: nn.Module) -> StateDictAdapter | None:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRule:
-    """An adapter, asked about one native tensor (a `shardwise.convert.rules.Rule`).
-
-    Attributes:
-        adapter: The model's adapter.
-        native: FQN of the tensor.
-        options: Passed to the adapter.
-    """
+    """An adapter, asked about the native tensor of one FQN (a `shardwise.convert.rules.Rule`)."""
 
     adapter: StateDictAdapter
     native: str
@@ -146,21 +140,13 @@ def derive_from_adapter(adapter: StateDictAdapter, natives: Sequence[NativeSpec]
 
 
 def derive_for(module: nn.Module, natives: Sequence[NativeSpec]) -> Conversion:
-    """Derive a model's conversion, from the adapter that it brings or else from transformers' rules.
-
-    Raises:
-        ConversionError: As `derive` and `derive_from_adapter`.
-    """
+    """A model's conversion, from the adapter that it brings or else from transformers' rules."""
     adapter = adapter_of(module)
     return derive(module, natives) if adapter is None else derive_from_adapter(adapter, natives)
 
 
 def conversion_of(module: nn.Module, natives: Sequence[NativeSpec]) -> Conversion:
-    """As `derive_for`, and checked: what is written would come back the same.
-
-    Raises:
-        ConversionError: As `derive_for` and `check_round_trip`.
-    """
+    """As `derive_for`, and checked: what is written would come back the same."""
     found = derive_for(module, natives)
     check_round_trip(found, natives)
     return found
@@ -171,9 +157,6 @@ def check_adapter(module: nn.Module, conversion: Conversion, natives: Sequence[N
 
     Computed tensors are converted back and compared with real values while saving. An adapter that is written through
     needs no way back, and one whose ``from_hf`` does not accept tensors without memory cannot be checked here.
-
-    Raises:
-        ConversionError: A parameter would be lost.
     """
     adapter = adapter_of(module)
     if adapter is None:

@@ -133,10 +133,9 @@ def _view(piece: SourcePiece, grid: tuple[int, ...], shape: tuple[int, ...]) -> 
 def _native_grid(
     shape: tuple[int, ...], extent: dict[int, int], ones: int
 ) -> tuple[tuple[tuple[int, ...], ...], dict[int, int]]:
-    """The native grid, with ``ones`` dimensions of size 1 at its end for hub dimensions that nothing walks along.
+    """The native grid, and the position in it of each stride.
 
-    Returns:
-        The grid, and the position in it of each stride.
+    ``ones`` dimensions of size 1 are at its end, for hub dimensions that nothing walks along.
     """
     grid: list[tuple[int, ...]] = []
     position_of: dict[int, int] = {}

@@ -19,7 +19,7 @@ def check_round_trip(conversion: Conversion, natives: Sequence[NativeSpec]) -> N
     """Check that every element of every native tensor is in exactly one place of the files.
 
     Tensors that the model keeps out of its files are excepted, and so are computed groups, whose rules answer for
-    themselves. Tied tensors are expected once in ``natives``, as `derive` expects them.
+    themselves. Tied tensors are expected once in ``natives``.
 
     Raises:
         ConversionError: Names the tensors that the files would lack, or hold twice.

@@ -38,7 +38,7 @@ class Derived:
     """How a hub tensor is made, whatever its name and its group.
 
     Attributes:
-        shape: Global shape of the hub tensor.
+        shape: Its global shape.
         dtype: Its dtype code.
         parts: Number of a native tensor in the group, and the view of it.
         reason: Why no view expresses it; empty where one does.
@@ -60,16 +60,13 @@ def identity(natives: Sequence[NativeSpec]) -> Conversion:
 
 
 def derive(model: torch.nn.Module, natives: Sequence[NativeSpec]) -> Conversion:
-    """Derive how a model's tensors become those of its Hugging Face files.
+    """Derive how a model's tensors become those of its Hugging Face files. No collectives; any rank may call.
 
-    Neither the model nor its rules are changed. No collectives; any rank may call, with the tensors that it has.
+    Neither the model nor its rules are changed.
 
     Args:
         model: A transformers model, wrapped or not, or any other module (whose files then have the model's names).
-        natives: The model's tensors under their FQNs without wrappers, with their global shapes; tied ones once.
-
-    Returns:
-        The conversion of ``natives``.
+        natives: The tensors under their FQNs without wrappers, with their global shapes; tied ones once.
 
     Raises:
         ConversionError: A rule cannot be reversed or does not fit the tensors, or two tensors get one name.
@@ -91,8 +88,7 @@ def derive(model: torch.nn.Module, natives: Sequence[NativeSpec]) -> Conversion:
 def kept_out(model: torch.nn.Module) -> frozenset[str] | None:
     """FQNs that a model without a state-dict adapter keeps out of its files, if all others are written unchanged.
 
-    Returns:
-        ``None`` where anything is renamed or converted, so that only a conversion shows the names.
+    ``None`` where anything is renamed or converted, so that only a conversion shows the names.
     """
     bare = unwrap(model)
     return None if legacy_renamings(bare) or _rules(bare) is not None else left_out(bare)
@@ -130,11 +126,7 @@ def _by_rules(rules: RuleSet, natives: Sequence[NativeSpec]) -> tuple[tuple[HubT
 
 
 def _results(
-    rules: RuleSet,
-    group: str,
-    members: tuple[Member, ...],
-    specs: tuple[NativeSpec, ...],
-    cache: _Cache,
+    rules: RuleSet, group: str, members: tuple[Member, ...], specs: tuple[NativeSpec, ...], cache: _Cache
 ) -> tuple[list[str], tuple[Derived, ...]]:
     """Hub names of a group's results, and how each is made."""
     number = rules.converter(members[0].pattern)
@@ -159,7 +151,7 @@ def _results(
 
 
 def derived(tensor: torch.Tensor, natives: Sequence[NativeSpec]) -> Derived:
-    """Read off the result of a rule how it is made of the native tensors numbered as in ``natives``."""
+    """Read off the result of a rule how it is made of the native tensors."""
     shape, dtype = tuple(tensor.shape), dtype_code(tensor.dtype)
     if not isinstance(tensor, TracedTensor):
         return Derived(shape, dtype, (), "made from nothing")

@@ -31,11 +31,11 @@ class RenamedRule:
     in_files: Mapping[str, str]
 
     def forward(self, natives: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Native tensors by FQN to tensors by their name in the files."""
+        """As `shardwise.convert.rules.Rule.forward`."""
         return {self.in_files[name]: tensor for name, tensor in self.rule.forward(natives).items()}
 
     def backward(self, hub: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Tensors by their name in the files to native tensors by FQN."""
+        """As `shardwise.convert.rules.Rule.backward`."""
         return self.rule.backward({name: hub[file] for name, file in self.in_files.items()})
 
 

@@ -36,9 +36,8 @@ class Watched:
 class _Record:
     """A last operation that keeps what the others returned."""
 
-    def __init__(self) -> None:
-        self.keys: tuple[str, ...] = ()
-        self.values: tuple[object, ...] = ()
+    keys: tuple[str, ...] = ()
+    values: tuple[object, ...] = ()
 
     def convert(self, collected: Mapping[str, object], **_: object) -> Mapping[str, object]:
         self.keys, self.values = tuple(collected), tuple(collected.values())
@@ -202,14 +201,7 @@ def _single(value: object) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class ConverterRule:
-    """A converter of transformers, run on the whole tensors of one group (a `shardwise.convert.rules.Rule`).
-
-    Attributes:
-        rules: The model's rules.
-        number: Which converter of them.
-        group: Name of the group.
-        members: The native tensors of the group.
-    """
+    """One converter of a model's rules, run on whole tensors of one group (a `shardwise.convert.rules.Rule`)."""
 
     rules: RuleSet
     number: int
@@ -217,13 +209,13 @@ class ConverterRule:
     members: tuple[Member, ...]
 
     def forward(self, natives: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Native tensors by FQN to hub tensors by name."""
+        """As `shardwise.convert.rules.Rule.forward`."""
         tensors = [natives[member.name] for member in self.members]
         outcome = run(self.rules.converters[self.number], self.group, self.members, tensors, self.rules.model)
         return {self.rules.rename(name): t for name, t in zip(outcome.names, outcome.tensors, strict=True)}
 
     def backward(self, hub: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Hub tensors by name to native tensors by FQN."""
+        """As `shardwise.convert.rules.Rule.backward`."""
         origin = deepcopy(self.rules.origins[self.number])
         members: list[Member] = []
         tensors: list[torch.Tensor] = []
@@ -242,8 +234,7 @@ class ConverterRule:
 def loading_names(model: torch.nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     """Names in files after transformers' renamings for loading into an unwrapped model, before any converter.
 
-    Returns:
-        One name for each of ``names``; the same names for a model that is not of transformers.
+    They stay the same for a model that is not of transformers.
     """
     if not may_have_rules(model):
         return tuple(names)

@@ -34,12 +34,9 @@ _KEPT = "rank_pattern"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Allocator:
-    """One part's allocator.
+    """One part's allocator, with the path of the model whose parameters it names, and their plain names -> its names.
 
-    Attributes:
-        tuner: Its ``rankallocator`` holds the means, and the allocator's own configuration the kept ranks.
-        path: Name of the model whose parameters the allocator names.
-        names: Plain names of the model's parameters -> the allocator's names.
+    The tuner's ``rankallocator`` holds the means, and the allocator's own configuration the kept ranks.
     """
 
     tuner: AdaLoraModel

@@ -33,9 +33,8 @@ def check_adapter(
         inventories: Each rank's `shardwise.peft.tensors.AdapterTensors.inventory`, where the ranks have parts
             of a model; nothing where each has a whole one.
         layers: Number of transformer layers that the model's configuration promises.
-        declared: Whether each rank has compared its tensors with its modules, as `capture_adapter` does. The adapted
-            modules are then known, and the settings' target names, which peft matches by its own rules, are not
-            checked. A file by itself has to hold what its settings name.
+        declared: Whether each rank has compared its tensors with its modules, as `capture_adapter` does. Target names
+            of the settings, which peft matches by its own rules, are then not checked.
 
     Raises:
         AdapterError: The adapter has no tensor, a factor lacks its counterpart, shapes contradict each other or the
@@ -172,11 +171,7 @@ def _layer_faults(inventories: Sequence[Mapping[str, Sequence[int]]], layers: in
 
 
 def check_stages(stages: Collection[int]) -> None:
-    """Check that the ranks that save together, of these ``stages``, have each pipeline stage below their last.
-
-    Raises:
-        AdapterError: One is missing.
-    """
+    """Check that the ranks that save together, of these ``stages``, have each pipeline stage below their last."""
     missing = sorted(set(range(max(stages, default=0))) - set(stages))
     if missing:
         raise AdapterError(

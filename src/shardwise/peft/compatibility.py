@@ -47,9 +47,6 @@ def check_opens(
         adapter_name: For messages, and to find its modules.
         names: The tensors of the file, of all ranks together.
         settings: What ``adapter_config.json`` will say.
-
-    Raises:
-        AdapterError: peft does not take the settings, or they name other modules.
     """
     if importlib.util.find_spec("peft") is None:
         return
@@ -119,12 +116,8 @@ def _base_modules(model: nn.Module) -> Iterator[str]:
 def vllm_limits(names: Iterable[str], settings: Mapping[str, object], *, has_extra: bool) -> list[str]:
     """The parts of an adapter that vLLM does not serve, and why; empty where it serves all. Pure.
 
-    Source: vLLM's ``PEFTHelper``, ``LoRAConfig`` and ``parse_fine_tuned_lora_name``.
-
-    Args:
-        names: The tensors of the file, of all ranks together.
-        settings: What ``adapter_config.json`` will say.
-        has_extra: Whether tensors are trained beside the adapter.
+    Source: vLLM's ``PEFTHelper``, ``LoRAConfig`` and ``parse_fine_tuned_lora_name``. ``has_extra`` says whether tensors
+    are trained beside the adapter.
     """
     kind = str(settings.get("peft_type"))
     if kind != "LORA":

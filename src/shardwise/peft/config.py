@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import cast
 
 import torch.nn as nn
 
-from shardwise.comm import JsonValue
 from shardwise.errors import AdapterError, CheckpointNotFoundError
 from shardwise.format.json_file import read_json
 from shardwise.peft.builtin_lora import (
-    ExpertSite,
     LinearSite,
     Site,
     find_sites,
     find_trained_modules,
     hub_target_modules,
+    is_fused,
 )
 from shardwise.peft.models import auto_mapping
 from shardwise.peft.tensors import ADAPTER_CONFIG_NAME
@@ -55,101 +52,60 @@ _IN_HF_CONFIG = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class OwnSettings:
-    """Settings of a model's own LoRA modules for adapter_config.json; of one rank's parts, or of all ranks'.
+def own_settings(parts: Sequence[nn.Module], peft_config: object | None, v4_compatible: bool) -> dict[str, object]:
+    """The settings of a model's own LoRA modules for adapter_config.json, read from this rank's parts.
 
-    Attributes:
-        target_modules: Adapted modules under their Hugging Face names, sorted.
-        target_parameters: Adapted fused parameters, sorted.
-        rank_pattern: Ranks other than the configured one.
-        alpha_pattern: Alphas other than the configured one.
-        modules_to_save: Modules that are trained as a whole, sorted.
-        lora_bias: Whether the B factors have biases.
-    """
-
-    target_modules: tuple[str, ...] = ()
-    target_parameters: tuple[str, ...] = ()
-    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    modules_to_save: tuple[str, ...] = ()
-    lora_bias: bool = False
-
-    def to_json(self) -> JsonValue:
-        """As a value that can travel between ranks."""
-        return cast(JsonValue, json.loads(json.dumps(dataclasses.asdict(self))))
-
-    @staticmethod
-    def union(values: Sequence[JsonValue]) -> OwnSettings:
-        """The settings of all ranks together, from what each passed to `to_json`."""
-        rows = [cast("dict[str, object]", value) for value in values]
-
-        def names(key: str) -> tuple[str, ...]:
-            return tuple(sorted({name for row in rows for name in cast("list[str]", row[key])}))
-
-        ranks: dict[str, int] = {}
-        alphas: dict[str, float] = {}
-        for row in rows:
-            ranks.update(cast("dict[str, int]", row["rank_pattern"]))
-            alphas.update(cast("dict[str, float]", row["alpha_pattern"]))
-        return OwnSettings(
-            names("target_modules"),
-            names("target_parameters"),
-            dict(sorted(ranks.items())),
-            dict(sorted(alphas.items())),
-            names("modules_to_save"),
-            any(bool(row["lora_bias"]) for row in rows),
-        )
-
-
-def own_settings(parts: Sequence[nn.Module], peft_config: object | None, v4_compatible: bool) -> OwnSettings:
-    """Read the settings of a model's own LoRA modules from this rank's parts.
+    Lists of names are sorted. Patterns hold ranks and alphas other than the configured ones.
 
     Raises:
         AdapterError: A LoRA module cannot be described.
     """
-    dim, alpha = rank_setting(peft_config), alpha_setting(peft_config)
-    merged: list[JsonValue] = []
+    dim = rank_setting(peft_config)
+    targets: set[str] = set()
+    parameters: set[str] = set()
+    saved: set[str] = set()
+    patterns: tuple[dict[str, int], dict[str, float]] = ({}, {})
+    has_bias = False
     for part in parts:
         sites = find_sites(part, dim, v4_compatible)
-        fused = [s for s in sites if isinstance(s, ExpertSite) and s.fused]
-        single = [s for s in sites if not (isinstance(s, ExpertSite) and s.fused)]
-        ranks, alphas = _patterns(part, sites, dim, alpha, _setting(peft_config, "use_rslora") is True)
-        settings = OwnSettings(
-            tuple(hub_target_modules(part, {t for s in single for t in s.targets})),
-            tuple(sorted({f"{s.fqn}.{s.parameter}" for s in fused})),
-            ranks,
-            alphas,
-            tuple(sorted(m.fqn for m in find_trained_modules(part, sites))),
-            any(isinstance(s, LinearSite) and s.bias is not None for s in sites),
-        )
-        merged.append(settings.to_json())
-    return OwnSettings.union(merged)
+        targets.update(hub_target_modules(part, {t for s in sites if not is_fused(s) for t in s.targets}))
+        parameters.update(f"{s.fqn}.{s.parameter}" for s in sites if is_fused(s))
+        _add_patterns(patterns, part, sites, peft_config)
+        saved.update(module.fqn for module in find_trained_modules(part, sites))
+        has_bias = has_bias or any(isinstance(s, LinearSite) and s.bias is not None for s in sites)
+    return {
+        "target_modules": sorted(targets),
+        "target_parameters": sorted(parameters),
+        "rank_pattern": dict(sorted(patterns[0].items())),
+        "alpha_pattern": dict(sorted(patterns[1].items())),
+        "modules_to_save": sorted(saved),
+        "lora_bias": has_bias,
+    }
 
 
-def _patterns(
-    part: nn.Module, sites: Sequence[Site], dim: int | None, alpha: float | None, rslora: bool
-) -> tuple[dict[str, int], dict[str, float]]:
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
+def _add_patterns(
+    patterns: tuple[dict[str, int], dict[str, float]], part: nn.Module, sites: Sequence[Site], config: object | None
+) -> None:
+    """Add ranks and alphas of a part that the configuration does not give: rank_pattern and alpha_pattern."""
+    dim, alpha = rank_setting(config), alpha_setting(config)
+    ranks, alphas = patterns
     for site in sites:
         keys = _pattern_keys(part, site)
         if dim is not None and site.rank != dim:
             ranks.update(dict.fromkeys(keys, site.rank))
         if alpha is None or site.scale is None:
             continue
-        own = site.scale * (math.sqrt(site.rank) if rslora else site.rank)
+        own = site.scale * (math.sqrt(site.rank) if _setting(config, "use_rslora") is True else site.rank)
         if not math.isclose(own, alpha, rel_tol=1e-6):
             exact = round(own) if math.isclose(own, round(own), rel_tol=1e-6) else own
             alphas.update(dict.fromkeys(keys, exact))
-    return ranks, alphas
 
 
 def _pattern_keys(part: nn.Module, site: Site) -> Sequence[str]:
     """Keys of rank_pattern and alpha_pattern, which peft reads as regular expressions for the end of a name."""
     if isinstance(site, LinearSite):
         return hub_target_modules(part, site.targets)
-    if site.fused:
+    if is_fused(site):
         return (f"{site.fqn}.{site.parameter}",)
     return tuple(rf"{site.fqn}\.\d+\.{p}" for p in site.projections)
 
@@ -176,7 +132,7 @@ def alpha_setting(config: object | None) -> float | None:
 def own_config(
     parts: Sequence[nn.Module],
     peft_config: object,
-    settings: OwnSettings,
+    settings: Mapping[str, object],
     original_model_path: str | None = None,
 ) -> dict[str, object]:
     """The minimal adapter_config.json of a model's own LoRA.
@@ -184,7 +140,7 @@ def own_config(
     Args:
         parts: This rank's parts.
         peft_config: The configuration: ``dim``, ``alpha``, ``use_dora``.
-        settings: What was adapted, on all ranks.
+        settings: From `own_settings`, of all ranks together.
         original_model_path: The base model, for a model that does not name it.
     """
     task, mapping = task_type(parts)
@@ -194,20 +150,12 @@ def own_config(
         "r": rank_setting(peft_config),
         "lora_alpha": alpha_setting(peft_config),
         "use_dora": bool(_setting(peft_config, "use_dora")),
-        "target_modules": list(settings.target_modules),
+        "target_modules": settings["target_modules"],
         "bias": "none",
         "base_model_name_or_path": base_model_name(parts) or original_model_path,
         "inference_mode": True,
     }
-    optional: dict[str, object] = {
-        "auto_mapping": mapping,
-        "target_parameters": list(settings.target_parameters),
-        "rank_pattern": dict(settings.rank_pattern),
-        "alpha_pattern": dict(settings.alpha_pattern),
-        "modules_to_save": list(settings.modules_to_save),
-        "lora_bias": settings.lora_bias,
-        "use_rslora": _setting(peft_config, "use_rslora") is True,
-    }
+    optional = {"auto_mapping": mapping, **settings, "use_rslora": _setting(peft_config, "use_rslora") is True}
     return out | {key: value for key, value in optional.items() if value}
 
 
@@ -247,11 +195,7 @@ def base_model_name(parts: Sequence[nn.Module]) -> str | None:
 def automodel_metadata(peft_config: object) -> dict[str, object]:
     """The settings of a LoRA configuration that adapter_config.json does not hold.
 
-    Args:
-        peft_config: A configuration with ``to_dict()``; a dataclass or a mapping will do.
-
-    Raises:
-        AdapterError: It is none of these.
+    Of one with ``to_dict()``, a dataclass or a mapping.
     """
     to_dict = getattr(peft_config, "to_dict", None)
     if isinstance(peft_config, Mapping):

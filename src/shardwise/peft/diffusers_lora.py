@@ -74,10 +74,6 @@ def _component(model: nn.Module) -> str | None:
 def require_component(parts: Sequence[nn.Module], peft_config: object | None = None) -> str:
     """As `component_of`, for a model that has to have one.
 
-    Args:
-        parts: This rank's parts, wrapped or not.
-        peft_config: The adapters' configuration, for parts that do not carry one.
-
     Raises:
         AdapterError: No pipeline of diffusers would load the model's adapter, or it is not adapted with peft.
     """
@@ -112,14 +108,7 @@ def as_peft(spec: TensorSpec, component: str) -> TensorSpec:
 def check_opens(parts: Sequence[nn.Module], peft_config: object | None, file: AdapterFile, warned: set[str]) -> None:
     """Check that diffusers can open an adapter, before it is trained. Local.
 
-    Args:
-        parts: This rank's parts.
-        peft_config: The adapters' configuration, for parts that do not carry one.
-        file: The adapter.
-        warned: Names of the files that were warned about in this run.
-
-    Raises:
-        AdapterError: It cannot.
+    ``warned`` has the files that were warned about in this run.
     """
     config = adapter_configs(parts, peft_config)[file.adapter_name]
     reason = _why_not(config)
@@ -193,15 +182,12 @@ class LoraFile:
 
 
 def read_lora(path: Path, component: str, key_mapping: Mapping[str, str]) -> LoraFile | None:
-    """Read the header of an adapter's file. Local.
+    """Read the header of an adapter's file. Local; ``None`` where the names are those of peft's files.
 
     Args:
         path: A safetensors file.
         component: The name that pipelines have for the model.
         key_mapping: Regular expressions and replacements for the file's names; first match.
-
-    Returns:
-        ``None`` where the names are those of peft's files.
 
     Raises:
         AdapterError: The names are those of another tool, or of no model of a pipeline; or the settings are no JSON.
@@ -271,16 +257,7 @@ def _settings(metadata: Mapping[str, str], prefix: str, path: Path) -> Mapping[s
 
 
 def check_scales(parts: Sequence[nn.Module], adapter_name: str, path: Path) -> None:
-    """Check that an adapter's layers add what diffusers adds for a file without settings: the product, scaled by 1.
-
-    Args:
-        parts: This rank's parts.
-        adapter_name: The adapter.
-        path: The file.
-
-    Raises:
-        AdapterError: A layer has another scale.
-    """
+    """Check that an adapter's layers add what diffusers adds for a file without settings: the product, scaled by 1."""
     for part in parts:
         for name, module in named_modules(adapted_model(part)):
             scaling = getattr(module, "scaling", None)

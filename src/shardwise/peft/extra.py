@@ -42,9 +42,6 @@ def extra_entries(
         parts: This rank's parts.
         files: All of their adapters.
         stepped: Identities of parameters that an optimizer has state of. Others are trained if they require a gradient.
-
-    Raises:
-        NameCollisionError: Two parts have a tensor of one name.
     """
     taken = {id(item.tensor) for file in files for item in file.entries}
     out: dict[str, AdapterEntry] = {}

@@ -48,7 +48,6 @@ def initialise_adapters(
 
     Raises:
         MisuseError: The method is unknown, or a factor is on the meta device.
-        AdapterError: The adapter cannot be described.
     """
     method = _METHODS.get(peft_init_method)
     if method is None:

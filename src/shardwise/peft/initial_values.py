@@ -22,6 +22,7 @@ import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.errors import AdapterError, ShardwiseError
+from shardwise.peft.load import changed_base
 from shardwise.peft.models import adapter_configs, method_of
 from shardwise.peft.names import join, named_modules, seed_of
 from shardwise.plan.fragments import copy_whole
@@ -56,7 +57,7 @@ def adapter_tensors(part: nn.Module) -> list[torch.Tensor]:
     return [tensor for _, tensor in _adapter_slots(part)]
 
 
-def initialise_peft(parts: Sequence[nn.Module], peft_config: object | None = None, *, seed: int = 0) -> None:
+def initialise_peft(parts: Sequence[nn.Module], *, seed: int = 0) -> None:
     """Give the adapters of models adapted with peft the values that peft would begin with, in place.
 
     Call when the parts have memory and their base weights. What follows from the configuration and the base weights is
@@ -64,16 +65,11 @@ def initialise_peft(parts: Sequence[nn.Module], peft_config: object | None = Non
     topology. Every rank that holds a part calls; base weights that are spread over ranks are gathered one module at a
     time, where the method looks at them. The generators' states are left as they were.
 
-    Args:
-        parts: This rank's parts, on a real device.
-        peft_config: As for `shardwise.addons.peft.capture_adapter`.
-        seed: Another seed gives other values.
-
     Raises:
         AdapterError: peft cannot begin this method without the eager model, or a tensor would be left without values.
     """
-    configs = adapter_configs(parts, peft_config)
-    check_can_begin(parts, peft_config)
+    configs = adapter_configs(parts, None)
+    check_can_begin(parts)
     for part in parts:
         slots = _adapter_slots(part)
         for _, tensor in slots:
@@ -116,8 +112,7 @@ def check_can_begin(parts: Sequence[nn.Module], peft_config: object | None = Non
 def check_method(parts: Sequence[nn.Module], method: str) -> None:
     """Check that LoRA factors may be initialised otherwise than their configuration says.
 
-    Raises:
-        AdapterError: The configured initialisation also determines base weights or magnitudes.
+    A configured initialisation that also determines base weights or magnitudes has to stay.
     """
     for name, config in adapter_configs(parts, None).items():
         begin = getattr(config, "init_lora_weights", True)
@@ -131,13 +126,10 @@ def check_method(parts: Sequence[nn.Module], method: str) -> None:
 def refuse_changed_base(parts: Sequence[nn.Module]) -> None:
     """Refuse to load base weights into an adapted model that has memory where its adapters began by changing these.
 
-    Raises:
-        AdapterError: An adapter's method keeps a part of the base weights (PiSSA, OLoRA, CorDA, LoftQ, OSF).
+    PiSSA, OLoRA, CorDA, LoftQ and OSF keep a part of the base weights in the adapter.
     """
     for name, config in adapter_configs(parts, None).items():
-        begin = getattr(config, "init_lora_weights", None)
-        changing = str(begin).lower().partition("_")[0] in ("pissa", "olora", "corda", "loftq", "lora")
-        if (isinstance(begin, str) and changing) or method_of(config) == "OSF":
+        if changed_base(config.to_dict()) is not None or method_of(config) == "OSF":
             raise AdapterError(
                 f"the adapter {name!r} began with {_method(config)}, which took a part of the base weights out of the "
                 "model; loading the base over it would add that part once more",

@@ -144,10 +144,6 @@ def check_shared_factors(
         file: One adapter of the model.
         model_directory: The checkpoint's ``model`` directory, or the adapter's file.
         renamed: From a name of the file to the model's.
-
-    Raises:
-        AdapterError: Two such tensors differ.
-        CheckpointNotFoundError: The adapter file is absent.
     """
     shared = [(item.spec.name, item.alias_of) for item in file.entries if item.alias_of is not None]
     if not shared:

@@ -126,11 +126,7 @@ def _is_bare(part: nn.Module) -> bool:
 
 
 def require_merge(name: str, config: PeftConfig) -> None:
-    """Refuse methods whose adapters cannot be merged into base weights, by the name of the adapter.
-
-    Raises:
-        AdapterError: It is one.
-    """
+    """Refuse methods whose adapters cannot be merged into base weights, by the name of the adapter."""
     tuner = upstream.tuner_of(config.peft_type)
     reason = ""
     if config.is_prompt_learning or tuner is None or not issubclass(tuner, upstream.tuner_class()):

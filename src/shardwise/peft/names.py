@@ -83,13 +83,10 @@ def text_config(model: object) -> object | None:
 
 
 def combined_sizes(fqn: str, rows: int, config: object | None) -> tuple[int, ...]:
-    """Output rows of each projection behind a combined one.
+    """Output rows of each projection behind a combined one of so many rows.
 
-    Args:
-        fqn: The combined module; its last component is a key of `COMBINED_PROJECTIONS`.
-        rows: Rows of its matrix.
-        config: The language model's configuration, with ``num_attention_heads``, ``num_key_value_heads`` (the number
-            of heads if absent) and ``head_dim`` (``hidden_size / num_attention_heads`` if absent).
+    The language model's configuration has ``num_attention_heads``, ``num_key_value_heads`` (the number of heads if
+    absent) and ``head_dim`` (``hidden_size / num_attention_heads`` if absent).
 
     Raises:
         AdapterError: The configuration does not account for ``rows``.

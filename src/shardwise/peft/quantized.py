@@ -109,8 +109,7 @@ def is_over_quantized(layer: nn.Module) -> bool:
 def make_dense(layer: nn.Module) -> bool:
     """Make a copy of a LoRA layer over a quantized layer the one that peft puts around a dense one.
 
-    Returns:
-        Whether that is known: it is of LoRA's own two layers.
+    Returns whether that is known: of LoRA's own two layers it is.
     """
     from peft.tuners import lora
 

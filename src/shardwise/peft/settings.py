@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -10,7 +9,7 @@ import torch.nn as nn
 
 from shardwise.comm import Group, JsonValue
 from shardwise.errors import AdapterError
-from shardwise.peft.config import OwnSettings, jsonable, own_config, own_settings
+from shardwise.peft.config import jsonable, own_config, own_settings
 from shardwise.peft.load import LEGACY_LAYOUT_VERSION, is_legacy_version
 from shardwise.peft.models import (
     ExpertTargets,
@@ -87,17 +86,12 @@ def _record_layout(settings: Settings, legacy: bool) -> None:
 
 def _local_settings(parts: Sequence[nn.Module], peft_config: object | None, v4_compatible: bool) -> JsonValue:
     if not is_peft_adapted(parts, peft_config):
-        return {"own": own_settings(parts, peft_config, v4_compatible).to_json()}
-    names = sorted(adapter_configs(parts, peft_config))
-    found: dict[str, JsonValue] = {}
-    for name in names if v4_compatible else ():
-        rows: list[JsonValue] = []
-        for target in expert_targets(parts, name):
-            values = dataclasses.asdict(target)
-            rows.append({**values, "projections": list(target.projections)})
-        found[name] = rows
-    own = {name: _part_settings(config) for name, config in adapter_configs(parts, peft_config).items()}
-    return {"experts": found, "adapters": cast(JsonValue, names), "settings": cast(JsonValue, own)}
+        return {"own": cast(JsonValue, own_settings(parts, peft_config, v4_compatible))}
+    configs = adapter_configs(parts, peft_config)
+    names = sorted(configs)
+    experts = {name: [[*target] for target in expert_targets(parts, name)] for name in names if v4_compatible}
+    own = {name: _part_settings(config) for name, config in configs.items()}
+    return cast(JsonValue, {"experts": experts, "adapters": names, "settings": own})
 
 
 def _merged(
@@ -119,7 +113,8 @@ def _merged(
                 "LoRA modules of the model's own need a peft_config",
                 hint="Pass a configuration with dim, alpha, use_dora and to_dict().",
             )
-        settings = OwnSettings.union([row["own"] for row in rows])
+        own = [cast(Settings, row["own"]) for row in rows]
+        settings = own[0] | _united("default", own) | {"lora_bias": any(each["lora_bias"] for each in own)}
         return {"default": own_config(parts, peft_config, settings, original_model_path)}
     for rank, row in enumerate(rows):
         if row["adapters"] != rows[0]["adapters"]:
@@ -142,17 +137,10 @@ def _merged(
 def _experts_of(rows: Sequence[dict[str, JsonValue]], adapter_name: str) -> list[ExpertTargets]:
     found: dict[tuple[str, tuple[str, ...]], ExpertTargets] = {}
     for row in rows:
-        by_adapter = cast("dict[str, list[dict[str, object]]]", row["experts"])
-        for values in by_adapter.get(adapter_name, []):
-            projections = tuple(cast("list[str]", values["projections"]))
-            target = ExpertTargets(
-                str(values["module"]),
-                projections,
-                int(cast("int", values["experts"])),
-                int(cast("int", values["rank"])),
-                cast("float", values["alpha"]),
-            )
-            found[target.module, projections] = target
+        by_adapter = cast("dict[str, list[tuple[str, list[str], int, int, float]]]", row["experts"])
+        for module, listed, experts, rank, alpha in by_adapter.get(adapter_name, []):
+            projections = tuple(listed)
+            found[module, projections] = ExpertTargets(module, projections, experts, rank, alpha)
     return list(found.values())
 
 
@@ -165,11 +153,7 @@ def _part_settings(config: PeftConfig) -> dict[str, object]:
 
 
 def _united(adapter_name: str, stages: Sequence[Mapping[str, object]]) -> dict[str, object]:
-    """The settings of the whole adapter that differ between its stages: peft configures each stage by itself.
-
-    Raises:
-        AdapterError: Two stages contradict each other.
-    """
+    """The settings of the whole adapter that differ between its stages: peft configures each stage by itself."""
     out: dict[str, object] = {}
     for key in (*_FOUND, *_SAME):
         values = [settings.get(key) for settings in stages]

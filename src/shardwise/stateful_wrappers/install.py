@@ -193,19 +193,15 @@ class _Answer:
         self.unexpected += unexpected
 
 
-def post_steps(root: nn.Module) -> list[Step]:
+def post_steps(root: nn.Module, prefix: str = "") -> list[Step]:
     """The post-hooks of a model that makes and takes its state as torch does, in torch's order."""
     if not any(loading_post_hooks(module) for module in every_module([root])):
         return []
     found: list[Step] = []
-
-    def visit(module: nn.Module, prefix: str) -> None:
-        for name, child in own_children(module).items():
-            if child is not None:
-                visit(child, f"{prefix}{name}.")
-        # FSDP2's own hooks put sharded parameters back in place; these never left it.
-        if has_foreign_hooks(loading_post_hooks(module)):
-            found.append(Step("post", module, prefix))
-
-    visit(root, "")
+    for name, child in own_children(root).items():
+        if child is not None:
+            found += post_steps(child, f"{prefix}{name}.")
+    # FSDP2's own hooks put sharded parameters back in place; these never left it.
+    if has_foreign_hooks(loading_post_hooks(root)):
+        found.append(Step("post", root, prefix))
     return found

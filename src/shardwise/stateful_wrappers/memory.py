@@ -103,10 +103,6 @@ def identity(tensor: torch.Tensor) -> tuple[object, ...]:
 def plain_memory(name: str, local: torch.Tensor) -> torch.Tensor:
     """The plain tensor, detached, whose memory holds a local tensor's elements.
 
-    Args:
-        name: Name of the tensor, for errors.
-        local: A tensor that is no DTensor.
-
     Raises:
         MisuseError: It is sparse, nested or not initialized.
         TensorError: Its class wraps other tensors in another way than by being the one that it wraps.
@@ -126,12 +122,7 @@ def plain_memory(name: str, local: torch.Tensor) -> torch.Tensor:
 
 
 def plain_view(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor or DTensor as one whose local tensor is plain; it shares the memory.
-
-    Raises:
-        MisuseError: As `plain_memory`.
-        TensorError: The same.
-    """
+    """A tensor or DTensor as one whose local tensor is plain; it shares the memory. Raises as `plain_memory`."""
     local = local_part(tensor)
     if type(local) in PLAIN and not local.is_inference():
         return tensor.detach()
@@ -156,11 +147,7 @@ def stands_for_memory(tensor: torch.Tensor) -> bool:
 
 
 def require_own_elements(name: str, memory: torch.Tensor) -> None:
-    """Check that each element of a tensor to load into has its own memory, as torch's ``copy_`` does.
-
-    Raises:
-        TensorError: Several elements are one and the same memory: an expanded tensor.
-    """
+    """Check that each element of a tensor to load into has its own memory, as torch's ``copy_`` does."""
     if memory.is_contiguous():
         return
     if any(stride == 0 and size > 1 for size, stride in zip(memory.shape, memory.stride(), strict=True)):

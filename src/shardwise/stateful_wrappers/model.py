@@ -15,7 +15,7 @@ from shardwise.stateful_wrappers.memory import install, plain_view
 from shardwise.stateful_wrappers.names import Listing, NamedTensor, is_lm_head, list_state
 from shardwise.stateful_wrappers.state_dict_overrides import EXTRA
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
-from shardwise.stateful_wrappers.units import OneTensor, StandIns, Step
+from shardwise.stateful_wrappers.units import StandIns, Step
 from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
 from shardwise.upstream.torch_tensors import local_part
 
@@ -31,37 +31,24 @@ class ModelState:
 
     Args:
         model: A module, or the list of this rank's pipeline stages.
-        is_peft: Whether only the adapter's parameters (those that require a gradient) are meant.
         skip_prefixes: Tensors whose names start with one of these are left out (task heads when a base model is
             loaded).
 
     Attributes:
         model: The parts, always a list.
-        is_peft: Whether only the adapter's parameters are meant.
     """
 
-    def __init__(
-        self,
-        model: nn.Module | Sequence[nn.Module],
-        is_peft: bool = False,
-        skip_prefixes: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, model: Model, *, skip_prefixes: Sequence[str] = ()) -> None:
         self.model: list[nn.Module] = [model] if isinstance(model, nn.Module) else list(model)
-        self.is_peft = is_peft
         self._skip = tuple(skip_prefixes)
 
     @property
     def uses_tied_lm_head(self) -> bool:
         """Whether the model's configuration ties head and embedding: ``tie_word_embeddings`` at its top level."""
-        configs = (getattr(unwrap(part), "config", None) for part in self.model)
-        return any(
-            bool(
-                config.get("tie_word_embeddings")
-                if isinstance(config, Mapping)
-                else getattr(config, "tie_word_embeddings", False)
-            )
-            for config in configs
-        )
+        key = "tie_word_embeddings"
+        configs = [getattr(unwrap(part), "config", None) for part in self.model]
+        said = [config.get(key) if isinstance(config, Mapping) else getattr(config, key, False) for config in configs]
+        return any(map(bool, said))
 
     @property
     def has_local_tied_lm_head(self) -> bool:
@@ -72,27 +59,14 @@ class ModelState:
     @property
     def is_whole(self) -> bool:
         """Whether nothing of the model is left out."""
-        return not self.is_peft and not self._skip
+        return not self._skip
 
     def listing(self, stand_ins: StandIns | None = None, *, values: bool = True, norms: bool = False) -> Listing:
         """The model's state, each tied tensor once, and the modules that have it; see `list_state`."""
         listed = list_state(self.model, stand_ins, values=values, norms=norms)
         if self.is_whole:
             return listed
-        tensors = (
-            named
-            for named in listed.tensors
-            if not (self._skip and named.name.startswith(self._skip))
-            and (not self.is_peft or named.tensor.requires_grad)
-        )
-        return listed._replace(tensors=tuple(tensors))
-
-    def tensors(self) -> tuple[NamedTensor, ...]:
-        """The tensors of `listing`, but parameters and values instead of stand-ins for them."""
-        try:
-            return tuple([named._replace(tensor=_behind(named)) for named in self.listing().tensors])
-        finally:
-            release()
+        return listed._replace(tensors=tuple(t for t in listed.tensors if not t.name.startswith(self._skip)))
 
     def held(self, meshes: MeshRegister | None = None) -> list[HeldTensor]:
         """What this rank holds, under the model's own names, as views of its memory or of stand-ins for it."""
@@ -162,14 +136,6 @@ class ModelState:
 
 def _concerns(step: Step, names: Mapping[str, object]) -> bool:
     return any(name.startswith(plain_name(step.prefix)) for name in names)
-
-
-def _behind(named: NamedTensor) -> torch.Tensor:
-    """A parameter or buffer; what is behind it, where it is a stand-in."""
-    what = deferred(local_part(named.tensor))
-    if what is None:
-        return named.tensor
-    return what.maker.tensor if isinstance(what.maker, OneTensor) else _made(named)
 
 
 def _made(named: NamedTensor) -> torch.Tensor:

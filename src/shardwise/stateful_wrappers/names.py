@@ -18,7 +18,7 @@ from shardwise.stateful_wrappers.state_dict_overrides import (
     refuse_fsdp1,
     refuse_hooks_around,
 )
-from shardwise.stateful_wrappers.units import Aside, StandIns, Step, describe, saved_tensors
+from shardwise.stateful_wrappers.units import Aside, Described, StandIns, Step, saved_tensors
 from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
 from shardwise.upstream.torch_modules import (
     LOAD_OWN,
@@ -30,7 +30,7 @@ from shardwise.upstream.torch_modules import (
     saving_hooks,
     saving_pre_hooks,
 )
-from shardwise.upstream.transformers import class_ties, configured_ties, has_configured_ties
+from shardwise.upstream.transformers import class_ties, configured_ties
 
 
 class NamedTensor(NamedTuple):
@@ -105,16 +105,16 @@ def list_state(
         plain = _plain_entries(module, norms)
         if plain is None:
             modules = None
-            described = describe(module, stand_ins, plain_name, values=values, norms=norms)
+            described = Described(module, stand_ins, values=values, norms=norms)
             aside |= {plain_name(name): value for name, value in described.aside.items()}
             metadata |= {plain_name(f"{name}.")[:-1]: noted for name, noted in described.metadata.items()}
             steps.append(tuple(described.steps))
             entries: Mapping[str, torch.Tensor] = described.tensors
         else:
-            entries = plain.entries
+            entries, own_modules = plain
             steps.append(())
             if modules is not None:
-                modules += plain.modules
+                modules += own_modules
         _add(found, entries)
         bounds.append(len(found))
     listed = _listed(found, bounds, parts)
@@ -122,11 +122,7 @@ def list_state(
 
 
 def list_parameters(parts: Sequence[nn.Module]) -> tuple[NamedTensor, ...]:
-    """As `list_state`, but parameters and buffers as the modules have them, whatever they give out when asked.
-
-    Raises:
-        NameCollisionError: Two parts have different tensors of one name.
-    """
+    """As `list_state`, but parameters and buffers as the modules have them, whatever they give out when asked."""
     refuse_fsdp1(parts)
     found: dict[str, torch.Tensor] = {}
     bounds = [0]
@@ -187,16 +183,10 @@ def is_lm_head(name: str) -> bool:
     return name == "lm_head.weight" or name.endswith(".lm_head.weight")
 
 
-class _Plain(NamedTuple):
-    entries: Mapping[str, torch.Tensor]
-    modules: Sequence[nn.Module]
-
-
-def _plain_entries(root: nn.Module, norms: bool = False) -> _Plain | None:
+def _plain_entries(root: nn.Module, norms: bool) -> tuple[dict[str, torch.Tensor], list[nn.Module]] | None:
     """The entries of torch's ``state_dict``, in its order, in a third of its time; and the modules.
 
-    Returns:
-        ``None`` where a module overrides how its state is made or loaded, or has a hook of another library.
+    ``None`` where a module overrides how its state is made or loaded, or has a hook of another library.
     """
     found: dict[str, torch.Tensor] = {}
     modules: list[nn.Module] = []
@@ -218,10 +208,8 @@ def _plain_entries(root: nn.Module, norms: bool = False) -> _Plain | None:
         for hook in saving_pre_hooks(module):
             hook(module, prefix, True)
         found |= {prefix + name: tensor for name, tensor in saved_tensors(module)}
-        if below := own_children(module):
-            children = [(f"{prefix}{name}.", child) for name, child in below.items() if child is not None]
-            pending.extend(reversed(children))
-    return _Plain(found, modules)
+        pending.extend(_children(module, prefix))
+    return found, modules
 
 
 def _own_entries(root: nn.Module) -> dict[str, torch.Tensor]:
@@ -234,9 +222,16 @@ def _own_entries(root: nn.Module) -> dict[str, torch.Tensor]:
             if not has_foreign_hooks([hook]):
                 hook(module, prefix, True)
         found |= {prefix + name: tensor for name, tensor in saved_tensors(module)}
-        children = [(f"{prefix}{name}.", child) for name, child in own_children(module).items() if child is not None]
-        pending.extend(reversed(children))
+        pending.extend(_children(module, prefix))
     return found
+
+
+def _children(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.Module]]:
+    """A module's children with the prefixes of their names, the last one first."""
+    children = own_children(module)
+    if not children:
+        return ()
+    return reversed([(f"{prefix}{name}.", child) for name, child in children.items() if child is not None])
 
 
 def has_torchs_ways(cls: type[nn.Module]) -> bool:
@@ -258,15 +253,11 @@ def keeps_torchs_ways(module: nn.Module) -> bool:
 def declared_ties(parts: Sequence[nn.Module]) -> dict[str, str]:
     """Names that the model declares as tied to another: ``{"lm_head.weight": "model.embed_tokens.weight"}``.
 
-    Declarations only; whether the tensors really are one is not checked.
+    Declarations only; whether the tensors really are one is not checked. The other name is empty where none is given.
     """
     ties: dict[str, str] = {}
-    for part in parts:
-        declared = configured_ties(unwrap(part)) or class_ties(unwrap(part))
-        if isinstance(declared, dict):
-            ties.update({str(target): str(source) for target, source in declared.items()})
-        elif declared:
-            ties.update({str(target): "" for target in cast("Iterable[object]", declared)})
+    for module in map(unwrap, parts):
+        ties |= _as_mapping(configured_ties(module) or class_ties(module))
     return ties
 
 
@@ -275,13 +266,7 @@ def promised_ties(parts: Sequence[nn.Module]) -> dict[str, str]:
 
     A pipeline stage may have its own copy of a tensor that another stage has under the name that it is tied to.
     """
-    ties: dict[str, str] = {}
-    for part in parts:
-        module = unwrap(part)
-        declared = configured_ties(module) if has_configured_ties(module) else class_ties(module)
-        if isinstance(declared, dict):
-            ties.update({str(target): str(source) for target, source in declared.items()})
-    return ties
+    return {target: source for target, source in _configured(parts).items() if source}
 
 
 def loaders_ties(parts: Sequence[nn.Module]) -> frozenset[str]:
@@ -290,11 +275,21 @@ def loaders_ties(parts: Sequence[nn.Module]) -> frozenset[str]:
     As `declared_ties`, but what transformers ties depends on the configuration: with ``tie_word_embeddings=False`` a
     declared tie does not count.
     """
-    found: set[str] = set()
-    for part in parts:
-        known = configured_ties(unwrap(part))
-        found.update(map(str, known) if isinstance(known, dict) else declared_ties([part]))
-    return frozenset(found)
+    return frozenset(_configured(parts))
+
+
+def _configured(parts: Sequence[nn.Module]) -> dict[str, str]:
+    ties: dict[str, str] = {}
+    for module in map(unwrap, parts):
+        known = configured_ties(module)
+        ties |= _as_mapping(known if isinstance(known, dict) else class_ties(module))
+    return ties
+
+
+def _as_mapping(declared: object) -> dict[str, str]:
+    if isinstance(declared, dict):
+        return {str(target): str(source) for target, source in declared.items()}
+    return {str(target): "" for target in cast("Iterable[object]", declared or ())}
 
 
 def undeclared_names(tensors: Iterable[NamedTensor], parts: Sequence[nn.Module]) -> dict[str, str]:

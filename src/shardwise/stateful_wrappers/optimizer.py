@@ -24,7 +24,6 @@ from shardwise.stateful_wrappers.custom_optimizer_state import StateView, makes_
 from shardwise.stateful_wrappers.inner_optimizers import (
     AnyOptimizer,
     Options,
-    SharedParameterError,
     StateHolder,
     find_state_holders,
     members,
@@ -45,8 +44,6 @@ from shardwise.stateful_wrappers.state_tensors import (
 from shardwise.stateful_wrappers.state_trees import Tree, TreeWriter, is_flat, merged
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.upstream.torch_tensors import local_part
-
-StateValue = object
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ class OptimizerRecord:
 
     groups: tuple[SavedGroup, ...]
     tensors: Mapping[str, Mapping[str, SavedTensor]]
-    values: Mapping[str, Mapping[str, StateValue]]
+    values: Mapping[str, Mapping[str, object]]
     aliases: Mapping[str, str] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     schedulers: tuple[str, ...] = ()
@@ -139,11 +136,7 @@ class OptimizerRecord:
 
     @staticmethod
     def from_state(state: object) -> OptimizerRecord:
-        """Check and take in what `to_state` gave.
-
-        Raises:
-            StateFormatError: It is something else.
-        """
+        """Check and take in what `to_state` gave; `StateFormatError` where it is something else."""
         try:
             fields = cast(dict[str, object], state)
             if fields["version"] not in (1, 2):
@@ -184,13 +177,10 @@ class OptimizerRecord:
         """Put the records of several ranks together: groups of one class with equal options become one.
 
         Where several ranks have one parameter, all its options and values are those of the first of these ranks.
-
-        Raises:
-            MisuseError: Ranks have different numbers of schedulers.
         """
         groups: list[tuple[SavedGroup, dict[str, None]]] = []
         tensors: dict[str, dict[str, SavedTensor]] = {}
-        values: dict[str, Mapping[str, StateValue]] = {}
+        values: dict[str, Mapping[str, object]] = {}
         trees: dict[str, Tree] = {}
         aliases: dict[str, str] = {}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -223,11 +213,7 @@ class OptimizerRecord:
 
 
 def _one_tree(name: str, known: Tree, tree: Tree) -> Tree:
-    """The trees of two ranks under one name, merged.
-
-    Raises:
-        MisuseError: It belongs to no parameter, and they have different values.
-    """
+    """The trees of two ranks under one name, merged; they may not differ in what belongs to no parameter."""
     if name.startswith("<") and name.endswith(">") and not equal(known, tree):
         raise MisuseError(
             f"ranks have different state of their {name[1:-1].partition('.')[0]} beside that of its parameters, and "
@@ -262,7 +248,7 @@ class SplitState:
     """
 
     tensors: Mapping[str, torch.Tensor]
-    values: Mapping[str, StateValue]
+    values: Mapping[str, object]
     tree: Tree | None
 
 
@@ -306,15 +292,7 @@ class Entry:
         return f"state.{self.label}.{key}"
 
     def split(self, name_of: Callable[[torch.Tensor], str], own: Callable[[str], bool] = lambda _: False) -> SplitState:
-        """The state, split into tensors and the rest.
-
-        Args:
-            name_of: Gives a parameter's name.
-            own: Keys of plain tensors that differ from shard to shard.
-
-        Raises:
-            MisuseError: It holds what cannot be saved.
-        """
+        """The state as tensors and the rest; ``own`` says of keys whether plain tensors differ between shards."""
         if is_flat(self.state):
             named = cast(Mapping[str, object], self.state)
             tensors = {key: value for key, value in named.items() if isinstance(value, torch.Tensor)}
@@ -346,10 +324,7 @@ class OptimizerState:
         self._names = {id(each.tensor): each.name for each in named}
         self._spread = {tuple(each.tensor.shape): each.name for each in named if isinstance(each.tensor, DTensor)}
         self.passed = passed
-        try:
-            self.state_holders = find_state_holders(passed)
-        except SharedParameterError as error:
-            raise self._shared(error) from None
+        self.state_holders = find_state_holders(passed, self._names)
         self.aliases = undeclared_names(named, parts)
         # Under which other names a parameter's state may be saved; what a checkpoint says is added by `plan_restore`.
         self.saved_under = promised_ties(parts)
@@ -357,21 +332,8 @@ class OptimizerState:
         self._own: set[str] = set()
         self._loose: list[_Loose] | None = None
 
-    def _shared(self, error: SharedParameterError) -> MisuseError:
-        first, second = error.first.kind, error.second.kind
-        which = f"two optimizers ({first} and {second})" if first != second else f"two {first} optimizers"
-        return MisuseError(
-            f"{which} update one parameter, which has one state in a checkpoint",
-            tensor=self._names.get(id(error.param)),
-            hint="Give each parameter to one optimizer; pass each optimizer once.",
-        )
-
     def name(self, param: torch.Tensor) -> str:
-        """A parameter's name.
-
-        Raises:
-            MisuseError: The model does not have it.
-        """
+        """A parameter's name; `MisuseError` where the model does not have it."""
         name = self._names.get(id(param))
         if name is None:
             if (like := self._spread.get(tuple(param.shape))) and not isinstance(param, DTensor):
@@ -396,11 +358,7 @@ class OptimizerState:
                 yield holder, group
 
     def names(self, group: Options) -> tuple[str, ...]:
-        """Names of a group's parameters.
-
-        Raises:
-            MisuseError: The model does not have one of them.
-        """
+        """Names of a group's parameters."""
         return tuple(map(self.name, members(group)))
 
     def entries(self) -> Iterator[Entry]:
@@ -507,7 +465,7 @@ class OptimizerState:
         """The groups, and a description of each parameter's state."""
         groups: list[SavedGroup] = []
         tensors: dict[str, Mapping[str, SavedTensor]] = {}
-        values: dict[str, Mapping[str, StateValue]] = {}
+        values: dict[str, Mapping[str, object]] = {}
         trees: dict[str, Tree] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for holder, group in self.groups():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch.optim import Optimizer
@@ -58,10 +58,20 @@ def is_like_parameter(optimizer: Optimizer, key: str) -> bool:
 
 def equal(a: object, b: object) -> bool:
     """Whether two options, or two dictionaries of them, are the same."""
+    return alike(a, b, torch.equal, lambda x, y: bool(x == y))
+
+
+def alike(
+    a: object,
+    b: object,
+    tensors: Callable[[torch.Tensor, torch.Tensor], bool],
+    values: Callable[[object, object], bool],
+) -> bool:
+    """Whether containers have the same structure, and tensors and other values that are the same by two criteria."""
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and torch.equal(a, b)
+        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and tensors(a, b)
     if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+        return a.keys() == b.keys() and all(alike(a[key], b[key], tensors, values) for key in a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b)
+        return len(a) == len(b) and all(alike(x, y, tensors, values) for x, y in zip(a, b, strict=True))
+    return values(a, b)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch.optim import Optimizer
@@ -22,7 +22,7 @@ from shardwise.stateful_wrappers.custom_optimizer_state import Path, StateView, 
 from shardwise.stateful_wrappers.inner_optimizers import Options, StateHolder, members
 from shardwise.stateful_wrappers.optimizer import Entry, OptimizerRecord, OptimizerState, SavedGroup, label_of
 from shardwise.stateful_wrappers.optimizer_classes import equal, is_foreign, is_like_parameter, is_torchs_own
-from shardwise.stateful_wrappers.state_tensors import Made, Place, SavedTensor, make
+from shardwise.stateful_wrappers.state_tensors import Place, SavedTensor, make
 from shardwise.stateful_wrappers.state_trees import TreeReader
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.upstream.torch_tensors import local_part
@@ -31,29 +31,7 @@ Undo = Callable[[], None]
 Rest = list[tuple[Path, object]]
 
 
-@dataclass(frozen=True, slots=True)
-class RestoreOptions:
-    """Options of a restore of optimizers.
-
-    Attributes:
-        allow_new: Parameters that the saved optimizer did not update start without state.
-        aside: Whether state is read into new memory instead of the optimizers' tensors.
-    """
-
-    allow_new: bool = False
-    aside: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """A group, and the options that it takes."""
-
-    group: Options
-    options: Mapping[str, object]
-
-
-@dataclass(frozen=True, slots=True)
-class _Param:
+class _Param(NamedTuple):
     """A parameter, and the state that it gets; ``None`` for none. Its tensors are there, the values come later."""
 
     optimizer: Optimizer
@@ -62,16 +40,7 @@ class _Param:
     state: dict[object, object] | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Keyed:
-    """State that belongs to no parameter."""
-
-    optimizer: Optimizer
-    state: Mapping[object, object]
-
-
-@dataclass(frozen=True, slots=True)
-class _Own:
+class _Own(NamedTuple):
     """An optimizer with its own ``state_dict``, and the entries of it beside its holders' state."""
 
     view: Callable[[], StateView]
@@ -84,18 +53,18 @@ class OptimizerRestore:
     """A plan for optimizers.
 
     Attributes:
-        groups: Every group that takes options.
+        groups: Every group that takes options, and these.
         params: Every parameter.
-        keyed: State under keys that are no parameters.
+        keyed: An optimizer, and its state under keys that are no parameters.
         own: Optimizers that load their state by their own code.
         targets: Tensors to fill, under the names of the checkpoint.
         fresh: Names of parameters that the saved optimizer did not update, which start without state.
         params_of: Name of a saved tensor -> whose state it is.
     """
 
-    groups: list[_Group] = field(default_factory=list)
+    groups: list[tuple[Options, Mapping[str, object]]] = field(default_factory=list)
     params: list[_Param] = field(default_factory=list)
-    keyed: list[_Keyed] = field(default_factory=list)
+    keyed: list[tuple[Optimizer, Mapping[object, object]]] = field(default_factory=list)
     own: list[_Own] = field(default_factory=list)
     targets: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
@@ -113,7 +82,7 @@ class OptimizerRestore:
                 continue
             state = {key: v for key, v in each.state.items() if f"state.{each.name}.{key}" not in dropped}
             has_any = any(isinstance(value, torch.Tensor) for value in state.values())
-            self.params[number] = replace(each, state=state if has_any else None)
+            self.params[number] = each._replace(state=state if has_any else None)
         self.targets = [(name, tensor) for name, tensor in self.targets if name not in dropped]
 
     def held_as_saved(self) -> list[HeldTensor]:
@@ -138,12 +107,12 @@ class OptimizerRestore:
         undo = self._undo()
         try:
             with torch.no_grad():
-                for each in self.groups:
-                    _set_options(each.group, each.options)
-            for param in self.params:
-                _set_state(param.optimizer, param.param, param.state)
-            for every in self.keyed:
-                _set_keyed(every.optimizer, every.state)
+                for group, options in self.groups:
+                    _set_options(group, options)
+            for each in self.params:
+                _set_state(each.optimizer, each.param, each.state)
+            for optimizer, state in self.keyed:
+                _set_keyed(optimizer, state)
             for own in self.own:
                 self._hand_over(own)
         except BaseException:
@@ -153,11 +122,10 @@ class OptimizerRestore:
 
     def _undo(self) -> Undo:
         """A function that restores the current state."""
-        groups = [(each.group, dict(each.group), _tensor_options(each.group)) for each in self.groups]
+        groups = [(group, dict(group), _tensor_options(group)) for group, _ in self.groups]
         states = [(each, _had(each.optimizer, each.param)) for each in self.params]
-        keyed = [(each, _had_keys(each)) for each in self.keyed]
-        rests = [(each, [(path, cloned(value)) for path, value in each.view().rest()]) for each in self.own]
-
+        keyed = [(optimizer, _had_keys(optimizer, state)) for optimizer, state in self.keyed]
+        rests = [(own, [(path, cloned(value)) for path, value in own.view().rest()]) for own in self.own]
         # torch's own class makes new groups as it takes a state dict in.
         owners = {id(each.optimizer): (each.optimizer, each.optimizer.param_groups) for each in self.params}
 
@@ -173,8 +141,8 @@ class OptimizerRestore:
                     cast(torch.Tensor, group[key]).copy_(value)
             for each, state in states:
                 _set_state(each.optimizer, each.param, state)
-            for every, before in keyed:
-                _set_keyed(every.optimizer, before)
+            for optimizer, before in keyed:
+                _set_keyed(optimizer, before)
             for own, rest in rests:
                 own.view().take(rest)
 
@@ -206,9 +174,15 @@ _ABSENT = object()
 
 
 def plan_restore(
-    state: OptimizerState, record: OptimizerRecord, options: RestoreOptions | None = None
+    state: OptimizerState, record: OptimizerRecord, *, allow_new: bool = False, aside: bool = False
 ) -> OptimizerRestore:
     """Compare optimizers with a saved one, and make the memory that they lack. Nothing of theirs is changed. Local.
+
+    Args:
+        state: The optimizers.
+        record: The saved one.
+        allow_new: Parameters that the saved optimizer did not update start without state.
+        aside: Whether state is read into new memory instead of the optimizers' tensors.
 
     Raises:
         CheckpointNotFoundError: A scheduler was saved and no optimizer.
@@ -217,12 +191,12 @@ def plan_restore(
             different options.
         ShapeMismatchError: A parameter, or its state, has another shape.
     """
-    return _Planner(state, record, options or RestoreOptions()).plan()
+    return _Planner(state, record, allow_new, aside).plan()
 
 
 class _Planner:
-    def __init__(self, state: OptimizerState, record: OptimizerRecord, options: RestoreOptions) -> None:
-        self.state, self.record, self.options = state, record, options
+    def __init__(self, state: OptimizerState, record: OptimizerRecord, allow_new: bool, aside: bool) -> None:
+        self.state, self.record, self.allow_new, self.aside = state, record, allow_new, aside
         self.group_of = {(g.slot, name): n for n, g in enumerate(record.groups) for name in g.params}
         self.other = {**record.aliases, **state.saved_under}
         self.found = OptimizerRestore()
@@ -270,7 +244,7 @@ class _Planner:
         names = self.state.names(group)
         saved_as = [self._saved_name(holder, name) for name in names]
         absent = [name for name in saved_as if (holder.slot, name) not in self.group_of]
-        if absent and not self.options.allow_new:
+        if absent and not self.allow_new:
             raise MissingTensorError(
                 f"the saved optimizer did not update {len(absent)} of these parameters: {', '.join(absent[:5])}",
                 tensor=absent[0],
@@ -282,7 +256,7 @@ class _Planner:
         saved = self._saved_group(holder, group, known, position if not absent else None)
         if saved is not None and (names or saved.kind in ("", holder.kind)):
             _check_kind(holder.optimizer, saved, self.record, [label_of(holder.slot, n) for n in known], members(group))
-            self.found.groups.append(_Group(group, saved.options))
+            self.found.groups.append((group, saved.options))
         self._mirror(holder, group, saved)
         options = {**group, **(saved.options if saved is not None else {})}
         for param, name, saved_name in zip(members(group), names, saved_as, strict=True):
@@ -304,9 +278,9 @@ class _Planner:
         names = [name for name in names if (holder.slot, name) in self.group_of]
         chosen = saved if members(group) else self._saved_group(holder, outer, names, None)
         if chosen is not None:
-            self.found.groups.append(_Group(outer, chosen.options))
+            self.found.groups.append((outer, chosen.options))
             if not members(group):
-                self.found.groups.append(_Group(group, chosen.options))
+                self.found.groups.append((group, chosen.options))
 
     def _saved_name(self, holder: StateHolder, name: str) -> str:
         return name if (holder.slot, name) in self.group_of else self.other.get(name, name)
@@ -360,7 +334,7 @@ class _Planner:
                 is_torchs_own(optimizer),
                 bool(options.get("capturable")) or bool(options.get("fused")),
                 owned="@" not in key,
-                fresh=self.options.aside,
+                fresh=self.aside,
             )
             return self._made(saved, place, saved_label, key)
 
@@ -371,9 +345,9 @@ class _Planner:
         return found
 
     def _made(self, saved: SavedTensor, place: Place, label: str, key: str) -> torch.Tensor:
-        made: Made = make(saved, place)
-        self.found.targets.append((f"state.{self.record.file_label(label)}.{key}", made.target))
-        return made.tensor
+        tensor, target = make(saved, place)
+        self.found.targets.append((f"state.{self.record.file_label(label)}.{key}", target))
+        return tensor
 
     def _read_tree(self, label: str, param: torch.Tensor | None, tensor: Callable[[str], torch.Tensor]) -> object:
         def known(key: str) -> torch.Tensor:
@@ -402,7 +376,7 @@ class _Planner:
         for holder, label in self.state.labels():
             found = self._loose(label, holder)
             if isinstance(found, dict):
-                self.found.keyed.append(_Keyed(holder.optimizer, found))
+                self.found.keyed.append((holder.optimizer, found))
         for number, label in self.state.passed_labels():
             passed = self.state.passed[number]
             if not makes_or_loads_custom(passed):
@@ -416,10 +390,9 @@ class _Planner:
         trees = self.record.trees
         if label not in trees:
             kind, _, rest = label[1:-1].partition(".")
-            alike = [
-                each for each in trees if each[1:-1].partition(".")[0] == kind and each.endswith(rest[rest.find(".") :])
-            ]
-            same = [each for each in alike if each.count(".") == label.count(".")]
+            end, dots = rest[rest.find(".") :], label.count(".")
+            alike = [each for each in trees if each[1:-1].partition(".")[0] == kind and each.endswith(end)]
+            same = [each for each in alike if each.count(".") == dots]
             if len(same) != 1:
                 return None
             label = same[0]
@@ -519,9 +492,9 @@ def _had(optimizer: Optimizer, param: torch.Tensor) -> dict[object, object] | No
     return dict(state) if isinstance(state, Mapping) else {"": state}
 
 
-def _had_keys(keyed: _Keyed) -> dict[object, object]:
-    states = cast(dict[object, object], keyed.optimizer.state)
-    return {key: states.get(key, _ABSENT) for key in keyed.state}
+def _had_keys(optimizer: Optimizer, keys: Collection[object]) -> dict[object, object]:
+    states = cast(dict[object, object], optimizer.state)
+    return {key: states.get(key, _ABSENT) for key in keys}
 
 
 def _set_state(optimizer: Optimizer, param: torch.Tensor, state: Mapping[object, object] | None) -> None:

@@ -59,11 +59,7 @@ class MayDiffer:
         return {name for name, tensor in tensors if id(tensor) in buffers}
 
     def of_state(self, names: Iterable[tuple[str, str]]) -> Container[str]:
-        """Names of an optimizer's state tensors with replicas that may differ.
-
-        Args:
-            names: Pairs of a state tensor's name and its parameter's.
-        """
+        """Names of an optimizer's state tensors with replicas that may differ, of pairs with the parameter."""
         if self.all:
             return _Everything()
         return {name for name, parameter in names if self.is_own(parameter)} if self.per_rank else frozenset()

@@ -8,7 +8,8 @@ others', and taking options from one rank and values from another would be a mix
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from shardwise.errors import ReplicasDifferError
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord, SavedGroup, label_of
@@ -17,14 +18,8 @@ from shardwise.stateful_wrappers.optimizer_classes import equal
 _SHOWN = 4
 
 
-@dataclass(frozen=True, slots=True)
-class RankRecord:
-    """An optimizer's record, and the ranks that have it.
-
-    Attributes:
-        record: The record.
-        ranks: The ranks, in order.
-    """
+class RankRecord(NamedTuple):
+    """An optimizer's record, and the ranks that have it, in order."""
 
     record: OptimizerRecord
     ranks: tuple[int, ...]
@@ -74,8 +69,7 @@ def agreed(records: Sequence[RankRecord], may_differ: Callable[[str], bool]) -> 
 _Owners = dict[str, tuple[RankRecord, SavedGroup]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Difference:
+class _Difference(NamedTuple):
     name: str
     key: str
     values: tuple[object, object]

@@ -54,11 +54,7 @@ class Kind:
 
     @staticmethod
     def from_state(state: Mapping[str, object]) -> Kind:
-        """Check and take in what `to_state` gave.
-
-        Raises:
-            ValueError: It is something else.
-        """
+        """Check and take in what `to_state` gave; ``ValueError`` where it is something else."""
         name, device = str(state["kind"]), str(state.get("device", ""))
         placements = tuple(str(each) for each in cast(list[object], state.get("placements", [])))
         sound = all(each == "R" or (each[:1] == "S" and each[1:].isdecimal()) for each in placements)
@@ -88,11 +84,7 @@ class SavedTensor:
 
     @staticmethod
     def from_state(row: list[object]) -> SavedTensor:
-        """Check and take in what `to_state` gave.
-
-        Raises:
-            ValueError: It is something else.
-        """
+        """As `Kind.from_state`."""
         shape = tuple(int(cast(int, n)) for n in cast(list[object], row[1]))
         kind = Kind.from_state(cast(dict[str, object], row[2])) if len(row) > 2 else Kind()
         return SavedTensor(str(row[0]), shape, kind)
@@ -192,43 +184,29 @@ class Place:
     fresh: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Made:
-    """A state tensor and how it is filled.
-
-    Attributes:
-        tensor: What the optimizer gets.
-        target: The same memory as the part of the saved tensor that it is.
-    """
-
-    tensor: torch.Tensor
-    target: torch.Tensor
-
-
-def make(saved: SavedTensor, place: Place) -> Made:
+def make(saved: SavedTensor, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
     """Memory of the kind that a state tensor had; the optimizer's own where it is of that kind.
+
+    Returns:
+        What the optimizer gets, and the same memory as the part of the saved tensor that it is.
 
     Raises:
         MisuseError: The kind does not determine the tensor on this topology.
     """
-    param = place.param
-    have = place.have
+    param, have, dtype = place.param, place.have, torch_dtype(saved.dtype)
     kind = _settled(saved, place)
-    if have is not None and have.dtype == torch_dtype(saved.dtype) and _fits(have, kind, saved, param):
+    if have is not None and have.dtype == dtype and _fits(have, kind, saved, param):
         tensor = torch.empty_like(have) if place.fresh else have
-        return Made(tensor, as_shard_of(tensor, param) if kind.name == LOCAL else tensor)
-    dtype = torch_dtype(saved.dtype)
-    if kind.name == LOCAL:
-        local = torch.zeros_like(local_part(param).detach(), dtype=dtype, requires_grad=False)
-        return Made(local, as_shard_of(local, param))
-    if kind.name == LIKE:
+    elif kind.name == LOCAL:
+        tensor = torch.zeros_like(local_part(param).detach(), dtype=dtype, requires_grad=False)
+    elif kind.name == LIKE:
         tensor = torch.zeros_like(param.detach(), dtype=dtype, requires_grad=False)
     elif kind.name == SPREAD and isinstance(param, DTensor):
         tensor = _spread(saved, kind, param, dtype)
     else:
         at_param = kind.device == "parameter" or (not kind.device and (saved.shape != () or place.on_device))
         tensor = torch.zeros(saved.shape, dtype=dtype, device=local_part(param).device if at_param else "cpu")
-    return Made(tensor, tensor)
+    return tensor, as_shard_of(tensor, param) if kind.name == LOCAL else tensor
 
 
 def _settled(saved: SavedTensor, place: Place) -> Kind:

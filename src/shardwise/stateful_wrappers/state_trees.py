@@ -66,11 +66,7 @@ class TreeWriter:
         self._name, self._param, self._name_of, self._own = name, param, name_of, own
 
     def split(self, value: object, path: str = "") -> Tree:
-        """The tree of a value; its tensors are in `tensors` afterwards.
-
-        Raises:
-            MisuseError: A tensor's class neither has plain memory nor consists of plain tensors.
-        """
+        """The tree of a value; its tensors are in `tensors` afterwards."""
         if isinstance(value, torch.Tensor):
             return self._tensor(value, path)
         if not _holds_tensors(value):

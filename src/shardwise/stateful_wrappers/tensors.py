@@ -129,12 +129,9 @@ def _placement(placement: object, name: str) -> Placement:
 
 
 def held_tensor(name: str, tensor: torch.Tensor, meshes: MeshRegister) -> HeldTensor:
-    """Describe what this rank holds of ``tensor``, as views of its memory.
+    """Describe what this rank holds of ``tensor``, as views of its memory, under its ``name`` in the file.
 
-    Args:
-        name: Name in the file.
-        tensor: A plain tensor or a DTensor. A meta tensor is described too, but holds nothing that could be written.
-        meshes: Keys of the meshes seen so far on this rank.
+    A meta tensor is described too, but holds nothing that could be written.
 
     Raises:
         TensorError: A partial or unknown placement, or a class that wraps other tensors (`plain_memory`).

@@ -6,9 +6,9 @@ Names here are those of ``state_dict()``, with what wrappers put into them.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -23,12 +23,12 @@ from shardwise.stateful_wrappers.state_dict_overrides import (
     EXTRA,
     has_torch_method,
     loads_itself,
-    overrides_get_extra_state,
-    overrides_set_extra_state,
+    overrides_extra_state,
     reaches_below,
     saves_itself,
     saves_subtree_itself,
 )
+from shardwise.stateful_wrappers.wrapping import plain_name
 from shardwise.upstream.torch_dispatch import MESSAGES, OpOverload, TorchDispatchMode
 from shardwise.upstream.torch_modules import (
     loading_post_hooks,
@@ -77,7 +77,8 @@ class Unit:
             ModuleStateError: The module failed, or gave names that are not below its own.
         """
         module, prefix = self.module, self.prefix
-        made: Mapping[str, object] = _Entries()
+        made: Mapping[str, object] = OrderedDict()
+        note_versions(made, OrderedDict())
         try:
             with torch.no_grad():
                 if not self.whole:
@@ -106,14 +107,6 @@ class Unit:
     def make(self) -> Mapping[str, torch.Tensor]:
         """The tensors among the entries, as far as this rank holds them."""
         return {key: local_of(value) for key, value in self.entries().items() if isinstance(value, torch.Tensor)}
-
-
-class _Entries(OrderedDict[str, object]):
-    """An empty state dict with torch's metadata."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        note_versions(self, OrderedDict())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -180,23 +173,6 @@ class Aside(NamedTuple):
     label: str
 
 
-@dataclass
-class Described:
-    """The state of one part.
-
-    Attributes:
-        tensors: Name -> a parameter or buffer itself, or a stand-in for what is made on the fly.
-        aside: Name -> any other value of the state.
-        metadata: Module name -> torch's metadata of modules with their own methods for state.
-        steps: How it is loaded, except for tensors that are read into memory directly.
-    """
-
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    aside: dict[str, Aside] = field(default_factory=dict)
-    metadata: dict[str, dict[str, object]] = field(default_factory=dict)
-    steps: list[Step] = field(default_factory=list)
-
-
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor, detached."""
     local = local_part(tensor)
@@ -251,55 +227,49 @@ class StandIns:
         return known
 
 
-def describe(
-    root: nn.Module, stand_ins: StandIns, plain: Callable[[str], str], *, values: bool, norms: bool = False
-) -> Described:
-    """Look at a model's state, following torch. Local.
+class Described:
+    """The state of one part, looked at as torch does. Local.
 
     Args:
         root: The model, without wrappers.
         stand_ins: Those of last time.
-        plain: Strips what wrappers put into names.
         values: Whether the state is for a save; otherwise extra state is not requested.
         norms: Whether torch's normalisation layers take their state themselves, since some of it may be absent.
+
+    Attributes:
+        tensors: Name -> a parameter or buffer itself, or a stand-in for what is made on the fly.
+        aside: Name -> any other value of the state.
+        metadata: Module name -> torch's metadata of modules with their own methods for state.
+        steps: How it is loaded, except for tensors that are read into memory directly.
 
     Raises:
         ModuleStateError: A module gives what cannot be described.
     """
-    return _Describing(root, stand_ins, plain, values, norms).described()
 
-
-class _Owned(NamedTuple):
-    tensor: torch.Tensor
-    taker: Taker | None
-
-
-class _Describing:
-    def __init__(
-        self, root: nn.Module, stand_ins: StandIns, plain: Callable[[str], str], values: bool, norms: bool
-    ) -> None:
+    def __init__(self, root: nn.Module, stand_ins: StandIns, *, values: bool, norms: bool) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.aside: dict[str, Aside] = {}
+        self.metadata: dict[str, dict[str, object]] = {}
         self._root, self._stand_ins, self._values, self._norms = root, stand_ins, values, norms
-        self._plain = plain
         # By plain name: a module's own hook may have stripped what a wrapper puts into it.
-        self._owned: dict[str, _Owned] = {}
+        self._owned: dict[str, tuple[torch.Tensor, Taker | None]] = {}
         self._modules: dict[str, tuple[nn.Module, str, Taker | None]] = {}
         self._steps: list[Step] = []
         self._default: dict[str, Taker] = {}
         self._memory: dict[tuple[object, ...], torch.Tensor] = {}
-        self.found = Described()
+        taker = None
+        if not has_torch_method(root, "load_state_dict"):
+            taker = stand_ins.taker(root, "", True, True, True)
+        self._look_at_takers(root, "", taker)
+        self._look_at_makers(root, "")
+        self.steps = [step for step in map(self._settled, self._steps) if step is not None]
 
-    def described(self) -> Described:
-        root = None
-        if not has_torch_method(self._root, "load_state_dict"):
-            root = self._stand_ins.taker(self._root, "", True, True, True)
-        self._look_at_takers(self._root, "", root)
-        self._look_at_makers(self._root, "")
-        for kind, module, prefix, taker in self._steps:
-            if kind != "take" or taker is not None:
-                self.found.steps.append(Step(kind, module, prefix, taker))
-            elif (default := self._default.get(self._plain(prefix))) is not None and default.module is module:
-                self.found.steps.append(Step(kind, module, prefix, default))
-        return self.found
+    def _settled(self, step: Step) -> Step | None:
+        """A step with who takes; ``None`` where nothing is left for a module to take."""
+        if step.kind != "take" or step.taker is not None:
+            return step
+        default = self._default.get(plain_name(step.prefix))
+        return step._replace(taker=default) if default is not None and default.module is step.module else None
 
     # --- who takes --------------------------------------------------------------------------------------------------
 
@@ -311,13 +281,13 @@ class _Describing:
         below = own if own is not None and own.whole else None
         if is_first or (own is not None and own.calls_root and module is self._root):
             self._steps.append(Step("take", module, prefix, own))
-        if own is None and overrides_set_extra_state(module):
+        if own is None and overrides_extra_state(module, "set_extra_state"):
             self._steps.append(Step("extra", module, prefix))
         if own is not None:
-            self.found.metadata.setdefault(prefix[:-1], {"version": state_version(module)})
-        self._modules[self._plain(prefix)] = (module, prefix, own)
+            self.metadata.setdefault(prefix[:-1], {"version": state_version(module)})
+        self._modules[plain_name(prefix)] = (module, prefix, own)
         for name, tensor in saved_tensors(module):
-            self._owned[self._plain(prefix + name)] = _Owned(tensor, own)
+            self._owned[plain_name(prefix + name)] = (tensor, own)
             self._memory.setdefault(_memory(tensor), tensor)
         for name, child in own_children(module).items():
             if child is not None:
@@ -327,7 +297,7 @@ class _Describing:
 
     def _nearest(self, key: str) -> tuple[str, tuple[nn.Module, str, Taker | None]]:
         """The module that a name is below: its plain prefix, itself, its prefix and who takes what is its."""
-        where = self._plain(key)
+        where = plain_name(key)
         while where:
             where = where.rpartition(".")[0]
             known = self._modules.get(f"{where}." if where else "")
@@ -355,9 +325,9 @@ class _Describing:
         else:
             for name, tensor in saved_tensors(module):
                 self._add(prefix + name, tensor, None)
-            if self._values and overrides_get_extra_state(module):
+            if self._values and overrides_extra_state(module, "get_extra_state"):
                 self._add_aside(prefix + EXTRA, _extra_of(module, prefix), label(module, prefix))
-                self.found.metadata.setdefault(prefix[:-1], {"version": state_version(module)})
+                self.metadata.setdefault(prefix[:-1], {"version": state_version(module)})
         for name, child in own_children(module).items():
             if child is not None:
                 self._look_at_makers(child, f"{prefix}{name}.")
@@ -366,7 +336,7 @@ class _Describing:
         with _NoMessages(unit.label) if _has_peers() else nullcontext():
             entries = unit.entries()
         for name, noted in noted_versions(entries).items():
-            self.found.metadata[name] = dict(noted)
+            self.metadata[name] = dict(noted)
         for key, value in entries.items():
             is_extra = key.rpartition(".")[2] == EXTRA
             if isinstance(value, torch.Tensor) and not is_extra and _is_dense(value):
@@ -376,10 +346,10 @@ class _Describing:
 
     def _add_aside(self, key: str, value: object, whose: str) -> None:
         if self._values:
-            self.found.aside[key] = Aside(value, whose)
+            self.aside[key] = Aside(value, whose)
 
     def _add(self, key: str, value: torch.Tensor, unit: Unit | None) -> None:
-        owned = self._owned.get(self._plain(key))
+        owned = self._owned.get(plain_name(key))
         own: torch.Tensor | None
         taker: Taker | None
         if owned is not None:
@@ -389,7 +359,7 @@ class _Describing:
             taker = self._nearest(key)[1][2]
             own = self._memory.get(_memory(value))
         if taker is None and own is not None and (value is own or _memory(value) == _memory(own)):
-            self.found.tensors[key] = own
+            self.tensors[key] = own
             return
         if is_lazy(value) and self._values:
             raise ModuleStateError(
@@ -407,7 +377,7 @@ class _Describing:
             )
         maker = OneTensor(key, value) if unit is None else unit
         needs_grad = own is not None and own.requires_grad
-        self.found.tensors[key] = self._stand_ins.of(value, key, maker, taker, needs_grad)
+        self.tensors[key] = self._stand_ins.of(value, key, maker, taker, needs_grad)
 
 
 def saved_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

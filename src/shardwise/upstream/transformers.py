@@ -91,11 +91,6 @@ def configured_ties(model: object) -> object:
     return getattr(model, "all_tied_weights_keys", None)
 
 
-def has_configured_ties(model: object) -> bool:
-    """Whether a model keeps a list of the ties that its configuration asks for."""
-    return hasattr(model, "all_tied_weights_keys")
-
-
 def may_be_missing(model: object) -> tuple[str, ...]:
     """Patterns of names that a model does not expect in its files."""
     return _patterns(getattr(model, "_keys_to_ignore_on_load_missing", None))

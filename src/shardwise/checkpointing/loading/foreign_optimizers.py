@@ -34,7 +34,7 @@ from shardwise.sources.state_files import has_state
 from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.inner_optimizers import AnyOptimizer
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord, SavedGroup
-from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, RestoreOptions, plan_restore
+from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, plan_restore
 from shardwise.stateful_wrappers.state_tensors import SavedTensor
 from shardwise.stateful_wrappers.wrapping import plain_name
 
@@ -250,7 +250,7 @@ def open_foreign(
     def compare() -> tuple[OptimizerRestore, dict[str, str], list[tuple[Stateful, dict[str, object]]]]:
         record, names = found.matched(state, changes.key_mapping)
         try:
-            plan = plan_restore(state, record, RestoreOptions(changes.allow_new, is_buffered))
+            plan = plan_restore(state, record, allow_new=changes.allow_new, aside=is_buffered)
         except ShardwiseError as error:
             error.path = error.path or str(place)
             _add_names(error, record)
@@ -269,7 +269,7 @@ def open_foreign(
 
 def _count_in_tensors(plan: OptimizerRestore) -> None:
     """Make tensors of steps that were counted in numbers, as the ``__setstate__`` of torch's own optimizers does."""
-    options = {id(p): {**g.group, **g.options} for g in plan.groups for p in cast("list[object]", g.group["params"])}
+    options = {id(p): {**group, **new} for group, new in plan.groups for p in cast("list[object]", group["params"])}
     for each in plan.params:
         step = (each.state or {}).get("step")
         kind = type(each.optimizer)

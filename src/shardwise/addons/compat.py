@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import io
 import logging
 import re
 import tokenize
-from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.addons.files import read_source, write_bytes
@@ -21,16 +21,6 @@ _REMOVED_TRANSFORMERS_SYMBOLS: dict[str, tuple[str, str]] = {
 }
 
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+")
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A Python file, decoded as its declaration of encoding says, with its line ends as they are."""
-
-    text: str
-    encoding: str
-    byte_order_mark: bytes
-    tree: ast.Module
 
 
 def _apply_transformers_compat_guards(py_path: str) -> None:
@@ -57,26 +47,16 @@ def _apply_transformers_compat_guards(py_path: str) -> None:
         return
     if not any(symbol.encode() in data for symbol in _REMOVED_TRANSFORMERS_SYMBOLS):
         return
-    source = _parse(data)
-    if source is None:
-        return
-    wanted = [symbol for symbol in _imported_symbols(source.tree) if _marker(symbol) not in source.text]
-    if not wanted:
-        return
-    guarded = _insert(source, wanted)
-    write_bytes(path, source.byte_order_mark + guarded.encode(source.encoding))
-
-
-def _parse(data: bytes) -> _Source | None:
-    """Decode and parse ``data``, or ``None`` where it is not valid Python here."""
-    mark = b"\xef\xbb\xbf" if data.startswith(b"\xef\xbb\xbf") else b""
+    mark = codecs.BOM_UTF8 if data.startswith(codecs.BOM_UTF8) else b""
     try:
-        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-        encoding = encoding.removesuffix("-sig")
+        encoding = tokenize.detect_encoding(io.BytesIO(data).readline)[0].removesuffix("-sig")
         text = data.removeprefix(mark).decode(encoding)
-        return _Source(text, encoding, mark, ast.parse(text))
+        tree = ast.parse(text)
     except (SyntaxError, ValueError, LookupError):
-        return None
+        return
+    guards = [guard for symbol in _imported_symbols(tree) if (guard := _guard(symbol))[0] not in text]
+    if guards:
+        write_bytes(path, mark + _inserted(text, tree, guards).encode(encoding))
 
 
 def _imported_symbols(tree: ast.Module) -> list[str]:
@@ -90,26 +70,21 @@ def _imported_symbols(tree: ast.Module) -> list[str]:
     return [s for s, (module, _) in _REMOVED_TRANSFORMERS_SYMBOLS.items() if (module, s) in found]
 
 
-def _marker(symbol: str) -> str:
-    return f"# shardwise: {_REMOVED_TRANSFORMERS_SYMBOLS[symbol][0]}.{symbol} is absent from newer transformers."
-
-
-def _insert(source: _Source, symbols: list[str]) -> str:
-    """The text with guards for ``symbols`` before its first statement that may follow them."""
-    first = re.search(r"\r\n|\n|\r", source.text)
+def _inserted(text: str, tree: ast.Module, guards: list[list[str]]) -> str:
+    """The text with guards before its first statement that is neither docstring nor future import."""
+    first = re.search(r"\r\n|\n|\r", text)
     newline = first.group() if first else "\n"
-    block = "".join(line + newline for symbol in symbols for line in _guard(symbol))
-    position = _insertion_offset(source)
-    head, tail = source.text[:position], source.text[position:]
+    position = _insertion_offset(text, tree)
+    head = text[:position]
     if head and not head.endswith(("\n", "\r")):
         head += newline
-    return head + block + tail
+    return head + "".join(line + newline for guard in guards for line in guard) + text[position:]
 
 
 def _guard(symbol: str) -> list[str]:
     module, stand_in = _REMOVED_TRANSFORMERS_SYMBOLS[symbol]
     return [
-        _marker(symbol),
+        f"# shardwise: {module}.{symbol} is absent from newer transformers.",
         f"import {module} as _shardwise_guarded",
         f'if not hasattr(_shardwise_guarded, "{symbol}"):',
         f"    _shardwise_guarded.{symbol} = {stand_in}",
@@ -117,12 +92,11 @@ def _guard(symbol: str) -> list[str]:
     ]
 
 
-def _insertion_offset(source: _Source) -> int:
-    """Where in the text the guards go: the start of the first statement that is neither docstring nor future import."""
-    body = source.tree.body
+def _insertion_offset(text: str, tree: ast.Module) -> int:
+    body = tree.body
     index = next(i for i, statement in enumerate(body) if not _must_come_first(statement, i))
     statement = body[index]
-    lines = _LINE.findall(source.text)
+    lines = _LINE.findall(text)
     first_line = min([statement.lineno, *(d.lineno for d in getattr(statement, "decorator_list", []))])
     start = sum(len(line) for line in lines[: first_line - 1])
     if index and body[index - 1].end_lineno == first_line:
@@ -133,11 +107,7 @@ def _insertion_offset(source: _Source) -> int:
 
 
 def _must_come_first(statement: ast.stmt, index: int) -> bool:
-    if isinstance(statement, ast.ImportFrom) and statement.module == "__future__":
-        return True
-    return (
-        index == 0
-        and isinstance(statement, ast.Expr)
-        and isinstance(statement.value, ast.Constant)
-        and isinstance(statement.value.value, str)
-    )
+    if isinstance(statement, ast.ImportFrom):
+        return statement.module == "__future__"
+    constant = statement.value if isinstance(statement, ast.Expr) else None
+    return index == 0 and isinstance(constant, ast.Constant) and isinstance(constant.value, str)

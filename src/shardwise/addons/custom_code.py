@@ -50,22 +50,17 @@ def _iter_custom_code_classes(model_part: torch.nn.Module) -> Iterator[type]:
     """
     model = bare_model(model_part)
     config: object = getattr(model, "config", None)
-    seen: set[type] = set()
+    seen: dict[type, None] = {}
     families = _families_of_name(given_path(config))
     for cls in (*type(model).__mro__, *type(config).__mro__):
-        if cls not in seen and (_in_cache(cls.__module__) or auto_class(cls) is not None):
-            seen.add(cls)
+        if _in_cache(cls.__module__) or auto_class(cls) is not None:
+            seen[cls] = None
             families.add(_family(cls.__module__))
-            yield cls
     for reference in auto_map_references(config):
         repo, _, target = reference.rpartition("--")
-        if any(f"{cls.__module__}.{cls.__name__}".endswith("." + target) for cls in seen):
-            continue
-        wanted = _families_of_name(repo) if repo else families
-        for cls in _loaded_classes(target, wanted):
-            if cls not in seen:
-                seen.add(cls)
-                yield cls
+        if not any(f"{cls.__module__}.{cls.__name__}".endswith("." + target) for cls in seen):
+            seen.update(dict.fromkeys(_loaded_classes(target, _families_of_name(repo) if repo else families)))
+    yield from seen
 
 
 def auto_map_references(config: object) -> list[str]:

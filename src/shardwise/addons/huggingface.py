@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Protocol, Unpack, cast
 
 from shardwise.addons.base import SaveHookArgs, SavesPretrained
 from shardwise.addons.compat import _apply_transformers_compat_guards
-from shardwise.addons.config_entries import naming_entries
 from shardwise.addons.custom_code import _maybe_save_custom_model_code
 from shardwise.addons.files import copy_file, write_json, written_locally
 from shardwise.addons.hf_config import (
     CONFIG,
     CONFIG_V5,
     GENERATION_CONFIG,
-    copy_config,
+    _save_original_config_json,
     is_transformers_config,
     localize_auto_maps,
+    naming_entries,
     write_config,
     write_generation_config,
     write_hub_mixin_config,
@@ -134,10 +134,14 @@ def is_quantized(args: SaveHookArgs) -> bool:
 
 
 def copy_metadata(args: SaveHookArgs) -> None:
-    """The work of `ConsolidatedHFAddon.post_save` on rank 0. Local."""
+    """The work of `ConsolidatedHFAddon.post_save` on rank 0: copy all but what is for resuming. Local."""
     source, target = args.get("hf_metadata_dir"), args.get("consolidated_path")
-    if source is not None and target is not None and is_directory(Path(source)):
-        _copy_tree(Path(source), Path(target))
+    if source is None or target is None or not is_directory(Path(source)):
+        return
+    for path in files_under(Path(source)):
+        relative = path.relative_to(source)
+        if relative.as_posix() not in NOTES:
+            copy_file(path, Path(target) / relative)
 
 
 def write_metadata(args: SaveHookArgs, quantized: bool, exporter: HFMetadataExporter | None) -> None:
@@ -216,7 +220,7 @@ def _write_configs(
     """Write config and generation config: the ones in memory, or in v4 mode the base model's with those beside them."""
     theirs = [name for name in (CONFIG, GENERATION_CONFIG) if v4 and base is not None and is_file(base / name)]
     for name in theirs:
-        copy_config(str(base), str(directory), name, keep_quantization=keep_quantization)
+        _save_original_config_json(str(base), str(directory), name, keep_quantization=keep_quantization)
     config = directory / (CONFIG_V5 if CONFIG in theirs else CONFIG)
     generation = directory / (_GENERATION_CONFIG_V5 if GENERATION_CONFIG in theirs else GENERATION_CONFIG)
     v4_names = v4 and CONFIG not in theirs
@@ -251,11 +255,3 @@ def _write_mappings(directory: Path, args: SaveHookArgs) -> None:
         write_json(directory / FILE_INDEX, dict(files))
     if dtypes is not None:
         write_json(directory / FILE_DTYPES, dict(dtypes))
-
-
-def _copy_tree(source: Path, target: Path) -> None:
-    """Copy everything but what is for resuming, over what is there."""
-    for path in files_under(source):
-        relative = path.relative_to(source)
-        if relative.as_posix() not in NOTES:
-            copy_file(path, target / relative)

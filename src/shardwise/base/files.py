@@ -45,9 +45,6 @@ def base_config(path: Path) -> dict[str, object]:
 
     Tools older than ``quantization_config`` keep their quantization settings in a file of their own; its content
     becomes that entry where the config has none.
-
-    Raises:
-        FormatError: One of the files is not JSON.
     """
     directory = path if is_directory(path) else path.parent
     config = _json_object(directory / "config.json")

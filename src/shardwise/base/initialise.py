@@ -65,7 +65,8 @@ def initialise(
     before = {slot.name: slot.tensor.clone() for slot in doubtful}
     marked = {slot.name: mark(slot.tensor) for slot in (*open_slots, *doubtful)}
     tensors = {slot.name: slot.tensor for slot in slots if slot.kind != "attribute"}
-    with _seeded(seed), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(seed)
         seeded = SeededInit(tensors, seed, loaded).with_padding(inner)
         with _flags(inner, tensors, loaded), _first_owners(slots), seeded:
             _run_own_code(inner, device)
@@ -102,11 +103,7 @@ def recompute_buffers(module: nn.Module) -> None:
 
 
 def check_attributes(module: nn.Module) -> None:
-    """Check that no module keeps a tensor without memory in a list or dictionary, where nothing would fill it.
-
-    Raises:
-        MisuseError: One does.
-    """
+    """Check that no module keeps a tensor without memory in a list or dictionary, where nothing would fill it."""
     for path, inner in unwrap(module).named_modules():
         for key, value in vars(inner).items():
             if key in STORES:
@@ -128,17 +125,6 @@ def _doubtful(slots: Iterable[Slot]) -> list[Slot]:
     ]
 
 
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """The CPU's generator at ``seed``, and afterwards as it was."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-
-
 def _materialise(module: nn.Module, slots: list[Slot], device: torch.device) -> None:
     made: dict[int, torch.Tensor] = {}
 
@@ -147,7 +133,7 @@ def _materialise(module: nn.Module, slots: list[Slot], device: torch.device) -> 
             return tensor.to(device)
         if id(tensor) not in made:
             made[id(tensor)] = fresh = _empty(tensor, device)
-            prefer_huge_pages(_local(fresh))
+            prefer_huge_pages(local_part(fresh).detach())
         return made[id(tensor)]
 
     attributes = [(slot, slot.tensor) for slot in slots if slot.kind == "attribute"]
@@ -176,10 +162,6 @@ def _empty(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if isinstance(tensor, DTensor) and type(local_part(tensor)) is torch.Tensor:
         return around(_empty(local_part(tensor), device), spread_of(tensor))
     return torch.empty_like(tensor, device=device)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return local_part(tensor).detach()
 
 
 @contextlib.contextmanager

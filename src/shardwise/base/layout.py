@@ -26,27 +26,17 @@ _STANDARD_BIN = re.compile(r"(?:(diffusion_pytorch_model)|pytorch_model|model)(-
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The base model's headers.
+    """The base model's headers."""
 
-    Attributes:
-        directory: Where it is.
-        files: Tensor name -> name of the safetensors file; of ``.bin`` files the name that it would have. Empty where
-            the base has no split that an export could follow.
-        specs: Tensor name -> shape and dtype.
-        source: Its tensors, for reading; without those of ``.bin`` files that no range of bytes holds.
-    """
-
-    directory: Path
+    directory: Path  #: Where it is.
+    #: Tensor name -> name of the safetensors file; of ``.bin`` files the name that it would have. Empty where the base
+    #: has no split that an export could follow.
     files: Mapping[str, str]
-    specs: Mapping[str, TensorSpec]
-    source: Source
+    specs: Mapping[str, TensorSpec]  #: Tensor name -> shape and dtype.
+    source: Source  #: Its tensors, for reading; without those of ``.bin`` files that no range of bytes holds.
 
     def check_readable(self, names: Iterable[str]) -> None:
-        """Check that bytes of tensors can be copied.
-
-        Raises:
-            FormatError: No range of bytes holds one of them.
-        """
+        """Check that bytes of tensors can be copied."""
         for name in names:
             if name not in self.source.tensors:
                 raise FormatError(

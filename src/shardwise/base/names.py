@@ -40,42 +40,28 @@ from shardwise.upstream.transformers import class_ties, may_be_missing
 
 @dataclass(frozen=True, eq=False)
 class BaseWanted:
-    """The tensors that a base fills on this rank.
+    """The tensors that a base fills on this rank."""
 
-    Attributes:
-        held: Destinations under the names of the base's files.
-        groups: Native tensors that have to be computed from the base's.
-        copies: ``(from, to)``: tensors to copy after loading.
-        tensors: The model's tensors behind all of these.
-        conversions: For each part, its tensors and how they become those of the files.
-        steps: What modules do that take their state by methods of their own.
-        filled: Those of ``tensors`` that the files fill; the model does not expect the others to be there.
-    """
-
-    held: tuple[HeldTensor, ...]
-    groups: tuple[HeldGroup, ...]
-    copies: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-    tensors: tuple[torch.Tensor, ...]
+    held: tuple[HeldTensor, ...]  #: Destinations under the names of the base's files.
+    groups: tuple[HeldGroup, ...]  #: Native tensors that have to be computed from the base's.
+    copies: tuple[tuple[torch.Tensor, torch.Tensor], ...]  #: ``(from, to)``: tensors to copy after loading.
+    tensors: tuple[torch.Tensor, ...]  #: The model's tensors behind all of these.
+    #: For each part, its tensors and how they become those of the files.
     conversions: tuple[tuple[tuple[NativeSpec, ...], Conversion], ...]
-    steps: tuple[Step, ...] = ()
+    steps: tuple[Step, ...] = ()  #: What modules do that take their state by methods of their own.
+    #: Those of ``tensors`` that the files fill; the model does not expect the others to be there.
     filled: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """The tensors of one part of the model under the names of its base.
+    """The tensors of one part of the model under the names of its base."""
 
-    Attributes:
-        module: The part without wrappers and adapters.
-        tensors: Its tensors.
-        copies: Names of ``tensors``, and further tensors that begin as copies of them.
-        steps: What its modules do that take their state by methods of their own.
-    """
-
-    module: nn.Module
-    tensors: tuple[NamedTensor, ...]
+    module: nn.Module  #: The part without wrappers and adapters.
+    tensors: tuple[NamedTensor, ...]  #: Its tensors.
+    #: Names of ``tensors``, and further tensors that begin as copies of them.
     copies: tuple[tuple[str, torch.Tensor], ...]
-    steps: tuple[Step, ...]
+    steps: tuple[Step, ...]  #: What its modules do that take their state by methods of their own.
 
 
 def match_base(
@@ -163,9 +149,6 @@ def under_names_of_files(
         names: All names in the files.
         key_mapping: Regular expressions and replacements, from the files' names to the model's.
         known: The conversion that was found before.
-
-    Raises:
-        ConversionError: Two tensors would be read from one.
     """
     if known is None:
         specs = tuple(native.spec for native in natives)

@@ -46,24 +46,15 @@ _SUPPORTED = "block-scaled FP8 (fp8), mxfp4, and compressed-tensors with 8-bit f
 
 @dataclass(frozen=True, slots=True)
 class QuantSettings:
-    """The content of a ``quantization_config``.
+    """The content of a ``quantization_config``."""
 
-    Attributes:
-        method: ``quant_method``, with the format behind it where one method has several.
-        supported: Whether it can be dequantized here.
-        block: Sizes of blocks along the last two dimensions, where they are declared.
-    """
-
-    method: str
-    supported: bool
-    block: tuple[int, int] | None = None
+    method: str  #: ``quant_method``, with the format behind it where one method has several.
+    supported: bool  #: Whether it can be dequantized here.
+    block: tuple[int, int] | None = None  #: Sizes of blocks along the last two dimensions, where they are declared.
 
 
 def quant_settings(config: Mapping[str, object]) -> QuantSettings | None:
     """What the base's ``config.json`` says about quantization; ``None`` where it says nothing.
-
-    Args:
-        config: The parsed file.
 
     Raises:
         QuantizationError: The settings are malformed.
@@ -227,13 +218,10 @@ def _reshaped(tensor: SourceTensor, shape: tuple[int, ...]) -> SourceTensor:
 
 
 def fitted(tensor: Quantized, shape: tuple[int, ...], path: object) -> Quantized:
-    """The quantized tensor in the orientation of the model's.
+    """The quantized tensor in the orientation of the model's, whose shape is given.
 
     gpt-oss stores experts' matrices as (experts, out, in), and transformers' model has (experts, in, out). Where both
     orientations have the model's shape, the stored one is the other one, as in transformers' own conversion.
-
-    Raises:
-        ShapeMismatchError: Neither has the model's shape.
     """
     candidates = [tensor.turned(), tensor] if tensor.packed else [tensor]
     for candidate in candidates:
@@ -251,9 +239,6 @@ def read_dequantized(tensor: Quantized, wanted: HeldTensor, reader: Reader) -> N
     """Fill the fragments of ``wanted``, which has the shape of ``tensor``, from the values and scales they need.
 
     Extra memory: about 20 MiB, whatever the size of the tensor.
-
-    Raises:
-        IntegrityError: A file ends early.
     """
     for slab in plan_slabs(tensor, wanted):
         scales = _read_scales(tensor, slab, reader)
@@ -293,15 +278,9 @@ def _fill(tensor: Quantized, slab: Slab, memory: torch.Tensor, reader: Reader) -
 def _read_scales(tensor: Quantized, slab: Slab, reader: Reader) -> torch.Tensor:
     spec = tensor.scales.spec
     stored = torch.empty(slab.around.sizes, dtype=torch_dtype(spec.dtype))
-    fragments = tuple(_regions(stored, slab))
+    fragments = tuple(Fragment(box, part_in_box(stored, box.relative_to(slab.around))) for box in slab.scales)
     reader.execute(list(plan_reads(tensor.scales, _held(spec, fragments))))
     return scales_to_float(stored)
-
-
-def _regions(stored: torch.Tensor, slab: Slab) -> Iterator[Fragment]:
-    for box in slab.scales:
-        inside = box.relative_to(slab.around)
-        yield Fragment(box, part_in_box(stored, inside))
 
 
 def _read_values(tensor: Quantized, pieces: Sequence[QuantizedPiece], reader: Reader) -> list[torch.Tensor]:

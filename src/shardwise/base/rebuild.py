@@ -50,10 +50,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 def rebuilt(model: nn.Module, left: list[Slot], *, with_weights: bool = True) -> list[Slot]:
     """Fill tensors from modules built anew; returns those that this did not fill.
 
-    Args:
-        model: Whose modules.
-        left: The tensors.
-        with_weights: Whether a module may be given memory for its weights if it cannot be built without.
+    ``with_weights`` says whether a module may be given memory for its weights if it cannot be built without.
     """
     if not left:
         return left

@@ -14,17 +14,12 @@ from shardwise.upstream.torch_modules import own_buffers, own_parameters, unsave
 
 @dataclass(eq=False)
 class Slot:
-    """A tensor of the model: a parameter, a buffer, or a plain attribute of a module.
+    """A tensor of the model: a parameter, a buffer, or a plain attribute of a module."""
 
-    Attributes:
-        name: Plain name of its first occurrence.
-        places: Modules and attributes that refer to this tensor.
-        kind: Where modules keep it.
-    """
-
-    name: str
+    name: str  #: Plain name of its first occurrence.
+    #: Modules and attributes that refer to this tensor.
     places: list[tuple[nn.Module, str]] = field(default_factory=list)
-    kind: str = "parameter"
+    kind: str = "parameter"  #: Where modules keep it.
 
     @property
     def persistent(self) -> bool:

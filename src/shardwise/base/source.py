@@ -30,23 +30,16 @@ _FP8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 
 @dataclass(frozen=True)
 class BaseSource:
-    """The tensors of a base model.
+    """The tensors of a base model."""
 
-    Attributes:
-        plain: Its stored tensors, as far as byte ranges read them.
-        bins: The ``.bin`` files behind it, where there are any.
-        quantized: Tensors that exist once values and scales are multiplied; empty where that is not wanted.
-        behind: Names of the stored tensors from which ``quantized`` is computed.
-        scaled: Names of stored values whose scales are at hand, whether or not they are to be multiplied.
-        settings: What its config says about quantization.
-    """
-
-    plain: Source
-    bins: BinSource | None = None
+    plain: Source  #: Its stored tensors, as far as byte ranges read them.
+    bins: BinSource | None = None  #: The ``.bin`` files behind it, where there are any.
+    #: Tensors that exist once values and scales are multiplied; empty where that is not wanted.
     quantized: Mapping[str, Quantized] = field(default_factory=dict)
-    behind: frozenset[str] = frozenset()
+    behind: frozenset[str] = frozenset()  #: Names of the stored tensors from which ``quantized`` is computed.
+    #: Names of stored values whose scales are at hand, whether or not they are to be multiplied.
     scaled: frozenset[str] = frozenset()
-    settings: QuantSettings | None = None
+    settings: QuantSettings | None = None  #: What its config says about quantization.
 
     @property
     def path(self) -> Path:

@@ -35,19 +35,12 @@ RULE_ERRORS = (ArithmeticError, AttributeError, LookupError, NotImplementedError
 
 @dataclass(frozen=True, slots=True)
 class Derived:
-    """How a hub tensor is made, whatever its name and its group.
+    """How a hub tensor is made, whatever its name and its group."""
 
-    Attributes:
-        shape: Its global shape.
-        dtype: Its dtype code.
-        parts: Number of a native tensor in the group, and the view of it.
-        reason: Why no view expresses it; empty where one does.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    parts: tuple[tuple[int, AxisView | None], ...]
-    reason: str = ""
+    shape: tuple[int, ...]  #: Its global shape.
+    dtype: str  #: Its dtype code.
+    parts: tuple[tuple[int, AxisView | None], ...]  #: Number of a native tensor in the group, and the view of it.
+    reason: str = ""  #: Why no view expresses it; empty where one does.
 
 
 #: By converter and shapes: the keys of its results, and how each is made.

@@ -20,15 +20,10 @@ from shardwise.stateful_wrappers.skeleton import skeleton
 
 @dataclass(frozen=True, slots=True)
 class RenamedRule:
-    """A rule whose hub tensors have other names in the files (a `shardwise.convert.rules.Rule`).
+    """A rule whose hub tensors have other names in the files (a `shardwise.convert.rules.Rule`)."""
 
-    Attributes:
-        rule: The rule under the hub's names.
-        in_files: Name in the files of each hub name.
-    """
-
-    rule: Rule
-    in_files: Mapping[str, str]
+    rule: Rule  #: The rule under the hub's names.
+    in_files: Mapping[str, str]  #: Name in the files of each hub name.
 
     def forward(self, natives: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """As `shardwise.convert.rules.Rule.forward`."""
@@ -64,9 +59,10 @@ def for_files(
     """
     if not key_mapping and set(conversion.names) <= set(names):
         return conversion
-    found = _Finder.make(model, names, key_mapping or {})
-    hub = found.all(conversion.names)
-    unconverted = found.all([spec.name for spec in natives])
+    bare = skeleton(model)
+    files = dict(zip(loading_names(bare, rename(names, key_mapping or {})), names, strict=True))
+    hub = _in_files(bare, conversion.names, files)
+    unconverted = _in_files(bare, [spec.name for spec in natives], files)
     shapes = {spec.name: spec.shape for spec in natives}
     views: list[HubTensor] = []
     taken: set[str] = set()
@@ -94,27 +90,13 @@ def _renamed(group: Computed, hub: Mapping[str, str]) -> Computed:
     return replace(group, hub=specs, rule=RenamedRule(group.rule, in_files))
 
 
-@dataclass(frozen=True, slots=True)
-class _Finder:
-    """Finds names in the files by what loading would make of them."""
-
-    model: torch.nn.Module
-    files: Mapping[str, str]
-    prefix: str
-
-    @staticmethod
-    def make(model: torch.nn.Module, names: Sequence[str], key_mapping: Mapping[str, str]) -> _Finder:
-        bare = skeleton(model)
-        keys = loading_names(bare, rename(names, key_mapping))
-        prefix: str = getattr(bare, "base_model_prefix", "") or ""
-        return _Finder(bare, dict(zip(keys, names, strict=True)), prefix)
-
-    def all(self, names: Sequence[str]) -> dict[str, str]:
-        """For each of ``names`` that is in the files, its name there."""
-        out: dict[str, str] = {}
-        for name, key in zip(names, loading_names(self.model, names), strict=True):
-            for variant in (key, f"{self.prefix}.{key}", key.removeprefix(f"{self.prefix}.")):
-                if variant in self.files:
-                    out[name] = self.files[variant]
-                    break
-        return out
+def _in_files(model: torch.nn.Module, names: Sequence[str], files: Mapping[str, str]) -> dict[str, str]:
+    """For each of ``names`` that is in the files, its name there: by what loading makes of both."""
+    prefix: str = getattr(model, "base_model_prefix", "") or ""
+    out: dict[str, str] = {}
+    for name, key in zip(names, loading_names(model, names), strict=True):
+        variants = (key, f"{prefix}.{key}", key.removeprefix(f"{prefix}."))
+        found = next((files[variant] for variant in variants if variant in files), None)
+        if found is not None:
+            out[name] = found
+    return out

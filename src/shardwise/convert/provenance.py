@@ -35,30 +35,19 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class SourcePiece:
-    """A box of the grid, filled from one source tensor.
+    """A box of the grid, filled from one source tensor."""
 
-    Attributes:
-        source: Number of the source tensor.
-        base: Linear (row-major) index in the source of the piece's first element.
-        spans: One for each grid dimension.
-    """
-
-    source: int
-    base: int
-    spans: tuple[Span, ...]
+    source: int  #: Number of the source tensor.
+    base: int  #: Linear (row-major) index in the source of the piece's first element.
+    spans: tuple[Span, ...]  #: One for each grid dimension.
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """A tensor's shape, its grid and what fills it.
+    """A tensor's shape, its grid and what fills it."""
 
-    Attributes:
-        dims: For each dimension of the tensor its factors; their concatenation is the grid.
-        pieces: Disjoint; together they fill the grid.
-    """
-
-    dims: tuple[tuple[int, ...], ...]
-    pieces: tuple[SourcePiece, ...]
+    dims: tuple[tuple[int, ...], ...]  #: For each dimension of the tensor its factors; their concatenation is the grid.
+    pieces: tuple[SourcePiece, ...]  #: Disjoint; together they fill the grid.
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -170,9 +159,7 @@ def join(tensors: Sequence[Provenance], dim: int) -> Provenance:
     """The tensors one after the other along ``dim``."""
     tensors = [simplify(t) for t in tensors]
     for other in range(len(tensors[0].dims)):
-        if other != dim:
-            cuts = {cut for t in tensors for cut in _cuts(t.dims[other])}
-            tensors = [_refine(t, other, cuts) for t in tensors]
+        tensors = tensors if other == dim else on_one_grid(tensors, other)
     inner = {cut for t in tensors for cut in _cuts(t.dims[dim]) if cut != t.shape[dim]}
     if _is_chain({*inner, 1}) and all(t.shape[dim] % max(inner, default=1) == 0 for t in tensors):
         tensors = [_refine(t, dim, {*inner, t.shape[dim]}) for t in tensors]
@@ -192,6 +179,12 @@ def join(tensors: Sequence[Provenance], dim: int) -> Provenance:
     if len(pieces) > MAX_PIECES:
         raise Untraceable(f"{len(pieces)} pieces")
     return Provenance((*tensors[0].dims[:dim], factors, *tensors[0].dims[dim + 1 :]), tuple(pieces))
+
+
+def on_one_grid(tensors: Sequence[Provenance], dim: int) -> list[Provenance]:
+    """The tensors with dimension ``dim`` cut alike; `Untraceable` where they cut it across each other."""
+    cuts = {cut for tensor in tensors for cut in _cuts(tensor.dims[dim])}
+    return [_refine(tensor, dim, cuts) for tensor in tensors]
 
 
 def refine_grid(tensor: Provenance, dim: int, cuts: Iterable[int]) -> Provenance:

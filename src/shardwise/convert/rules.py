@@ -18,29 +18,19 @@ NativeSpec = TensorSpec
 
 
 class HubPart(NamedTuple):
-    """The contribution of one native tensor to a hub tensor.
+    """The contribution of one native tensor to a hub tensor."""
 
-    Attributes:
-        native: FQN of the native tensor.
-        view: Where its elements lie; ``None`` where the two tensors are the same but for the name.
-    """
-
-    native: str
+    native: str  #: FQN of the native tensor.
+    #: Where its elements lie; ``None`` where the two tensors are the same but for the name.
     view: AxisView | None = None
 
 
 class HubTensor(NamedTuple):
-    """A tensor of the Hugging Face files that is made of views of native tensors.
+    """A tensor of the Hugging Face files that is made of views of native tensors."""
 
-    Attributes:
-        name: Name in the files.
-        shape: Global shape.
-        parts: Disjoint, together the whole; the views of all parts share one hub grid.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    parts: tuple[HubPart, ...]
+    name: str  #: Name in the files.
+    shape: tuple[int, ...]  #: Global shape.
+    parts: tuple[HubPart, ...]  #: Disjoint, together the whole; the views of all parts share one hub grid.
 
 
 class Rule(Protocol):
@@ -57,36 +47,23 @@ class Rule(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """A group of tensors with a conversion that no view expresses: converted whole, one group at a time.
+    """A group of tensors with a conversion that no view expresses: converted whole, one group at a time."""
 
-    Attributes:
-        natives: The native tensors of the group.
-        hub: The hub tensors that they become.
-        rule: The code that does it, in both directions.
-        reason: Why no view expresses it.
-        has_inverse: Whether loading undoes it. Without an inverse it may only be exported beside state for resuming.
-    """
-
-    natives: tuple[NativeSpec, ...]
-    hub: tuple[TensorSpec, ...]
-    rule: Rule
-    reason: str
+    natives: tuple[NativeSpec, ...]  #: The native tensors of the group.
+    hub: tuple[TensorSpec, ...]  #: The hub tensors that they become.
+    rule: Rule  #: The code that does it, in both directions.
+    reason: str  #: Why no view expresses it.
+    #: Whether loading undoes it. Without an inverse it may only be exported beside state for resuming.
     has_inverse: bool = True
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """Native tensors to hub tensors.
+    """Native tensors to hub tensors."""
 
-    Attributes:
-        hub: Tensors that are views of native ones.
-        computed: Groups that have to be computed.
-        ignored: FQNs that the model keeps out of its files.
-    """
-
-    hub: tuple[HubTensor, ...]
-    computed: tuple[Computed, ...] = ()
-    ignored: tuple[str, ...] = ()
+    hub: tuple[HubTensor, ...]  #: Tensors that are views of native ones.
+    computed: tuple[Computed, ...] = ()  #: Groups that have to be computed.
+    ignored: tuple[str, ...] = ()  #: FQNs that the model keeps out of its files.
     _by_name: dict[str, HubTensor] = field(init=False, repr=False, compare=False, default_factory=dict)
     _by_native: dict[str, list[HubTensor]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
@@ -139,15 +116,11 @@ class HeldGroup:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Converted:
-    """A rank's tensors, in the terms of the files.
+    """A rank's tensors, in the terms of the files."""
 
-    Attributes:
-        held: Tensors whose fragments are views of the native memory: sources in saving, destinations in loading.
-        groups: Tensors that have to be computed.
-    """
-
+    #: Tensors whose fragments are views of the native memory: sources in saving, destinations in loading.
     held: tuple[HeldTensor, ...]
-    groups: tuple[HeldGroup, ...]
+    groups: tuple[HeldGroup, ...]  #: Tensors that have to be computed.
 
 
 def to_hub(conversion: Conversion, held: Sequence[HeldTensor]) -> Converted:

@@ -22,15 +22,10 @@ aten = torch.ops.aten
 
 
 class TracedTensor(torch.Tensor):
-    """A tensor on the meta device with a provenance.
+    """A tensor on the meta device with a provenance."""
 
-    Attributes:
-        provenance: Where its elements came from; ``None`` where that is not a rearrangement.
-        why: What made it unknown.
-    """
-
-    provenance: Provenance | None
-    why: str
+    provenance: Provenance | None  #: Where its elements came from; ``None`` where that is not a rearrangement.
+    why: str  #: What made it unknown.
 
     @staticmethod
     def __new__(

@@ -56,22 +56,16 @@ class _Replay:
 
 @dataclass(frozen=True)
 class RuleSet:
-    """A model's rules in the direction native to hub, with what they came from.
+    """A model's rules in the direction native to hub, with what they came from."""
 
-    Attributes:
-        renamings: Applied to a name one after the other.
-        converters: By the pattern that they take tensors from; at most one applies to a name.
-        origins: For each of ``converters``, the rule in the direction hub to native.
-        forward_renamings: The renamings in the direction hub to native, in the order of loading.
-        model: The model, without wrappers.
-        quick: For each of ``renamings`` a search that fails where it changes nothing; ``None`` without such a search.
-    """
-
-    renamings: tuple[WeightRenaming, ...]
+    renamings: tuple[WeightRenaming, ...]  #: Applied to a name one after the other.
+    #: By the pattern that they take tensors from; at most one applies to a name.
     converters: tuple[WeightConverter, ...]
-    origins: tuple[WeightConverter, ...]
+    origins: tuple[WeightConverter, ...]  #: For each of ``converters``, the rule in the direction hub to native.
+    #: The renamings in the direction hub to native, in the order of loading.
     forward_renamings: tuple[WeightRenaming, ...]
-    model: torch.nn.Module
+    model: torch.nn.Module  #: The model, without wrappers.
+    #: For each of ``renamings`` a search that fails where it changes nothing; ``None`` without such a search.
     quick: tuple[Callable[[str], object] | None, ...]
 
     def match(self, name: str) -> tuple[str, str | None]:
@@ -142,19 +136,12 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The result of a converter on a group.
+    """The result of a converter on a group."""
 
-    Attributes:
-        keys: The converter's own keys of its results, from which it makes names.
-        names: Full names, before renaming.
-        tensors: Results, in the order of both.
-        replayable: Whether a group of the same shapes elsewhere in the model must come out the same.
-    """
-
-    keys: tuple[str, ...]
-    names: tuple[str, ...]
-    tensors: tuple[torch.Tensor, ...]
-    replayable: bool
+    keys: tuple[str, ...]  #: The converter's own keys of its results, from which it makes names.
+    names: tuple[str, ...]  #: Full names, before renaming.
+    tensors: tuple[torch.Tensor, ...]  #: Results, in the order of both.
+    replayable: bool  #: Whether a group of the same shapes elsewhere in the model must come out the same.
 
 
 def run(

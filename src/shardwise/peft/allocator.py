@@ -81,14 +81,10 @@ def allocator_entries(parts: Sequence[nn.Module]) -> Iterator[AdapterEntry]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AllocatorRestore:
-    """State to be read for the parts' allocators.
+    """State to be read for the parts' allocators."""
 
-    Attributes:
-        tensors: Name in the file -> memory to read into; not yet the allocators'.
-        _given: For each allocator and kind, the allocator's names and that memory.
-    """
-
-    tensors: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor]  #: Name in the file -> memory to read into; not yet the allocators'.
+    #: For each allocator and kind, the allocator's names and that memory.
     _given: Sequence[tuple[_Allocator, str, Mapping[str, torch.Tensor]]]
 
     def install(self) -> None:

@@ -55,45 +55,27 @@ class Native:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearSite:
-    """A module with a LoRA pair.
+    """A module with a LoRA pair."""
 
-    Attributes:
-        fqn: The module's name.
-        targets: The Hugging Face modules that it stands for; several for a combined projection.
-        a: The factor with the input columns.
-        b: The factor with the output rows.
-        rank: The LoRA rank.
-        transposed: Whether ``a`` is ``(in, rank)`` and ``b`` is ``(rank, out)``.
-        scale: The factor on the product, where the module states it.
-        magnitude: DoRA's magnitude.
-        bias: The bias of ``b``.
-    """
-
-    fqn: str
-    targets: tuple[str, ...]
-    a: Native
-    b: Native
-    rank: int
-    transposed: bool
-    scale: float | None
-    magnitude: Native | None = None
-    bias: Native | None = None
+    fqn: str  #: The module's name.
+    targets: tuple[str, ...]  #: The Hugging Face modules that it stands for; several for a combined projection.
+    a: Native  #: The factor with the input columns.
+    b: Native  #: The factor with the output rows.
+    rank: int  #: The LoRA rank.
+    transposed: bool  #: Whether ``a`` is ``(in, rank)`` and ``b`` is ``(rank, out)``.
+    scale: float | None  #: The factor on the product, where the module states it.
+    magnitude: Native | None = None  #: DoRA's magnitude.
+    bias: Native | None = None  #: The bias of ``b``.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertSite:
-    """A pair of grouped factors for all experts of a layer; attributes as `LinearSite`.
-
-    Attributes:
-        projections: Per-expert projections of the Hugging Face model that it stands for.
-        parameter: The fused parameter of the Hugging Face model that it stands for.
-        fused: Whether the adapter is written for the fused parameter instead of single experts.
-    """
+    """A pair of grouped factors for all experts of a layer; attributes as `LinearSite`."""
 
     fqn: str
-    projections: tuple[str, ...]
-    parameter: str
-    fused: bool
+    projections: tuple[str, ...]  #: Per-expert projections of the Hugging Face model that it stands for.
+    parameter: str  #: The fused parameter of the Hugging Face model that it stands for.
+    fused: bool  #: Whether the adapter is written for the fused parameter instead of single experts.
     a: Native
     b: Native
     rank: int

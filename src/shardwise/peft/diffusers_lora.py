@@ -170,15 +170,10 @@ def header_metadata(settings: Mapping[str, object], component: str) -> dict[str,
 
 @dataclass(frozen=True, slots=True)
 class LoraFile:
-    """A LoRA file of diffusers.
+    """A LoRA file of diffusers."""
 
-    Attributes:
-        names: The model's adapter's tensors: name in the file -> peft's.
-        settings: The adapter's settings; ``None`` in files of releases that recorded none.
-    """
-
-    names: Mapping[str, str]
-    settings: Mapping[str, object] | None
+    names: Mapping[str, str]  #: The model's adapter's tensors: name in the file -> peft's.
+    settings: Mapping[str, object] | None  #: The adapter's settings; ``None`` in files of releases that recorded none.
 
 
 def read_lora(path: Path, component: str, key_mapping: Mapping[str, str]) -> LoraFile | None:

@@ -189,17 +189,11 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 @dataclass(eq=False)
 class _StandIn:
-    """A model's adapted modules without memory, for peft to adapt.
+    """A model's adapted modules without memory, for peft to adapt."""
 
-    Attributes:
-        root: What peft is given.
-        real: id of each stand-in -> the module that it stands for.
-        held: The stand-ins, kept alive so that the ids stay theirs.
-    """
-
-    root: nn.Module
-    real: dict[int, nn.Module] = field(default_factory=dict)
-    held: list[nn.Module] = field(default_factory=list)
+    root: nn.Module  #: What peft is given.
+    real: dict[int, nn.Module] = field(default_factory=dict)  #: id of each stand-in -> the module that it stands for.
+    held: list[nn.Module] = field(default_factory=list)  #: The stand-ins, kept alive so that the ids stay theirs.
 
     def of(self, module: nn.Module) -> nn.Module:
         """A stand-in for a module: of its class, with its settings, and with parameters that have no memory."""

@@ -76,16 +76,12 @@ def _part_of(name: str, key: str) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MergedPart:
-    """A part of a model as it is after ``merge_and_unload()``.
+    """A part of a model as it is after ``merge_and_unload()``."""
 
-    Attributes:
-        model: The model without peft's layers. Tensors that no adapter changes are those of the training model, shared
-            and not copied; merged ones have no memory.
-        groups: What the merged ones are computed from.
-    """
-
+    #: The model without peft's layers. Tensors that no adapter changes are those of the training model, shared and not
+    #: copied; merged ones have no memory.
     model: nn.Module
-    groups: tuple[MergedGroup, ...]
+    groups: tuple[MergedGroup, ...]  #: What the merged ones are computed from.
 
 
 def merged_parts(parts: Sequence[nn.Module]) -> list[MergedPart]:
@@ -289,14 +285,10 @@ def _outermost_changed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Outcome:
-    """The result of merging, without memory.
+    """The result of merging, without memory."""
 
-    Attributes:
-        modules: One for each layer.
-        origins: id of a tensor of theirs -> the token whose place it has, for those that merging did not replace.
-    """
-
-    modules: list[nn.Module]
+    modules: list[nn.Module]  #: One for each layer.
+    #: id of a tensor of theirs -> the token whose place it has, for those that merging did not replace.
     origins: dict[int, torch.Tensor]
 
 

@@ -24,19 +24,12 @@ _TENSORS = ("absmax", "code", "offset")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedWeight:
-    """A linear layer's weight of bitsandbytes, that one process holds whole.
+    """A linear layer's weight of bitsandbytes, that one process holds whole."""
 
-    Attributes:
-        parameter: The weight as the module has it.
-        shape: Shape of the dequantized weight: outputs, inputs.
-        dtype: The dtype that bitsandbytes dequantizes it to.
-        sources: Name -> tensor, of all that dequantizing reads.
-    """
-
-    parameter: torch.Tensor
-    shape: torch.Size
-    dtype: torch.dtype
-    sources: Mapping[str, torch.Tensor]
+    parameter: torch.Tensor  #: The weight as the module has it.
+    shape: torch.Size  #: Shape of the dequantized weight: outputs, inputs.
+    dtype: torch.dtype  #: The dtype that bitsandbytes dequantizes it to.
+    sources: Mapping[str, torch.Tensor]  #: Name -> tensor, of all that dequantizing reads.
     _state: QuantState | None
 
     def dequantize(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:

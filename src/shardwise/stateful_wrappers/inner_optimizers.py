@@ -35,22 +35,15 @@ AnyOptimizer = Optimizer | StatefulOptimizer
 
 @dataclass(frozen=True, slots=True)
 class StateHolder:
-    """An optimizer that holds state by parameter, and parameter groups.
+    """An optimizer that holds state by parameter, and parameter groups."""
 
-    Attributes:
-        optimizer: A `torch.optim.Optimizer`, or what has ``state`` and ``param_groups`` as one.
-        slot: Empty; the class's name where it is around another holder of the same parameters.
-        mirrors: An outer optimizer's groups with the same options (those of ``ZeroRedundancyOptimizer``, whose inner
-            one has this rank's parameters alone).
-        passed: Number of the argument that it is, or is inside of.
-        ancestors: The optimizers that it is inside of, by identity.
-    """
-
-    optimizer: Optimizer
-    slot: str
+    optimizer: Optimizer  #: A `torch.optim.Optimizer`, or what has ``state`` and ``param_groups`` as one.
+    slot: str  #: Empty; the class's name where it is around another holder of the same parameters.
+    #: An outer optimizer's groups with the same options (those of ``ZeroRedundancyOptimizer``, whose inner one has this
+    #: rank's parameters alone).
     mirrors: tuple[Options, ...]
-    passed: int
-    ancestors: frozenset[int] = frozenset()
+    passed: int  #: Number of the argument that it is, or is inside of.
+    ancestors: frozenset[int] = frozenset()  #: The optimizers that it is inside of, by identity.
 
     @property
     def kind(self) -> str:

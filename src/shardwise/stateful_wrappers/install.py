@@ -30,23 +30,16 @@ _CHECKPOINTED = f"{CHECKPOINTED}."
 
 @dataclass
 class Installing:
-    """Loads state through modules' own methods, and judges their answers.
+    """Loads state through modules' own methods, and judges their answers."""
 
-    Attributes:
-        tensors: Gives the tensors for a module, by name in `plain_name` form or as `state_dict` has it.
-        aside: Plain name -> other values of the state; ``None`` where none were saved.
-        metadata: Plain module name -> torch's metadata of it.
-        allow_missing: Whether tensors may be absent.
-        skips_empty: Whether a module without any saved entry is skipped.
-        without: Modules that found no extra state.
-    """
-
+    #: Gives the tensors for a module, by name in `plain_name` form or as `state_dict` has it.
     tensors: Callable[[Taker], Mapping[str, torch.Tensor]]
-    aside: Mapping[str, object] | None
+    aside: Mapping[str, object] | None  #: Plain name -> other values of the state; ``None`` where none were saved.
+    #: Plain module name -> torch's metadata of it.
     metadata: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    allow_missing: bool = False
-    skips_empty: bool = False
-    without: list[str] = field(default_factory=list)
+    allow_missing: bool = False  #: Whether tensors may be absent.
+    skips_empty: bool = False  #: Whether a module without any saved entry is skipped.
+    without: list[str] = field(default_factory=list)  #: Modules that found no extra state.
 
     def run(self, steps: Sequence[Step]) -> None:
         """Carry out steps. Local, unless a module's own methods communicate.

@@ -34,21 +34,13 @@ from shardwise.upstream.transformers import class_ties, configured_ties
 
 
 class NamedTensor(NamedTuple):
-    """A tensor of the model's state. Two are never compared but by identity.
+    """A tensor of the model's state. Two are never compared but by identity."""
 
-    Attributes:
-        name: Plain fully qualified name.
-        tensor: The parameter or buffer itself (not detached).
-        aliases: Further names of the very same tensor.
-        part: Number of the first of the model's parts that has it under this name.
-        position: Index of the name among all names of all parts.
-    """
-
-    name: str
-    tensor: torch.Tensor
-    aliases: tuple[str, ...] = ()
-    part: int = 0
-    position: int = 0
+    name: str  #: Plain fully qualified name.
+    tensor: torch.Tensor  #: The parameter or buffer itself (not detached).
+    aliases: tuple[str, ...] = ()  #: Further names of the very same tensor.
+    part: int = 0  #: Number of the first of the model's parts that has it under this name.
+    position: int = 0  #: Index of the name among all names of all parts.
 
 
 class Listing(NamedTuple):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -48,48 +48,33 @@ from shardwise.upstream.torch_tensors import local_part
 
 @dataclass(frozen=True)
 class SavedGroup:
-    """A parameter group: its options, the names of its parameters, and its optimizer's class.
+    """A parameter group: its options, the names of its parameters, and its optimizer's class."""
 
-    Attributes:
-        options: Everything but the parameters.
-        params: Names of the parameters.
-        kind: Name of the optimizer's class; empty where the checkpoint does not say, as older ones do not.
-        slot: Empty; of an optimizer around another one of the same parameters, its class's name.
-    """
-
-    options: Mapping[str, object]
-    params: tuple[str, ...]
-    kind: str = ""
-    slot: str = ""
+    options: Mapping[str, object]  #: Everything but the parameters.
+    params: tuple[str, ...]  #: Names of the parameters.
+    kind: str = ""  #: Name of the optimizer's class; empty where the checkpoint does not say, as older ones do not.
+    slot: str = ""  #: Empty; of an optimizer around another one of the same parameters, its class's name.
 
 
 @dataclass(frozen=True)
 class OptimizerRecord:
-    """Everything about an optimizer but its tensors' values.
+    """Everything about an optimizer but its tensors' values."""
 
-    Attributes:
-        groups: All groups.
-        tensors: Parameter name -> state key -> what the tensor was.
-        values: Parameter name -> state key -> a value that is not a tensor.
-        aliases: Further name of a shared parameter, unless it is declared -> the name that it has here.
-        shapes: Parameter name -> its shape, in the whole; older checkpoints do not say.
-        schedulers: The schedulers' classes, in order; likewise.
-        trees: Parameter name, or a name in angle brackets for what belongs to no parameter -> how its tensors and
-            values are nested (`shardwise.stateful_wrappers.state_trees`), where they are.
-        is_old: Whether it was written before anything but the state of parameters was saved.
-        renamed: Name in the checkpoint -> the parameter's name here, where they differ.
-        files: What a state is called here -> what the files call it, where they differ.
-    """
-
-    groups: tuple[SavedGroup, ...]
-    tensors: Mapping[str, Mapping[str, SavedTensor]]
-    values: Mapping[str, Mapping[str, object]]
+    groups: tuple[SavedGroup, ...]  #: All groups.
+    tensors: Mapping[str, Mapping[str, SavedTensor]]  #: Parameter name -> state key -> what the tensor was.
+    values: Mapping[str, Mapping[str, object]]  #: Parameter name -> state key -> a value that is not a tensor.
+    #: Further name of a shared parameter, unless it is declared -> the name that it has here.
     aliases: Mapping[str, str] = field(default_factory=dict)
+    #: Parameter name -> its shape, in the whole; older checkpoints do not say.
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    schedulers: tuple[str, ...] = ()
+    schedulers: tuple[str, ...] = ()  #: The schedulers' classes, in order; likewise.
+    #: Parameter name, or a name in angle brackets for what belongs to no parameter -> how its tensors and values are
+    #: nested (`shardwise.stateful_wrappers.state_trees`), where they are.
     trees: Mapping[str, Tree] = field(default_factory=dict)
-    is_old: bool = False
+    is_old: bool = False  #: Whether it was written before anything but the state of parameters was saved.
+    #: Name in the checkpoint -> the parameter's name here, where they differ.
     renamed: Mapping[str, str] = field(default_factory=dict)
+    #: What a state is called here -> what the files call it, where they differ.
     files: Mapping[str, str] = field(default_factory=dict)
 
     def file_label(self, label: str) -> str:
@@ -237,23 +222,15 @@ def _same_options(groups: list[tuple[SavedGroup, dict[str, None]]], group: Saved
     return len(groups) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class SplitState:
-    """A parameter's state, split into tensors and the rest.
+class SplitState(NamedTuple):
+    """A parameter's state, split into tensors and the rest."""
 
-    Attributes:
-        tensors: Key -> tensor.
-        values: Key -> other value, where nothing is nested.
-        tree: How the state is nested; ``None`` where it is flat.
-    """
-
-    tensors: Mapping[str, torch.Tensor]
-    values: Mapping[str, object]
-    tree: Tree | None
+    tensors: Mapping[str, torch.Tensor]  #: Key -> tensor.
+    values: Mapping[str, object]  #: Key -> other value, where nothing is nested.
+    tree: Tree | None  #: How the state is nested; ``None`` where it is flat.
 
 
-@dataclass(frozen=True, slots=True)
-class _Loose:
+class _Loose(NamedTuple):
     """State that belongs to no parameter, split into a tree and tensors, and its label in the checkpoint."""
 
     label: str

@@ -27,13 +27,10 @@ class MayDiffer:
 
     Parameters are compared. Buffers and extra state differ between ranks while they train (statistics of their own
     batches), and the lowest rank's are saved for all, as in DistributedDataParallel's own broadcast.
-
-    Attributes:
-        all: Whether nothing is compared: the lowest rank's value is saved for all (``replicas="first"``).
-        per_rank: Patterns of the names of tensors that have another value on each rank (``per_rank_state``).
     """
 
-    all: bool = False
+    all: bool = False  #: Whether nothing is compared: the lowest rank's value is saved for all (``replicas="first"``).
+    #: Patterns of the names of tensors that have another value on each rank (``per_rank_state``).
     per_rank: tuple[str, ...] = ()
 
     def of_model(self, tensors: Sequence[NamedTensor], parts: Sequence[nn.Module]) -> Container[str]:

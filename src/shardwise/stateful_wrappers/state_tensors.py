@@ -32,20 +32,13 @@ _DEVICES = frozenset({"", "cpu", "parameter"})
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """The kind of a state tensor.
+    """The kind of a state tensor."""
 
-    Attributes:
-        name: One of this module's constants.
-        placements: Of a DTensor that is not spread as its parameter: ``R`` or ``S`` with the dimension, for each mesh
-            dimension.
-        mesh: The names of the mesh's dimensions, where it has names.
-        device: ``cpu`` or ``parameter``, where the parameter is on an accelerator.
-    """
-
-    name: str = USUAL
+    name: str = USUAL  #: One of this module's constants.
+    #: Of a DTensor that is not spread as its parameter: ``R`` or ``S`` with the dimension, for each mesh dimension.
     placements: tuple[str, ...] = ()
-    mesh: tuple[str, ...] = ()
-    device: str = ""
+    mesh: tuple[str, ...] = ()  #: The names of the mesh's dimensions, where it has names.
+    device: str = ""  #: ``cpu`` or ``parameter``, where the parameter is on an accelerator.
 
     def to_state(self) -> dict[str, object]:
         """As plain containers."""
@@ -65,17 +58,11 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
-    """The description of a saved state tensor: enough to make one to load into.
+    """The description of a saved state tensor: enough to make one to load into."""
 
-    Attributes:
-        dtype: Its dtype's code.
-        shape: Its shape in the whole; of a `LOCAL` one, its parameter's.
-        kind: Its kind.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    kind: Kind = Kind()
+    dtype: str  #: Its dtype's code.
+    shape: tuple[int, ...]  #: Its shape in the whole; of a `LOCAL` one, its parameter's.
+    kind: Kind = Kind()  #: Its kind.
 
     def to_state(self) -> list[object]:
         """As plain containers."""
@@ -161,27 +148,17 @@ def as_shard_of(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a state tensor goes.
+    """Where a state tensor goes."""
 
-    Attributes:
-        name: For messages.
-        param: Its parameter, or any of its optimizer's for what belongs to none.
-        have: What the optimizer has in its place; its kind counts more than what another topology had.
-        known: Whether the state is known to be like its parameter (``True``), or not (``False``).
-        is_torchs: Whether torch's own class keeps it, which makes what is smaller by ``new_zeros`` of DTensors.
-        on_device: Whether scalars belong to the parameter's device.
-        owned: Whether it belongs to the parameter.
-        fresh: Whether memory that the optimizer has may not be used.
-    """
-
-    name: str
-    param: torch.Tensor
+    name: str  #: For messages.
+    param: torch.Tensor  #: Its parameter, or any of its optimizer's for what belongs to none.
+    #: What the optimizer has in its place; its kind counts more than what another topology had.
     have: torch.Tensor | None
-    known: bool | None
-    is_torchs: bool
-    on_device: bool
-    owned: bool = True
-    fresh: bool = False
+    known: bool | None  #: Whether the state is known to be like its parameter (``True``), or not (``False``).
+    is_torchs: bool  #: Whether torch's own class keeps it, which makes what is smaller by ``new_zeros`` of DTensors.
+    on_device: bool  #: Whether scalars belong to the parameter's device.
+    owned: bool = True  #: Whether it belongs to the parameter.
+    fresh: bool = False  #: Whether memory that the optimizer has may not be used.
 
 
 def make(saved: SavedTensor, place: Place) -> tuple[torch.Tensor, torch.Tensor]:

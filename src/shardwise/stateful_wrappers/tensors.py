@@ -21,18 +21,12 @@ from shardwise.upstream.torch_tensors import StridedShard, global_shape, local_p
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """How tensors of one shape and one spread lie on this rank.
+    """How tensors of one shape and one spread lie on this rank."""
 
-    Attributes:
-        part: Their spread over the mesh.
-        coordinate: This rank's mesh coordinate; ``()`` for plain tensors.
-        numel: Elements that this rank holds of each.
-        box: The one region that this rank holds of each, which its local tensor is; ``None`` where it is not so simple.
-    """
-
-    part: Part
-    coordinate: tuple[int, ...]
-    numel: int
+    part: Part  #: Their spread over the mesh.
+    coordinate: tuple[int, ...]  #: This rank's mesh coordinate; ``()`` for plain tensors.
+    numel: int  #: Elements that this rank holds of each.
+    #: The one region that this rank holds of each, which its local tensor is; ``None`` where it is not so simple.
     box: Box | None
 
     @staticmethod

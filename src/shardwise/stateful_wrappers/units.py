@@ -53,17 +53,11 @@ def label(module: nn.Module, prefix: str) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unit:
-    """A module that makes entries of the state with its own methods.
+    """A module that makes entries of the state with its own methods."""
 
-    Attributes:
-        module: The module.
-        prefix: The prefix of its names.
-        whole: Whether it makes those of the modules below it too.
-    """
-
-    module: nn.Module
-    prefix: str
-    whole: bool
+    module: nn.Module  #: The module.
+    prefix: str  #: The prefix of its names.
+    whole: bool  #: Whether it makes those of the modules below it too.
 
     @property
     def label(self) -> str:
@@ -128,21 +122,13 @@ class OneTensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Taker:
-    """A module that loads entries of the state with its own methods.
+    """A module that loads entries of the state with its own methods."""
 
-    Attributes:
-        module: The module.
-        prefix: The prefix of its names.
-        whole: Whether it takes those of the modules below it too.
-        is_lenient: Whether it decides names and shapes itself, by its own methods or hooks for loading.
-        calls_root: Whether the model's own ``load_state_dict`` is what takes them.
-    """
-
-    module: nn.Module
-    prefix: str
-    whole: bool
-    is_lenient: bool
-    calls_root: bool = False
+    module: nn.Module  #: The module.
+    prefix: str  #: The prefix of its names.
+    whole: bool  #: Whether it takes those of the modules below it too.
+    is_lenient: bool  #: Whether it decides names and shapes itself, by its own methods or hooks for loading.
+    calls_root: bool = False  #: Whether the model's own ``load_state_dict`` is what takes them.
 
     @property
     def label(self) -> str:
@@ -151,19 +137,13 @@ class Taker:
 
 
 class Step(NamedTuple):
-    """One step of loading, in torch's order.
+    """One step of loading, in torch's order."""
 
-    Attributes:
-        kind: ``take``: a module takes its entries; ``extra``: it takes its extra state; ``post``: its hooks are called.
-        module: The module.
-        prefix: The prefix of its names.
-        taker: Who takes, where entries are taken.
-    """
-
+    #: ``take``: a module takes its entries; ``extra``: it takes its extra state; ``post``: its hooks are called.
     kind: str
-    module: nn.Module
-    prefix: str
-    taker: Taker | None = None
+    module: nn.Module  #: The module.
+    prefix: str  #: The prefix of its names.
+    taker: Taker | None = None  #: Who takes, where entries are taken.
 
 
 class Aside(NamedTuple):

@@ -83,17 +83,11 @@ def adapted_model(part: nn.Module) -> nn.Module:
 
 
 class Inner(NamedTuple):
-    """The model that the files of a part are of.
+    """The model that the files of a part are of."""
 
-    Attributes:
-        module: The model, out of everything around it.
-        prefix: What its names begin with in the part's state; empty where they are the same.
-        has_rest: Whether the part may have state outside of it.
-    """
-
-    module: nn.Module
-    prefix: str = ""
-    has_rest: bool = False
+    module: nn.Module  #: The model, out of everything around it.
+    prefix: str = ""  #: What its names begin with in the part's state; empty where they are the same.
+    has_rest: bool = False  #: Whether the part may have state outside of it.
 
 
 def inner_model(part: nn.Module) -> Inner:

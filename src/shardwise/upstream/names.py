@@ -13,21 +13,13 @@ from typing import NamedTuple
 
 
 class Name(NamedTuple):
-    """A name that a library may drop without notice.
+    """A name that a library may drop without notice."""
 
-    Attributes:
-        path: How it is reached; what is in front of the first dot is the library, or an example.
-        why: What it is for, and why nothing documented does.
-        kind: Name of the type that it has to be of or a subclass of; empty for a word in a source.
-        takes: Parameters that it has to have, where it is called with these.
-        optional: Whether shardwise does without it where a release lacks it.
-    """
-
-    path: str
-    why: str
-    kind: str = ""
-    takes: tuple[str, ...] = ()
-    optional: bool = False
+    path: str  #: How it is reached; what is in front of the first dot is the library, or an example.
+    why: str  #: What it is for, and why nothing documented does.
+    kind: str = ""  #: Name of the type that it has to be of or a subclass of; empty for a word in a source.
+    takes: tuple[str, ...] = ()  #: Parameters that it has to have, where it is called with these.
+    optional: bool = False  #: Whether shardwise does without it where a release lacks it.
 
 
 def _called(place: str, why: str, **methods: str) -> tuple[Name, ...]:

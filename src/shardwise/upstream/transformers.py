@@ -138,19 +138,13 @@ def mark_initialised(tensor: torch.Tensor) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The result of loading by transformers.
+    """The result of loading by transformers."""
 
-    Attributes:
-        missing: Names that the model has and did not find.
-        unexpected: Names that it has no use for.
-        mismatched: Name, shape in the files and shape in the model.
-        failed: Names whose conversion failed.
-    """
-
-    missing: frozenset[str]
-    unexpected: frozenset[str]
+    missing: frozenset[str]  #: Names that the model has and did not find.
+    unexpected: frozenset[str]  #: Names that it has no use for.
+    #: Name, shape in the files and shape in the model.
     mismatched: tuple[tuple[str, Sequence[int], Sequence[int]], ...]
-    failed: tuple[str, ...]
+    failed: tuple[str, ...]  #: Names whose conversion failed.
 
 
 def load_on_meta(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Loaded:

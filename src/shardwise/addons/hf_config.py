@@ -172,20 +172,11 @@ def is_transformers_config(config: object) -> bool:
 def write_config(
     model: nn.Module, path: Path, dtype: str | None, *, keep_quantization: bool, v4_names: bool = False
 ) -> None:
-    """Write the model's transformers config, whole, as it should be read beside the written weights.
+    """Write the transformers config of a model, whole, as it should be read beside the written weights.
 
-    Nothing is left to class defaults, which differ between releases: every entry is written. ``dtype`` and
-    ``architectures`` are what transformers itself would put there; the model's own config is left as it is.
-
-    Args:
-        model: The model, out of its wrappers.
-        path: File to write.
-        dtype: torch's name of the dtype of the written weights; ``None`` keeps what the config says.
-        keep_quantization: Whether a ``quantization_config`` is still true.
-        v4_names: Whether to repeat the rotary settings under the names that transformers 4.x reads.
-
-    Raises:
-        MisuseError: The config holds a value that JSON cannot.
+    Nothing is left to class defaults, which differ between releases: every entry is written. ``dtype`` (torch's name;
+    ``None`` keeps what the config says) and ``architectures`` are what transformers itself would put there; the model's
+    own config is left as it is. ``v4_names`` repeats the rotary settings under the names that transformers 4.x reads.
     """
     from transformers import PreTrainedModel
 
@@ -438,11 +429,7 @@ def _localized(reference: JsonValue, directory: Path) -> JsonValue:
 
 @contextlib.contextmanager
 def naming_entries(model: nn.Module, config: object) -> Iterator[None]:
-    """Turn an error in writing a configuration into one that names the entry.
-
-    Raises:
-        MisuseError: A property raises, or a value is none that JSON has.
-    """
+    """Turn an error in writing a configuration into a `MisuseError` that names the property or entry."""
     try:
         yield
     except OSError:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Unpack, cast
 
 from shardwise.addons.base import SaveHookArgs, SavesPretrained
-from shardwise.addons.compat import _apply_transformers_compat_guards
-from shardwise.addons.custom_code import _maybe_save_custom_model_code
+from shardwise.addons.custom_code import _apply_transformers_compat_guards, _maybe_save_custom_model_code
 from shardwise.addons.files import copy_file, write_json, written_locally
 from shardwise.addons.hf_config import (
     CONFIG,
@@ -64,13 +63,11 @@ class HFMetadataExporter(Protocol):
 
     def validate(self, *, tokenizer: SavesPretrained | None, original_model_path: str | None) -> object:
         """Raise (or return ``False``) if the metadata cannot be written as it should be. Every rank calls."""
-        ...
 
     def save(
         self, *, hf_metadata_dir: str, tokenizer: SavesPretrained | None, original_model_path: str | None
     ) -> object:
         """Write config, tokenizer and whatever else the model needs into ``hf_metadata_dir``, which exists. Rank 0."""
-        ...
 
 
 class ConsolidatedHFAddon:
@@ -145,13 +142,7 @@ def copy_metadata(args: SaveHookArgs) -> None:
 
 
 def write_metadata(args: SaveHookArgs, quantized: bool, exporter: HFMetadataExporter | None) -> None:
-    """The work of `ConsolidatedHFAddon.pre_save` on rank 0. Local.
-
-    Args:
-        args: See `SaveHookArgs`.
-        quantized: Whether any rank holds quantized parameters.
-        exporter: The result of `own_exporter`.
-    """
+    """The work of `ConsolidatedHFAddon.pre_save` on rank 0; ``quantized``: any rank has such parameters. Local."""
     target = args.get("hf_metadata_dir")
     if target is None:
         return
@@ -231,9 +222,7 @@ def _write_configs(
 def own_exporter(args: SaveHookArgs) -> HFMetadataExporter | None:
     """The model's own exporter, validated, or ``None``. Every rank calls, before any collective; local.
 
-    Raises:
-        ExportMismatchError: The exporter's ``validate`` returned ``False``.
-        Exception: What its ``validate`` raised.
+    What its ``validate`` raises is raised; ``False`` is an `ExportMismatchError`.
     """
     model = described_part(_parts(args))
     make = getattr(model, "_get_consolidated_hf_metadata_exporter", None)

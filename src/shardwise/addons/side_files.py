@@ -119,15 +119,10 @@ def write_sentence_transformers(base: Path | None, directory: Path) -> None:
 
 
 def write_sentence_model(model: nn.Module, directory: Path, *, with_tokenizer: bool) -> None:
-    """Write the files that make a directory with a transformer's files a sentence-transformers model.
+    """Write what makes a directory with a transformer's files a sentence-transformers model, and its tokenizer.
 
     A module with weights besides the transformer (``Dense``) has its own files, which an export lacks: then the
     directory holds only the transformer, as the log says.
-
-    Args:
-        model: The ``SentenceTransformer``, out of its wrappers.
-        directory: Directory to write to.
-        with_tokenizer: Whether to write its tokenizer or processor too.
     """
     modules = list(model.named_children())
     others = [f"{name} ({original_class(module).__name__})" for name, module in modules[1:] if _has_weights(module)]

@@ -39,10 +39,6 @@ def configuration(cls: type, entries: Mapping[str, object]) -> object:
 
     Source: ``PretrainedConfig.from_pretrained``, which looks for the class's own part first by the key that it has in
     others' configurations, and then by its ``model_type``.
-
-    Args:
-        cls: The class of the configuration, as a model's ``config_class``.
-        entries: The content of config.json.
     """
     made = cast(Any, cls)
     inner = entries.get(made.base_config_key or "")
@@ -57,12 +53,8 @@ def configuration(cls: type, entries: Mapping[str, object]) -> object:
 def build_on_meta(cls: type, config: object) -> nn.Module:
     """Build a model of transformers' or diffusers' without memory, without initial values and without ties.
 
-    The libraries say nothing while they build it, and the random number generators are left as they were. Whatever the
-    class does not like about the configuration is raised.
-
-    Args:
-        cls: The class.
-        config: A configuration of transformers'; for diffusers, the content of config.json.
+    The configuration is transformers', or for diffusers the content of config.json; what the class does not like about
+    it is raised. The libraries say nothing while they build, and the random number generators are left as they were.
     """
     made = cast(Any, cls)
     with quiet(), torch.random.fork_rng(devices=[]), contextlib.ExitStack() as stack:

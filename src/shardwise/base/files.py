@@ -122,18 +122,11 @@ def open_base_source(
     dequantize: bool | None = None,
     allow_legacy_pickle: bool = False,
 ) -> BaseSource:
-    """Find the tensors of a base model. All ranks of the group call.
+    """Find the tensors of a base model (`find_base`, `base_config`). All ranks of the group call.
 
-    Args:
-        path: From `find_base`.
-        group: The ranks that load together.
-        config: From `base_config`.
-        dequantize: Whether values and scales become floating point: ``None`` if the config says that the base is
-            quantized, ``True`` wherever values have scales, ``False`` never.
-        allow_legacy_pickle: Unpickle ``.bin`` files without restrictions.
-
-    Raises:
-        CheckpointNotFoundError, FormatError, QuantizationError: It cannot be opened.
+    ``dequantize`` says whether values and scales become floating point: ``None`` if the config says that the base is
+    quantized, ``True`` wherever values have scales, ``False`` never. ``allow_legacy_pickle`` unpickles ``.bin`` files
+    without restrictions.
     """
     if group.broadcast_result(lambda: is_torch_base(path), "looking at the base model's files"):
         bins = open_bin(path, group, allow_legacy_pickle)

@@ -114,14 +114,8 @@ def find(search: Search) -> Path:
 def find_directory(name: str | None) -> Path | None:
     """The directory that describes a base model by its configuration, tokenizer or code, or ``None``. Local.
 
-    Args:
-        name: A directory, or a hub id in the hub's own cache. A single file has no directory of its own.
-
-    Returns:
-        The first place that has files of a model; where none has any, the last one that is there at all.
-
-    Raises:
-        FormatError: A reference in the cache is damaged.
+    The name is a directory, or a hub id in the hub's own cache; a single file has no directory of its own. The first
+    place that has files of a model is taken; where none has any, the last one that is there at all.
     """
     if not name or is_file(Path(name)):
         return None

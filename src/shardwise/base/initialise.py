@@ -1,9 +1,9 @@
 """Fresh values for a model that was built on the meta device, by the model's own code.
 
 First the model's own initialisation runs (``initialize_weights``, ``init_weights``, ``reset_parameters``). Memory is
-marked before, so that what that code did not touch is known afterwards; such tensors (rotary tables and other buffers
-that are in no file, in most models) come from building their module once more (`shardwise.base.rebuild`). Nothing here
-is specific to one model.
+marked before, so that what that code did not touch is known afterwards. Such tensors (rotary tables and other buffers
+that are in no file, in most models) are computed by a module's constructor; so its class is called once more with the
+arguments that the module keeps, or the whole model's with its config. Nothing here is specific to one model.
 
 A buffer that is in no file is recomputed as well where it has memory already: after ``to_empty`` it holds whatever that
 memory held.
@@ -15,19 +15,28 @@ import contextlib
 import inspect
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 
 from shardwise.base.random import SeededInit
-from shardwise.base.rebuild import rebuilt
-from shardwise.base.slots import Slot, slots_of
 from shardwise.errors import MisuseError
+from shardwise.plan.fragments import copy_whole
 from shardwise.sources.tensor_bytes import prefer_huge_pages
-from shardwise.stateful_wrappers.markers import is_untouched, mark
-from shardwise.stateful_wrappers.wrapping import unwrap
-from shardwise.upstream.torch_modules import INITIALISERS, STORES, apply_to_tensors, own_buffers, own_parameters
+from shardwise.stateful_wrappers.markers import has_mark, is_untouched, mark
+from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
+from shardwise.stateful_wrappers.wrapping import original_class, plain_name, unwrap
+from shardwise.upstream.torch_modules import (
+    INITIALISERS,
+    STORES,
+    apply_to_tensors,
+    own_buffers,
+    own_parameters,
+    unsaved_buffers,
+)
 from shardwise.upstream.torch_tensors import around, local_part, spread_of
 from shardwise.upstream.transformers import forget_initialised, mark_initialised
 
@@ -235,3 +244,159 @@ def _hides_embedding(module: nn.Module) -> bool:
     except (AttributeError, NotImplementedError):  # a pipeline stage without one
         return False
     return isinstance(found, nn.Module) and "weight" not in own_parameters(found)
+
+
+# --- the tensors of a model and where its modules keep them ----------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Slot:
+    """A tensor of the model: a parameter, a buffer, or a plain attribute of a module."""
+
+    name: str  #: Plain name of its first occurrence.
+    #: Modules and attributes that refer to this tensor.
+    places: list[tuple[nn.Module, str]] = field(default_factory=list)
+    kind: str = "parameter"  #: Where modules keep it.
+
+    @property
+    def persistent(self) -> bool:
+        """Whether it is in the module's state."""
+        return any(leaf not in unsaved_buffers(module) for module, leaf in self.places)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor as it is now."""
+        module, leaf = self.places[0]
+        found = getattr(module, leaf)
+        assert isinstance(found, torch.Tensor)
+        return found
+
+
+def has_meta(slots: Iterable[Slot]) -> bool:
+    """Whether one of a model's tensors is on the meta device."""
+    return any(slot.tensor.device.type == "meta" for slot in slots)
+
+
+def names_of(slots: Iterable[Slot], tensors: Collection[torch.Tensor]) -> frozenset[str]:
+    """The names under which `initialise` knows some of a model's tensors."""
+    ids = {id(tensor) for tensor in tensors}
+    return frozenset(slot.name for slot in slots if id(slot.tensor) in ids)
+
+
+def slots_of(module: nn.Module) -> list[Slot]:
+    """Every tensor of a model, each once."""
+    found: dict[int, Slot] = {}
+    for prefix, inner in unwrap(module).named_modules():
+        entries: list[tuple[str, object, str]] = [(k, v, "parameter") for k, v in own_parameters(inner).items()]
+        entries += [(k, v, "buffer") for k, v in own_buffers(inner).items()]
+        entries += [(k, v, "attribute") for k, v in vars(inner).items()]
+        for leaf, value, kind in entries:
+            if not isinstance(value, torch.Tensor) or (kind == "attribute" and value.device.type != "meta"):
+                continue
+            name = plain_name(f"{prefix}.{leaf}" if prefix else leaf)
+            slot = found.get(id(value))
+            if slot is None:
+                slot = found[id(value)] = Slot(name, kind=kind)
+            slot.places.append((inner, leaf))
+    return list(found.values())
+
+
+# --- values from building a tensor's module once more ----------------------------------------------------------------
+
+
+#: What a constructor may raise when it is called with arguments that turn out not to be its own.
+_CONSTRUCTOR_ERRORS = (ArithmeticError, AttributeError, AssertionError, LookupError, NotImplementedError, RuntimeError,
+                       TypeError, ValueError)  # fmt: skip
+
+#: Attributes of every module: no constructor's arguments, though a ``ParameterDict`` takes some called ``parameters``.
+_MODULES_OWN = frozenset(vars(nn.Module()))
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Puts uninitialised memory, of which layers make their weights, on the meta device."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Collection[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def rebuilt(model: nn.Module, left: list[Slot], *, with_weights: bool = True) -> list[Slot]:
+    """Fill tensors from modules built anew; returns those that this did not fill.
+
+    ``with_weights`` says whether a module may be given memory for its weights if it cannot be built without.
+    """
+    if not left:
+        return left
+    config = getattr(model, "config", None)
+    built: dict[int, nn.Module | None] = {}
+    for real in (False, True) if with_weights else (False,):
+        rest = []
+        for slot in left:
+            owner, leaf = slot.places[0]
+            if real or id(owner) not in built:
+                built[id(owner)] = _again(owner, config, real)
+            if not _fill(slot, built[id(owner)], leaf):
+                rest.append(slot)
+        left = rest
+        if not left:
+            return left
+    whole = _again(model, config, False, strict=False)
+    return [slot for slot in left if not _fill(slot, whole, slot.name)]
+
+
+def _again(module: nn.Module, config: object, real: bool, *, strict: bool = True) -> nn.Module | None:
+    """The module built once more on the CPU, or ``None`` where its arguments are not known.
+
+    The configuration is for a module that takes one and does not keep it; with ``real`` weights get memory. If
+    ``strict``, arguments that have defaults must be known too: a default that was not the argument would give values
+    that are wrong without a sign.
+    """
+    cls = original_class(module)
+    arguments = _arguments(module, cls, config, strict)
+    if arguments is None:
+        return None
+    mode = contextlib.nullcontext() if real else _EmptyOnMeta()
+    try:
+        with torch.device("cpu"), mode:
+            return cls(**arguments)
+    except _CONSTRUCTOR_ERRORS as error:
+        _LOG.debug("building %s once more failed: %s", cls.__name__, error)
+        return None
+
+
+def _arguments(module: nn.Module, cls: type[nn.Module], config: object, strict: bool) -> dict[str, object] | None:
+    found: dict[str, object] = {}
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or name in ("device", "dtype"):
+            continue
+        kept = (key for key in (name, f"_{name}") if key in vars(module) and key not in _MODULES_OWN)
+        value = next((vars(module)[key] for key in kept), parameter.empty)
+        if value is parameter.empty and name == "config" and config is not None:
+            value = config
+        known = value is not parameter.empty and not isinstance(value, torch.Tensor)
+        if known and parameter.kind is not parameter.POSITIONAL_ONLY:
+            found[name] = value
+        elif strict or parameter.default is parameter.empty:
+            return None
+    return found
+
+
+def _fill(slot: Slot, built: nn.Module | None, path: str) -> bool:
+    value: object = built
+    for piece in path.split("."):
+        value = getattr(value, piece, None)
+    if not isinstance(value, torch.Tensor) or value.device.type == "meta" or value.shape != slot.tensor.shape:
+        return False
+    whole = value.detach()
+    if has_mark(whole):  # it holds what was to be filled, or memory that nobody has filled
+        return False
+    copy_whole(whole, held_tensor(slot.name, slot.tensor, MeshRegister()))
+    return True

@@ -58,10 +58,6 @@ def find_base_path(config: Settings) -> str | None:
 
     Also ``None`` where the base is not found and ``allow_missing_base`` is set, or adapters are trained: their
     checkpoints hold only the name of the base.
-
-    Raises:
-        CheckpointNotFoundError: It is not there; the message lists all places that were looked at.
-        FormatError: A file was named that is no model's, or a reference in a cache is damaged.
     """
     search = configured(config)
     if search is None:
@@ -76,18 +72,10 @@ def find_base_path(config: Settings) -> str | None:
 
 
 def open_base(path: str | None, group: Group, allow_legacy_pickle: bool = False) -> BaseModel | None:
-    """Read the base model's headers. All ranks of the group call.
+    """Read the base model's headers; ``None`` where rank 0 has no base model. All ranks of the group call.
 
-    Args:
-        path: The base model, which may lie elsewhere on each rank; rank 0's where this rank knows of none.
-        group: The ranks that save together.
-        allow_legacy_pickle: Unpickle ``.bin`` files without restrictions.
-
-    Returns:
-        ``None`` where rank 0 has no base model.
-
-    Raises:
-        FormatError: It is a DCP directory, or damaged.
+    It may lie elsewhere on each rank, and is rank 0's where this rank knows of none. ``allow_legacy_pickle`` unpickles
+    ``.bin`` files without restrictions.
     """
 
     def look() -> JsonValue:

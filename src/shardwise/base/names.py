@@ -143,12 +143,7 @@ def under_names_of_files(
 ) -> tuple[Conversion, Converted]:
     """A part's tensors under the names that the files have; one that is not there keeps its hub name. Local.
 
-    Args:
-        module: The part, without wrappers.
-        natives: Its tensors under their own names.
-        names: All names in the files.
-        key_mapping: Regular expressions and replacements, from the files' names to the model's.
-        known: The conversion that was found before.
+    ``key_mapping`` maps the files' names to the model's; ``known`` is the conversion that was found before.
     """
     if known is None:
         specs = tuple(native.spec for native in natives)
@@ -165,12 +160,8 @@ def names_of_ties(
 ) -> dict[str, str]:
     """For tensors that the files lack, the names there of those that they are tied to. Local.
 
-    Args:
-        module: The part, without wrappers.
-        lacking: The name that a tensor would have in the files -> its native name.
-        ties: Native name -> the native name that it is tied to.
-        names: All names in the files.
-        key_mapping: As for `under_names_of_files`.
+    ``lacking`` has the name that a tensor would have in the files -> its native name, ``ties`` native name -> the
+    native name that it is tied to.
     """
     wanted = {name: ties[native] for name, native in lacking.items() if native in ties}
     found = names_in_files(module, wanted.values(), names, key_mapping) if wanted else {}

@@ -54,11 +54,7 @@ class QuantSettings:
 
 
 def quant_settings(config: Mapping[str, object]) -> QuantSettings | None:
-    """What the base's ``config.json`` says about quantization; ``None`` where it says nothing.
-
-    Raises:
-        QuantizationError: The settings are malformed.
-    """
+    """What the base's ``config.json`` says about quantization; ``None`` where it says nothing."""
     found = _quantization_config(config)
     if found is None:
         return None
@@ -133,16 +129,8 @@ def find_quantized(
 ) -> tuple[dict[str, Quantized], frozenset[str]]:
     """Find the quantized tensors of a source by name and dtype.
 
-    Args:
-        tensors: All tensors of the source.
-        block: The declared block size; otherwise it follows from the shapes.
-
-    Returns:
-        The quantized tensors under the names that they have once dequantized, and the names of all stored tensors
-        behind them.
-
-    Raises:
-        QuantizationError: Values and scales do not fit together.
+    They are returned under the names that they have once dequantized, with the names of all stored tensors behind them.
+    Block sizes that are not declared follow from the shapes.
     """
     found: dict[str, Quantized] = {}
     behind: set[str] = set()

@@ -25,11 +25,7 @@ class SeededInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Each draw is cut into blocks of rows of the whole tensor, and each block has a generator seeded from the seed, the
     tensor's name, how often it has been drawn, and the block's number. Draws are made on the CPU, so devices agree too.
-
-    Args:
-        tensors: Tensors by name; parameters and buffers, plain or DTensors, with memory.
-        seed: The seed; equal on all ranks.
-        keep: Names of tensors that are left as they are: what is about to be loaded.
+    Tensors whose names are to be kept are left as they are: what is about to be loaded.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], seed: int, keep: Collection[str]) -> None:

@@ -79,11 +79,7 @@ class BaseSource:
     ) -> None:
         """Compare names, shapes and dtypes: floating-point values are cast, and further tensors let pass.
 
-        Raises:
-            MissingTensorError: The base lacks tensors; each is named with the nearest name that the base has to offer.
-            ShapeMismatchError: Shapes differ.
-            DtypeMismatchError: Dtypes differ in a way that a cast between floating-point dtypes does not settle.
-            QuantizationError: The base is quantized in a way that cannot be undone here.
+        Tensors that the base lacks are named with the nearest name that it has to offer.
         """
         _refuse_unsupported(specs, self)
         available = self.names()

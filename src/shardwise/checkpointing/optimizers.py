@@ -41,7 +41,7 @@ from shardwise.stateful_wrappers.inner_optimizers import AnyOptimizer
 from shardwise.stateful_wrappers.model import Model
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord
 from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, plan_restore
-from shardwise.stateful_wrappers.replicated_options import RankRecord, agreed
+from shardwise.stateful_wrappers.replicas import RankRecord, agreed
 from shardwise.stateful_wrappers.tensors import MeshRegister
 
 _LOG = logging.getLogger(__name__)

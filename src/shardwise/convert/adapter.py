@@ -17,7 +17,7 @@ from shardwise.convert.trace import traced
 from shardwise.dtypes import torch_dtype
 from shardwise.errors import ConversionError
 from shardwise.geometry import TensorSpec
-from shardwise.stateful_wrappers.skeleton import skeleton
+from shardwise.stateful_wrappers.wrapping import skeleton
 
 _LOG = logging.getLogger(__name__)
 
@@ -103,15 +103,10 @@ class AdapterRule:
 
 
 def derive_from_adapter(adapter: StateDictAdapter, natives: Sequence[NativeSpec], **options: object) -> Conversion:
-    """Derive a conversion from a model's adapter. No collectives; any rank may call.
+    """Derive a conversion from a model's adapter, to which ``options`` are passed. No collectives; any rank may call.
 
-    Args:
-        adapter: The adapter.
-        natives: The model's tensors with their global shapes; tied ones once.
-        options: Passed to `StateDictAdapter.convert_single_tensor_to_hf`.
-
-    Raises:
-        ConversionError: The adapter fails on a tensor, or gives two tensors one name.
+    The tensors have global shapes, tied ones once. The adapter may fail on one, or give two one name
+    (`ConversionError`).
     """
     views: list[HubTensor] = []
     computed: list[Computed] = []

@@ -14,14 +14,10 @@ _MAX_WRAPS = 256
 
 
 def axis_views(tensor: Provenance, native_shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, AxisView | None], ...]:
-    """Express every piece of a traced tensor as a view of its native tensor.
+    """Express every piece of a traced tensor as a view of its native tensor; `Untraceable` where one is none on a grid.
 
-    Returns:
-        Pairs of a source number and a view, all views on one hub grid; a single ``None`` view where the hub tensor is
-        the whole of one native tensor in its own shape.
-
-    Raises:
-        Untraceable: Some piece is not a view on a grid.
+    Pairs of a source number and a view, all views on one hub grid; a single ``None`` view where the hub tensor is the
+    whole of one native tensor in its own shape.
     """
     tensor = simplify(tensor)
     if _is_whole(tensor, native_shapes):

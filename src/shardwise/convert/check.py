@@ -14,13 +14,10 @@ from shardwise.plan.views import AxisView
 
 
 def check_round_trip(conversion: Conversion, natives: Sequence[NativeSpec]) -> None:
-    """Check that every element of every native tensor is in exactly one place of the files.
+    """Check that every element of every native tensor, tied ones once, is in exactly one place of the files.
 
     Tensors that the model keeps out of its files are excepted, and so are computed groups, whose rules answer for
-    themselves. Tied tensors are expected once in ``natives``.
-
-    Raises:
-        ConversionError: Names the tensors that the files would lack, or hold twice.
+    themselves.
     """
     elsewhere = {spec.name for group in conversion.computed for spec in group.natives}
     elsewhere.update(conversion.ignored)

@@ -1,9 +1,9 @@
 """Derive a conversion from transformers' own rules, by running them once on tensors without memory.
 
-Nothing here is specific to a model. The rules that `transformers.core_model_loading.revert_weight_conversion` would
-apply when the model is saved are applied to `TracedTensor`s, and where each element went is read off the results. This
-stays cheap for many tensors: a name that no rule touches costs only a match against the patterns, and a rule is run
-once for each combination of shapes and then replayed under other names.
+The rules that `transformers.core_model_loading.revert_weight_conversion` would apply when the model is saved are
+applied to `TracedTensor`s, and where each element went is read off the results. This stays cheap for many tensors: a
+name that no rule touches costs only a match against the patterns, and a rule is run once for each combination of shapes
+and then replayed under other names.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from shardwise.dtypes import dtype_code, torch_dtype
 from shardwise.errors import ConversionError
 from shardwise.geometry import TensorSpec
 from shardwise.plan.views import AxisView
-from shardwise.stateful_wrappers.skeleton import skeleton
-from shardwise.stateful_wrappers.wrapping import unwrap
+from shardwise.stateful_wrappers.wrapping import skeleton, unwrap
 from shardwise.upstream.transformers import left_out
 from shardwise.upstream.transformers_rules import in_loading_order, legacy_renamings
 
@@ -55,14 +54,9 @@ def identity(natives: Sequence[NativeSpec]) -> Conversion:
 def derive(model: torch.nn.Module, natives: Sequence[NativeSpec]) -> Conversion:
     """Derive how a model's tensors become those of its Hugging Face files. No collectives; any rank may call.
 
-    Neither the model nor its rules are changed.
-
-    Args:
-        model: A transformers model, wrapped or not, or any other module (whose files then have the model's names).
-        natives: The tensors under their FQNs without wrappers, with their global shapes; tied ones once.
-
-    Raises:
-        ConversionError: A rule cannot be reversed or does not fit the tensors, or two tensors get one name.
+    Neither the model, a transformers model, wrapped or not, or any other module (whose files then have its names), nor
+    its rules are changed. The tensors have global shapes, tied ones once. A rule that cannot be reversed or does not
+    fit, and two tensors of one name, raise `ConversionError`.
     """
     bare = unwrap(model)
     absent = left_out(bare)

@@ -15,7 +15,7 @@ import torch
 from shardwise.convert.mapping import rename
 from shardwise.convert.rules import Computed, Conversion, HubPart, HubTensor, NativeSpec, Rule
 from shardwise.convert.transformers_rule import loading_names
-from shardwise.stateful_wrappers.skeleton import skeleton
+from shardwise.stateful_wrappers.wrapping import skeleton
 
 
 @dataclass(frozen=True, slots=True)

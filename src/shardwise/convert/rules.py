@@ -1,4 +1,8 @@
-"""Conversions: which native tensor, seen through which view, gives which tensor of the Hugging Face files. Pure."""
+"""Conversions: which native tensor, seen through which view, gives which tensor of the Hugging Face files. Pure.
+
+`to_hub` applies one: held tensors under native names -> under the hub's, the step from capture to the engine's
+currency.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +42,9 @@ class Rule(Protocol):
 
     def forward(self, natives: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Native tensors by FQN to hub tensors by name."""
-        ...
 
     def backward(self, hub: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Hub tensors by name to native tensors by FQN."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +130,6 @@ def to_hub(conversion: Conversion, held: Sequence[HeldTensor]) -> Converted:
 
     A hub tensor is described wherever any native tensor behind it is known, with no fragments where this rank holds
     none of its elements. Its dtype is that of the native tensor; a caller that wants another replaces the spec.
-
-    Raises:
-        ConversionError: A tensor is unknown to the conversion, or already converted.
     """
     by_name = {tensor.spec.name: tensor for tensor in held}
     groups = (

@@ -95,9 +95,6 @@ def rule_set(model: torch.nn.Module) -> RuleSet | None:
 
     The rules with which `from_pretrained` loaded the model, else those registered for its classes and model types; a
     `PrefixChange` only if it was used in loading, since the name alone does not show it.
-
-    Raises:
-        ConversionError: A rule has no reverse.
     """
     if not may_have_rules(model):
         return None

@@ -142,14 +142,9 @@ def find_sites(
 ) -> list[Site]:
     """All LoRA modules of a part, wrapped or not, in the order of its modules.
 
-    Args:
-        model: A part.
-        dim: The configured rank, which decides where shapes do not.
-        v4_compatible: Always write experts one by one.
-        strict: Whether a pair that no adapter file could hold is an error; otherwise it is left out.
-
-    Raises:
-        AdapterError: A pair is incomplete or its shapes do not fit.
+    The configured rank, ``dim``, decides where shapes do not. With ``v4_compatible`` experts are always written one by
+    one. A pair that no adapter file could hold (incomplete, or of shapes that do not fit) raises `AdapterError`;
+    without ``strict`` it is left out.
     """
     root = bare_model(model)
     # Nearly every model has none, and is asked several times while it is loaded.
@@ -268,10 +263,7 @@ def find_trained_modules(model: nn.Module, sites: Sequence[Site]) -> list[Traine
     """Modules without LoRA whose parameters are trained while the rest of the model is frozen: peft's modules_to_save.
 
     Where nothing is frozen, the model was not prepared for adapter training: the adapter is then only the LoRA factors,
-    and a warning says so.
-
-    Raises:
-        AdapterError: A trained parameter cannot be described: it belongs to a LoRA module or to the model itself.
+    and a warning says so. Parameters of a LoRA module or of the model itself cannot be such, and raise `AdapterError`.
     """
     root = bare_model(model)
     lora = {native.fqn for site in sites for native in natives(site)}
@@ -320,14 +312,7 @@ def _state(fqn: str, module: nn.Module) -> Iterator[Native]:
 
 
 def capture_own(model: nn.Module, dim: int | None, v4_compatible: bool, legacy_layout: bool) -> list[AdapterEntry]:
-    """The adapter tensors of one part: its LoRA in peft's format, as views, and modules that are trained as a whole.
-
-    Args:
-        model: A part, wrapped or not.
-        dim: The configured rank.
-        v4_compatible: Write experts one by one.
-        legacy_layout: Write adapters of fused expert parameters as peft up to 0.19.0 does.
-    """
+    """The adapter tensors of one part; the layouts are those of `shardwise.peft.capture.capture_adapter`."""
     config = text_config(bare_model(model))
     sites = find_sites(model, dim, v4_compatible)
     out: list[AdapterEntry] = []

@@ -7,10 +7,9 @@ from collections.abc import Collection, Iterable, Sequence
 import torch.nn as nn
 
 from shardwise.errors import ModuleStateError, NameCollisionError
-from shardwise.peft.allocator import allocator_entries
 from shardwise.peft.builtin_lora import capture_own
 from shardwise.peft.config import rank_setting
-from shardwise.peft.extra import extra_entries
+from shardwise.peft.extra import allocator_entries, extra_entries
 from shardwise.peft.models import adapter_configs, capture_peft, is_peft_adapted
 from shardwise.peft.names import join, named_modules, text_config
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, AdapterFile, AdapterTensors

@@ -39,14 +39,9 @@ def check_opens(
 ) -> None:
     """Check that peft, given a base model and the adapter's settings, would adapt the modules that have tensors. Local.
 
-    peft reads the settings alone. It skips tensors without a module in them, with a warning, and a module without saved
-    tensors would start from its initial values.
-
-    Args:
-        parts: This rank's parts.
-        adapter_name: For messages, and to find its modules.
-        names: The tensors of the file, of all ranks together.
-        settings: What ``adapter_config.json`` will say.
+    peft reads the settings alone, the content of ``adapter_config.json``. It skips tensors without a module in them,
+    with a warning, and a module without saved tensors would start from its initial values. ``names`` are those of all
+    ranks.
     """
     if importlib.util.find_spec("peft") is None:
         return

@@ -56,9 +56,6 @@ def own_settings(parts: Sequence[nn.Module], peft_config: object | None, v4_comp
     """The settings of a model's own LoRA modules for adapter_config.json, read from this rank's parts.
 
     Lists of names are sorted. Patterns hold ranks and alphas other than the configured ones.
-
-    Raises:
-        AdapterError: A LoRA module cannot be described.
     """
     dim = rank_setting(peft_config)
     targets: set[str] = set()
@@ -137,11 +134,8 @@ def own_config(
 ) -> dict[str, object]:
     """The minimal adapter_config.json of a model's own LoRA.
 
-    Args:
-        parts: This rank's parts.
-        peft_config: The configuration: ``dim``, ``alpha``, ``use_dora``.
-        settings: From `own_settings`, of all ranks together.
-        original_model_path: The base model, for a model that does not name it.
+    Its configuration has ``dim``, ``alpha`` and ``use_dora``. The settings are those of `own_settings`, of all ranks
+    together; the path is for a model that does not name its base.
     """
     task, mapping = task_type(parts)
     out: dict[str, object] = {

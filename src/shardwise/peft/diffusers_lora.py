@@ -72,11 +72,7 @@ def _component(model: nn.Module) -> str | None:
 
 
 def require_component(parts: Sequence[nn.Module], peft_config: object | None = None) -> str:
-    """As `component_of`, for a model that has to have one.
-
-    Raises:
-        AdapterError: No pipeline of diffusers would load the model's adapter, or it is not adapted with peft.
-    """
+    """As `component_of`, for a model that has to have one and to be adapted with peft."""
     component = component_of(parts)
     if component is None or not is_peft_adapted(parts, peft_config):
         classes = ", ".join(sorted({original_class(bare_model(part)).__name__ for part in parts}))
@@ -177,16 +173,10 @@ class LoraFile:
 
 
 def read_lora(path: Path, component: str, key_mapping: Mapping[str, str]) -> LoraFile | None:
-    """Read the header of an adapter's file. Local; ``None`` where the names are those of peft's files.
+    """Read the header of an adapter's safetensors file. Local; ``None`` where the names are those of peft's files.
 
-    Args:
-        path: A safetensors file.
-        component: The name that pipelines have for the model.
-        key_mapping: Regular expressions and replacements for the file's names; first match.
-
-    Raises:
-        AdapterError: The names are those of another tool, or of no model of a pipeline; or the settings are no JSON.
-        HeaderError: The file is truncated or damaged.
+    The file's names are mapped by ``key_mapping`` first. Names of another tool, or of no model of a pipeline, and
+    settings that are no JSON raise `AdapterError`.
     """
     header = read_header(path)
     taken = dict(zip(header.names, rename(header.names, key_mapping), strict=True))

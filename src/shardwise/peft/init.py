@@ -96,9 +96,6 @@ def initialise_magnitudes(parts: Sequence[nn.Module]) -> None:
 
     Call when the base weights are loaded and the factors' product is zero. Every rank that holds a part calls: norms of
     rows that are spread over ranks are summed by DTensor.
-
-    Raises:
-        AdapterError: A module with a magnitude has no base weight, of one row for each of its values.
     """
     for part in parts:
         modules = dict(named_modules(bare_model(part)))

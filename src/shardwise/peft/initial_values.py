@@ -97,8 +97,7 @@ def initialise_peft(parts: Sequence[nn.Module], *, seed: int = 0) -> None:
 def check_can_begin(parts: Sequence[nn.Module], peft_config: object | None = None) -> None:
     """Check that peft can give the parts' adapters their initial values after the model has been built.
 
-    Raises:
-        AdapterError: A method keeps its tensors outside of the adapted layers, or ties them by views.
+    A method may keep its tensors outside of the adapted layers, or tie them by views.
     """
     for name, config in adapter_configs(parts, peft_config).items():
         reason = _why_not_on_meta(config)

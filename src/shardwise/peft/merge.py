@@ -87,9 +87,7 @@ class MergedPart:
 def merged_parts(parts: Sequence[nn.Module]) -> list[MergedPart]:
     """Describe a model, whose parts have memory, as peft would merge its active adapters. Local; nothing is computed.
 
-    Raises:
-        AdapterError: An adapter cannot be merged into the base weights.
-        QuantizationError: Base weights are quantized in memory, and not whole linear layers of bitsandbytes.
+    An adapter that cannot be merged raises `AdapterError`, base weights that cannot be dequantized `QuantizationError`.
     """
     if not is_peft_adapted(parts):
         if any(find_sites(part) for part in parts):
@@ -143,10 +141,7 @@ class _Copier:
     """Copies modules without wrappers and hooks, with other tensors in the place of theirs.
 
     Of peft's modules also what is in plain attributes is copied: settings that merging changes, modules that are tied.
-
-    Args:
-        tensor: What to put in the place of a tensor; asked once for each.
-        modules: By id of a module, what to put in its place.
+    ``tensor`` is asked once for each tensor; ``modules`` has by id of a module what to put in its place.
     """
 
     def __init__(
@@ -207,10 +202,7 @@ class _Copier:
 class _DenseCopier(_Copier):
     """Copies also quantized modules as what they are when they are dequantized, and peft's layers over them.
 
-    Args:
-        tensor: As for `_Copier`.
-        weight: What to put in the place of a quantized weight.
-        methods: Names of the methods that adapt the model, for errors.
+    ``weight`` says what to put in the place of a quantized weight; ``methods`` adapt the model, for errors.
     """
 
     def __init__(
@@ -397,11 +389,7 @@ class _Part:
         )
 
     def _try(self, paths: Sequence[str], copies: Sequence[nn.Module]) -> _Outcome:
-        """Merge layers without memory; of methods that look at values, with zeros for memory.
-
-        Raises:
-            AdapterError: peft cannot merge them.
-        """
+        """Merge layers without memory; of methods that look at values, with zeros for memory."""
         try:
             return self._dry(copies, "meta")
         except Exception:  # noqa: BLE001 - peft's own code, which may look at values

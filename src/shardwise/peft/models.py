@@ -74,15 +74,7 @@ def method_of(config: PeftConfig) -> str:
 
 
 def adapter_configs(parts: Sequence[nn.Module], given: object | None) -> dict[str, PeftConfig]:
-    """Each adapter's configuration, from the model, or ``given`` where the parts do not carry one.
-
-    Args:
-        parts: This rank's parts.
-        given: A ``PeftConfig``, or a mapping of adapter names to such.
-
-    Raises:
-        AdapterError: There is none.
-    """
+    """Each adapter's configuration, from the model, or ``given`` (one, or several by name) where it has none."""
     from peft import PeftConfig
 
     for part in parts:
@@ -194,15 +186,8 @@ def capture_peft(
 ) -> list[AdapterEntry]:
     """The tensors of one adapter that a part has, as peft itself would name them.
 
-    Args:
-        part: A part, wrapped or not.
-        configs: All adapters' configurations.
-        adapter_name: The adapter wanted.
-        v4_compatible: Write adapters of fused expert parameters as one pair for each expert and projection.
-        legacy_layout: Write adapters of fused expert parameters as peft up to 0.19.0 does.
-        base: The base model, for an adapter that does not name it: its vocabulary tells whether embeddings were
-            resized.
-        is_stage: Whether the part is a pipeline stage.
+    The layouts are those of `shardwise.peft.capture.capture_adapter`. The base model is for an adapter that does not
+    name it: its vocabulary tells whether embeddings were resized. ``is_stage``: the part is a pipeline stage.
 
     Raises:
         AdapterError: peft computes the tensors instead of naming parameters, or cannot name them.
@@ -425,10 +410,7 @@ def config_as_saved(
 ) -> dict[str, object]:
     """An adapter's settings as ``PeftModel.save_pretrained`` writes them; sets become sorted lists.
 
-    Args:
-        model: The part that describes the base model, without wrappers.
-        config: The adapter's configuration; it is not changed.
-        original_model_path: The base model, for a model that does not name it.
+    ``model`` is the part that describes the base model; the path is for one that does not name it.
     """
     out: dict[str, object] = dict(config.to_dict())
     out["inference_mode"] = True
@@ -500,12 +482,7 @@ def expert_targets(parts: Sequence[nn.Module], adapter_name: str) -> list[Expert
 
 
 def v4_config(config: Mapping[str, object], targets: Sequence[ExpertTargets]) -> dict[str, object]:
-    """Rewrite settings with ``target_parameters`` for an adapter that is stored expert by expert.
-
-    Args:
-        config: Settings as peft saves them.
-        targets: What the fused parameters of all ranks stand for.
-    """
+    """Rewrite settings with ``target_parameters`` for an adapter that is stored expert by expert."""
     out = dict(config)
     if not config.get("target_parameters") or not targets:
         return out

@@ -87,9 +87,6 @@ def combined_sizes(fqn: str, rows: int, config: object | None) -> tuple[int, ...
 
     The language model's configuration has ``num_attention_heads``, ``num_key_value_heads`` (the number of heads if
     absent) and ``head_dim`` (``hidden_size / num_attention_heads`` if absent).
-
-    Raises:
-        AdapterError: The configuration does not account for ``rows``.
     """
     leaf = fqn.rpartition(".")[2]
     if leaf == "gate_up_proj":

@@ -52,8 +52,7 @@ def adapter_settings(
         group: The ranks that hold the model together, all pipeline stages among them.
         v4_compatible: The tensors are written expert by expert.
         original_model_path: The base model, for a model that does not name it.
-        legacy_layout: Adapters of fused expert parameters are laid out as peft up to 0.19.0 does, which
-            ``peft_version`` then says.
+        legacy_layout: ``peft_version`` says that fused expert parameters are laid out as by peft up to 0.19.0.
         diffusers_compatible: As diffusers records the settings of peft's adapters: those of the run, for training.
 
     Raises:

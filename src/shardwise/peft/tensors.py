@@ -91,10 +91,8 @@ def axis_view(
 ) -> AxisView:
     """Describe a view by the native grid and, for each dimension of the file's grid, what it walks along.
 
-    Args:
-        factors: For each native dimension, its factors.
-        order: For each dimension of the file's grid a native grid dimension, or ``(dimension, start, length)``.
-        fixed: Native grid dimensions that the file's tensor does not have, with the index that it takes.
+    ``factors`` are those of each native dimension, ``order`` has a native grid dimension or ``(dimension, start,
+    length)``, ``fixed`` the native grid dimensions that the file's tensor does not have, with the index that it takes.
     """
     flat = [n for group in factors for n in group]
     axes = [

@@ -63,13 +63,8 @@ def members(group: Options) -> list[torch.Tensor]:
 def find_state_holders(passed: Sequence[AnyOptimizer], names: Mapping[int, str]) -> list[StateHolder]:
     """All state holders in the optimizers that were passed, the innermost first.
 
-    Args:
-        passed: The optimizers.
-        names: Names of the model's parameters by identity, for messages.
-
-    Raises:
-        MisuseError: Two optimizers, neither of which is inside the other, update one parameter; or one has not been
-            built to the end.
+    ``names`` are the parameters', by identity. Two optimizers, neither of which is inside the other, may not update one
+    parameter.
     """
     found: list[StateHolder] = []
     for number, each in enumerate(passed):

@@ -44,9 +44,8 @@ class Installing:
     def run(self, steps: Sequence[Step]) -> None:
         """Carry out steps. Local, unless a module's own methods communicate.
 
-        Raises:
-            ModuleStateError: A module's method or hook failed, or refused its values.
-            TensorError: A module's entries are missing or unexpected.
+        A method or hook that fails or refuses its values raises `ModuleStateError`, entries that are missing or
+        unexpected `TensorError`.
         """
         for step in steps:
             if step.kind == "take":

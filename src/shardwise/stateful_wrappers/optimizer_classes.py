@@ -37,11 +37,7 @@ def is_torchs_own(optimizer: Optimizer) -> bool:
 def is_foreign(optimizer: Optimizer, options: Collection[str], keys: Collection[str], own: Collection[str]) -> bool:
     """Whether a state without a recorded class provably belongs to another class than this optimizer's.
 
-    Args:
-        optimizer: The optimizer to restore.
-        options: Names of the saved group's options.
-        keys: Names under which parameters of the group have state in the checkpoint.
-        own: Names under which they have state now.
+    Given are the names of the saved group's options, of its parameters' state in the checkpoint, and of their own now.
     """
     name, is_torchs = type(optimizer).__name__, is_torchs_own(optimizer)
     known = {*own} | (_STATE_KEYS.get(name, set()) if is_torchs else set())

@@ -38,6 +38,8 @@ class _Param(NamedTuple):
     param: torch.Tensor
     name: str
     state: dict[object, object] | None
+    label: str = ""  #: What the files call the state.
+    tensors: tuple[str, ...] = ()  #: Names of its tensors in the files.
 
 
 class _Own(NamedTuple):
@@ -78,11 +80,10 @@ class OptimizerRestore:
         """Drop state tensors of ``parameters`` that are not among ``names``: this rank saved none."""
         dropped = {name for name, _ in self.targets if self.params_of.get(name) in parameters and name not in names}
         for number, each in enumerate(self.params):
-            if each.name not in parameters or each.state is None:
-                continue
-            state = {key: v for key, v in each.state.items() if f"state.{each.name}.{key}" not in dropped}
-            has_any = any(isinstance(value, torch.Tensor) for value in state.values())
-            self.params[number] = each._replace(state=state if has_any else None)
+            lost = dropped.intersection(each.tensors)
+            if each.state is not None and lost:
+                rest = {key: v for key, v in each.state.items() if f"state.{each.label}.{key}" not in lost}
+                self.params[number] = each._replace(state=rest if len(lost) < len(each.tensors) else None)
         self.targets = [(name, tensor) for name, tensor in self.targets if name not in dropped]
 
     def held_as_saved(self) -> list[HeldTensor]:
@@ -94,15 +95,10 @@ class OptimizerRestore:
         return held_tensors(((name, tensor.detach()) for name, tensor in self.targets), MeshRegister())
 
     def apply(self) -> Undo:
-        """Set the options and put the state's tensors in place.
+        """Set the options and put the state's tensors in place, unless an optimizer's own code refuses its state.
 
-        Their values may still have to be filled in, unless an optimizer has its own ``load_state_dict``.
-
-        Returns:
-            A function that restores the former state; valid until the first tensor that existed before is filled.
-
-        Raises:
-            MisuseError: An optimizer's own code refuses its state.
+        Values may still have to be filled in, unless an optimizer has its own ``load_state_dict``. The function that is
+        returned restores the former state; it is valid until the first tensor that existed before is filled.
         """
         undo = self._undo()
         try:
@@ -178,17 +174,13 @@ def plan_restore(
 ) -> OptimizerRestore:
     """Compare optimizers with a saved one, and make the memory that they lack. Nothing of theirs is changed. Local.
 
-    Args:
-        state: The optimizers.
-        record: The saved one.
-        allow_new: Parameters that the saved optimizer did not update start without state.
-        aside: Whether state is read into new memory instead of the optimizers' tensors.
+    With ``allow_new`` parameters that the saved optimizer did not update start without state. With ``aside`` state is
+    read into new memory instead of the optimizers' tensors.
 
     Raises:
         CheckpointNotFoundError: A scheduler was saved and no optimizer.
         MissingTensorError: A parameter that was in no group of the saved optimizer.
-        MisuseError: The saved optimizer is of another class, or one group's parameters were saved in groups with
-            different options.
+        MisuseError: Another class, or one group's parameters were saved in groups with different options.
         ShapeMismatchError: A parameter, or its state, has another shape.
     """
     return _Planner(state, record, allow_new, aside).plan()
@@ -217,8 +209,13 @@ class _Planner:
         kept = {label.partition(">")[0][1:] for label in {**record.tensors, **record.values} if label.startswith("<")}
         slots = {group.slot for group in record.groups if group.slot}
         counts: dict[str, int] = {}
-        for holder in state.state_holders:
-            self._check_slot(holder, slots)
+        for holder in state.state_holders if self.params and not record.is_old else ():
+            if holder.slot and holder.slot not in slots:
+                raise MisuseError(
+                    f"the checkpoint's optimizer had no {holder.slot} around it, and the one to be restored has",
+                    hint="Restore the optimizer inside of it, or build the optimizer that the checkpoint was saved "
+                    "with.",
+                )
         for holder, group in state.groups():
             position = counts[holder.slot] = counts.get(holder.slot, -1) + 1
             if holder.slot in ("", *slots):
@@ -230,13 +227,6 @@ class _Planner:
             )
         self._plan_loose()
         return self.found
-
-    def _check_slot(self, holder: StateHolder, slots: set[str]) -> None:
-        if holder.slot and holder.slot not in slots and not self.record.is_old and self.params:
-            raise MisuseError(
-                f"the checkpoint's optimizer had no {holder.slot} around it, and the one to be restored has",
-                hint="Restore the optimizer inside of it, or build the optimizer that the checkpoint was saved with.",
-            )
 
     # --- groups -----------------------------------------------------------------------------------------------------
 
@@ -265,8 +255,11 @@ class _Planner:
                 self.found.params.append(_Param(holder.optimizer, param, saved_name, None))
             elif saved is not None:
                 entry = Entry(holder, param, name, {})
-                planned = self._planned(entry, label_of(holder.slot, saved_name), options)
-                self.found.params.append(_Param(holder.optimizer, param, saved_name, planned))
+                label, first = label_of(holder.slot, saved_name), len(self.found.targets)
+                planned = self._planned(entry, label, options)
+                own = tuple(target for target, _ in self.found.targets[first:])
+                in_files = self.record.file_label(label)
+                self.found.params.append(_Param(holder.optimizer, param, saved_name, planned, in_files, own))
 
     def _mirror(self, holder: StateHolder, group: Options, saved: SavedGroup | None) -> None:
         """The outer group takes the same options; those of a rank without parameters of the group come from it."""

@@ -103,15 +103,10 @@ class Memory:
 
 
 class Snapshot:
-    """Remembers a model's modules and where its tensors lie.
+    """Remembers a model's modules and where its tensors, or the memory made of these, lie.
 
-    Args:
-        parts: The model's parts.
-        tensors: Their tensors, or the memory that was made of these.
-        modules: Their modules, if they were listed a moment ago and keep their state in torch's own way.
-
-    Attributes:
-        is_plain: Whether all modules keep their state in torch's own way; otherwise the snapshot never holds.
+    The modules are given if they were listed a moment ago and keep their state in torch's own way. ``is_plain``: all
+    do; otherwise the snapshot never holds.
     """
 
     def __init__(

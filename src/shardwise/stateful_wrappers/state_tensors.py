@@ -78,12 +78,9 @@ class SavedTensor:
 
 
 def describe(tensor: torch.Tensor, param: torch.Tensor | None, settled: str | None = None) -> SavedTensor:
-    """Describe a state tensor for the checkpoint.
+    """Describe a state tensor for the checkpoint; it may belong to no parameter.
 
-    Args:
-        tensor: The tensor.
-        param: Its parameter; ``None`` for what belongs to no parameter.
-        settled: The kind that the ranks agreed on for a plain tensor of the shape of a shard.
+    ``settled`` is the kind that the ranks agreed on for a plain tensor of the shape of a shard.
     """
     dtype = dtype_code(tensor.dtype)
     kind = _kind(tensor, param, settled)
@@ -164,11 +161,8 @@ class Place:
 def make(saved: SavedTensor, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
     """Memory of the kind that a state tensor had; the optimizer's own where it is of that kind.
 
-    Returns:
-        What the optimizer gets, and the same memory as the part of the saved tensor that it is.
-
-    Raises:
-        MisuseError: The kind does not determine the tensor on this topology.
+    Returns what the optimizer gets, and the same memory as the part of the saved tensor that it is. Where nothing shows
+    the kind on this topology, that is a `MisuseError`.
     """
     param, have, dtype = place.param, place.have, torch_dtype(saved.dtype)
     kind = _settled(saved, place)

@@ -16,7 +16,7 @@ from typing import NoReturn, cast
 import torch
 from torch.distributed.tensor import DTensor
 
-from shardwise.errors import MisuseError, StateFormatError
+from shardwise.errors import MisuseError, ShardwiseError, StateFormatError
 from shardwise.stateful_wrappers.memory import PLAIN, Wrapper
 from shardwise.stateful_wrappers.state_tensors import as_shard_of, is_sharded, is_spread_alike, region_of
 from shardwise.upstream.torch_tensors import PendingTensor, local_part
@@ -48,11 +48,8 @@ def _holds_tensors(value: object) -> bool:
 class TreeWriter:
     """Splits values into a tree and tensors.
 
-    Args:
-        name: The owner of the state, for messages.
-        param: The parameter; ``None`` for what belongs to none.
-        name_of: Gives a parameter's name where one is a key.
-        own: Keys of plain tensors that differ from shard to shard.
+    ``name`` is the owner's, for messages; ``param`` is ``None`` for what belongs to none; ``name_of`` gives the name of
+    a parameter that is a key; ``own`` says of keys whether plain tensors differ from shard to shard.
     """
 
     def __init__(
@@ -140,14 +137,7 @@ class TreeWriter:
 
 
 class TreeReader:
-    """Puts values together again.
-
-    Args:
-        name: The owner of the state, for messages.
-        param: The parameter; ``None`` for what belongs to none.
-        tensor: Gives the tensor of a key, to be filled later.
-        parameter: Gives the parameter of a name.
-    """
+    """Puts values together; ``tensor`` gives that of a key, to be filled later, ``parameter`` that of a name."""
 
     def __init__(
         self,
@@ -161,28 +151,41 @@ class TreeReader:
     def put_together(self, tree: object) -> object:
         """The value that `TreeWriter.split` split.
 
-        Raises:
-            MisuseError: A tensor's class is not there, or each shard had a state of its own and the shards are others.
-            StateFormatError: It is no tree.
+        A tensor's class may be absent, as may the state of this rank's shard (`MisuseError`); it may be no tree at all.
         """
+        try:
+            return self._read(tree)
+        except ShardwiseError:
+            raise
+        except (TypeError, ValueError, LookupError, RecursionError) as error:
+            raise self._no_tree(f"{type(error).__name__}: {error}") from error
+
+    def _no_tree(self, why: str) -> StateFormatError:
+        return StateFormatError(
+            f"the optimizer's state holds what is no tree ({why})",
+            tensor=self._name,
+            hint="Restore the file or choose another checkpoint.",
+        )
+
+    def _read(self, tree: object) -> object:
         match tree:
             case ["value", value]:
                 return value
             case ["tensor", str(key)]:
                 return self._tensor(key)
             case ["dict", list(rows)]:
-                return {self.key(key): self.put_together(each) for key, each in rows}
+                return {self.key(key): self._read(each) for key, each in rows}
             case ["ordered", list(rows)]:
-                return OrderedDict((self.key(key), self.put_together(each)) for key, each in rows)
+                return OrderedDict((self.key(key), self._read(each)) for key, each in rows)
             case ["list", list(items)]:
-                return [self.put_together(each) for each in items]
+                return [self._read(each) for each in items]
             case ["tuple", list(items)]:
-                return tuple(self.put_together(each) for each in items)
+                return tuple(self._read(each) for each in items)
             case ["sharded", dict(regions)]:
                 return self._sharded(cast(dict[str, object], regions))
             case ["subclass", str(module), str(kind), context, list(shape), list(stride), list(inner)]:
                 return self._subclass(module, kind, context, torch.Size(shape), tuple(stride), inner)
-        raise StateFormatError("the optimizer's state holds what is no tree", tensor=self._name, hint=_RESTORE)
+        raise self._no_tree(repr(tree)[:60])
 
     def key(self, key: object) -> object:
         """The key that `TreeWriter.key` encoded."""
@@ -193,7 +196,7 @@ class TreeReader:
                 return self._parameter(name)
             case ["tuple", list(items)]:
                 return tuple(self.key(each) for each in items)
-        raise StateFormatError("the optimizer's state has a key that is none", tensor=self._name, hint=_RESTORE)
+        raise self._no_tree(f"{key!r:.60} as a key")
 
     def _sharded(self, regions: Mapping[str, object]) -> object:
         region = "" if self._param is None else region_of(self._param)
@@ -205,7 +208,7 @@ class TreeReader:
                 tensor=self._name,
                 hint="Restore on the number of ranks and the mesh that saved it, or without the optimizer.",
             )
-        found = self.put_together(regions[region])
+        found = self._read(regions[region])
         is_tensor = isinstance(regions[region], list) and cast(Tree, regions[region])[0] == "tensor"
         if is_tensor or self._param is None:
             return found
@@ -228,11 +231,8 @@ class TreeReader:
             "Callable[[dict[str, object], object, torch.Size, tuple[int, ...]], torch.Tensor]",
             found.__tensor_unflatten__,
         )
-        parts = {str(name): self.put_together(each) for name, each in cast(list[tuple[object, object]], inner)}
+        parts = {str(name): self._read(each) for name, each in cast(list[tuple[object, object]], inner)}
         return unflatten(parts, context, shape, stride)
-
-
-_RESTORE = "Restore the file or choose another checkpoint."
 
 
 def merged(a: object, b: object) -> object:

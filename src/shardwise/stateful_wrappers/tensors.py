@@ -62,12 +62,7 @@ class MeshRegister:
         return known[1], known[2]
 
     def spread(self, name: str, tensor: torch.Tensor) -> Spread:
-        """How ``tensor`` is spread; the same object for all tensors of its shape and spread.
-
-        Raises:
-            TensorError: A partial or unknown placement.
-            MisuseError: This rank is not part of the tensor's mesh.
-        """
+        """How ``tensor`` is spread; the same object for all tensors of its shape and spread."""
         if not isinstance(tensor, DTensor):
             alike = (tensor.shape, name in self._differing)
             plain = self._spreads.get(alike)
@@ -125,11 +120,8 @@ def _placement(placement: object, name: str) -> Placement:
 def held_tensor(name: str, tensor: torch.Tensor, meshes: MeshRegister) -> HeldTensor:
     """Describe what this rank holds of ``tensor``, as views of its memory, under its ``name`` in the file.
 
-    A meta tensor is described too, but holds nothing that could be written.
-
-    Raises:
-        TensorError: A partial or unknown placement, or a class that wraps other tensors (`plain_memory`).
-        MisuseError: A sparse or nested tensor, one without a shape yet, or one of FSDP1's sharded tensors.
+    A meta tensor is described too, but holds nothing that could be written. What cannot be saved (partial, of an
+    unknown placement or class, sparse, nested, without a shape yet) is an error.
     """
     local = plain_memory(name, local_part(tensor))
     spread = meshes.spread(name, tensor)

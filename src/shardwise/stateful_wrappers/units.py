@@ -65,11 +65,7 @@ class Unit:
         return label(self.module, self.prefix)
 
     def entries(self) -> Mapping[str, object]:
-        """Ask for the entries; they have torch's ``_metadata``.
-
-        Raises:
-            ModuleStateError: The module failed, or gave names that are not below its own.
-        """
+        """Ask for the entries, with torch's ``_metadata``. Names have to be below the module's own."""
         module, prefix = self.module, self.prefix
         made: Mapping[str, object] = OrderedDict()
         note_versions(made, OrderedDict())
@@ -210,20 +206,15 @@ class StandIns:
 class Described:
     """The state of one part, looked at as torch does. Local.
 
-    Args:
-        root: The model, without wrappers.
-        stand_ins: Those of last time.
-        values: Whether the state is for a save; otherwise extra state is not requested.
-        norms: Whether torch's normalisation layers take their state themselves, since some of it may be absent.
+    A module may give what cannot be described, which is a `ModuleStateError`. ``stand_ins`` are those of last time.
+    Without ``values`` the state is not for a save, and extra state is not requested; with ``norms`` torch's
+    normalisation layers take their state themselves, since some of it may be absent.
 
     Attributes:
         tensors: Name -> a parameter or buffer itself, or a stand-in for what is made on the fly.
         aside: Name -> any other value of the state.
         metadata: Module name -> torch's metadata of modules with their own methods for state.
         steps: How it is loaded, except for tensors that are read into memory directly.
-
-    Raises:
-        ModuleStateError: A module gives what cannot be described.
     """
 
     def __init__(self, root: nn.Module, stand_ins: StandIns, *, values: bool, norms: bool) -> None:

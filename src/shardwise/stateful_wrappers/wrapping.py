@@ -23,7 +23,14 @@ from torch import nn
 
 from shardwise.upstream.diffusers import model_mixin
 from shardwise.upstream.huggingface_hub import hub_mixin
-from shardwise.upstream.torch_modules import CHECKPOINTED, COMPILED, FSDP1_WRAPPED, generated_bases, own_children
+from shardwise.upstream.torch_modules import (
+    CHECKPOINTED,
+    CHILDREN,
+    COMPILED,
+    FSDP1_WRAPPED,
+    generated_bases,
+    own_children,
+)
 from shardwise.upstream.transformers import config_class, model_class
 
 #: Path components that torch.compile, activation checkpointing (and offloading) and FSDP1 put into names.
@@ -205,3 +212,31 @@ def _original(own: type[nn.Module]) -> type[nn.Module]:
         if not issubclass(cls, generated) and issubclass(cls, nn.Module):
             return cls
     return own
+
+
+# --- a model without its wrappers, as transformers' rules expect to see it -------------------------------------------
+
+
+def skeleton(module: nn.Module) -> nn.Module:
+    """A shallow copy of the module tree, without wrappers and with the original classes.
+
+    transformers finds the rules for a model by the class names and modules of its sub-models. FSDP2 renames classes
+    (``FSDPLlamaModel``, of a torch module, so that they even look like custom code), and activation checkpointing,
+    ``torch.compile`` and DDP put modules of their own in between. Every parameter is shared, and the model itself is
+    not touched. Modules that have no others in them are most of a model's; those of an original class are not copied.
+    """
+    return _copy(module, {})
+
+
+def _copy(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+    module = unwrap(module)
+    if id(module) in done:
+        return done[id(module)]
+    cls = original_class(module)
+    if cls is type(module) and not own_children(module):
+        return module
+    copy = done[id(module)] = cls.__new__(cls)
+    copy.__dict__.update(module.__dict__)
+    children = own_children(module).items()
+    copy.__dict__[CHILDREN] = {name: child if child is None else _copy(child, done) for name, child in children}
+    return copy

@@ -73,11 +73,6 @@ def auto_class(cls: type) -> object:
     return vars(cls).get("_auto_class")
 
 
-def given_path(config: object) -> object:
-    """The name or path that a model was loaded from, as its configuration keeps it; ``None`` where it has none."""
-    return getattr(config, NAME_OR_PATH, None)
-
-
 # --- ties and names that a class expects or leaves out ----------------------------------------------------------------
 
 

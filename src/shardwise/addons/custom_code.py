@@ -125,11 +125,7 @@ class _Copies:
     def __init__(self, target: Path) -> None:
         self.target = target
         self.written: list[Path] = []
-        self._sources: dict[Path, Path] = {}
-
-    def holds(self, relative: Path) -> bool:
-        """Whether a file was already copied to ``relative``."""
-        return relative in self._sources
+        self.sources: dict[Path, Path] = {}  # by relative path
 
     def add_all(self, files: list[Path], root: Path) -> None:
         """Copy ``files``, which lie below ``root``, to the same relative paths."""
@@ -138,12 +134,12 @@ class _Copies:
 
     def add(self, source: Path, relative: Path) -> None:
         """Copy the bytes of ``source`` to ``relative``, unless another source was copied there."""
-        first = self._sources.get(relative)
+        first = self.sources.get(relative)
         if first is not None:
             if first != source and read_source(first) != read_source(source):
                 _LOG.warning("custom code: %s is kept, the different file %s is left out", first, source)
             return
-        self._sources[relative] = source
+        self.sources[relative] = source
         copy_file(source, self.target / relative)
         self.written.append(self.target / relative)
 
@@ -231,7 +227,7 @@ def _add_referenced(copied: _Copies, references: list[str], original_model_path:
         if not _DOTTED.fullmatch(dotted):
             continue
         relative = Path(*dotted.split(".")[:-1]).with_suffix(".py")
-        base = None if copied.holds(relative) else find_directory(repo or original_model_path)
+        base = None if relative in copied.sources else find_directory(repo or original_model_path)
         if base is None or not is_file(base / relative) or not _is_inside(base / relative, base):
             continue
         copied.add_all(_with_relative_imports(base / relative, base), base)

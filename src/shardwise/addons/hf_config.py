@@ -312,20 +312,12 @@ def write_own_config(model: nn.Module, directory: Path, *, keep_quantization: bo
 
 
 def _write_entries(config: object, path: Path) -> None:
-    """Write a config of any kind as JSON."""
+    """Write a config of any kind as JSON; `naming_entries` is around it."""
     to_dict: object = getattr(config, "to_dict", None)
     entries: object = to_dict() if callable(to_dict) else config
     if not isinstance(entries, Mapping):
         entries = {name: value for name, value in getattr(entries, "__dict__", {}).items() if not name.startswith("_")}
-    try:
-        written = json.loads(json.dumps(dict(entries), default=_nested))
-    except (TypeError, ValueError) as error:
-        raise MisuseError(
-            f"the config {type(config).__name__} cannot be written as JSON: {error}",
-            path=path,
-            hint="Keep only numbers, strings, lists and dicts in the model's config.",
-        ) from error
-    write_json(path, written)
+    write_json(path, json.loads(json.dumps(dict(entries), default=_nested)))
 
 
 def _nested(value: object) -> object:

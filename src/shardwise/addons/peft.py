@@ -25,7 +25,6 @@ from shardwise.peft.config import AUTOMODEL_CONFIG_NAME, automodel_metadata, rea
 from shardwise.peft.init import initialise_adapters, initialise_magnitudes
 from shardwise.peft.load import check_shared_factors, differing_settings
 from shardwise.peft.models import (
-    ExpertTargets,
     adapter_configs,
     expert_targets,
     is_peft_adapted,
@@ -129,18 +128,15 @@ def _extract_target_modules(model: nn.Module, v4_compatible: bool = False) -> li
         model: One part of the model.
         v4_compatible: Whether experts are written one by one.
     """
-    return hub_target_modules(model, _target_modules(model, v4_compatible))
-
-
-def _target_modules(model: nn.Module, v4_compatible: bool) -> list[str]:
     if is_peft_adapted([model]):
-        experts: list[ExpertTargets] = []
-        for name in adapter_configs([model], None) if v4_compatible else ():
-            experts += expert_targets([model], name)
-        return sorted({name for t in experts for name in t.names}.union(peft_target_modules(model)))
-    sites = find_sites(model, None, v4_compatible, strict=False)
-    named = {target for site in sites if not is_fused(site) for target in site.targets}
-    return sorted(named.union(named_targets(model)))
+        names = set(peft_target_modules(model))
+        for adapter in adapter_configs([model], None) if v4_compatible else ():
+            names.update(name for targets in expert_targets([model], adapter) for name in targets.names)
+    else:
+        sites = find_sites(model, None, v4_compatible, strict=False)
+        names = {target for site in sites if not is_fused(site) for target in site.targets}
+        names.update(named_targets(model))
+    return hub_target_modules(model, names)
 
 
 def _extract_target_parameters(model: nn.Module, v4_compatible: bool = False) -> list[str]:

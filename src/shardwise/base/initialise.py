@@ -26,7 +26,7 @@ from shardwise.base.random import SeededInit
 from shardwise.errors import MisuseError
 from shardwise.plan.fragments import copy_whole
 from shardwise.sources.tensor_bytes import prefer_huge_pages
-from shardwise.stateful_wrappers.markers import has_mark, is_untouched, mark
+from shardwise.stateful_wrappers.memory import has_mark, is_untouched, mark
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 from shardwise.stateful_wrappers.wrapping import original_class, plain_name, unwrap
 from shardwise.upstream.torch_modules import (

@@ -272,13 +272,13 @@ def _part(module: nn.Module, there: Sequence[str]) -> _Part:
 
 
 def _peft_layers(module: nn.Module) -> tuple[dict[str, str], frozenset[str]]:
-    """Names of the modules that peft put in place of others: adapted layers, and modules trained as copies.
+    """Names of the modules below that peft put in place of others: adapted layers, and modules trained as copies.
 
     Of an adapted layer also the child that it replaced.
     """
     if not peft.is_imported():  # a model with its layers cannot exist without it
         return {}, frozenset()
-    modules = [(plain_name(name), m) for name, m in module.named_modules()]
+    modules = [(plain_name(name), m) for name, m in module.named_modules() if name]
     layers = {name: "base_layer" for name, m in modules if isinstance(m, peft.layer_class())}
     layers |= {name: "model" for name, m in modules if isinstance(m, peft.attention_classes())}
     return layers, frozenset(name for name, m in modules if isinstance(m, peft.copy_class()))
@@ -314,24 +314,19 @@ def _base_name(name: str, layers: Mapping[str, str], saved: frozenset[str]) -> t
     """The name that a tensor has without adapters (empty for an adapter's), and whether it is a copy to be trained."""
     kept: list[str] = []
     pieces = name.split(".")
-    position, copy = 0, False
-    while position < len(pieces):
-        prefix = ".".join(pieces[:position])
-        piece = pieces[position]
-        if prefix in layers and position:
+    prefix, is_copy = "", False
+    while pieces:
+        piece = pieces.pop(0)
+        if prefix in layers:
             if piece != layers[prefix]:
                 return "", False
-            position += 1
-            continue
-        if prefix in saved and position:
-            if piece == "modules_to_save" and position + 1 < len(pieces):
-                copy = True
-                position += 2
-                continue
-            if piece not in ("original_module", "token_adapter"):  # the latter is a layer around the original
+        elif prefix in saved:
+            if piece == "modules_to_save" and pieces:
+                is_copy = True
+                piece = f"{piece}.{pieces.pop(0)}"
+            elif piece not in ("original_module", "token_adapter"):  # the latter is a layer around the original
                 return "", False
-            position += 1
-            continue
-        kept.append(piece)
-        position += 1
-    return ".".join(kept), copy
+        else:
+            kept.append(piece)
+        prefix = f"{prefix}.{piece}" if prefix else piece
+    return ".".join(kept), is_copy

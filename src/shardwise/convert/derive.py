@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from shardwise.convert.assemble import axis_views
 from shardwise.convert.mapping import revert
-from shardwise.convert.provenance import Untraceable
+from shardwise.convert.provenance import Untraceable, axis_views
 from shardwise.convert.rules import Computed, Conversion, HubPart, HubTensor, NativeSpec
 from shardwise.convert.trace import TracedTensor, traced
 from shardwise.convert.transformers_rule import ConverterRule, Member, RuleSet, may_have_rules, replay, rule_set, run
@@ -54,9 +53,9 @@ def identity(natives: Sequence[NativeSpec]) -> Conversion:
 def derive(model: torch.nn.Module, natives: Sequence[NativeSpec]) -> Conversion:
     """Derive how a model's tensors become those of its Hugging Face files. No collectives; any rank may call.
 
-    Neither the model, a transformers model, wrapped or not, or any other module (whose files then have its names), nor
-    its rules are changed. The tensors have global shapes, tied ones once. A rule that cannot be reversed or does not
-    fit, and two tensors of one name, raise `ConversionError`.
+    The model is transformers', wrapped or not, or any other module, whose files then have its names. Neither it nor its
+    rules are changed. The tensors have global shapes, tied ones once. A rule that cannot be reversed or does not fit,
+    and two tensors of one name, raise `ConversionError`.
     """
     bare = unwrap(model)
     absent = left_out(bare)

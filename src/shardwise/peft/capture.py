@@ -17,15 +17,22 @@ from shardwise.plan.fragments import HeldTensor, seen_through
 from shardwise.stateful_wrappers.names import own_tensors
 from shardwise.stateful_wrappers.state_dict_overrides import (
     has_foreign_hooks,
+    has_torch_method,
     overrides_extra_state,
     refuse_hooks_around,
-    saves_itself,
     saves_subtree_itself,
 )
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 from shardwise.stateful_wrappers.units import label
 from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, plain_path, unwrap
-from shardwise.upstream.torch_modules import LOAD_OWN, loading_pre_hooks, own_children, own_loader, saving_hooks
+from shardwise.upstream.torch_modules import (
+    LOAD_OWN,
+    SAVE_OWN,
+    loading_pre_hooks,
+    own_children,
+    own_loader,
+    saving_hooks,
+)
 
 
 def capture_adapter(
@@ -141,7 +148,7 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether a module's state is its parameters and buffers, and loading copies into these, as torch's own do."""
     return not (
         saves_subtree_itself(module)
-        or saves_itself(module)
+        or not has_torch_method(module, SAVE_OWN)
         or overrides_extra_state(module, "get_extra_state")
         or overrides_extra_state(module, "set_extra_state")
         or has_foreign_hooks(loading_pre_hooks(module))

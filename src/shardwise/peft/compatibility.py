@@ -72,8 +72,7 @@ def _config(adapter_name: str, settings: Mapping[str, object]) -> Any:
     from peft import PeftConfig
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             config: PeftConfig = PeftConfig.from_peft_type(**settings)
     except Exception as error:  # peft's own checks of what a configuration may say
         raise AdapterError(

@@ -26,7 +26,7 @@ from shardwise.geometry import TensorSpec
 from shardwise.peft.load import changed_base
 from shardwise.peft.models import adapter_configs, is_peft_adapted, method_of
 from shardwise.peft.names import named_modules
-from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, AdapterFile
+from shardwise.peft.tensors import PEFT_PREFIX, AdapterFile
 from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, is_of, original_class
 
 if TYPE_CHECKING:
@@ -88,12 +88,9 @@ def require_component(parts: Sequence[nn.Module], peft_config: object | None = N
 
 def as_diffusers(file: AdapterFile, component: str) -> AdapterFile:
     """The adapter under the names that it has in diffusers' files."""
-
-    def renamed(item: AdapterEntry) -> AdapterEntry:
-        name = f"{component}.{item.spec.name.removeprefix(PEFT_PREFIX)}"
-        return replace(item, spec=item.spec._replace(name=name))
-
-    return replace(file, entries=tuple(renamed(item) for item in file.entries))
+    names = [f"{component}.{item.spec.name.removeprefix(PEFT_PREFIX)}" for item in file.entries]
+    pairs = zip(file.entries, names, strict=True)
+    return replace(file, entries=tuple(replace(item, spec=item.spec._replace(name=name)) for item, name in pairs))
 
 
 def as_peft(spec: TensorSpec, component: str) -> TensorSpec:
@@ -137,8 +134,7 @@ def _why_not(config: PeftConfig) -> str:
         return f"init_lora_weights is {values['init_lora_weights']!r}, which changes the base weights"
     # diffusers passes the header's entries to the settings' class unchanged.
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             written = _settings_text(values)
             again = _settings_text(type(config)(**json.loads(written)).to_dict())
     except Exception as error:  # noqa: BLE001 - the class's own code, on what JSON made of its settings

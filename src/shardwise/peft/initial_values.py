@@ -26,8 +26,7 @@ from shardwise.peft.load import changed_base
 from shardwise.peft.models import adapter_configs, method_of
 from shardwise.peft.names import join, named_modules, seed_of
 from shardwise.plan.fragments import copy_whole
-from shardwise.stateful_wrappers.markers import has_mark, mark
-from shardwise.stateful_wrappers.memory import PLAIN
+from shardwise.stateful_wrappers.memory import PLAIN, has_mark, mark
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, original_class, plain_path
 from shardwise.upstream import peft as upstream
@@ -74,8 +73,8 @@ def initialise_peft(parts: Sequence[nn.Module], *, seed: int = 0) -> None:
         slots = _adapter_slots(part)
         for _, tensor in slots:
             mark(tensor)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.device("cpu"):
-            warnings.simplefilter("ignore")
+        quietly = warnings.catch_warnings(action="ignore")
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), quietly, torch.device("cpu"):
             for name, config in configs.items():
                 if config.is_prompt_learning:
                     _begin_prompt(part, name, config, seed)
@@ -102,10 +101,7 @@ def check_can_begin(parts: Sequence[nn.Module], peft_config: object | None = Non
     for name, config in adapter_configs(parts, peft_config).items():
         reason = _why_not_on_meta(config)
         if reason:
-            raise AdapterError(
-                f"the adapter {name!r} cannot begin on the meta device: {_method(config)} {reason}",
-                hint="Build and adapt this model on a real device, and restore with load_model.",
-            )
+            raise _cannot_begin(name, config, reason)
 
 
 def check_method(parts: Sequence[nn.Module], method: str) -> None:
@@ -134,6 +130,14 @@ def refuse_changed_base(parts: Sequence[nn.Module]) -> None:
                 "model; loading the base over it would add that part once more",
                 hint="Build and adapt the model on the meta device: then base weights and adapter begin together.",
             )
+
+
+def _cannot_begin(name: str, config: PeftConfig, reason: str, at: str = "") -> AdapterError:
+    return AdapterError(
+        f"the adapter {name!r} cannot begin on the meta device: {_method(config)} {reason}",
+        tensor=at or None,
+        hint="Build and adapt this model on a real device, and restore with load_model.",
+    )
 
 
 def _why_not_on_meta(config: PeftConfig) -> str:
@@ -298,12 +302,8 @@ def _begin(part: nn.Module, name: str, config: PeftConfig, seed: int) -> None:
     except ShardwiseError:
         raise
     except Exception as error:  # peft's own code, on whatever this method looks at
-        raise AdapterError(
-            f"the adapter {name!r} cannot begin on the meta device: {_method(config)} failed"
-            f"{f' at {copier.at!r}' if copier.at else ''}: {type(error).__name__}: {error}",
-            tensor=copier.at or None,
-            hint="Build and adapt this model on a real device, and restore with load_model.",
-        ) from error
+        where = f" at {copier.at!r}" if copier.at else ""
+        raise _cannot_begin(name, config, f"failed{where}: {type(error).__name__}: {error}", copier.at) from error
     whole = getattr(adapted_model(part), "base_model", None)
     if isinstance(whole, nn.Module):
         copier.copy(tuner, whole, "")
@@ -436,11 +436,7 @@ def _begin_prompt(part: nn.Module, name: str, config: PeftConfig, seed: int) -> 
     try:
         made = encoder(plain, *given)
     except Exception as error:  # peft's own code, which may ask for a tokenizer or a file
-        raise AdapterError(
-            f"the adapter {name!r} cannot begin on the meta device: {_method(config)} failed: "
-            f"{type(error).__name__}: {error}",
-            hint="Build and adapt this model on a real device, and restore with load_model.",
-        ) from error
+        raise _cannot_begin(name, config, f"failed: {type(error).__name__}: {error}") from error
     values = dict(_own_tensors(made))
     for leaf, target in _own_tensors(real):
         _write(join("prompt_encoder", name, leaf), target, values[leaf])

@@ -10,8 +10,10 @@ the whole tensors are.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy as shallow_copy
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -23,7 +25,6 @@ from shardwise.errors import AdapterError, QuantizationError
 from shardwise.peft.builtin_lora import find_sites
 from shardwise.peft.models import adapter_configs, is_peft_adapted, method_of
 from shardwise.peft.names import named_modules
-from shardwise.peft.quantized import QuantizedWeight, is_over_quantized, make_dense, quantized_weight
 from shardwise.stateful_wrappers.memory import identity
 from shardwise.stateful_wrappers.model_parts import config_of, has_quantized_parameters
 from shardwise.stateful_wrappers.names import own_tensors
@@ -33,6 +34,8 @@ from shardwise.upstream import peft as upstream
 from shardwise.upstream.torch_modules import STORES, UNSAVED, own_parameters
 
 if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+
     from peft import PeftConfig
 
 _NO_MERGE = "Set export_merged to false; the adapter itself can be saved."
@@ -247,8 +250,7 @@ def _tensors(modules: Sequence[nn.Module]) -> list[torch.Tensor]:
 def _unload(layers: Sequence[nn.Module]) -> list[nn.Module]:
     """Merge layers one after the other, as peft's ``merge_and_unload()`` does, and return what they leave."""
     out: list[nn.Module] = []
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
         for layer in layers:
             if hasattr(layer, "unload_and_optionally_merge_module"):
                 unload = cast("Callable[..., nn.Module]", layer.unload_and_optionally_merge_module)
@@ -449,3 +451,101 @@ def _sharing(outcomes: Mapping[str, _Outcome]) -> list[list[str]]:
         groups = [*unrelated, (paths, tokens)]
     order = {path: number for number, path in enumerate(outcomes)}
     return sorted((sorted(paths, key=order.__getitem__) for paths, _ in groups), key=lambda paths: order[paths[0]])
+
+
+# --- weights that bitsandbytes keeps quantized -----------------------------------------------------------------------
+
+
+#: Of a 4-bit weight's state, and of the state that its scales are quantized with.
+_TENSORS = ("absmax", "code", "offset")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedWeight:
+    """A linear layer's weight of bitsandbytes, that one process holds whole."""
+
+    parameter: torch.Tensor  #: The weight as the module has it.
+    shape: torch.Size  #: Shape of the dequantized weight: outputs, inputs.
+    dtype: torch.dtype  #: The dtype that bitsandbytes dequantizes it to.
+    sources: Mapping[str, torch.Tensor]  #: Name -> tensor, of all that dequantizing reads.
+    _state: QuantState | None
+
+    def dequantize(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The dequantized weight, as transformers and peft compute it, from a tensor for each name of ``sources``."""
+        from bitsandbytes import functional
+
+        if self._state is None:
+            whole: torch.Tensor = functional.int8_vectorwise_dequant(values["weight"], values["SCB"])
+            return whole
+        state = _with_tensors(self._state, values)
+        if self._state.state2 is not None:
+            nested = {name.removeprefix("state2."): t for name, t in values.items() if name.startswith("state2.")}
+            state.state2 = _with_tensors(self._state.state2, nested)
+        four_bit: torch.Tensor = functional.dequantize_4bit(values["weight"], state)
+        return four_bit
+
+
+def _with_tensors(state: QuantState, values: Mapping[str, torch.Tensor]) -> QuantState:
+    made = shallow_copy(state)
+    for name in _TENSORS:
+        if name in values:
+            setattr(made, name, values[name])
+    return made
+
+
+def quantized_weight(module: nn.Module) -> QuantizedWeight | None:
+    """The weight of a linear layer of bitsandbytes; ``None`` of others, and where the weight is in shards.
+
+    Raises:
+        QuantizationError: The weight is in the layout that bitsandbytes gives it to compute on this processor.
+    """
+    if "bitsandbytes" not in sys.modules:
+        return None
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+
+    weight = own_parameters(module).get("weight")
+    if weight is None:
+        return None
+    if isinstance(module, Linear4bit) and isinstance(weight, Params4bit) and weight.quant_state is not None:
+        state = weight.quant_state
+        if getattr(state, "packing_format_for_cpu", False):
+            raise QuantizationError(
+                f"export_merged: 4-bit weights of {original_class(module).__name__} are in the layout in which "
+                "bitsandbytes computes on this processor in eval mode, and cannot be dequantized from it",
+                hint="Call the model's state_dict() before the save, with which bitsandbytes undoes the layout.",
+            )
+        sources = {"weight": weight.data, **_tensors_of(state, "")}
+        if state.state2 is not None:
+            sources |= _tensors_of(state.state2, "state2.")
+        return QuantizedWeight(weight, torch.Size(state.shape), state.dtype, sources, state)
+    if isinstance(module, Linear8bitLt) and isinstance(weight, Int8Params) and weight.dtype == torch.int8:
+        scales = weight.SCB if module.state.SCB is None else module.state.SCB
+        if scales is not None:
+            sources = {"weight": weight.data, "SCB": scales}
+            return QuantizedWeight(weight, weight.shape, torch.float32, sources, None)
+    return None
+
+
+def _tensors_of(state: QuantState, prefix: str) -> dict[str, torch.Tensor]:
+    found = {f"{prefix}{name}": getattr(state, name) for name in _TENSORS}
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+
+
+def is_over_quantized(layer: nn.Module) -> bool:
+    """Whether a layer is one of those with which peft adapts only quantized layers of bitsandbytes."""
+    modules = (base.__module__ for base in original_class(layer).__mro__)
+    return any(name.startswith("peft.") and name.endswith(".bnb") for name in modules)
+
+
+def make_dense(layer: nn.Module) -> bool:
+    """Make a copy of a LoRA layer over a quantized layer the one that peft puts around a dense one.
+
+    Returns whether that is known: of LoRA's own two layers it is.
+    """
+    from peft.tuners import lora
+
+    if type(layer) not in (lora.Linear4bit, lora.Linear8bitLt):
+        return False
+    layer.__class__ = lora.Linear
+    layer.__dict__["is_target_conv_1d_layer"] = False
+    return True

@@ -231,8 +231,7 @@ def _named_by_peft(
     from peft import get_peft_model_state_dict
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             found: dict[str, torch.Tensor] = get_peft_model_state_dict(
                 cast("Any", model), state_dict=placeholders, adapter_name=adapter_name, save_embedding_layers="auto"
             )

@@ -44,22 +44,18 @@ class NamedTensor(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """A model's state.
+    """A model's state."""
 
-    Attributes:
-        tensors: Parameters and persistent buffers, each once, in the model's order; stand-ins where modules make or
-            load their entries by their own methods.
-        modules: The modules that have them, possibly some twice; ``None`` where one has its own methods for state.
-        aside: Plain name -> a value of the state that is no ordinary tensor.
-        metadata: Plain module name -> torch's metadata of modules with their own methods for state.
-        steps: For each part, how it loads entries that are not read into its memory directly; empty for most models.
-    """
-
+    #: Parameters and persistent buffers, each once, in the model's order; stand-ins where modules make or load their
+    #: entries by their own methods.
     tensors: tuple[NamedTensor, ...]
+    #: The modules that have them, possibly some twice; ``None`` where one has its own methods for state.
     modules: tuple[nn.Module, ...] | None
-    aside: Mapping[str, Aside] = {}
-    metadata: Mapping[str, Mapping[str, object]] = {}
-    steps: tuple[tuple[Step, ...], ...] = ()
+    aside: Mapping[str, Aside]  #: Plain name -> a value of the state that is no ordinary tensor.
+    #: Plain module name -> torch's metadata of modules with their own methods for state.
+    metadata: Mapping[str, Mapping[str, object]]
+    #: For each part, how it loads entries that are not read into its memory directly; empty for most models.
+    steps: tuple[tuple[Step, ...], ...]
 
 
 def list_state(

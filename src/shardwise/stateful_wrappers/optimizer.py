@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple, cast
 
 import torch
@@ -307,7 +308,6 @@ class OptimizerState:
         self.saved_under = promised_ties(parts)
         self._settled: dict[str, str] = {}
         self._own: set[str] = set()
-        self._loose: list[_Loose] | None = None
 
     def name(self, param: torch.Tensor) -> str:
         """A parameter's name; `MisuseError` where the model does not have it."""
@@ -362,23 +362,21 @@ class OptimizerState:
         """Whether any optimizer overrides how its state dict is made or loaded."""
         return any(map(makes_or_loads_custom, self.passed))
 
+    @cached_property
     def loose(self) -> list[_Loose]:
-        """State that belongs to no parameter, collected once: under other keys, and further entries of state dicts."""
-        if self._loose is None:
-            self._loose = list(self._find_loose())
-        return self._loose
-
-    def _find_loose(self) -> Iterator[_Loose]:
+        """State that belongs to no parameter: under other keys, and further entries of state dicts."""
+        found: list[_Loose] = []
         for holder, label in self.labels():
             state = cast(Mapping[object, object], holder.optimizer.state)
             keyed = {key: value for key, value in state.items() if not isinstance(key, torch.Tensor)}
             if keyed:
-                yield self._split_loose(label, keyed)
+                found.append(self._split_loose(label, keyed))
         for number, label in self.passed_labels():
             if makes_or_loads_custom(self.passed[number]):
                 rest = [[[list(step) for step in path], value] for path, value in self.view(number).rest()]
                 if rest:
-                    yield self._split_loose(label, rest)
+                    found.append(self._split_loose(label, rest))
+        return found
 
     def labels(self) -> list[tuple[StateHolder, str]]:
         """Each holder, and the label of its state that belongs to no parameter."""
@@ -459,7 +457,7 @@ class OptimizerState:
             values[entry.label] = parts.values
             if parts.tree is not None:
                 trees[entry.label] = parts.tree
-        for loose in self.loose():
+        for loose in self.loose:
             tensors[loose.label] = {key: describe(value, None) for key, value in loose.tensors.items()}
             trees[loose.label] = loose.tree
         return OptimizerRecord(tuple(groups), tensors, values, self.aliases, shapes, tuple(schedulers), trees)
@@ -477,7 +475,7 @@ class OptimizerState:
                 name = entry.tensor_name(key)
                 tensor = plain_view(name, value)
                 found[name] = as_shard_of(tensor, entry.param) if self._settled.get(name) == LOCAL else tensor
-        for loose in self.loose():
+        for loose in self.loose:
             names = {f"state.{loose.label}.{key}": value for key, value in loose.tensors.items()}
             found |= {name: plain_view(name, value) for name, value in names.items()}
         return found

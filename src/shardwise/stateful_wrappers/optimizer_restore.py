@@ -52,25 +52,19 @@ class _Own(NamedTuple):
 
 @dataclass(slots=True)
 class OptimizerRestore:
-    """A plan for optimizers.
+    """A plan for optimizers."""
 
-    Attributes:
-        groups: Every group that takes options, and these.
-        params: Every parameter.
-        keyed: An optimizer, and its state under keys that are no parameters.
-        own: Optimizers that load their state by their own code.
-        targets: Tensors to fill, under the names of the checkpoint.
-        fresh: Names of parameters that the saved optimizer did not update, which start without state.
-        params_of: Name of a saved tensor -> whose state it is.
-    """
-
+    #: Every group that takes options, and these.
     groups: list[tuple[Options, Mapping[str, object]]] = field(default_factory=list)
     params: list[_Param] = field(default_factory=list)
+    #: An optimizer, and its state under keys that are no parameters.
     keyed: list[tuple[Optimizer, Mapping[object, object]]] = field(default_factory=list)
-    own: list[_Own] = field(default_factory=list)
+    own: list[_Own] = field(default_factory=list)  #: Optimizers that load their state by their own code.
+    #: Tensors to fill, under the names of the checkpoint.
     targets: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    #: Names of parameters that the saved optimizer did not update, which start without state.
     fresh: list[str] = field(default_factory=list)
-    params_of: dict[str, str] = field(default_factory=dict)
+    params_of: dict[str, str] = field(default_factory=dict)  #: Name of a saved tensor -> whose state it is.
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The state tensors to be filled, under the names of the checkpoint."""
@@ -424,27 +418,20 @@ def _check_kind(
     names: Sequence[str],
     group: Sequence[torch.Tensor],
 ) -> None:
-    own = type(optimizer).__name__
-    hint = (
-        "Build the optimizer that the checkpoint was saved with; or, to go on with another one, leave the optimizer "
-        "(and its scheduler) out of what is restored and let it start afresh."
-    )
-    if saved.kind and names and saved.kind != own:
+    own, problem = type(optimizer).__name__, ""
+    if saved.kind and saved.kind != own:
+        problem = f"is {saved.kind} and the one to be restored is {own}"
+    elif not saved.kind:
+        keys = {key for name in names for found in (record.tensors, record.values) for key in found.get(name, {})}
+        have = {str(key) for param in group for key in optimizer.state.get(param, {})}
+        if is_foreign(optimizer, saved.options, keys, have):
+            problem = f"is no {own}: it has the state {sorted(keys)} and the options {sorted(saved.options)}"
+    if problem and names:
         raise MisuseError(
-            f"the checkpoint's optimizer is {saved.kind} and the one to be restored is {own}",
+            f"the checkpoint's optimizer {problem}",
             tensor=names[0],
-            hint=hint,
-        )
-    if saved.kind or not names:
-        return
-    keys = {key for name in names for found in (record.tensors, record.values) for key in found.get(name, {})}
-    have = {str(key) for param in group for key in optimizer.state.get(param, {})}
-    if is_foreign(optimizer, saved.options, keys, have):
-        raise MisuseError(
-            f"the checkpoint's optimizer is no {own}: it has the state {sorted(keys)} and the options "
-            f"{sorted(saved.options)}",
-            tensor=names[0],
-            hint=hint,
+            hint="Build the optimizer that the checkpoint was saved with; or, to go on with another one, leave the "
+            "optimizer (and its scheduler) out of what is restored and let it start afresh.",
         )
 
 

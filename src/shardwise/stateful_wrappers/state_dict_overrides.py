@@ -12,7 +12,6 @@ from shardwise.upstream.torch_modules import EXTRA as EXTRA  # noqa: PLC0414
 from shardwise.upstream.torch_modules import (
     HARMLESS_HOOKS,
     LOAD_OWN,
-    SAVE_OWN,
     fsdp1_class,
     loading_post_hooks,
     loading_pre_hooks,
@@ -36,11 +35,6 @@ def has_foreign_hooks(hooks: Iterable[object]) -> bool:
 def saves_subtree_itself(module: nn.Module) -> bool:
     """Whether a module, or a hook on it, makes the saved state of the module and of all modules below it."""
     return not has_torch_method(module, "state_dict") or has_foreign_hooks(saving_hooks(module))
-
-
-def saves_itself(module: nn.Module) -> bool:
-    """Whether a module makes its own saved state, extra state excepted."""
-    return not has_torch_method(module, SAVE_OWN)
 
 
 def overrides_extra_state(module: nn.Module, method: str) -> bool:

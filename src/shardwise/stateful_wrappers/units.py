@@ -25,12 +25,12 @@ from shardwise.stateful_wrappers.state_dict_overrides import (
     loads_itself,
     overrides_extra_state,
     reaches_below,
-    saves_itself,
     saves_subtree_itself,
 )
 from shardwise.stateful_wrappers.wrapping import plain_name
 from shardwise.upstream.torch_dispatch import MESSAGES, OpOverload, TorchDispatchMode
 from shardwise.upstream.torch_modules import (
+    SAVE_OWN,
     loading_post_hooks,
     note_versions,
     noted_versions,
@@ -291,7 +291,7 @@ class Described:
             return
         for hook in saving_pre_hooks(module):  # FSDP2's
             hook(module, prefix, True)
-        if saves_itself(module):
+        if not has_torch_method(module, SAVE_OWN):
             self._add_made(Unit(module, prefix, whole=False))
         else:
             for name, tensor in saved_tensors(module):

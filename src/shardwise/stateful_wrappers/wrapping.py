@@ -14,7 +14,6 @@ Four questions, since a wrapper may have state of its own:
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple, cast
@@ -23,6 +22,7 @@ from torch import nn
 
 from shardwise.upstream.diffusers import model_mixin
 from shardwise.upstream.huggingface_hub import hub_mixin
+from shardwise.upstream.python import imported_class
 from shardwise.upstream.torch_modules import (
     CHECKPOINTED,
     CHILDREN,
@@ -138,8 +138,7 @@ def is_average(module: nn.Module) -> bool:
 
 def _averaged() -> type:
     # Not imported here: a model without an average should not pay for it.
-    known = getattr(sys.modules.get("torch.optim.swa_utils"), "AveragedModel", None)
-    return known if isinstance(known, type) else type(None)
+    return imported_class("torch.optim.swa_utils", "AveragedModel") or type(None)
 
 
 def _speaks_for_itself(module: nn.Module) -> bool:
@@ -196,8 +195,7 @@ def is_sentence_transformer(module: nn.Module) -> bool:
 
 def is_of(module: nn.Module, where: str, name: str) -> bool:
     """Whether a module is of a class of a library, which is not imported for this: it could not exist without."""
-    cls: object = getattr(sys.modules.get(where), name, None)
-    return isinstance(cls, type) and isinstance(module, cls)
+    return isinstance(module, imported_class(where, name) or ())
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

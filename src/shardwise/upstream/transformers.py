@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from shardwise.upstream.python import imported_class
 from shardwise.upstream.transformers_rules import (
     converters_of,
     matching_converter,
@@ -44,14 +44,12 @@ _TABLES = (
 
 def model_class() -> type | None:
     """The base of transformers' models; ``None`` where its module was not imported."""
-    found = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
-    return found if isinstance(found, type) else None
+    return imported_class("transformers.modeling_utils", "PreTrainedModel")
 
 
 def config_class() -> type | None:
     """The base of transformers' configurations; ``None`` where its module was not imported."""
-    found = getattr(sys.modules.get("transformers.configuration_utils"), "PreTrainedConfig", None)
-    return found if isinstance(found, type) else None
+    return imported_class("transformers.configuration_utils", "PreTrainedConfig")
 
 
 def registered_classes(config: type) -> list[type]:

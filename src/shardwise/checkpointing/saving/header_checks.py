@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from shardwise.base.layout import BaseModel
+from shardwise.base.files import BaseModel
 from shardwise.checkpointing.exported_part import exported_modules
 from shardwise.comm import Group
 from shardwise.disk.guarded import open_regular, read_exactly

@@ -274,32 +274,21 @@ def with_dtype(entries: Mapping[str, JsonValue], dtype: str) -> dict[str, JsonVa
     return _changed(entries, lambda key, value: dtype if key in names and isinstance(value, str) else value)
 
 
-def write_own_config(model: nn.Module, directory: Path, *, keep_quantization: bool) -> bool:
-    """Write ``config.json`` of a model that is not transformers'.
+def write_own_config(model: nn.Module, config: object, directory: Path, *, keep_quantization: bool) -> None:
+    """Write ``config.json`` of a model that is not transformers', out of its wrappers.
 
     The model or its config writes it where it can (diffusers, ``save_pretrained``); otherwise what the config's
     ``to_dict()`` gives, a mapping's entries, or an object's public attributes (a namespace, a dataclass).
-
-    Args:
-        model: The model, out of its wrappers.
-        directory: Directory to write to.
-        keep_quantization: Whether a ``quantization_config`` is still true.
-
-    Returns:
-        Whether there was anything to write.
     """
-    config: object = getattr(model, "config", None)
     save = getattr(model, "save_config", None) or getattr(config, "save_pretrained", None)
     path = directory / CONFIG
-    if config is None:
-        return False
     if callable(save):
         with _spared(model, config), written_locally(directory) as local:
             cast(Callable[[str], object], save)(str(local))
     else:
         _write_entries(config, path)
     if not is_file(path):
-        return True
+        return
     entries = read_json_object(path)
     before = json.dumps(entries)
     if CLASS_NAME in entries:
@@ -308,7 +297,6 @@ def write_own_config(model: nn.Module, directory: Path, *, keep_quantization: bo
         _strip(entries)
     if json.dumps(entries) != before:
         write_json(path, entries)
-    return True
 
 
 def _write_entries(config: object, path: Path) -> None:

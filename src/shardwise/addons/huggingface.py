@@ -173,7 +173,7 @@ def write_metadata(args: SaveHookArgs, quantized: bool, exporter: HFMetadataExpo
         write_hub_mixin_config(model, directory)
     else:
         with naming_entries(model, config):
-            write_own_config(model, directory, keep_quantization=quantized)
+            write_own_config(model, config, directory, keep_quantization=quantized)
     around = next((each for part in parts if is_sentence_transformer(each := unwrap(part))), None)
     if around is None:
         write_sentence_transformers(base, directory)

@@ -21,7 +21,7 @@ from shardwise.peft.builtin_lora import find_sites, hub_target_modules, is_fused
 from shardwise.peft.builtin_lora import is_qwen3_moe as _is_qwen3_moe
 from shardwise.peft.capture import adapter_directory, capture_adapter, hold_adapter
 from shardwise.peft.check import check_adapter
-from shardwise.peft.config import AUTOMODEL_CONFIG_NAME, automodel_metadata, read_adapter_config
+from shardwise.peft.config import AUTOMODEL_CONFIG_NAME, adapter_settings, automodel_metadata, read_adapter_config
 from shardwise.peft.init import initialise_adapters, initialise_magnitudes
 from shardwise.peft.load import check_shared_factors, differing_settings
 from shardwise.peft.models import (
@@ -31,7 +31,6 @@ from shardwise.peft.models import (
     peft_target_modules,
     peft_target_parameters,
 )
-from shardwise.peft.settings import adapter_settings
 from shardwise.peft.tensors import ADAPTER_CONFIG_NAME, AdapterEntry, AdapterFile, AdapterTensors
 
 __all__ = [

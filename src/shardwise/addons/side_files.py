@@ -125,7 +125,8 @@ def write_sentence_model(model: nn.Module, directory: Path, *, with_tokenizer: b
     directory holds only the transformer, as the log says.
     """
     modules = list(model.named_children())
-    others = [f"{name} ({original_class(module).__name__})" for name, module in modules[1:] if _has_weights(module)]
+    heavy = [(name, module) for name, module in modules[1:] if module.state_dict(keep_vars=True)]
+    others = [f"{name} ({original_class(module).__name__})" for name, module in heavy]
     first = cast(Any, modules[0][1]) if modules else None
     if first is None or others or not callable(getattr(first, "save_config", None)):
         _LOG.warning(
@@ -150,10 +151,6 @@ def write_sentence_model(model: nn.Module, directory: Path, *, with_tokenizer: b
     settings = model_settings(model)
     if settings is not None:
         write_json(directory / "config_sentence_transformers.json", cast(Any, settings))
-
-
-def _has_weights(module: nn.Module) -> bool:
-    return next(iter(module.state_dict(keep_vars=True)), None) is not None
 
 
 def _module_folders(path: Path) -> list[str] | None:

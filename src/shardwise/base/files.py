@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from shardwise.base.finding import asked_for, configured, find
+from shardwise.base.finding import Search, configured, find
 from shardwise.base.quantized import find_quantized, is_quantized, quant_settings
 from shardwise.base.source import BaseSource
 from shardwise.comm import Group, JsonValue
@@ -22,6 +22,7 @@ from shardwise.format.weight_files import TORCH, is_index
 from shardwise.geometry import TensorSpec
 from shardwise.settings import Settings
 from shardwise.sources.directory_contents import holds_safetensors, holds_torch_files
+from shardwise.sources.hub_cache import default_cache
 from shardwise.sources.sources import Source, open_source
 from shardwise.sources.torch_files import open_bin
 
@@ -43,7 +44,8 @@ def find_base(root_dir: str | Path | None, model_name: str, cache: str | Path | 
         CheckpointNotFoundError: It is not there; the message lists all places that were looked at.
         FormatError: It is a file of another format.
     """
-    return find(asked_for(root_dir, model_name, cache))
+    root = None if root_dir is None else Path(root_dir)
+    return find(Search(model_name, root, (root or (default_cache() if cache is None else Path(cache)),)))
 
 
 def base_config(path: Path) -> dict[str, object]:

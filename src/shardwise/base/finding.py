@@ -87,13 +87,6 @@ def configured(config: Settings) -> Search | None:
     return Search(name, place, caches, root_counts=True, hint=_SETTINGS)
 
 
-def asked_for(root_dir: str | Path | None, model_name: str, cache: str | Path | None = None) -> Search:
-    """The search for the base model that a call names, as `shardwise.base.files.find_base` has its arguments."""
-    if root_dir is not None:
-        return Search(model_name, Path(root_dir), (Path(root_dir),))
-    return Search(model_name, None, (default_cache() if cache is None else Path(cache),))
-
-
 def find(search: Search) -> Path:
     """The directory or file of a base model. Local.
 

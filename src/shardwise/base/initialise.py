@@ -53,14 +53,9 @@ def initialise(
     """Give what is on the meta device memory and values; other tensors are moved and initialised anew as well.
 
     Random values are those of `SeededInit`: the same on every topology for one ``seed``, as far as the model's code
-    draws them in place on its parameters. The generators' states are left as they were.
-
-    Args:
-        module: The model, or a pipeline stage.
-        device: Where it is to be.
-        seed: Equal on all ranks that hold parts of the same tensors.
-        loaded: Plain names of tensors that are about to be loaded: they get memory and no values.
-        slots: What `slots_of` gave for the model a moment ago, where the caller has it.
+    draws them in place on its parameters. The seed is equal on all ranks that hold parts of the same tensors. The
+    generators' states are left as they were. ``loaded`` names tensors that are about to be loaded: they get memory and
+    no values. ``slots`` is what `slots_of` gave for the model a moment ago, where the caller has it.
 
     Raises:
         MisuseError: A tensor has no values, and no code that would give it any.
@@ -209,7 +204,9 @@ def _run_own_code(module: nn.Module, device: torch.device) -> None:
     for name in ("initialize_weights", "init_weights"):
         method = getattr(module, name, None)
         if callable(method):
-            _call(method, device)
+            # torchtitan's models take the device of their buffers.
+            wanted = inspect.signature(method).parameters
+            method(**{key: device for key in ("buffer_device", "device") if key in wanted})
             return
     for child in module.children():
         _run_own_code(child, device)
@@ -218,13 +215,6 @@ def _run_own_code(module: nn.Module, device: torch.device) -> None:
         if callable(method):
             method()
             return
-
-
-def _call(method: Callable[..., object], device: torch.device) -> None:
-    """Call it with what it may want to know: torchtitan's models take the device of their buffers."""
-    known = {"buffer_device": device, "device": device}
-    wanted = inspect.signature(method).parameters
-    method(**{name: value for name, value in known.items() if name in wanted})
 
 
 def _tie(module: nn.Module) -> None:

@@ -29,7 +29,7 @@ from shardwise.peft.builtin_lora import find_sites
 from shardwise.peft.builtin_lora import natives as site_natives
 from shardwise.plan.deferred import deferred, refuse_stand_ins
 from shardwise.plan.fragments import HeldTensor
-from shardwise.stateful_wrappers.install import post_steps
+from shardwise.stateful_wrappers.model import post_steps
 from shardwise.stateful_wrappers.names import NamedTensor, declared_ties, list_state
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 from shardwise.stateful_wrappers.units import Step
@@ -77,18 +77,11 @@ def match_base(
 
     Adapters are left out: their layers' base weights are matched under the names that they have without. A tied tensor
     is matched under whichever of its names the files have; a head that this model does not tie and the files lack gets
-    the embedding that the model's class would tie it to, if the base ties.
+    the embedding that the model's class would tie it to, if the base may tie (``base_ties``), so that files without a
+    head are whole. Tensors whose names start with one of ``skip_prefixes`` are left out.
 
-    Args:
-        parts: This rank's parts.
-        names: All names in the files.
-        base_ties: Whether the base's head may be tied, so that files without it are whole.
-        skip_prefixes: Tensors whose names start with one of these are left out.
-        key_mapping: Regular expressions and replacements, from the files' names to the model's.
-        before: What the same call found when the tensors were others of the same names and shapes (on the meta device).
-
-    Raises:
-        ConversionError: Names or tensors do not map.
+    ``key_mapping`` maps the files' names to the model's. ``before`` is what the same call found when the tensors were
+    others of the same names and shapes (on the meta device).
     """
     register = MeshRegister()
     available = frozenset(names)

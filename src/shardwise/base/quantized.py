@@ -41,7 +41,7 @@ _FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
 #: Pieces of a MiB each whose values are held at a time.
 _MOST_ABREAST = 4
 _SCALE_SUFFIXES = ("_scale_inv", "_scale")
-_SUPPORTED = "block-scaled FP8 (fp8), mxfp4, and compressed-tensors with 8-bit float weights"
+SUPPORTED = "block-scaled FP8 (fp8), mxfp4, and compressed-tensors with 8-bit float weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +113,6 @@ def _pair(value: object) -> tuple[int, int] | None:
             f"blocks of size {value!r} are not a pair of positive integers", hint="Correct the base's config.json."
         )
     return (value[0], value[1])
-
-
-def unsupported(method: str, path: object) -> QuantizationError:
-    """The error for a method that cannot be dequantized here."""
-    return QuantizationError(
-        f"the base model is quantized by {method}, which cannot be dequantized on loading",
-        path=path,
-        hint=f"Use an unquantized base, or one quantized by {_SUPPORTED}.",
-    )
 
 
 def find_quantized(

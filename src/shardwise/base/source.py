@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from shardwise.base.quantized import QuantSettings, dequantized_pieces, fitted, read_dequantized, unsupported
+from shardwise.base.quantized import SUPPORTED, QuantSettings, dequantized_pieces, fitted, read_dequantized
 from shardwise.dtypes import FLOATS
 from shardwise.engine.load import LoadOptions
 from shardwise.engine.name_suggestions import listed
 from shardwise.engine.sharing import PlannedReads
-from shardwise.errors import DtypeMismatchError, MissingTensorError, ShapeMismatchError
+from shardwise.errors import DtypeMismatchError, MissingTensorError, QuantizationError, ShapeMismatchError
 from shardwise.geometry import TensorSpec
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.quantized import Quantized
@@ -121,7 +121,11 @@ def _refuse_unsupported(wanted: Sequence[TensorSpec], source: BaseSource) -> Non
     for spec in wanted:
         stored = source.stored(spec.name)
         if stored is None or (spec.dtype in FLOATS and stored.dtype not in FLOATS):
-            raise unsupported(settings.method, source.path)
+            raise QuantizationError(
+                f"the base model is quantized by {settings.method}, which cannot be dequantized on loading",
+                path=source.path,
+                hint=f"Use an unquantized base, or one quantized by {SUPPORTED}.",
+            )
 
 
 def _compare(spec: TensorSpec, source: BaseSource) -> None:

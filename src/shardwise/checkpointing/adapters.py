@@ -18,9 +18,9 @@ from shardwise.peft.builtin_lora import find_sites
 from shardwise.peft.capture import capture_adapter, hold_adapter
 from shardwise.peft.check import check_adapter, check_stages
 from shardwise.peft.compatibility import check_opens as check_opens_in_peft
+from shardwise.peft.config import adapter_settings
 from shardwise.peft.diffusers_lora import as_peft, check_opens, require_component
 from shardwise.peft.models import is_peft_adapted
-from shardwise.peft.settings import adapter_settings
 from shardwise.peft.tensors import AdapterTensors
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.roster import Roster

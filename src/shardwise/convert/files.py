@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from shardwise.convert.derive import loading_names
 from shardwise.convert.mapping import rename
 from shardwise.convert.rules import Computed, Conversion, HubPart, HubTensor, NativeSpec, Rule
-from shardwise.convert.transformers_rule import loading_names
 from shardwise.stateful_wrappers.wrapping import skeleton
 
 
@@ -45,17 +45,8 @@ def for_files(
 
     A native tensor whose hub tensors are not in the files, while it is there itself, is taken unconverted. One that is
     not there in any form keeps its hub names, so that the loader misses it under the name that the hub would use; names
-    of the files that the result does not have are unexpected.
-
-    Args:
-        model: The model to be loaded.
-        conversion: Of the model.
-        natives: What ``conversion`` was derived from.
-        names: All names in the files.
-        key_mapping: The user's: regular expressions and replacements, from the files' names to the model's.
-
-    Raises:
-        ConversionError: ``key_mapping`` makes one name of two, or two tensors would be read from one.
+    of the files that the result does not have are unexpected. The user's ``key_mapping`` (regular expressions and
+    replacements, from the files' names to the model's) applies first; it may not make one name of two.
     """
     if not key_mapping and set(conversion.names) <= set(names):
         return conversion

@@ -81,7 +81,9 @@ def capture_adapter(
         files = [AdapterFile("default", "", _joined([capture_own(part, dim, **layout) for part in parts]))]
     _require_plain_state(parts, files)
     extra = (*extra_entries(parts, files, stepped), *allocator_entries(parts))
-    return AdapterTensors(tuple(files), inventory, _layers(parts), cut, extra)
+    counts = (getattr(text_config(bare_model(part)), "num_hidden_layers", None) for part in parts)
+    layers = next((n for n in counts if isinstance(n, int) and not isinstance(n, bool)), None)
+    return AdapterTensors(tuple(files), inventory, layers, cut, extra)
 
 
 def hold_adapter(entries: Iterable[AdapterEntry], meshes: MeshRegister) -> tuple[HeldTensor, ...]:
@@ -111,11 +113,6 @@ def _joined(per_part: Sequence[Sequence[AdapterEntry]]) -> tuple[AdapterEntry, .
                 )
             out[item.spec.name] = item
     return tuple(out.values())
-
-
-def _layers(parts: Sequence[nn.Module]) -> int | None:
-    counts = (getattr(text_config(bare_model(part)), "num_hidden_layers", None) for part in parts)
-    return next((count for count in counts if isinstance(count, int) and not isinstance(count, bool)), None)
 
 
 def _inventory(parts: Sequence[nn.Module]) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -178,7 +178,15 @@ def read_lora(path: Path, component: str, key_mapping: Mapping[str, str]) -> Lor
     taken = dict(zip(header.names, rename(header.names, key_mapping), strict=True))
     if any(name.startswith(PEFT_PREFIX) for name in taken.values()):
         return None
-    _refuse_other_tools(taken.values(), path)
+    theirs = next((name for name in taken.values() if _OTHER_TOOLS.fullmatch(name)), None)
+    if theirs is not None:
+        raise AdapterError(
+            f"{theirs!r} is a name that other tools give (kohya's, ComfyUI's), with scales of their own",
+            path=path,
+            tensor=theirs,
+            hint="Open the file with load_lora_weights of a pipeline of diffusers, which converts it, and save it "
+            "with save_lora_weights.",
+        )
     own = {name: new for name, new in taken.items() if new.startswith(f"{component}.")}
     others = sorted({new.partition(".")[0] for name, new in taken.items() if name not in own})
     if own and not _COMPONENTS.issuperset(others):
@@ -201,18 +209,6 @@ def read_lora(path: Path, component: str, key_mapping: Mapping[str, str]) -> Lor
     prefix = f"{component}." if own else ""
     names = {name: PEFT_PREFIX + _current_name(new.removeprefix(prefix)) for name, new in (own or taken).items()}
     return LoraFile(names, _settings(header.metadata, prefix, path))
-
-
-def _refuse_other_tools(names: Collection[str], path: Path) -> None:
-    for name in names:
-        if _OTHER_TOOLS.fullmatch(name):
-            raise AdapterError(
-                f"{name!r} is a name that other tools give (kohya's, ComfyUI's), with scales of their own",
-                path=path,
-                tensor=name,
-                hint="Open the file with load_lora_weights of a pipeline of diffusers, which converts it, and save it "
-                "with save_lora_weights.",
-            )
 
 
 def _current_name(name: str) -> str:

@@ -35,11 +35,6 @@ if TYPE_CHECKING:
 _NOT_REPEATED = ("pissa_niter_", "lora_ga", "corda")
 
 
-def extra_name(name: str) -> str:
-    """A tensor's name in that file: the model's own, with or without a ``PeftModel`` around it."""
-    return name.removeprefix(PEFT_PREFIX)
-
-
 def extra_entries(
     parts: Sequence[nn.Module], files: Sequence[AdapterFile], stepped: Collection[int] = ()
 ) -> tuple[AdapterEntry, ...]:
@@ -51,7 +46,7 @@ def extra_entries(
     out: dict[str, AdapterEntry] = {}
     for part in parts:
         for named in _changing(part, stepped):
-            name = extra_name(named.name)
+            name = named.name.removeprefix(PEFT_PREFIX)
             if id(named.tensor) in taken:
                 continue
             if name in out:
@@ -68,7 +63,7 @@ def base_tensors(parts: Sequence[nn.Module]) -> Iterator[tuple[tuple[str, ...], 
     """All names that a tensor of this rank's parts may have in such a file, and the tensor."""
     for part in parts:
         for named in list_parameters([part]):
-            yield tuple(extra_name(name) for name in (named.name, *named.aliases)), named.tensor
+            yield tuple(name.removeprefix(PEFT_PREFIX) for name in (named.name, *named.aliases)), named.tensor
 
 
 def _changing(part: nn.Module, stepped: Collection[int]) -> Iterator[NamedTensor]:

@@ -296,13 +296,13 @@ def mark(tensor: torch.Tensor) -> bool:
     """Fill this rank's part with the mark; ``False`` for a dtype in which every value is an ordinary one."""
     signal = _signal(tensor.dtype)
     if signal is not None:
-        _local(tensor).fill_(signal)
+        local_part(tensor).detach().fill_(signal)
     return signal is not None
 
 
 def is_untouched(tensor: torch.Tensor) -> bool:
     """Whether all of this rank's part is still the mark; never for an empty part."""
-    local, signal = _local(tensor), _signal(tensor.dtype)
+    local, signal = local_part(tensor).detach(), _signal(tensor.dtype)
     if local.numel() == 0 or signal is None:
         return False
     if isinstance(signal, float):
@@ -317,14 +317,10 @@ def has_mark(tensor: torch.Tensor) -> bool:
 
     For integers, where the mark is a possible value, only a part that is nothing else counts.
     """
-    local = _local(tensor)
+    local = local_part(tensor).detach()
     if not isinstance(_signal(tensor.dtype), float):
         return is_untouched(tensor)
     return bool((local.to(torch.float32) if local.dtype.itemsize == 1 else local).isnan().any())
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return local_part(tensor).detach()
 
 
 def _signal(dtype: torch.dtype) -> float | int | None:

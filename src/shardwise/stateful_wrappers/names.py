@@ -65,18 +65,10 @@ def list_state(
 
     Two names are the same tensor if they are the same object or the same memory read in the same way. The name that
     is kept is the one that the model does not declare as tied to another (transformers' ``_tied_weights_keys``) and
-    that is no head's, else the first.
+    that is no head's, else the first. Different tensors of one name in two parts are a `NameCollisionError`.
 
-    Args:
-        parts: The model's parts.
-        stand_ins: Those of last time, for what modules make on the fly.
-        values: Whether the state is for a save; otherwise extra state is not requested.
-        norms: Whether torch's normalisation layers take their state themselves.
-
-    Raises:
-        MisuseError: A module is wrapped by FSDP1.
-        NameCollisionError: Two parts have different tensors of one name.
-        ModuleStateError: A module gives what cannot be described.
+    ``stand_ins`` are those of last time, for what modules make on the fly. Without ``values`` the state is not for a
+    save, and extra state is not requested; with ``norms`` torch's normalisation layers take their state themselves.
     """
     refuse_fsdp1(parts)
     stand_ins = stand_ins or StandIns()

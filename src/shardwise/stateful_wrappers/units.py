@@ -269,12 +269,11 @@ class Described:
     def _nearest(self, key: str) -> tuple[str, tuple[nn.Module, str, Taker | None]]:
         """The module that a name is below: its plain prefix, itself, its prefix and who takes what is its."""
         where = plain_name(key)
-        while where:
+        while True:
             where = where.rpartition(".")[0]
             known = self._modules.get(f"{where}." if where else "")
             if known is not None:
                 return (f"{where}." if where else ""), known
-        return "", self._modules[""]
 
     def _taker_of(self, key: str) -> Taker:
         """Who takes a name that is not read into memory directly."""

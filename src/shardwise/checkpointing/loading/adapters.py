@@ -18,11 +18,10 @@ from shardwise.engine.load import LoadOptions, OpenedLoad, listed_anywhere, open
 from shardwise.engine.name_suggestions import listed
 from shardwise.errors import AdapterError, MissingTensorError
 from shardwise.peft.capture import hold_adapter
-from shardwise.peft.config import read_adapter_config
+from shardwise.peft.config import adapter_settings, read_adapter_config
 from shardwise.peft.diffusers_lora import check_scales, component_of
 from shardwise.peft.extra import ALLOCATOR_PREFIX, AllocatorRestore, base_tensors, restore_allocators
 from shardwise.peft.load import differing_settings
-from shardwise.peft.settings import adapter_settings
 from shardwise.peft.tensors import ADAPTER_CONFIG_NAME, ADAPTER_EXTRA_NAME, AdapterTensors
 from shardwise.plan.fragments import HeldTensor
 from shardwise.sources.sources import open_source

@@ -34,11 +34,9 @@ _QUANTIZERS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 def find_base(root_dir: str | Path | None, model_name: str, cache: str | Path | None = None) -> Path:
     """The directory or file of a base model; the network is never asked.
 
-    Args:
-        root_dir: The hub cache, or a directory that models lie in; the hub's own cache if not given.
-        model_name: A directory, a model's directory in a hub cache, a file, a name below ``root_dir``, or a hub id
-            (``org/name``, or ``org/name@revision`` with a branch, a tag or a commit).
-        cache: The hub cache where ``root_dir`` is not given.
+    The name is a directory, a model's directory in a hub cache, a file, a name below ``root_dir``, or a hub id
+    (``org/name``, or ``org/name@revision`` with a branch, a tag or a commit). ``root_dir`` is the hub cache, or a
+    directory that models lie in; without it the hub cache is ``cache``, or the hub's own.
 
     Raises:
         CheckpointNotFoundError: It is not there; the message lists all places that were looked at.

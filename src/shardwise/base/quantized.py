@@ -67,11 +67,12 @@ def quant_settings(config: Mapping[str, object]) -> QuantSettings | None:
         kind = str(found.get("format", "unnamed"))
         groups = found.get("config_groups")
         weights = [g.get("weights") for g in groups.values()] if isinstance(groups, dict) else []
-        floats = all(isinstance(w, dict) and w.get("type") == "float" and w.get("num_bits") == 8 for w in weights)
+        known = [w for w in weights if isinstance(w, dict)]
+        eight = all(w.get("type") == "float" and w.get("num_bits") == 8 for w in known)
         # Zero points and sparsity masks are further tensors, without which the values would be wrong.
-        floats = floats and all(isinstance(w, dict) and w.get("symmetric") is not False for w in weights)
+        floats = eight and all(w.get("symmetric") is not False for w in known) and len(known) == len(weights)
         kind = _sparsity(found) or kind
-        blocks = [w.get("block_structure") for w in weights if isinstance(w, dict)]
+        blocks = [w.get("block_structure") for w in known]
         block = _pair(blocks[0]) if blocks else None
         return QuantSettings(f"{method} ({kind})", kind in ("float-quantized", "naive-quantized") and floats, block)
     return QuantSettings(method, False)

@@ -25,7 +25,6 @@ from shardwise.convert.rules import (
     HubPart,
     HubTensor,
     NativeSpec,
-    Rule,
     to_hub,
 )
 
@@ -37,7 +36,6 @@ __all__ = [
     "HubPart",
     "HubTensor",
     "NativeSpec",
-    "Rule",
     "StateDictAdapter",
     "adapter_of",
     "check_adapter",

@@ -313,58 +313,55 @@ def _seed(seed: int, name: str, path: str) -> int:
     return seed_of(f"{seed}/{name}/{path}")
 
 
+@dataclass
 class _Copier:
     """Gives each stand-in its base weights before peft replaces it, and copies the layer that peft made after that."""
 
-    def __init__(
-        self, stand_in: _StandIn, name: str, config: PeftConfig, layers: Mapping[str, nn.Module], seed: int
-    ) -> None:
-        self._stand_in = stand_in
-        self._name = name
-        self._layers = layers
-        self._seed = seed
-        self._needs_base = _needs_base(config)
-        self._method = _method(config)
-        self._given: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]] = []
-        self.at = ""
+    stand_in: _StandIn
+    name: str
+    config: PeftConfig
+    layers: Mapping[str, nn.Module]
+    seed: int
+    given: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    at: str = ""  #: The module that peft is about to replace.
 
     def before(self, target: nn.Module, path: str) -> None:
         """Called before peft replaces ``target``."""
         self.at = path
-        self._given = []
-        if self._needs_base:
+        self.given = []
+        if _needs_base(self.config):
             for module in target.modules():
-                given = self._stand_in.give(module)
-                self._given += [(module, leaf, own, own.data.clone()) for leaf, own in given]
-        torch.manual_seed(_seed(self._seed, self._name, path))
+                given = self.stand_in.give(module)
+                self.given += [(module, leaf, own, own.data.clone()) for leaf, own in given]
+        torch.manual_seed(_seed(self.seed, self.name, path))
 
     def after(self, target: nn.Module, made: nn.Module, path: str) -> None:
         """Called when peft has put ``made`` in the place of ``target``."""
         parameter = getattr(made, "parameter_name", None)
         # peft calls what it adapts by the parameter's name where that alone is adapted.
-        real = self._layers.get(path.removesuffix(f".{parameter}") if parameter else path)
+        real = self.layers.get(path.removesuffix(f".{parameter}") if parameter else path)
         # Several parameters of one module are adapted by wrappers around each other.
         while real is not None and getattr(real, "parameter_name", None) != parameter:
             real = own_children(real).get("base_layer")
-        if real is None or not upstream.has_adapter(real, self._name):
+        if real is None or not upstream.has_adapter(real, self.name):
             raise AdapterError(
-                f"{self._method} adapts {path!r}, and the model's adapter does not",
+                f"{_method(self.config)} adapts {path!r}, and the model's adapter does not",
                 tensor=path,
                 hint="Give the model the configuration that its layers were made from.",
             )
         self.copy(made, real, path)
-        for module, leaf, own, before in self._given:
+        for module, leaf, own, before in self.given:
             now = own_parameters(module).get(leaf)
             if now is not own or not torch.equal(own.data, before):
                 self._write_base(module, leaf, now, path)
             own.data = _nothing(own)
-        self._given = []
+        self.given = []
 
     def _write_base(self, module: nn.Module, leaf: str, now: torch.Tensor | None, path: str) -> None:
-        target = own_parameters(self._stand_in.real[id(module)]).get(leaf)
+        target = own_parameters(self.stand_in.real[id(module)]).get(leaf)
         if now is None or target is None or now.shape != target.shape:
             raise AdapterError(
-                f"{self._method} replaces the base weight {leaf!r} of {path!r}, which has no place in the model",
+                f"{_method(self.config)} replaces the base weight {leaf!r} of {path!r}, and the model has no such place",
                 tensor=join(path, leaf),
                 hint="Build and adapt this model on a real device.",
             )
@@ -378,7 +375,7 @@ class _Copier:
             if target is None or target.shape != value.shape:
                 have = "lacks it" if target is None else f"has {tuple(target.shape)}"
                 raise AdapterError(
-                    f"{self._method} begins {join(path, leaf)!r} as {tuple(value.shape)}, and the model {have}",
+                    f"{_method(self.config)} begins {join(path, leaf)!r} as {tuple(value.shape)}, and the model {have}",
                     tensor=join(path, leaf),
                     hint="Build and adapt this model on a real device.",
                 )

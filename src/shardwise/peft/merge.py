@@ -43,17 +43,12 @@ _NO_MERGE = "Set export_merged to false; the adapter itself can be saved."
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MergedGroup:
-    """Adapted modules that are merged together: one, or several that share a base weight. Or a quantized module.
+    """Adapted modules that are merged together: one, or several that share a base weight. Or a quantized module."""
 
-    Attributes:
-        name: The first one's path in the model.
-        sources: Name -> tensor of the training model, of all that merging reads. Whole tensors are needed.
-        results: What stands for the merged tensors in the merged model: tensors without memory.
-    """
-
-    name: str
+    name: str  #: The first one's path in the model.
+    #: Name -> tensor of the training model, of all that merging reads. Whole tensors are needed.
     sources: Mapping[str, torch.Tensor]
-    results: tuple[torch.Tensor, ...]
+    results: tuple[torch.Tensor, ...]  #: What stands for the merged tensors in the merged model, without memory.
     _layers: tuple[nn.Module, ...]
     _tokens: Mapping[str, torch.Tensor]
     _quantized: Mapping[str, QuantizedWeight]
@@ -240,11 +235,8 @@ def _like(token: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 def _tensors(modules: Sequence[nn.Module]) -> list[torch.Tensor]:
     """Parameters and buffers, each once."""
-    found: dict[int, torch.Tensor] = {}
-    for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
-            found.setdefault(id(tensor), tensor)
-    return list(found.values())
+    found = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+    return list({id(tensor): tensor for tensor in found}.values())
 
 
 def _unload(layers: Sequence[nn.Module]) -> list[nn.Module]:

@@ -44,8 +44,7 @@ def is_peft_adapted(parts: Sequence[nn.Module], peft_config: object | None = Non
         return False
     from peft import PeftConfig
 
-    kinds = (upstream.layer_class(), upstream.copy_class())
-    if any(isinstance(module, kinds) for part in parts for module in part.modules()):
+    if _has(parts, (upstream.layer_class(), upstream.copy_class())):
         return True
     given = list(peft_config.values()) if isinstance(peft_config, Mapping) else [peft_config]
     for part in parts:
@@ -64,7 +63,10 @@ def is_whole_with_adapter(parts: Sequence[nn.Module]) -> bool:
         return False
     from peft import PeftModel
 
-    kinds = (PeftModel, upstream.layer_class(), upstream.copy_class())
+    return _has(parts, (PeftModel, upstream.layer_class(), upstream.copy_class()))
+
+
+def _has(parts: Sequence[nn.Module], kinds: tuple[type, ...]) -> bool:
     return any(isinstance(module, kinds) for part in parts for module in part.modules())
 
 

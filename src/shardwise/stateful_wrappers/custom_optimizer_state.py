@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from shardwise.errors import MisuseError
 from shardwise.stateful_wrappers.inner_optimizers import AnyOptimizer, StateHolder, is_shell, is_zero, members
-from shardwise.stateful_wrappers.optimizer_classes import alike, equal
+from shardwise.stateful_wrappers.state_trees import alike, equal
 from shardwise.upstream.torch_optim import STATE_HOOKS
 from shardwise.upstream.torch_tensors import local_part
 

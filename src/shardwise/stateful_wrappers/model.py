@@ -84,10 +84,9 @@ class ModelState:
             return listed
         return listed._replace(tensors=tuple(t for t in listed.tensors if not t.name.startswith(self._skip)))
 
-    def held(self, meshes: MeshRegister | None = None) -> list[HeldTensor]:
+    def held(self) -> list[HeldTensor]:
         """What this rank holds, under the model's own names, as views of its memory or of stand-ins for it."""
-        register = meshes or MeshRegister()
-        return held_tensors(((named.name, named.tensor) for named in self.listing().tensors), register)
+        return held_tensors(((named.name, named.tensor) for named in self.listing().tensors), MeshRegister())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Plain names to detached tensors.
@@ -122,6 +121,7 @@ class ModelState:
         """
         listed = self.listing(values=False)
         own = {name: named.tensor for named in listed.tensors for name in (named.name, *named.aliases)}
+        is_lenient = any(step.taker is not None and step.taker.is_lenient for steps in listed.steps for step in steps)
         takers: dict[int, dict[str, torch.Tensor]] = {}
         aside: dict[str, object] = {}
         with torch.no_grad():
@@ -133,7 +133,7 @@ class ModelState:
                     takers.setdefault(id(what.owner), {})[what.key] = value
                 elif target is not None:
                     install(plain_view(name, target), plain_view(name, value))
-                elif self._may_take(listed, name):
+                elif is_lenient or name.rpartition(".")[2] == EXTRA:
                     aside[name] = value
                 else:
                     raise KeyError(name)
@@ -142,12 +142,6 @@ class ModelState:
         for part, steps in zip(self.model, listed.steps, strict=True):
             wanted = [s for s in steps if s.kind != "take" or id(s.taker) in takers or _concerns(s, aside)]
             installing.run([*wanted, *(() if steps else post_steps(unwrap(part)))])
-
-    @staticmethod
-    def _may_take(listed: Listing, name: str) -> bool:
-        if name.rpartition(".")[2] == EXTRA:
-            return True
-        return any(step.taker is not None and step.taker.is_lenient for steps in listed.steps for step in steps)
 
 
 def _concerns(step: Step, names: Mapping[str, object]) -> bool:

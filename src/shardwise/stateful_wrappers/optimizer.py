@@ -31,7 +31,6 @@ from shardwise.stateful_wrappers.inner_optimizers import (
 )
 from shardwise.stateful_wrappers.memory import install, plain_view
 from shardwise.stateful_wrappers.names import list_parameters, promised_ties, undeclared_names
-from shardwise.stateful_wrappers.optimizer_classes import equal
 from shardwise.stateful_wrappers.state_tensors import (
     LOCAL,
     PLAIN,
@@ -42,7 +41,7 @@ from shardwise.stateful_wrappers.state_tensors import (
     describe,
     is_sharded,
 )
-from shardwise.stateful_wrappers.state_trees import Tree, TreeWriter, is_flat, merged
+from shardwise.stateful_wrappers.state_trees import Tree, TreeWriter, equal, is_flat, merged
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.upstream.torch_tensors import local_part
 
@@ -464,8 +463,7 @@ class OptimizerState:
 
     def held(self, meshes: MeshRegister | None = None) -> list[HeldTensor]:
         """This rank's parts of the state tensors, as views of the optimizers' memory."""
-        register = meshes or MeshRegister()
-        return held_tensors(self.state_dict().items(), register)
+        return held_tensors(self.state_dict().items(), meshes or MeshRegister())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """State tensors by name, sharing the optimizers' memory."""

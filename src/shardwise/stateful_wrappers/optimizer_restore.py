@@ -21,11 +21,31 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.custom_optimizer_state import Path, StateView, cloned, makes_or_loads_custom
 from shardwise.stateful_wrappers.inner_optimizers import Options, StateHolder, members
 from shardwise.stateful_wrappers.optimizer import Entry, OptimizerRecord, OptimizerState, SavedGroup, label_of
-from shardwise.stateful_wrappers.optimizer_classes import equal, is_foreign, is_like_parameter, is_torchs_own
 from shardwise.stateful_wrappers.state_tensors import Place, SavedTensor, make
-from shardwise.stateful_wrappers.state_trees import TreeReader
+from shardwise.stateful_wrappers.state_trees import TreeReader, equal
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.upstream.torch_tensors import local_part
+
+#: The state that torch's optimizers keep of a parameter. All have its shape, except `_OF_NO_SHAPE`.
+#: Source: the `step` methods in `torch.optim`. A class that is not listed here is judged by its options alone.
+_STATE_KEYS = {
+    "ASGD": {"ax", "eta", "mu"},
+    "Adadelta": {"square_avg", "acc_delta"},
+    "Adagrad": {"sum"},
+    "Adam": {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
+    "AdamW": {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
+    "Adamax": {"exp_avg", "exp_inf"},
+    "NAdam": {"exp_avg", "exp_avg_sq", "mu_product"},
+    "RAdam": {"exp_avg", "exp_avg_sq"},
+    "RMSprop": {"square_avg", "momentum_buffer", "grad_avg"},
+    "Rprop": {"prev", "step_size"},
+    "SGD": {"momentum_buffer"},
+}
+_OF_NO_SHAPE = {"eta", "mu", "mu_product"}
+#: Counts steps in nearly every class, and so identifies none.
+_COMMON = {"step"}
+#: Options that choose the implementation, not the result; a release of torch may add some.
+_FLAGS = {"foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
 
 Undo = Callable[[], None]
 Rest = list[tuple[Path, object]]
@@ -397,6 +417,29 @@ class _Planner:
 
 def _renamed(path: Sequence[tuple[str, object]], names: Mapping[str, str]) -> Path:
     return tuple((kind, names.get(str(step), step) if kind == "parameter" else step) for kind, step in path)
+
+
+def is_torchs_own(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's class is one of torch's."""
+    return type(optimizer) is getattr(torch.optim, type(optimizer).__name__, None)
+
+
+def is_foreign(optimizer: Optimizer, options: Collection[str], keys: Collection[str], own: Collection[str]) -> bool:
+    """Whether a state without a recorded class provably belongs to another class than this optimizer's.
+
+    Given are the names of the saved group's options, of its parameters' state in the checkpoint, and of their own now.
+    """
+    name, is_torchs = type(optimizer).__name__, is_torchs_own(optimizer)
+    known = {*own} | (_STATE_KEYS.get(name, set()) if is_torchs else set())
+    has, expects = {*keys} - _COMMON, known - _COMMON
+    if has and expects and not has & expects:
+        return True
+    return is_torchs and bool(set(optimizer.defaults) - _FLAGS - {*options})
+
+
+def is_like_parameter(optimizer: Optimizer, key: str) -> bool:
+    """Whether the state ``key`` is known to have its parameter's shape."""
+    return is_torchs_own(optimizer) and key in _STATE_KEYS.get(type(optimizer).__name__, set()) - _OF_NO_SHAPE
 
 
 def _is_known(optimizer: Optimizer, key: str) -> bool:

@@ -18,8 +18,8 @@ from torch import nn
 from shardwise.errors import ReplicasDifferError
 from shardwise.stateful_wrappers.names import NamedTensor
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord, SavedGroup, label_of
-from shardwise.stateful_wrappers.optimizer_classes import equal
 from shardwise.stateful_wrappers.state_dict_overrides import EXTRA
+from shardwise.stateful_wrappers.state_trees import equal
 from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
 
 

@@ -260,12 +260,8 @@ def _over(kind: Kind, mesh: DeviceMesh, param: DTensor) -> list[str]:
         return [known.get(name, "R") for name in names]
     cuts = sorted({each for each in kind.placements if each != "R"})
     one = cuts[0] if len(cuts) == 1 else "R"
-    found, is_used = [], False
-    for placement in param.placements:
-        cut = isinstance(placement, (Shard, StridedShard)) and not is_used
-        found.append(one if cut else "R")
-        is_used = is_used or cut
-    return found
+    first = next((n for n, each in enumerate(param.placements) if isinstance(each, (Shard, StridedShard))), None)
+    return [one if n == first else "R" for n in range(mesh.ndim)]
 
 
 def _placement(letter: str, ndim: int) -> Placement:

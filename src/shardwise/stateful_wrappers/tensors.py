@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,17 +49,8 @@ class MeshRegister:
         self._used: dict[tuple[tuple[str, ...], tuple[int, ...]], int] = {}
         # Listing a mesh's ranks takes longer than the rest of a tensor's description, and most tensors share a mesh
         # object, which is kept alive here so that its id stays unique.
-        self._seen: dict[int, tuple[DeviceMesh, MeshKey, tuple[int, ...] | None]] = {}
+        self._seen: dict[int, tuple[DeviceMesh, MeshKey, Sequence[int] | None]] = {}
         self._spreads: dict[tuple[object, ...], Spread] = {}
-
-    def place(self, mesh: DeviceMesh) -> tuple[MeshKey, tuple[int, ...] | None]:
-        """The key of ``mesh``, and this rank's coordinate in it; ``None`` where it is not part of it."""
-        known = self._seen.get(id(mesh))
-        if known is None:
-            coordinate = mesh.get_coordinate()
-            known = (mesh, self.key(mesh), tuple(coordinate) if coordinate is not None else None)
-            self._seen[id(mesh)] = known
-        return known[1], known[2]
 
     def spread(self, name: str, tensor: torch.Tensor) -> Spread:
         """How ``tensor`` is spread; the same object for all tensors of its shape and spread."""
@@ -75,7 +66,9 @@ class MeshRegister:
         key = (id(mesh), shape, placements, may_differ, *map(type, placements))
         known = self._spreads.get(key)
         if known is None:
-            mesh_key, coordinate = self.place(mesh)
+            if id(mesh) not in self._seen:
+                self._seen[id(mesh)] = (mesh, self.key(mesh), mesh.get_coordinate())
+            _, mesh_key, coordinate = self._seen[id(mesh)]
             if coordinate is None:
                 raise MisuseError(
                     "this rank is not part of the tensor's mesh",
@@ -84,7 +77,7 @@ class MeshRegister:
                 )
             kinds = tuple(_placement(p, name) for p in placements)
             part = Part(tuple(shape), mesh_key, kinds, may_differ=may_differ)
-            known = self._spreads[key] = Spread.of(part, coordinate)
+            known = self._spreads[key] = Spread.of(part, tuple(coordinate))
         return known
 
     def key(self, mesh: DeviceMesh) -> MeshKey:

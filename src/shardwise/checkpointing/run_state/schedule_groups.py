@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 
 from shardwise.checkpointing.run_state.schedule_records import Groups, SavedSchedule
 from shardwise.errors import MisuseError
-from shardwise.stateful_wrappers.optimizer_classes import equal
+from shardwise.stateful_wrappers.state_trees import equal
 from shardwise.upstream.torch_optim import INNER_SCHEDULERS, LAST_RATES, MILESTONES
 
 #: Attributes of torch's schedulers with one value for each parameter group. Source: ``torch.optim.lr_scheduler``.

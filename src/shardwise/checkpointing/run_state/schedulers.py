@@ -18,7 +18,7 @@ from shardwise.checkpointing.run_state.schedule_groups import composed
 from shardwise.checkpointing.run_state.schedule_records import Attached, SavedSchedule, SavedSchedules, inner_of
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatError
 from shardwise.sources.state_files import has_state, read_state
-from shardwise.stateful_wrappers.optimizer_classes import equal
+from shardwise.stateful_wrappers.state_trees import equal
 
 SCHEDULER_STATE = "scheduler"
 #: An attribute of torch's schedulers that newer releases lack.

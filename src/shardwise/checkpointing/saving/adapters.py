@@ -30,7 +30,7 @@ from shardwise.engine.export import ExportOptions, ExportPlan, plan_export, writ
 from shardwise.engine.jobs import Step
 from shardwise.engine.name_suggestions import listed
 from shardwise.peft.capture import hold_adapter
-from shardwise.peft.compatibility import vllm_limits
+from shardwise.peft.check import vllm_limits
 from shardwise.peft.config import adapter_settings
 from shardwise.peft.diffusers_lora import LORA_WEIGHTS_NAME, as_diffusers, check_opens, header_metadata
 from shardwise.peft.merge import merged_parts

@@ -361,7 +361,8 @@ class _Copier:
         target = own_parameters(self.stand_in.real[id(module)]).get(leaf)
         if now is None or target is None or now.shape != target.shape:
             raise AdapterError(
-                f"{_method(self.config)} replaces the base weight {leaf!r} of {path!r}, and the model has no such place",
+                f"{_method(self.config)} replaces the base weight {leaf!r} of {path!r}, "
+                "which has no place in the model",
                 tensor=join(path, leaf),
                 hint="Build and adapt this model on a real device.",
             )

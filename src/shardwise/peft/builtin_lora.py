@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeGuard
 
 import torch
@@ -251,17 +252,10 @@ def _scale(module: nn.Module) -> float | None:
     return None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TrainedModule:
-    """A module outside LoRA that is trained as a whole (a new head), with all of its state."""
-
-    fqn: str
-    state: tuple[Native, ...]
-
-
-def find_trained_modules(model: nn.Module, sites: Sequence[Site]) -> list[TrainedModule]:
+def find_trained_modules(model: nn.Module, sites: Sequence[Site]) -> dict[str, list[Native]]:
     """Modules without LoRA whose parameters are trained while the rest of the model is frozen: peft's modules_to_save.
 
+    Each, such as a new head, is trained as a whole, and comes with all of its state.
     Where nothing is frozen, the model was not prepared for adapter training: the adapter is then only the LoRA factors,
     and a warning says so. Parameters of a LoRA module or of the model itself cannot be such, and raise `AdapterError`.
     """
@@ -270,10 +264,10 @@ def find_trained_modules(model: nn.Module, sites: Sequence[Site]) -> list[Traine
     rest = {plain_path(name): p for name, p in root.named_parameters() if plain_path(name) not in lora}
     trained = [name for name, p in rest.items() if p.requires_grad]
     if not trained or not sites:
-        return []
+        return {}
     if len(trained) == len(rest):
         _LOG.warning("the base model is not frozen; an adapter checkpoint holds the LoRA factors, not the base weights")
-        return []
+        return {}
     owners = {name.rpartition(".")[0] for name in trained}
     modules = dict(named_modules(root))
     top = sorted(o for o in owners if not any(o != other and f"{o}.".startswith(f"{other}.") for other in owners))
@@ -285,13 +279,13 @@ def find_trained_modules(model: nn.Module, sites: Sequence[Site]) -> list[Traine
                 tensor=next(name for name in trained if name.startswith(owner)),
                 hint="Freeze them (requires_grad_(False)), or train the whole model without adapters.",
             )
-    out = [TrainedModule(owner, tuple(_state(owner, modules[owner]))) for owner in top]
+    out = {owner: list(_state(owner, modules[owner])) for owner in top}
     # A head that is tied to a trained embedding is trained with it; peft's copies are not tied, so each has its values.
-    ours = {id(native.tensor) for module in out for native in module.state}
+    ours = {id(native.tensor) for state in out.values() for native in state}
     for fqn, module in modules.items():
         tied = [p for p in own_parameters(module).values() if p is not None and id(p) in ours]
         if tied and not any(fqn == owner or fqn.startswith(f"{owner}.") for owner in top):
-            out.append(TrainedModule(fqn, tuple(_state(fqn, module))))
+            out[fqn] = list(_state(fqn, module))
     return out
 
 
@@ -323,9 +317,11 @@ def capture_own(model: nn.Module, dim: int | None, v4_compatible: bool, legacy_l
             out += _fused(site, _depth(site, sites), legacy_layout)
         else:
             out += _per_expert(site)
-    first: dict[int, str] = {}
-    for module in find_trained_modules(model, sites):
-        out += _trained(module, first)
+    first: dict[int, str] = {}  # of tensors that are tied
+    for native in chain.from_iterable(find_trained_modules(model, sites).values()):
+        name = f"{PEFT_PREFIX}{native.fqn}"
+        known = first.setdefault(id(native.tensor), name)
+        out.append(entry(name, native.fqn, native.tensor, alias_of=known if known != name else None))
     return out
 
 
@@ -401,11 +397,3 @@ def _fused(site: ExpertSite, depth: int, legacy_layout: bool) -> Iterator[Adapte
     view = axis_view([[n] for n in native.tensor.shape], (long, rank, 0))
     shape = (int(native.tensor.shape[long]), site.rank * site.experts)
     yield entry(f"{base}.lora_B.weight", native.fqn, native.tensor, view, shape)
-
-
-def _trained(module: TrainedModule, first: dict[int, str]) -> Iterator[AdapterEntry]:
-    """A trained module's tensors; ``first`` has the names under which tied ones were written before."""
-    for native in module.state:
-        name = f"{PEFT_PREFIX}{native.fqn}"
-        known = first.setdefault(id(native.tensor), name)
-        yield entry(name, native.fqn, native.tensor, alias_of=known if known != name else None)

@@ -84,7 +84,7 @@ def own_settings(parts: Sequence[nn.Module], peft_config: object | None, v4_comp
         targets.update(hub_target_modules(part, {t for s in sites if not is_fused(s) for t in s.targets}))
         parameters.update(f"{s.fqn}.{s.parameter}" for s in sites if is_fused(s))
         _add_patterns(patterns, part, sites, peft_config)
-        saved.update(module.fqn for module in find_trained_modules(part, sites))
+        saved.update(find_trained_modules(part, sites))
         has_bias = has_bias or any(isinstance(s, LinearSite) and s.bias is not None for s in sites)
     return {
         "target_modules": sorted(targets),

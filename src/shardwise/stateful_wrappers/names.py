@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice, pairwise
 from typing import NamedTuple, cast
 
 import torch
@@ -73,12 +72,11 @@ def list_state(
     refuse_fsdp1(parts)
     stand_ins = stand_ins or StandIns()
     stand_ins.begin()
-    found: dict[str, torch.Tensor] = {}
+    entries: list[Mapping[str, torch.Tensor]] = []
     modules: list[nn.Module] | None = []
     aside: dict[str, Aside] = {}
     metadata: dict[str, Mapping[str, object]] = {}
     steps: list[tuple[Step, ...]] = []
-    bounds = [0]
     for part in parts:
         module = unwrap(part)
         refuse_hooks_around(part, module)
@@ -89,27 +87,20 @@ def list_state(
             aside |= {plain_name(name): value for name, value in described.aside.items()}
             metadata |= {plain_name(f"{name}.")[:-1]: noted for name, noted in described.metadata.items()}
             steps.append(tuple(described.steps))
-            entries: Mapping[str, torch.Tensor] = described.tensors
+            entries.append(described.tensors)
         else:
-            entries, own_modules = plain
             steps.append(())
+            entries.append(plain[0])
             if modules is not None:
-                modules += own_modules
-        _add(found, entries)
-        bounds.append(len(found))
-    listed = _listed(found, bounds, parts)
-    return Listing(tuple(listed), None if modules is None else tuple(modules), aside, metadata, tuple(steps))
+                modules += plain[1]
+    listed = _listed(entries, parts)
+    return Listing(listed, None if modules is None else tuple(modules), aside, metadata, tuple(steps))
 
 
 def list_parameters(parts: Sequence[nn.Module]) -> tuple[NamedTensor, ...]:
     """As `list_state`, but parameters and buffers as the modules have them, whatever they give out when asked."""
     refuse_fsdp1(parts)
-    found: dict[str, torch.Tensor] = {}
-    bounds = [0]
-    for part in parts:
-        _add(found, _own_entries(unwrap(part)))
-        bounds.append(len(found))
-    return tuple(_listed(found, bounds, parts))
+    return _listed([_own_entries(unwrap(part)) for part in parts], parts)
 
 
 def own_tensors(root: nn.Module) -> dict[str, torch.Tensor]:
@@ -121,30 +112,28 @@ def own_tensors(root: nn.Module) -> dict[str, torch.Tensor]:
     return {plain_name(name): tensor for name, tensor in _own_entries(root).items()}
 
 
-def _add(found: dict[str, torch.Tensor], entries: Mapping[str, torch.Tensor]) -> None:
-    for key, tensor in entries.items():
-        name = plain_name(key)
-        if found.setdefault(name, tensor) is not tensor:
-            raise NameCollisionError(
-                "two of this rank's model parts have different tensors of this name",
-                tensor=name,
-                hint="Give each stage's modules the names that they have in the whole model.",
-            )
-
-
-def _listed(found: Mapping[str, torch.Tensor], bounds: Sequence[int], parts: Sequence[nn.Module]) -> list[NamedTensor]:
-    """The tensors with the parts that have them, names of one tensor together."""
-    listed = [
-        NamedTensor(name, tensor, (), number, position)
-        for number, (low, high) in enumerate(pairwise(bounds))
-        for position, (name, tensor) in zip(range(low, high), islice(found.items(), low, high), strict=True)
-    ]
-    if len(set(map(address, found.values()))) < len(found):
-        listed = _merged(listed, declared_ties(parts))
+def _listed(entries: Sequence[Mapping[str, torch.Tensor]], parts: Sequence[nn.Module]) -> tuple[NamedTensor, ...]:
+    """The tensors with the first of the parts that has them, names of one tensor together."""
+    found: dict[str, NamedTensor] = {}
+    for number, own in enumerate(entries):
+        for key, tensor in own.items():
+            name = plain_name(key)
+            known = found.get(name)
+            if known is None:
+                found[name] = NamedTensor(name, tensor, (), number, len(found))
+            elif known.tensor is not tensor:
+                raise NameCollisionError(
+                    "two of this rank's model parts have different tensors of this name",
+                    tensor=name,
+                    hint="Give each stage's modules the names that they have in the whole model.",
+                )
+    listed = tuple(found.values())
+    if len({address(named.tensor) for named in listed}) < len(listed):
+        return _merged(listed, declared_ties(parts))
     return listed
 
 
-def _merged(listed: Sequence[NamedTensor], declared: Mapping[str, str]) -> list[NamedTensor]:
+def _merged(listed: Sequence[NamedTensor], declared: Mapping[str, str]) -> tuple[NamedTensor, ...]:
     """Put names of one tensor together."""
     groups: dict[tuple[object, ...], list[NamedTensor]] = {}
     for named in listed:
@@ -155,7 +144,7 @@ def _merged(listed: Sequence[NamedTensor], declared: Mapping[str, str]) -> list[
         undeclared = [named for named in alike if named.name not in declared]
         kept = next((named for named in undeclared if not is_lm_head(named.name)), (undeclared or alike)[0])
         out.append(kept._replace(aliases=tuple(named.name for named in alike if named is not kept)))
-    return out
+    return tuple(out)
 
 
 def is_lm_head(name: str) -> bool:

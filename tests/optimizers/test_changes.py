@@ -16,10 +16,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from shardwise import Checkpointer, CheckpointingConfig
-from shardwise.errors import ConversionError, MissingTensorError, MisuseError, StateFormatError
+from shardwise.errors import ConversionError, MissingTensorError, MisuseError, ReplicasDifferError, StateFormatError
 from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord
 from shardwise.stateful_wrappers.optimizer_restore import plan_restore
+from shardwise.stateful_wrappers.replicas import RankRecord, agreed
 
 ASYNC = pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 
@@ -301,8 +302,9 @@ class Nested(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):  # type: ignore[no-untyped-def]
         for param in self.param_groups[0]["params"]:
-            moments = self.state[param].setdefault("moments", {"first": torch.zeros_like(param)})
+            moments = self.state[param].setdefault("moments", {"first": torch.zeros_like(param), "count": 0})
             moments["first"].add_(param.grad)
+            moments["count"] += 1
 
 
 def test_nested_state_of_each_rank_comes_back(tmp_path: Path) -> None:
@@ -318,6 +320,19 @@ def test_nested_state_of_each_rank_comes_back(tmp_path: Path) -> None:
     checkpointer.restore(other, fresh)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(fresh.state[b]["moments"]["first"], optimizer.state[a]["moments"]["first"])
+
+
+def test_a_value_in_nested_state_that_differs_between_ranks_is_an_error() -> None:
+    records = []
+    for rank in range(2):
+        model = net()
+        optimizer = Nested(list(model.parameters()))
+        step(model, optimizer)
+        optimizer.state[model["first"].weight]["moments"]["count"] += rank
+        records.append(RankRecord(OptimizerState(optimizer, model).record(), (rank,)))
+    with pytest.raises(ReplicasDifferError, match=r"moments.count of first.weight is 1 on rank 0 and 2 on rank 1"):
+        agreed(records, lambda _: False)
+    assert OptimizerRecord.merge(agreed(records, lambda _: True)) == records[0].record
 
 
 def test_an_outer_optimizers_state_that_this_rank_did_not_save_is_dropped() -> None:

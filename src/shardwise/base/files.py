@@ -72,10 +72,8 @@ def _json_object(file: Path) -> dict[str, object]:
 
 def ties_head(config: Mapping[str, object]) -> bool:
     """Whether the base may tie its head to the embedding: all but a config that says no."""
-    places = [config.get("text_config"), config]
-    said = [
-        place["tie_word_embeddings"] for place in places if isinstance(place, dict) and "tie_word_embeddings" in place
-    ]
+    key, places = "tie_word_embeddings", (config.get("text_config"), config)
+    said = [place[key] for place in places if isinstance(place, dict) and key in place]
     return not said or any(bool(value) for value in said)
 
 

@@ -220,9 +220,8 @@ def _run_own_code(module: nn.Module, device: torch.device) -> None:
 def _tie(module: nn.Module) -> None:
     """Tie what the model ties, unless sharding has fixed which parameters there are (their ties were kept)."""
     tie = getattr(module, "tie_weights", None)
-    if not callable(tie) or any(isinstance(p, DTensor) for p in module.parameters()):
-        return
-    if not _hides_embedding(module):
+    sharded = any(isinstance(p, DTensor) for p in module.parameters())
+    if callable(tie) and not sharded and not _hides_embedding(module):
         tie()
 
 

@@ -148,11 +148,10 @@ def _compare(spec: TensorSpec, source: BaseSource) -> None:
             hint="Build the model from the base's own config.json, or name a task head that is to keep its fresh "
             "values in skip_task_head_prefixes_for_base_model.",
         )
-    if stored.dtype == spec.dtype or {stored.dtype, spec.dtype} <= FLOATS.keys():
-        return
-    if stored.dtype in _FP8 and spec.dtype in FLOATS and spec.name not in source.scaled:
-        return
     scaled = spec.name in source.scaled
+    is_cast = spec.dtype in FLOATS and (stored.dtype in FLOATS or (stored.dtype in _FP8 and not scaled))
+    if stored.dtype == spec.dtype or is_cast:
+        return
     raise DtypeMismatchError(
         f"the model's dtype is {spec.dtype}, the base's {stored.dtype}" + (" with scales beside it" if scaled else ""),
         path=source.path,

@@ -289,12 +289,10 @@ def find_trained_modules(model: nn.Module, sites: Sequence[Site]) -> dict[str, l
     return out
 
 
-def natives(site: Site) -> Iterator[Native]:
+def natives(site: Site) -> list[Native]:
     """The parameters of a site."""
-    yield site.a
-    yield site.b
-    if isinstance(site, LinearSite):
-        yield from (native for native in (site.magnitude, site.bias) if native is not None)
+    beside = (site.magnitude, site.bias) if isinstance(site, LinearSite) else ()
+    return [native for native in (site.a, site.b, *beside) if native is not None]
 
 
 def _state(fqn: str, module: nn.Module) -> Iterator[Native]:

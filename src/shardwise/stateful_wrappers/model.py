@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -21,7 +21,7 @@ from shardwise.stateful_wrappers.memory import install, plain_view
 from shardwise.stateful_wrappers.names import Listing, NamedTensor, is_lm_head, list_state
 from shardwise.stateful_wrappers.state_dict_overrides import EXTRA, every_module, has_foreign_hooks
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
-from shardwise.stateful_wrappers.units import StandIns, Step, Taker, label, saved_tensors
+from shardwise.stateful_wrappers.units import StandIns, Step, Taker, failing, label, saved_tensors
 from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
 from shardwise.upstream.torch_modules import (
     CHECKPOINTED,
@@ -263,16 +263,9 @@ def given_name(taker: Taker, key: str) -> str:
     return taker.prefix + plain_name(key).removeprefix(plain_name(taker.prefix))
 
 
-@contextlib.contextmanager
-def _failing(module: nn.Module, prefix: str, method: str) -> Iterator[None]:
-    """Name the module whose own method failed."""
-    try:
-        yield
-    except Exception as error:
-        raise ModuleStateError(
-            f"{method} of {label(module, prefix)} failed: {type(error).__name__}: {error}",
-            hint="What was restored before it stays; correct the module, and restore again.",
-        ) from error
+def _failing(module: nn.Module, prefix: str, method: str) -> contextlib.AbstractContextManager[None]:
+    hint = "What was restored before it stays; correct the module, and restore again."
+    return failing(f"{method} of {label(module, prefix)} failed", hint)
 
 
 class _Answer:

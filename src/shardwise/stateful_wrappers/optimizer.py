@@ -99,8 +99,10 @@ class OptimizerRecord:
 
     def to_state(self) -> dict[str, object]:
         """As plain containers, for `shardwise.format.state_json`."""
+        # A release that knows of no kinds would make something else of a tensor.
+        has_kinds = any(saved.kind != Kind() for found in self.tensors.values() for saved in found.values())
         state: dict[str, object] = {
-            "version": 2 if self.trees or any(g.slot for g in self.groups) or self._has_kinds() else 1,
+            "version": 2 if self.trees or any(g.slot for g in self.groups) or has_kinds else 1,
             "groups": [
                 {"options": dict(g.options), "params": list(g.params), "kind": g.kind, "slot": g.slot}
                 for g in self.groups
@@ -114,10 +116,6 @@ class OptimizerRecord:
         }
         state |= {"aliases": dict(self.aliases)} if self.aliases else {}
         return state | ({"trees": dict(self.trees)} if self.trees else {})
-
-    def _has_kinds(self) -> bool:
-        """Whether a release that knows of no kinds would make something else of a tensor."""
-        return any(saved.kind != Kind() for found in self.tensors.values() for saved in found.values())
 
     @staticmethod
     def from_state(state: object) -> OptimizerRecord:

@@ -19,7 +19,7 @@ from shardwise.errors import ReplicasDifferError
 from shardwise.stateful_wrappers.names import NamedTensor
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord, SavedGroup, label_of
 from shardwise.stateful_wrappers.state_dict_overrides import EXTRA
-from shardwise.stateful_wrappers.state_trees import equal
+from shardwise.stateful_wrappers.state_trees import equal, values_in
 from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
 
 
@@ -155,10 +155,14 @@ def _differences(
     if group is not their_group and group.kind != their_group.kind:
         found.append(_Difference(name, "optimizer", (group.kind, their_group.kind), ranks))
     found += [_Difference(name, *row, ranks) for row in _unequal(group.options, their_group.options)]
-    values, theirs = first.record.values.get(name), second.record.values.get(name)
+    values, theirs = _beside_tensors(first.record, name), _beside_tensors(second.record, name)
     if values is not None and theirs is not None:
         found += [_Difference(name, *row, ranks) for row in _unequal(values, theirs)]
     return found
+
+
+def _beside_tensors(record: OptimizerRecord, name: str) -> Mapping[str, object] | None:
+    return dict(values_in(record.trees[name])) if name in record.trees else record.values.get(name)
 
 
 _ABSENT = object()

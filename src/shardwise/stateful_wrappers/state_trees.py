@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn, cast
 
@@ -228,6 +228,19 @@ class TreeReader:
         )
         parts = {str(name): self._read(each) for name, each in cast(list[tuple[object, object]], inner)}
         return unflatten(parts, context, shape, stride)
+
+
+def values_in(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """The values in a tree that are no tensors and no shard's own, and where they are."""
+    match tree:
+        case ["value", value]:
+            yield path, value
+        case ["dict" | "ordered", list(rows)]:
+            for key, each in rows:
+                yield from values_in(each, f"{path}.{key[-1]}" if path else str(key[-1]))
+        case ["list" | "tuple", list(items)]:
+            for number, each in enumerate(items):
+                yield from values_in(each, f"{path}.{number}")
 
 
 def merged(a: object, b: object) -> object:

@@ -5,9 +5,9 @@ Names here are those of ``state_dict()``, with what wrappers put into them.
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, cast
@@ -51,6 +51,20 @@ def label(module: nn.Module, prefix: str) -> str:
     return f"the module {name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
 
 
+@contextlib.contextmanager
+def failing(what: str, hint: str) -> Iterator[None]:
+    """Say what a module's own code did where it fails."""
+    try:
+        yield
+    except ModuleStateError:
+        raise
+    except Exception as error:
+        raise ModuleStateError(f"{what}: {type(error).__name__}: {error}", hint=hint) from error
+
+
+_GIVE = "state_dict() of the model has to succeed on every rank."
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Unit:
     """A module that makes entries of the state with its own methods."""
@@ -69,23 +83,15 @@ class Unit:
         module, prefix = self.module, self.prefix
         made: Mapping[str, object] = OrderedDict()
         note_versions(made, OrderedDict())
-        try:
-            with torch.no_grad():
-                if not self.whole:
-                    noted_versions(made)[prefix[:-1]] = {"version": state_version(module)}
-                    save_own(module, cast("dict[str, object]", made), prefix)
-                elif prefix:
-                    # As its parent calls it, which does not look at what is returned.
-                    module.state_dict(destination=cast("dict[str, object]", made), prefix=prefix, keep_vars=False)
-                else:
-                    made = module.state_dict()
-        except ModuleStateError:
-            raise
-        except Exception as error:
-            raise ModuleStateError(
-                f"{self.label} failed to give its state: {type(error).__name__}: {error}",
-                hint="state_dict() of the model has to succeed on every rank.",
-            ) from error
+        with failing(f"{self.label} failed to give its state", _GIVE), torch.no_grad():
+            if not self.whole:
+                noted_versions(made)[prefix[:-1]] = {"version": state_version(module)}
+                save_own(module, cast("dict[str, object]", made), prefix)
+            elif prefix:
+                # As its parent calls it, which does not look at what is returned.
+                module.state_dict(destination=cast("dict[str, object]", made), prefix=prefix, keep_vars=False)
+            else:
+                made = module.state_dict()
         stray = next((key for key in made if not str(key).startswith(prefix)), None)
         if stray is not None:
             raise ModuleStateError(
@@ -296,14 +302,17 @@ class Described:
             for name, tensor in saved_tensors(module):
                 self._add(prefix + name, tensor, None)
             if self._values and overrides_extra_state(module, "get_extra_state"):
-                self._add_aside(prefix + EXTRA, _extra_of(module, prefix), label(module, prefix))
+                name = label(module, prefix)
+                with failing(f"get_extra_state of {name} failed", _GIVE), torch.no_grad():
+                    extra = module.get_extra_state()
+                self._add_aside(prefix + EXTRA, extra, name)
                 self.metadata.setdefault(prefix[:-1], {"version": state_version(module)})
         for name, child in own_children(module).items():
             if child is not None:
                 self._look_at_makers(child, f"{prefix}{name}.")
 
     def _add_made(self, unit: Unit) -> None:
-        with _NoMessages(unit.label) if _has_peers() else nullcontext():
+        with _NoMessages(unit.label) if _has_peers() else contextlib.nullcontext():
             entries = unit.entries()
         for name, noted in noted_versions(entries).items():
             self.metadata[name] = dict(noted)
@@ -357,17 +366,6 @@ def saved_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
         unsaved = unsaved_buffers(module)
         found += [(name, buffer) for name, buffer in buffers.items() if buffer is not None and name not in unsaved]
     return found
-
-
-def _extra_of(module: nn.Module, prefix: str) -> object:
-    try:
-        with torch.no_grad():
-            return module.get_extra_state()
-    except Exception as error:
-        raise ModuleStateError(
-            f"get_extra_state of {label(module, prefix)} failed: {type(error).__name__}: {error}",
-            hint="state_dict() of the model has to succeed on every rank.",
-        ) from error
 
 
 def _is_dense(value: torch.Tensor) -> bool:

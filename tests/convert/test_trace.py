@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwise.convert.assemble import axis_views
-from shardwise.convert.provenance import Untraceable
+from shardwise.convert.provenance import Untraceable, axis_views
 from shardwise.convert.trace import TracedTensor, traced
 from shardwise.geometry import Box
 from shardwise.plan.views import hub_views

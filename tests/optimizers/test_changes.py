@@ -16,10 +16,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from shardwise import Checkpointer, CheckpointingConfig
-from shardwise.errors import ConversionError, MissingTensorError, MisuseError
+from shardwise.errors import ConversionError, MissingTensorError, MisuseError, ReplicasDifferError, StateFormatError
 from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord
 from shardwise.stateful_wrappers.optimizer_restore import plan_restore
+from shardwise.stateful_wrappers.replicas import RankRecord, agreed
 
 ASYNC = pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 
@@ -290,3 +291,78 @@ def test_what_ranks_have_of_one_parameter_is_one_ranks() -> None:
     found = OptimizerRecord.merge(records)
     assert [(group.options["d0"], group.options["k"]) for group in found.groups] == [(1e-3, 1)]
     assert {values["step"] for values in found.values.values()} == {1}
+
+
+class Nested(torch.optim.Optimizer):
+    """Keeps its tensors in a dictionary in the state."""
+
+    def __init__(self, params) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):  # type: ignore[no-untyped-def]
+        for param in self.param_groups[0]["params"]:
+            moments = self.state[param].setdefault("moments", {"first": torch.zeros_like(param), "count": 0})
+            moments["first"].add_(param.grad)
+            moments["count"] += 1
+
+
+def test_nested_state_of_each_rank_comes_back(tmp_path: Path) -> None:
+    def build() -> tuple[nn.Module, torch.optim.Optimizer, Checkpointer]:
+        model = net()
+        config = CheckpointingConfig(checkpoint_dir=str(tmp_path), save_consolidated="false", per_rank_state=["*"])
+        return model, Nested(list(model.parameters())), config.build()
+
+    model, optimizer, checkpointer = build()
+    step(model, optimizer)
+    checkpointer.save(0, 1, model, optimizer)
+    other, fresh, checkpointer = build()
+    checkpointer.restore(other, fresh)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(fresh.state[b]["moments"]["first"], optimizer.state[a]["moments"]["first"])
+
+
+def test_a_value_in_nested_state_that_differs_between_ranks_is_an_error() -> None:
+    records = []
+    for rank in range(2):
+        model = net()
+        optimizer = Nested(list(model.parameters()))
+        step(model, optimizer)
+        optimizer.state[model["first"].weight]["moments"]["count"] += rank
+        records.append(RankRecord(OptimizerState(optimizer, model).record(), (rank,)))
+    with pytest.raises(ReplicasDifferError, match=r"moments.count of first.weight is 1 on rank 0 and 2 on rank 1"):
+        agreed(records, lambda _: False)
+    assert OptimizerRecord.merge(agreed(records, lambda _: True)) == records[0].record
+
+
+def test_an_outer_optimizers_state_that_this_rank_did_not_save_is_dropped() -> None:
+    model = net()
+    outer = layouts.lookahead(list(model.parameters()))
+    step(model, outer)
+    record = OptimizerRecord.from_state(OptimizerState(outer, model).record().to_state())
+    other = net()
+    fresh = layouts.lookahead(list(other.parameters()))
+    plan = plan_restore(OptimizerState(fresh, other), record)
+    names = {name for name in plan.tensors() if not name.startswith("state.<")}
+    assert names != set(plan.tensors())
+    plan.keep(names, [name for name, _ in other.named_parameters()])
+    plan.apply()
+    assert not fresh.state
+    assert all("exp_avg" in fresh.base_optimizer.state[param] for param in other.parameters())
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [["dict", [1]], ["dict", [[["value", []], ["value", 1]]]], ["ordered", [[]]], ["list", [{}]], 3],
+    ids=["rows", "key", "pair", "item", "number"],
+)
+def test_state_that_is_no_tree_is_named(tree: object) -> None:
+    model = net()
+    optimizer = Nested(list(model.parameters()))
+    step(model, optimizer)
+    state = OptimizerState(optimizer, model).record().to_state()
+    state["trees"] = {name: tree if isinstance(tree, list) else [tree] for name in state["trees"]}  # type: ignore[attr-defined]
+    with pytest.raises(StateFormatError, match="is no tree") as caught:
+        plan_restore(OptimizerState(optimizer, model), OptimizerRecord.from_state(state))
+    assert caught.value.hint
+    assert caught.value.tensor == "first.weight"

@@ -93,7 +93,6 @@ def save_captured(
     *,
     v4_compatible: bool = False,
     legacy_paramwrapper_layout: bool = False,
-    save_embedding_layers: bool | str = "auto",
 ) -> None:
     """Write every adapter of a single process's model."""
     captured = capture_adapter(
@@ -101,7 +100,6 @@ def save_captured(
         peft_config,
         v4_compatible=v4_compatible,
         legacy_paramwrapper_layout=legacy_paramwrapper_layout,
-        save_embedding_layers=save_embedding_layers,
     )
     for file in captured.files:
         path = directory / file.path

@@ -53,6 +53,16 @@ def fsdp(model: nn.Module, layers: Sequence[nn.Module], mesh: DeviceMesh) -> nn.
     return model
 
 
+def contradicting() -> None:
+    """Two ranks of one stage, the same module with factors of another rank on each."""
+    model = dense(OwnConfig())
+    module = model.model.layers[0].mlp.down_proj
+    inner = 2 + dist.get_rank()
+    module.lora_A = nn.Linear(module.lora_A.in_features, inner, bias=False)
+    module.lora_B = nn.Linear(inner, module.lora_B.out_features, bias=False)
+    adapter_settings([model], OwnConfig(), Group.current())
+
+
 def distribute(model: nn.Module, mesh: DeviceMesh, rule: Callable[[str], Placement]) -> nn.Module:
     """Make every parameter a DTensor."""
     for name, module in list(model.named_modules()):

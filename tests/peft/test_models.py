@@ -22,7 +22,7 @@ from shardwise.addons.peft import (
     check_adapter,
     read_adapter_config,
 )
-from shardwise.errors import AdapterError, MisuseError
+from shardwise.errors import AdapterError
 
 peft = pytest.importorskip("peft")
 
@@ -173,13 +173,6 @@ def test_the_saved_config_leaves_the_models_alone(tmp_path: Path) -> None:
     assert model.peft_config["default"].inference_mode is False
 
 
-def test_save_embedding_layers(tmp_path: Path) -> None:
-    model = adapted("llama", {"target_modules": LINEAR})
-    model.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
-    save_captured([model], None, tmp_path / "ours", save_embedding_layers=True)
-    same_tensors(tmp_path / "ours/adapter_model.safetensors", tmp_path / "theirs/adapter_model.safetensors")
-
-
 @pytest.mark.parametrize("resize", [False, True])
 def test_a_resized_vocabulary_is_saved(resize: bool, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
@@ -223,10 +216,6 @@ def test_several_adapters(tmp_path: Path) -> None:
         ours, theirs = tmp_path / "ours" / part, tmp_path / "theirs" / part
         same_tensors(ours / "adapter_model.safetensors", theirs / "adapter_model.safetensors")
         same_json(ours / "adapter_config.json", theirs / "adapter_config.json")
-    only = capture_adapter([model], None, v4_compatible=False, legacy_paramwrapper_layout=False, adapter_name="second")
-    assert [file.path for file in only.files] == ["second/adapter_model.safetensors"]
-    with pytest.raises(MisuseError, match="no adapter 'third'"):
-        capture_adapter([model], None, v4_compatible=False, legacy_paramwrapper_layout=False, adapter_name="third")
 
 
 def test_injected_layers_are_saved_as_if_wrapped(tmp_path: Path) -> None:

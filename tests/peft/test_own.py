@@ -39,7 +39,7 @@ from shardwise.addons.peft import (
     capture_adapter,
     read_adapter_config,
 )
-from shardwise.errors import AdapterError, MisuseError
+from shardwise.errors import AdapterError
 
 peft = pytest.importorskip("peft")
 
@@ -357,17 +357,6 @@ def test_factors_that_do_not_fit_are_an_error() -> None:
     model.model.layers[0].mlp.down_proj.lora_B = nn.Linear(5, HIDDEN, bias=False)
     with pytest.raises(AdapterError, match="do not fit together"):
         capture(model, OwnConfig())
-
-
-def test_own_lora_is_one_adapter() -> None:
-    with pytest.raises(MisuseError, match="no adapter 'other'"):
-        capture_adapter(
-            [dense(OwnConfig())],
-            OwnConfig(),
-            v4_compatible=False,
-            legacy_paramwrapper_layout=False,
-            adapter_name="other",
-        )
 
 
 def test_pipeline_stages_in_one_process() -> None:

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from tests.peft import on_ranks as peft_ranks
 from tests.peft.own_models import OwnConfig, dense, moe
 from tests.peft.test_models import adapted, same_json, save
-from tests.support.ranks import run
+from tests.support.ranks import failure, run
 
 from shardwise.addons.peft import initialise_adapters, initialise_magnitudes
 from shardwise.dtypes import dtype_code
+from shardwise.errors import AdapterError
 
 pytest.importorskip("peft")
 
@@ -124,3 +125,10 @@ def test_a_rank_that_fails_fails_everywhere(root: Path) -> None:
     assert "has no lora_B" in first
     assert "rank 1" in first
     assert not (root / "broken").exists()
+
+
+def test_ranks_of_one_stage_with_other_factors_contradict_each_other() -> None:
+    error = failure(2, peft_ranks.contradicting)
+    assert isinstance(error, AdapterError)
+    assert "has rank_pattern {'model.layers.0.mlp.down_proj': 2} on rank 0" in str(error)
+    assert "down_proj': 3} on rank 1" in str(error)

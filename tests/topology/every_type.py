@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from shardwise import CheckpointingConfig
 from shardwise.errors import ShardwiseError
-from shardwise.stateful_wrappers import ModelState
+from shardwise.stateful_wrappers.names import list_parameters
 
 SAME = "yes"
 
@@ -56,7 +56,7 @@ def check(key: str, mesh: DeviceMesh, root: Path) -> tuple[str, str]:
     config = CheckpointingConfig(checkpoint_dir=root, save_consolidated="every")
     with config.build(dp_rank=dist.get_rank(), tp_rank=0, pp_rank=0) as engine:
         engine.save_model(model, root)
-        tensors = {named.name: named.tensor for named in ModelState(model).tensors()}
+        tensors = {named.name: named.tensor for named in list_parameters([model])}
         before = {name: _local(tensor).clone() for name, tensor in tensors.items()}
         with torch.no_grad():
             for tensor in tensors.values():

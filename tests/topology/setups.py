@@ -23,7 +23,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardwise import Checkpointer, CheckpointingConfig
 from shardwise.disk.storage import Storage
-from shardwise.stateful_wrappers import ModelState
+from shardwise.stateful_wrappers.names import list_parameters
 
 FAMILIES = ("dense", "tied", "moe")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -329,7 +329,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def named(parts: list[nn.Module]) -> dict[str, nn.Parameter]:
     """Parameters by their plain names, tied ones once."""
-    return {t.name: t.tensor for t in ModelState(parts).tensors()}  # type: ignore[misc]
+    return {t.name: t.tensor for t in list_parameters(parts)}  # type: ignore[misc]
 
 
 class Run:

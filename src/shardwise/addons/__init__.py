@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shardwise.addons.base import CheckpointAddon as CheckpointAddon
     from shardwise.addons.base import SaveHookArgs as SaveHookArgs
-    from shardwise.addons.compat import _REMOVED_TRANSFORMERS_SYMBOLS as _REMOVED_TRANSFORMERS_SYMBOLS
-    from shardwise.addons.compat import _apply_transformers_compat_guards as _apply_transformers_compat_guards
+    from shardwise.addons.custom_code import _REMOVED_TRANSFORMERS_SYMBOLS as _REMOVED_TRANSFORMERS_SYMBOLS
+    from shardwise.addons.custom_code import _apply_transformers_compat_guards as _apply_transformers_compat_guards
     from shardwise.addons.custom_code import _iter_custom_code_classes as _iter_custom_code_classes
     from shardwise.addons.custom_code import _maybe_save_custom_model_code as _maybe_save_custom_model_code
     from shardwise.addons.hf_config import _config_exists as _config_exists
@@ -34,8 +34,10 @@ _HOMES = {
     name: home
     for home, names in {
         "base": ("CheckpointAddon", "SaveHookArgs"),
-        "compat": ("_REMOVED_TRANSFORMERS_SYMBOLS", "_apply_transformers_compat_guards"),
-        "custom_code": ("_iter_custom_code_classes", "_maybe_save_custom_model_code"),
+        "custom_code": (
+            "_REMOVED_TRANSFORMERS_SYMBOLS", "_apply_transformers_compat_guards", "_iter_custom_code_classes",
+            "_maybe_save_custom_model_code",
+        ),
         "hf_config": ("_config_exists", "_maybe_strip_quantization_config", "_save_original_config_json"),
         "huggingface": ("ConsolidatedHFAddon", "HFMetadataExporter"),
         "peft": (

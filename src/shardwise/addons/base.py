@@ -20,7 +20,6 @@ class ModelParts(Protocol):
     @property
     def model(self) -> Sequence[nn.Module]:
         """The parts on this rank: one, or one for each pipeline stage that the rank runs."""
-        ...
 
 
 class SavesPretrained(Protocol):
@@ -28,7 +27,6 @@ class SavesPretrained(Protocol):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], /) -> object:
         """Write the files from which ``from_pretrained`` rebuilds the object."""
-        ...
 
 
 class SaveHookArgs(TypedDict, total=False):
@@ -86,8 +84,6 @@ class CheckpointAddon(Protocol):
 
     def pre_save(self, **kwargs: Unpack[SaveHookArgs]) -> None:
         """Write what goes beside the weights. All ranks call."""
-        ...
 
     def post_save(self, **kwargs: Unpack[SaveHookArgs]) -> None:
         """Finish, now that the weights are durable. All ranks call."""
-        ...

@@ -1,23 +1,29 @@
-"""Copies the Python files of a custom model beside its weights. Nothing here runs or imports what it copies."""
+"""Copies the Python files of a custom model beside its weights. Nothing here runs or imports what it copies.
+
+Copied code is kept importable under transformers releases that dropped a name which the code imports.
+"""
 
 from __future__ import annotations
 
 import ast
+import codecs
+import io
 import logging
 import os
 import re
 import sys
+import tokenize
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from shardwise.addons.compat import _apply_transformers_compat_guards
-from shardwise.addons.files import copy_file, read_source
+from shardwise.addons.files import copy_file, read_source, write_bytes
 from shardwise.base.finding import find_directory
 from shardwise.disk.names import is_directory, is_file, real_path, walk
+from shardwise.errors import ShardwiseError
 from shardwise.stateful_wrappers.wrapping import bare_model, original_class
-from shardwise.upstream.transformers import auto_class, given_path
+from shardwise.upstream.transformers import NAME_OR_PATH, auto_class
 
 if TYPE_CHECKING:
     import torch
@@ -50,22 +56,17 @@ def _iter_custom_code_classes(model_part: torch.nn.Module) -> Iterator[type]:
     """
     model = bare_model(model_part)
     config: object = getattr(model, "config", None)
-    seen: set[type] = set()
-    families = _families_of_name(given_path(config))
+    seen: dict[type, None] = {}
+    families = _families_of_name(getattr(config, NAME_OR_PATH, None))
     for cls in (*type(model).__mro__, *type(config).__mro__):
-        if cls not in seen and (_in_cache(cls.__module__) or auto_class(cls) is not None):
-            seen.add(cls)
+        if _in_cache(cls.__module__) or auto_class(cls) is not None:
+            seen[cls] = None
             families.add(_family(cls.__module__))
-            yield cls
     for reference in auto_map_references(config):
         repo, _, target = reference.rpartition("--")
-        if any(f"{cls.__module__}.{cls.__name__}".endswith("." + target) for cls in seen):
-            continue
-        wanted = _families_of_name(repo) if repo else families
-        for cls in _loaded_classes(target, wanted):
-            if cls not in seen:
-                seen.add(cls)
-                yield cls
+        if not any(f"{cls.__module__}.{cls.__name__}".endswith("." + target) for cls in seen):
+            seen.update(dict.fromkeys(_loaded_classes(target, _families_of_name(repo) if repo else families)))
+    yield from seen
 
 
 def auto_map_references(config: object) -> list[str]:
@@ -124,11 +125,7 @@ class _Copies:
     def __init__(self, target: Path) -> None:
         self.target = target
         self.written: list[Path] = []
-        self._sources: dict[Path, Path] = {}
-
-    def holds(self, relative: Path) -> bool:
-        """Whether a file was already copied to ``relative``."""
-        return relative in self._sources
+        self.sources: dict[Path, Path] = {}  # by relative path
 
     def add_all(self, files: list[Path], root: Path) -> None:
         """Copy ``files``, which lie below ``root``, to the same relative paths."""
@@ -137,12 +134,12 @@ class _Copies:
 
     def add(self, source: Path, relative: Path) -> None:
         """Copy the bytes of ``source`` to ``relative``, unless another source was copied there."""
-        first = self._sources.get(relative)
+        first = self.sources.get(relative)
         if first is not None:
             if first != source and read_source(first) != read_source(source):
                 _LOG.warning("custom code: %s is kept, the different file %s is left out", first, source)
             return
-        self._sources[relative] = source
+        self.sources[relative] = source
         copy_file(source, self.target / relative)
         self.written.append(self.target / relative)
 
@@ -230,7 +227,7 @@ def _add_referenced(copied: _Copies, references: list[str], original_model_path:
         if not _DOTTED.fullmatch(dotted):
             continue
         relative = Path(*dotted.split(".")[:-1]).with_suffix(".py")
-        base = None if copied.holds(relative) else find_directory(repo or original_model_path)
+        base = None if relative in copied.sources else find_directory(repo or original_model_path)
         if base is None or not is_file(base / relative) or not _is_inside(base / relative, base):
             continue
         copied.add_all(_with_relative_imports(base / relative, base), base)
@@ -298,3 +295,104 @@ def custom_auto_map(model: nn.Module, config: object) -> dict[str, str]:
         if isinstance(registered, str) and cls.__module__ != "__main__":
             entries[registered] = f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
     return entries
+
+
+# --- imports of what transformers dropped ----------------------------------------------------------------------------
+
+
+#: Name that transformers no longer has -> the module that had it, and the expression that stands in for it.
+_REMOVED_TRANSFORMERS_SYMBOLS: dict[str, tuple[str, str]] = {
+    "NEED_SETUP_CACHE_CLASSES_MAPPING": ("transformers.generation.utils", "{}"),
+}
+
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+")
+
+
+def _apply_transformers_compat_guards(py_path: str) -> None:
+    """Guard imports of transformers symbols removed in newer versions.
+
+    Where ``py_path`` does ``from <module> import ... <symbol> ...`` and the symbol is one of
+    `_REMOVED_TRANSFORMERS_SYMBOLS`, lines are inserted that define the symbol on the module if it is absent, so that
+    the import resolves. They come after the module's docstring and its ``from __future__`` imports, in the file's own
+    encoding and line ends. Any other file, and one that is no Python of this interpreter's, keeps every byte. Running
+    it again changes nothing. The file is parsed, never executed. A path that is absent or cannot be read has no import
+    to guard, and is left alone: who copies or imports the file meets that error.
+
+    Args:
+        py_path: A ``.py`` file.
+
+    Raises:
+        StorageError: The guarded file cannot be written.
+    """
+    path = Path(py_path)
+    try:
+        data = read_source(path)
+    except ShardwiseError as error:
+        _LOG.debug("no imports guarded in %s: %s", path, error)
+        return
+    if not any(symbol.encode() in data for symbol in _REMOVED_TRANSFORMERS_SYMBOLS):
+        return
+    mark = codecs.BOM_UTF8 if data.startswith(codecs.BOM_UTF8) else b""
+    try:
+        encoding = tokenize.detect_encoding(io.BytesIO(data).readline)[0].removesuffix("-sig")
+        text = data.removeprefix(mark).decode(encoding)
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, LookupError):
+        return
+    guards = [guard for symbol in _imported_symbols(tree) if (guard := _guard(symbol))[0] not in text]
+    if guards:
+        write_bytes(path, mark + _inserted(text, tree, guards).encode(encoding))
+
+
+def _imported_symbols(tree: ast.Module) -> list[str]:
+    """Removed symbols that the file imports from the module that had them, in the order of the table."""
+    found = {
+        (node.module, alias.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level == 0
+        for alias in node.names
+    }
+    return [s for s, (module, _) in _REMOVED_TRANSFORMERS_SYMBOLS.items() if (module, s) in found]
+
+
+def _inserted(text: str, tree: ast.Module, guards: list[list[str]]) -> str:
+    """The text with guards before its first statement that is neither docstring nor future import."""
+    first = re.search(r"\r\n|\n|\r", text)
+    newline = first.group() if first else "\n"
+    position = _insertion_offset(text, tree)
+    head = text[:position]
+    if head and not head.endswith(("\n", "\r")):
+        head += newline
+    return head + "".join(line + newline for guard in guards for line in guard) + text[position:]
+
+
+def _guard(symbol: str) -> list[str]:
+    module, stand_in = _REMOVED_TRANSFORMERS_SYMBOLS[symbol]
+    return [
+        f"# shardwise: {module}.{symbol} is absent from newer transformers.",
+        f"import {module} as _shardwise_guarded",
+        f'if not hasattr(_shardwise_guarded, "{symbol}"):',
+        f"    _shardwise_guarded.{symbol} = {stand_in}",
+        "del _shardwise_guarded",
+    ]
+
+
+def _insertion_offset(text: str, tree: ast.Module) -> int:
+    body = tree.body
+    index = next(i for i, statement in enumerate(body) if not _must_come_first(statement, i))
+    statement = body[index]
+    lines = _LINE.findall(text)
+    first_line = min([statement.lineno, *(d.lineno for d in getattr(statement, "decorator_list", []))])
+    start = sum(len(line) for line in lines[: first_line - 1])
+    if index and body[index - 1].end_lineno == first_line:
+        # A docstring or future import shares the line with the statement (`"""doc"""; import x`): break the line there.
+        # Columns count bytes of UTF-8, whatever the file's encoding (ast).
+        start += len(lines[first_line - 1].encode()[: statement.col_offset].decode())
+    return start
+
+
+def _must_come_first(statement: ast.stmt, index: int) -> bool:
+    if isinstance(statement, ast.ImportFrom):
+        return statement.module == "__future__"
+    constant = statement.value if isinstance(statement, ast.Expr) else None
+    return index == 0 and isinstance(constant, ast.Constant) and isinstance(constant.value, str)

@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
-from shardwise.addons.config_entries import is_config, naming_entries
 from shardwise.addons.custom_code import custom_auto_map
 from shardwise.addons.files import copy_file, write_json, write_text, written_locally
 from shardwise.base.finding import find_directory
 from shardwise.comm import JsonValue
 from shardwise.disk.names import is_file
-from shardwise.errors import CheckpointNotFoundError, MisuseError
+from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError
 from shardwise.format.json_file import read_json_object
 from shardwise.stateful_wrappers.model_parts import has_quantized_parameters
 from shardwise.stateful_wrappers.wrapping import bare_model, original_class
@@ -37,6 +36,9 @@ CONFIG_V5 = "config.v5.json"
 
 _QUANTIZATION = "quantization_config"
 _TIE = "tie_word_embeddings"
+
+#: Levels of nesting below which a configuration is taken for one without an end.
+_DEEPEST = 20
 
 #: Entries of a generation config that say where it came from and not how to generate.
 _GENERATION_ORIGIN = frozenset({"transformers_version", FROM_MODEL_CONFIG})
@@ -83,7 +85,9 @@ def _config_exists(original_model_path: str, config_name: str) -> bool:
     return base is not None and is_file(base / config_name)
 
 
-def _save_original_config_json(original_model_path: str, hf_metadata_dir: str, config_name: str) -> None:
+def _save_original_config_json(
+    original_model_path: str, hf_metadata_dir: str, config_name: str, *, keep_quantization: bool = False
+) -> None:
     """Copy the original pretrained ``config.json`` with ``quantization_config`` stripped.
 
     Readers of the 4.x generation of transformers get the file that they know. Without quantization in it, the file is
@@ -93,13 +97,25 @@ def _save_original_config_json(original_model_path: str, hf_metadata_dir: str, c
         original_model_path: Local directory or hub id (looked up in the hub cache) of the base model.
         hf_metadata_dir: Directory to write to; made if absent.
         config_name: Name of the file, there and here: ``config.json`` or ``generation_config.json``.
+        keep_quantization: Whether its ``quantization_config`` is still true.
 
     Raises:
         CheckpointNotFoundError: The base model has no such file.
         FormatError: The file is not a JSON object.
         StorageError: A file cannot be read or written.
     """
-    copy_config(original_model_path, hf_metadata_dir, config_name, keep_quantization=False)
+    base = find_directory(original_model_path)
+    if base is None or not is_file(base / config_name):
+        raise CheckpointNotFoundError(
+            f"the base model has no {config_name}",
+            path=original_model_path if base is None else base / config_name,
+            hint="Give a directory or a cached hub id as the base model, or leave v4_compatible off.",
+        )
+    entries = read_json_object(base / config_name)
+    if not keep_quantization and _strip(entries):
+        write_json(Path(hf_metadata_dir) / config_name, entries)
+    else:
+        copy_file(base / config_name, Path(hf_metadata_dir) / config_name)
 
 
 def _maybe_strip_quantization_config(model_part: torch.nn.Module) -> None:
@@ -156,21 +172,11 @@ def is_transformers_config(config: object) -> bool:
 def write_config(
     model: nn.Module, path: Path, dtype: str | None, *, keep_quantization: bool, v4_names: bool = False
 ) -> None:
-    """Write the model's transformers config, whole, as it should be read beside the written weights.
+    """Write the transformers config of a model, whole, as it should be read beside the written weights.
 
-    Nothing is left to class defaults, which differ between releases: every entry is written. ``dtype`` and
-    ``architectures`` are what transformers itself would put there; the model's own config is left as it is.
-
-    Args:
-        model: The model, out of its wrappers.
-        path: File to write.
-        dtype: torch's name of the dtype of the written weights; ``None`` keeps what the config says.
-        keep_quantization: Whether a ``quantization_config`` is still true.
-        v4_names: Whether to repeat the rotary settings under the names that transformers 4.x reads.
-
-    Raises:
-        MisuseError: The config holds a value that JSON cannot.
-        StorageError: The file cannot be written.
+    Nothing is left to class defaults, which differ between releases: every entry is written. ``dtype`` (torch's name;
+    ``None`` keeps what the config says) and ``architectures`` are what transformers itself would put there; the model's
+    own config is left as it is. ``v4_names`` repeats the rotary settings under the names that transformers 4.x reads.
     """
     from transformers import PreTrainedModel
 
@@ -247,58 +253,42 @@ def untied(entries: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
 
     It is true by default in some classes, whose files do not mention it.
     """
-    out = _untied(entries)
-    for name in ("text_config", None):
-        below = out if name is None else out.get(name)
+    out = _changed(entries, lambda key, value: False if key == _TIE else value)
+    for below in (out, out.get("text_config")):
         if isinstance(below, dict):
             below[_TIE] = False
     return out
 
 
-def _untied(entries: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+def _changed(entries: Mapping[str, JsonValue], change: Callable[[str, JsonValue], JsonValue]) -> dict[str, JsonValue]:
+    """The entries of a configuration with other values, of parts of the model too."""
     return {
-        key: False if key == _TIE else _untied(value) if isinstance(value, dict) else value
+        key: _changed(value, change) if isinstance(value, dict) else change(key, value)
         for key, value in entries.items()
     }
 
 
 def with_dtype(entries: Mapping[str, JsonValue], dtype: str) -> dict[str, JsonValue]:
     """The entries of a configuration with another dtype wherever one is said, of parts of the model too."""
-    out: dict[str, JsonValue] = {}
-    for key, value in entries.items():
-        if isinstance(value, dict):
-            out[key] = with_dtype(value, dtype)
-        else:
-            out[key] = dtype if key in ("dtype", "torch_dtype") and isinstance(value, str) else value
-    return out
+    names = ("dtype", "torch_dtype")
+    return _changed(entries, lambda key, value: dtype if key in names and isinstance(value, str) else value)
 
 
-def write_own_config(model: nn.Module, directory: Path, *, keep_quantization: bool) -> bool:
-    """Write ``config.json`` of a model that is not transformers'.
+def write_own_config(model: nn.Module, config: object, directory: Path, *, keep_quantization: bool) -> None:
+    """Write ``config.json`` of a model that is not transformers', out of its wrappers.
 
     The model or its config writes it where it can (diffusers, ``save_pretrained``); otherwise what the config's
     ``to_dict()`` gives, a mapping's entries, or an object's public attributes (a namespace, a dataclass).
-
-    Args:
-        model: The model, out of its wrappers.
-        directory: Directory to write to.
-        keep_quantization: Whether a ``quantization_config`` is still true.
-
-    Returns:
-        Whether there was anything to write.
     """
-    config: object = getattr(model, "config", None)
     save = getattr(model, "save_config", None) or getattr(config, "save_pretrained", None)
     path = directory / CONFIG
-    if config is None:
-        return False
     if callable(save):
         with _spared(model, config), written_locally(directory) as local:
             cast(Callable[[str], object], save)(str(local))
     else:
         _write_entries(config, path)
     if not is_file(path):
-        return True
+        return
     entries = read_json_object(path)
     before = json.dumps(entries)
     if CLASS_NAME in entries:
@@ -307,28 +297,15 @@ def write_own_config(model: nn.Module, directory: Path, *, keep_quantization: bo
         _strip(entries)
     if json.dumps(entries) != before:
         write_json(path, entries)
-    return True
 
 
 def _write_entries(config: object, path: Path) -> None:
-    """Write a config of any kind as JSON.
-
-    Raises:
-        MisuseError: It has no entries that could be written, or one that JSON cannot express.
-    """
+    """Write a config of any kind as JSON; `naming_entries` is around it."""
     to_dict: object = getattr(config, "to_dict", None)
     entries: object = to_dict() if callable(to_dict) else config
     if not isinstance(entries, Mapping):
         entries = {name: value for name, value in getattr(entries, "__dict__", {}).items() if not name.startswith("_")}
-    try:
-        written = json.loads(json.dumps(dict(entries), default=_nested))
-    except (TypeError, ValueError) as error:
-        raise MisuseError(
-            f"the config {type(config).__name__} cannot be written as JSON: {error}",
-            path=path,
-            hint="Keep only numbers, strings, lists and dicts in the model's config.",
-        ) from error
-    write_json(path, written)
+    write_json(path, json.loads(json.dumps(dict(entries), default=_nested)))
 
 
 def _nested(value: object) -> object:
@@ -347,21 +324,17 @@ def _nested(value: object) -> object:
     raise TypeError(f"an entry is a {type(value).__name__}")
 
 
-def write_hub_mixin_config(model: nn.Module, directory: Path) -> bool:
+def write_hub_mixin_config(model: nn.Module, directory: Path) -> None:
     """Write the ``config.json`` of a model with huggingface_hub's ``PyTorchModelHubMixin``, as the mixin does.
 
-    Returns:
-        Whether there was anything to write: the mixin keeps the arguments that the model was built with, if JSON can
-        express them.
+    The mixin keeps the arguments that the model was built with, if JSON can express them.
     """
     config = mixin_config(model)
-    if config is None:
-        return False
-    with naming_entries(model, config):
-        entries = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config  # type: ignore[arg-type]
-        text = json.dumps(entries, sort_keys=True, indent=2)
-    write_text(directory / CONFIG, text)
-    return True
+    if config is not None:
+        with naming_entries(model, config):
+            entries = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config  # type: ignore[arg-type]
+            text = json.dumps(entries, sort_keys=True, indent=2)
+        write_text(directory / CONFIG, text)
 
 
 @contextlib.contextmanager
@@ -383,11 +356,6 @@ def write_generation_config(model: nn.Module, path: Path, base: Path | None) -> 
     A model built from its config, and not loaded, has a generation config that only repeats the config's token ids:
     written over the base model's, it would drop stop tokens and sampling settings. Nothing is written for a model that
     cannot generate.
-
-    Args:
-        model: The model, out of its wrappers.
-        path: File to write.
-        base: The base model's directory, if it has one.
     """
     can_generate = getattr(model, "can_generate", None)
     if callable(can_generate) and not can_generate():
@@ -411,27 +379,10 @@ def _says_nothing(generation: _GenerationConfig, config: object) -> bool:
     return all(taken.get(key, _ABSENT) == value for key, value in own.items())
 
 
-def copy_config(original_model_path: str, directory: str, name: str, *, keep_quantization: bool) -> None:
-    """Copy a config file of the base model; see `_save_original_config_json`."""
-    base = find_directory(original_model_path)
-    if base is None or not is_file(base / name):
-        raise CheckpointNotFoundError(
-            f"the base model has no {name}",
-            path=original_model_path if base is None else base / name,
-            hint="Give a directory or a cached hub id as the base model, or leave v4_compatible off.",
-        )
-    entries = read_json_object(base / name)
-    if not keep_quantization and _strip(entries):
-        write_json(Path(directory) / name, entries)
-    else:
-        copy_file(base / name, Path(directory) / name)
-
-
 def localize_auto_maps(directory: Path) -> None:
-    """Point ``auto_map`` at the modules beside it: ``repo--module.Class`` becomes ``module.Class``.
+    """Point the metadata's ``auto_map`` at the modules beside it: ``repo--module.Class`` becomes ``module.Class``.
 
     transformers fetches a prefixed reference from the hub even where the module was exported with the model.
-    ``directory`` is the metadata directory, code included.
     """
     for path in (directory / name for name in _AUTO_MAP_FILES):
         entries = read_json_object(path) if is_file(path) else {}
@@ -451,3 +402,75 @@ def _localized(reference: JsonValue, directory: Path) -> JsonValue:
         return reference
     target = reference.rpartition("--")[2]
     return target if is_file(directory / (target.partition(".")[0] + ".py")) else reference
+
+
+# --- which entry cannot be written ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def naming_entries(model: nn.Module, config: object) -> Iterator[None]:
+    """Turn an error in writing a configuration into a `MisuseError` that names the property or entry."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if isinstance(error, ShardwiseError) and not isinstance(error, MisuseError):
+            raise
+        entry = _in_properties(config) or _in_value(_entries(config), "", 0)
+        where = f"its entry {entry}" if entry else f"{type(error).__name__}: {error}"
+        raise MisuseError(
+            f"the config of {original_class(model).__name__} cannot be written as JSON: {where}",
+            hint="Keep only numbers, strings, lists and dicts in model.config, and let its properties return them.",
+        ) from error
+
+
+def _in_properties(config: object) -> str:
+    """The first property that raises when it is read, and its error; empty if none does."""
+    for cls in type(config).__mro__:
+        for name, member in vars(cls).items():
+            if not isinstance(member, property) or name.startswith("__"):
+                continue
+            try:
+                getattr(config, name)
+            except NotImplementedError:
+                continue  # an abstract one, which is never read
+            except Exception as error:  # noqa: BLE001 - its error goes into the message
+                return f"{name}, a property that raises {type(error).__name__}: {error}"
+    return ""
+
+
+def _entries(config: object) -> object:
+    return config if isinstance(config, Mapping) else dict(getattr(config, "__dict__", {}))
+
+
+def is_config(value: object) -> bool:
+    """Whether a value is a configuration object with entries of its own."""
+    return hasattr(value, "to_dict") and hasattr(value, "__dict__") and not isinstance(value, type)
+
+
+def _in_value(value: object, path: str, depth: int) -> str:
+    """Path and kind of the first entry that JSON cannot express; empty if all can be."""
+    if depth > _DEEPEST:
+        return f"{path}, which is nested without an end"
+    if isinstance(value, Mapping):
+        for key, below in value.items():
+            where = f"{path}.{key}" if path else str(key)
+            if not isinstance(key, (str, int, float, bool, type(None))):
+                return f"{where}, whose key is a {type(key).__name__}"
+            found = _in_value(below, where, depth + 1)
+            if found:
+                return found
+        return ""
+    if isinstance(value, (list, tuple)):
+        return next(filter(None, (_in_value(v, f"{path}[{n}]", depth + 1) for n, v in enumerate(value))), "")
+    if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
+        return ""  # its name is written
+    if is_config(value):
+        below = _in_properties(value)
+        return f"{path}.{below}" if below else _in_value(_entries(value), path, depth + 1)
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return f"{path}, a {type(value).__name__}"
+    return ""

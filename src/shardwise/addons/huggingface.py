@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Unpack, cast
 
 from shardwise.addons.base import SaveHookArgs, SavesPretrained
-from shardwise.addons.compat import _apply_transformers_compat_guards
-from shardwise.addons.config_entries import naming_entries
-from shardwise.addons.custom_code import _maybe_save_custom_model_code
+from shardwise.addons.custom_code import _apply_transformers_compat_guards, _maybe_save_custom_model_code
 from shardwise.addons.files import copy_file, write_json, written_locally
 from shardwise.addons.hf_config import (
     CONFIG,
     CONFIG_V5,
     GENERATION_CONFIG,
-    copy_config,
+    _save_original_config_json,
     is_transformers_config,
     localize_auto_maps,
+    naming_entries,
     write_config,
     write_generation_config,
     write_hub_mixin_config,
@@ -64,13 +63,11 @@ class HFMetadataExporter(Protocol):
 
     def validate(self, *, tokenizer: SavesPretrained | None, original_model_path: str | None) -> object:
         """Raise (or return ``False``) if the metadata cannot be written as it should be. Every rank calls."""
-        ...
 
     def save(
         self, *, hf_metadata_dir: str, tokenizer: SavesPretrained | None, original_model_path: str | None
     ) -> object:
         """Write config, tokenizer and whatever else the model needs into ``hf_metadata_dir``, which exists. Rank 0."""
-        ...
 
 
 class ConsolidatedHFAddon:
@@ -134,20 +131,18 @@ def is_quantized(args: SaveHookArgs) -> bool:
 
 
 def copy_metadata(args: SaveHookArgs) -> None:
-    """The work of `ConsolidatedHFAddon.post_save` on rank 0. Local."""
+    """The work of `ConsolidatedHFAddon.post_save` on rank 0: copy all but what is for resuming. Local."""
     source, target = args.get("hf_metadata_dir"), args.get("consolidated_path")
-    if source is not None and target is not None and is_directory(Path(source)):
-        _copy_tree(Path(source), Path(target))
+    if source is None or target is None or not is_directory(Path(source)):
+        return
+    for path in files_under(Path(source)):
+        relative = path.relative_to(source)
+        if relative.as_posix() not in NOTES:
+            copy_file(path, Path(target) / relative)
 
 
 def write_metadata(args: SaveHookArgs, quantized: bool, exporter: HFMetadataExporter | None) -> None:
-    """The work of `ConsolidatedHFAddon.pre_save` on rank 0. Local.
-
-    Args:
-        args: See `SaveHookArgs`.
-        quantized: Whether any rank holds quantized parameters.
-        exporter: The result of `own_exporter`.
-    """
+    """The work of `ConsolidatedHFAddon.pre_save` on rank 0; ``quantized``: any rank has such parameters. Local."""
     target = args.get("hf_metadata_dir")
     if target is None:
         return
@@ -178,7 +173,7 @@ def write_metadata(args: SaveHookArgs, quantized: bool, exporter: HFMetadataExpo
         write_hub_mixin_config(model, directory)
     else:
         with naming_entries(model, config):
-            write_own_config(model, directory, keep_quantization=quantized)
+            write_own_config(model, config, directory, keep_quantization=quantized)
     around = next((each for part in parts if is_sentence_transformer(each := unwrap(part))), None)
     if around is None:
         write_sentence_transformers(base, directory)
@@ -216,7 +211,7 @@ def _write_configs(
     """Write config and generation config: the ones in memory, or in v4 mode the base model's with those beside them."""
     theirs = [name for name in (CONFIG, GENERATION_CONFIG) if v4 and base is not None and is_file(base / name)]
     for name in theirs:
-        copy_config(str(base), str(directory), name, keep_quantization=keep_quantization)
+        _save_original_config_json(str(base), str(directory), name, keep_quantization=keep_quantization)
     config = directory / (CONFIG_V5 if CONFIG in theirs else CONFIG)
     generation = directory / (_GENERATION_CONFIG_V5 if GENERATION_CONFIG in theirs else GENERATION_CONFIG)
     v4_names = v4 and CONFIG not in theirs
@@ -227,9 +222,7 @@ def _write_configs(
 def own_exporter(args: SaveHookArgs) -> HFMetadataExporter | None:
     """The model's own exporter, validated, or ``None``. Every rank calls, before any collective; local.
 
-    Raises:
-        ExportMismatchError: The exporter's ``validate`` returned ``False``.
-        Exception: What its ``validate`` raised.
+    What its ``validate`` raises is raised; ``False`` is an `ExportMismatchError`.
     """
     model = described_part(_parts(args))
     make = getattr(model, "_get_consolidated_hf_metadata_exporter", None)
@@ -251,11 +244,3 @@ def _write_mappings(directory: Path, args: SaveHookArgs) -> None:
         write_json(directory / FILE_INDEX, dict(files))
     if dtypes is not None:
         write_json(directory / FILE_DTYPES, dict(dtypes))
-
-
-def _copy_tree(source: Path, target: Path) -> None:
-    """Copy everything but what is for resuming, over what is there."""
-    for path in files_under(source):
-        relative = path.relative_to(source)
-        if relative.as_posix() not in NOTES:
-            copy_file(path, target / relative)

@@ -17,21 +17,20 @@ from shardwise.addons.base import ModelParts, SaveHookArgs
 from shardwise.addons.files import write_text, written_locally
 from shardwise.comm import Group
 from shardwise.errors import MisuseError
-from shardwise.peft.builtin_lora import ExpertSite, find_sites, hub_target_modules, is_qwen3_moe, named_targets
+from shardwise.peft.builtin_lora import find_sites, hub_target_modules, is_fused, named_targets
+from shardwise.peft.builtin_lora import is_qwen3_moe as _is_qwen3_moe
 from shardwise.peft.capture import adapter_directory, capture_adapter, hold_adapter
 from shardwise.peft.check import check_adapter
-from shardwise.peft.config import AUTOMODEL_CONFIG_NAME, automodel_metadata, read_adapter_config
+from shardwise.peft.config import AUTOMODEL_CONFIG_NAME, adapter_settings, automodel_metadata, read_adapter_config
 from shardwise.peft.init import initialise_adapters, initialise_magnitudes
 from shardwise.peft.load import check_shared_factors, differing_settings
 from shardwise.peft.models import (
-    ExpertTargets,
     adapter_configs,
     expert_targets,
     is_peft_adapted,
     peft_target_modules,
     peft_target_parameters,
 )
-from shardwise.peft.settings import adapter_settings
 from shardwise.peft.tensors import ADAPTER_CONFIG_NAME, AdapterEntry, AdapterFile, AdapterTensors
 
 __all__ = [
@@ -39,6 +38,7 @@ __all__ = [
     "AdapterFile",
     "AdapterTensors",
     "PeftAddon",
+    "_is_qwen3_moe",
     "adapter_settings",
     "capture_adapter",
     "check_adapter",
@@ -127,19 +127,15 @@ def _extract_target_modules(model: nn.Module, v4_compatible: bool = False) -> li
         model: One part of the model.
         v4_compatible: Whether experts are written one by one.
     """
-    return hub_target_modules(model, _target_modules(model, v4_compatible))
-
-
-def _target_modules(model: nn.Module, v4_compatible: bool) -> list[str]:
     if is_peft_adapted([model]):
-        experts: list[ExpertTargets] = []
-        for name in adapter_configs([model], None) if v4_compatible else ():
-            experts += expert_targets([model], name)
-        expanded = {f"{t.module}.{e}.{p}" for t in experts for p in t.projections for e in range(t.experts)}
-        return sorted(expanded.union(peft_target_modules(model)))
-    sites = find_sites(model, None, v4_compatible, strict=False)
-    named = {t for s in sites if not (isinstance(s, ExpertSite) and s.fused) for t in s.targets}
-    return sorted(named.union(named_targets(model)))
+        names = set(peft_target_modules(model))
+        for adapter in adapter_configs([model], None) if v4_compatible else ():
+            names.update(name for targets in expert_targets([model], adapter) for name in targets.names)
+    else:
+        sites = find_sites(model, None, v4_compatible, strict=False)
+        names = {target for site in sites if not is_fused(site) for target in site.targets}
+        names.update(named_targets(model))
+    return hub_target_modules(model, names)
 
 
 def _extract_target_parameters(model: nn.Module, v4_compatible: bool = False) -> list[str]:
@@ -153,8 +149,7 @@ def _extract_target_parameters(model: nn.Module, v4_compatible: bool = False) ->
         return []
     if is_peft_adapted([model]):
         return peft_target_parameters(model)
-    sites = find_sites(model, None, v4_compatible)
-    return sorted({f"{s.fqn}.{s.parameter}" for s in sites if isinstance(s, ExpertSite) and s.fused})
+    return sorted({f"{s.fqn}.{s.parameter}" for s in find_sites(model, None, v4_compatible) if is_fused(s)})
 
 
 def _get_automodel_peft_metadata(peft_config: object) -> dict[str, object]:
@@ -183,8 +178,3 @@ def _get_hf_peft_config(peft_config: object, model_state: ModelParts, v4_compati
         return chosen
     targets = {name for part in parts for name in _extract_target_modules(part, v4_compatible)}
     return {**chosen, "target_modules": sorted(targets)}
-
-
-def _is_qwen3_moe(model: nn.Module) -> bool:
-    """Whether ``model`` uses the state-dict adapter of Qwen3 MoE (or is such a model and has no adapter)."""
-    return is_qwen3_moe(model)

@@ -60,15 +60,10 @@ _SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentenc
 
 
 def write_tokenizer(tokenizer: SavesPretrained | None, base: Path | None, directory: Path) -> None:
-    """Write the tokenizer or processor, and copy absent files from the base model.
+    """Write the tokenizer or processor, and copy absent files from the base model, if there is one.
 
     The caller's object takes precedence. The base model's tokenizer files are copied where no tokenizer was written,
     its processor files where no processor was, its chat template where none was.
-
-    Args:
-        tokenizer: Tokenizer, processor or ``None``.
-        base: The base model's directory, if it has one.
-        directory: Directory to write to.
     """
     if tokenizer is not None:
         with written_locally(directory) as local:
@@ -86,14 +81,11 @@ def write_tokenizer(tokenizer: SavesPretrained | None, base: Path | None, direct
 
 
 def write_tokenizer_for_v4(directory: Path, base: Path | None) -> None:
-    """Let readers of the 4.x generation of transformers open the tokenizer that release 5 wrote.
+    """Let readers of the 4.x generation of transformers open the tokenizer that release 5 wrote into ``directory``.
 
     Release 5 writes its own backend class (``TokenizersBackend``) and a list under ``extra_special_tokens``; 4.x knows
-    neither the class nor the list, and both generations read the older names.
-
-    Args:
-        directory: The metadata directory, tokenizer included.
-        base: The base model's directory, if it has one: its ``tokenizer_class`` is preferred.
+    neither the class nor the list, and both generations read the older names. The base model's ``tokenizer_class`` is
+    preferred.
     """
     path = directory / "tokenizer_config.json"
     if not is_file(path):
@@ -112,11 +104,7 @@ def write_tokenizer_for_v4(directory: Path, base: Path | None) -> None:
 
 
 def write_sentence_transformers(base: Path | None, directory: Path) -> None:
-    """Copy the side files and module folders of a base model that is a sentence-transformers model.
-
-    Raises:
-        FormatError: ``modules.json`` names a folder outside the model.
-    """
+    """Copy the side files and module folders of a base model that is a sentence-transformers model."""
     if base is None or not is_file(base / "modules.json"):
         return
     folders = _module_folders(base / "modules.json")
@@ -130,27 +118,22 @@ def write_sentence_transformers(base: Path | None, directory: Path) -> None:
             copy_file(path, directory / path.relative_to(base))
 
 
-def write_sentence_model(model: nn.Module, directory: Path, *, with_tokenizer: bool) -> bool:
-    """Write the files that make a directory with a transformer's files a sentence-transformers model.
+def write_sentence_model(model: nn.Module, directory: Path, *, with_tokenizer: bool) -> None:
+    """Write what makes a directory with a transformer's files a sentence-transformers model, and its tokenizer.
 
-    Args:
-        model: The ``SentenceTransformer``, out of its wrappers.
-        directory: Directory to write to.
-        with_tokenizer: Whether to write its tokenizer or processor too.
-
-    Returns:
-        Whether it was written. A module with weights besides the transformer (``Dense``) has its own files, which an
-        export lacks: then the directory holds only the transformer, as the log says.
+    A module with weights besides the transformer (``Dense``) has its own files, which an export lacks: then the
+    directory holds only the transformer, as the log says.
     """
     modules = list(model.named_children())
-    others = [f"{name} ({original_class(module).__name__})" for name, module in modules[1:] if _has_weights(module)]
+    heavy = [(name, module) for name, module in modules[1:] if module.state_dict(keep_vars=True)]
+    others = [f"{name} ({original_class(module).__name__})" for name, module in heavy]
     first = cast(Any, modules[0][1]) if modules else None
     if first is None or others or not callable(getattr(first, "save_config", None)):
         _LOG.warning(
             "the export is that of the transformer alone, without the sentence-transformers model around it: %s",
             f"{', '.join(others)} have weights outside of it" if others else "its first module writes no config",
         )
-        return False
+        return
     processor = getattr(first, "processor", None) or getattr(first, "tokenizer", None)
     listed: list[JsonValue] = []
     with written_locally(directory) as local:
@@ -168,11 +151,6 @@ def write_sentence_model(model: nn.Module, directory: Path, *, with_tokenizer: b
     settings = model_settings(model)
     if settings is not None:
         write_json(directory / "config_sentence_transformers.json", cast(Any, settings))
-    return True
-
-
-def _has_weights(module: nn.Module) -> bool:
-    return next(iter(module.state_dict(keep_vars=True)), None) is not None
 
 
 def _module_folders(path: Path) -> list[str] | None:

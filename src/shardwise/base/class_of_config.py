@@ -19,11 +19,7 @@ from shardwise.upstream.transformers import without_initial_values
 
 
 def named_classes(entries: Mapping[str, object]) -> list[type[nn.Module]]:
-    """The classes that a configuration names (``architectures``, or diffusers' ``_class_name``) and its library has.
-
-    Args:
-        entries: The content of config.json.
-    """
+    """The classes that a configuration names (``architectures``, or diffusers' ``_class_name``) and its library has."""
     own, listed = entries.get(CLASS_NAME), entries.get("architectures")
     library = "transformers" if own is None else "diffusers"
     names = [own] if own is not None else listed if isinstance(listed, list) else []
@@ -43,10 +39,6 @@ def configuration(cls: type, entries: Mapping[str, object]) -> object:
 
     Source: ``PretrainedConfig.from_pretrained``, which looks for the class's own part first by the key that it has in
     others' configurations, and then by its ``model_type``.
-
-    Args:
-        cls: The class of the configuration, as a model's ``config_class``.
-        entries: The content of config.json.
     """
     made = cast(Any, cls)
     inner = entries.get(made.base_config_key or "")
@@ -59,16 +51,10 @@ def configuration(cls: type, entries: Mapping[str, object]) -> object:
 
 
 def build_on_meta(cls: type, config: object) -> nn.Module:
-    """Build a model without memory, without initial values and without ties.
+    """Build a model of transformers' or diffusers' without memory, without initial values and without ties.
 
-    The libraries say nothing while they build it, and the random number generators are left as they were.
-
-    Args:
-        cls: A class of transformers' or diffusers'.
-        config: A configuration of transformers'; for diffusers, the content of config.json.
-
-    Raises:
-        Exception: Whatever the class does not like about the configuration.
+    The configuration is transformers', or for diffusers the content of config.json; what the class does not like about
+    it is raised. The libraries say nothing while they build, and the random number generators are left as they were.
     """
     made = cast(Any, cls)
     with quiet(), torch.random.fork_rng(devices=[]), contextlib.ExitStack() as stack:

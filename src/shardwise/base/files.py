@@ -1,22 +1,29 @@
-"""Finds a base model on this machine and reads its configuration, dtype and tensors."""
+"""Finds a base model on this machine and reads its configuration, dtype and tensors, and which file holds each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
-from shardwise.base.finding import asked_for, find
+from shardwise.base.finding import Search, configured, find
 from shardwise.base.quantized import find_quantized, is_quantized, quant_settings
 from shardwise.base.source import BaseSource
-from shardwise.comm import Group
+from shardwise.comm import Group, JsonValue
 from shardwise.disk.names import exists, is_directory, is_file
 from shardwise.dtypes import FLOATS
+from shardwise.errors import CheckpointNotFoundError, FormatError
 from shardwise.format.json_file import read_json
 from shardwise.format.sniff import Kind, what_is_file
 from shardwise.format.weight_files import TORCH, is_index
+from shardwise.geometry import TensorSpec
+from shardwise.settings import Settings
 from shardwise.sources.directory_contents import holds_safetensors, holds_torch_files
-from shardwise.sources.sources import open_source
+from shardwise.sources.hub_cache import default_cache
+from shardwise.sources.sources import Source, open_source
 from shardwise.sources.torch_files import open_bin
 
 #: Files in which AutoGPTQ and AutoAWQ kept their settings before these had a place in ``config.json`` -> the method,
@@ -27,17 +34,16 @@ _QUANTIZERS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 def find_base(root_dir: str | Path | None, model_name: str, cache: str | Path | None = None) -> Path:
     """The directory or file of a base model; the network is never asked.
 
-    Args:
-        root_dir: The hub cache, or a directory that models lie in; the hub's own cache if not given.
-        model_name: A directory, a model's directory in a hub cache, a file, a name below ``root_dir``, or a hub id
-            (``org/name``, or ``org/name@revision`` with a branch, a tag or a commit).
-        cache: The hub cache where ``root_dir`` is not given.
+    The name is a directory, a model's directory in a hub cache, a file, a name below ``root_dir``, or a hub id
+    (``org/name``, or ``org/name@revision`` with a branch, a tag or a commit). ``root_dir`` is the hub cache, or a
+    directory that models lie in; without it the hub cache is ``cache``, or the hub's own.
 
     Raises:
         CheckpointNotFoundError: It is not there; the message lists all places that were looked at.
         FormatError: It is a file of another format.
     """
-    return find(asked_for(root_dir, model_name, cache))
+    root = None if root_dir is None else Path(root_dir)
+    return find(Search(model_name, root, (root or (default_cache() if cache is None else Path(cache)),)))
 
 
 def base_config(path: Path) -> dict[str, object]:
@@ -45,9 +51,6 @@ def base_config(path: Path) -> dict[str, object]:
 
     Tools older than ``quantization_config`` keep their quantization settings in a file of their own; its content
     becomes that entry where the config has none.
-
-    Raises:
-        FormatError: One of the files is not JSON.
     """
     directory = path if is_directory(path) else path.parent
     config = _json_object(directory / "config.json")
@@ -69,10 +72,8 @@ def _json_object(file: Path) -> dict[str, object]:
 
 def ties_head(config: Mapping[str, object]) -> bool:
     """Whether the base may tie its head to the embedding: all but a config that says no."""
-    places = [config.get("text_config"), config]
-    said = [
-        place["tie_word_embeddings"] for place in places if isinstance(place, dict) and "tie_word_embeddings" in place
-    ]
+    key, places = "tie_word_embeddings", (config.get("text_config"), config)
+    said = [place[key] for place in places if isinstance(place, dict) and key in place]
     return not said or any(bool(value) for value in said)
 
 
@@ -125,18 +126,11 @@ def open_base_source(
     dequantize: bool | None = None,
     allow_legacy_pickle: bool = False,
 ) -> BaseSource:
-    """Find the tensors of a base model. All ranks of the group call.
+    """Find the tensors of a base model (`find_base`, `base_config`). All ranks of the group call.
 
-    Args:
-        path: From `find_base`.
-        group: The ranks that load together.
-        config: From `base_config`.
-        dequantize: Whether values and scales become floating point: ``None`` if the config says that the base is
-            quantized, ``True`` wherever values have scales, ``False`` never.
-        allow_legacy_pickle: Unpickle ``.bin`` files without restrictions.
-
-    Raises:
-        CheckpointNotFoundError, FormatError, QuantizationError: It cannot be opened.
+    ``dequantize`` says whether values and scales become floating point: ``None`` if the config says that the base is
+    quantized, ``True`` wherever values have scales, ``False`` never. ``allow_legacy_pickle`` unpickles ``.bin`` files
+    without restrictions.
     """
     if group.broadcast_result(lambda: is_torch_base(path), "looking at the base model's files"):
         bins = open_bin(path, group, allow_legacy_pickle)
@@ -169,3 +163,111 @@ def is_torch_base(path: Path) -> bool:
     if exists(path / ".metadata") or holds_safetensors(path):
         return False
     return is_directory(path) and holds_torch_files(path)
+
+
+# --- the files of a model that is saved over it ----------------------------------------------------------------------
+
+
+_LOG = logging.getLogger(__name__)
+
+_STANDARD_BIN = re.compile(r"(?:(diffusion_pytorch_model)|pytorch_model|model)(-\d+-of-\d+)?\.bin")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The base model's headers."""
+
+    directory: Path  #: Where it is.
+    #: Tensor name -> name of the safetensors file; of ``.bin`` files the name that it would have. Empty where the base
+    #: has no split that an export could follow.
+    files: Mapping[str, str]
+    specs: Mapping[str, TensorSpec]  #: Tensor name -> shape and dtype.
+    source: Source  #: Its tensors, for reading; without those of ``.bin`` files that no range of bytes holds.
+
+    def check_readable(self, names: Iterable[str]) -> None:
+        """Check that bytes of tensors can be copied."""
+        for name in names:
+            if name not in self.source.tensors:
+                raise FormatError(
+                    "the base model ships this tensor in a .bin file of which no range of bytes holds it, so that it "
+                    "cannot be carried over",
+                    path=self.directory,
+                    tensor=name,
+                    hint="Save the base model as safetensors once, or set pass_through_unloaded=False.",
+                )
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """The files' numbers, from 1, in the order of their names."""
+        return {name: number for number, name in enumerate(sorted(set(self.files.values())), start=1)}
+
+
+def find_base_path(config: Settings) -> str | None:
+    """The local path of the base model that the configuration names, or ``None`` where it names none. Local.
+
+    Also ``None`` where the base is not found and ``allow_missing_base`` is set, or adapters are trained: their
+    checkpoints hold only the name of the base.
+    """
+    search = configured(config)
+    if search is None:
+        return None
+    try:
+        return str(find(search))
+    except CheckpointNotFoundError as error:
+        if not (config.allow_missing_base or config.is_peft):
+            raise
+        _LOG.warning("saving without a base model's files: %s", error)
+        return None
+
+
+def open_base(path: str | None, group: Group, allow_legacy_pickle: bool = False) -> BaseModel | None:
+    """Read the base model's headers; ``None`` where rank 0 has no base model. All ranks of the group call.
+
+    It may lie elsewhere on each rank, and is rank 0's where this rank knows of none. ``allow_legacy_pickle`` unpickles
+    ``.bin`` files without restrictions.
+    """
+
+    def look() -> JsonValue:
+        if path is None:
+            return None
+        place = Path(path)
+        if is_directory(place) and exists(place / ".metadata"):
+            raise FormatError(
+                "the base model is a DCP checkpoint, which does not say how its Hugging Face files are",
+                path=place,
+                hint="Name the Hugging Face model that it was made from, or convert it (shardwise consolidate) and "
+                "name that.",
+            )
+        return [path, is_file(place), is_torch_base(place)]
+
+    seen = group.broadcast_result(look, "looking at the base model")
+    if seen is None:
+        return None
+    theirs, is_single, is_torch = cast(tuple[str, bool, bool], seen)
+    place = Path(path or theirs)
+    directory = place.parent if is_single else place
+    loose: Mapping[str, TensorSpec] = {}
+    if is_torch:
+        bins = open_bin(place, group, allow_legacy_pickle)
+        source, loose = bins.source, {name: spec for name, (spec, _) in bins.loose.items()}
+        files = _safetensors_names(source, bins.loose)
+    else:
+        source = open_source(place, group)
+        files = {n: source.files[t.chunks[0].file].name for n, t in source.tensors.items() if t.chunks}
+        if any(name.startswith("shard-") for name in files.values()):
+            files = {}  # shards of tensors are no split that an export could follow
+    specs = {name: tensor.spec for name, tensor in source.tensors.items()} | dict(loose)
+    return BaseModel(directory, files, specs, source)
+
+
+def _safetensors_names(source: Source, loose: Mapping[str, tuple[TensorSpec, Path]]) -> dict[str, str]:
+    """Tensor name -> the file that would hold it if the same ``.bin`` files were safetensors; empty for odd names."""
+    places = {name: source.files[tensor.chunks[0].file].name for name, tensor in source.tensors.items()}
+    places |= {name: file.name for name, (_, file) in loose.items()}
+    found: dict[str, str] = {}
+    for name, file in places.items():
+        match = _STANDARD_BIN.fullmatch(file)
+        if match is None:
+            return {}
+        found[name] = f"{'diffusion_pytorch_model' if match[1] else 'model'}{match[2] or ''}.safetensors"
+    return found

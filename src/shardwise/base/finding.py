@@ -42,23 +42,14 @@ _SETTINGS = (
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """A search for a base model.
+    """A search for a base model."""
 
-    Attributes:
-        name: A path, a name below ``root``, or a hub id; ``None`` where ``root`` is all that is known.
-        root: A directory that models lie in.
-        caches: Hub caches.
-        root_counts: Whether ``root`` may be the model itself.
-        counts: Whether a directory is one that is looked for.
-        hint: What to do where nothing is found.
-    """
-
-    name: str | None
-    root: Path | None = None
-    caches: tuple[Path, ...] = ()
-    root_counts: bool = False
-    counts: Callable[[Path], bool] = holds_model
-    hint: str = _DOWNLOAD
+    name: str | None  #: A path, a name below ``root``, or a hub id; ``None`` where ``root`` is all that is known.
+    root: Path | None = None  #: A directory that models lie in.
+    caches: tuple[Path, ...] = ()  #: Hub caches.
+    root_counts: bool = False  #: Whether ``root`` may be the model itself.
+    counts: Callable[[Path], bool] = holds_model  #: Whether a directory is one that is looked for.
+    hint: str = _DOWNLOAD  #: What to do where nothing is found.
 
     @property
     def label(self) -> str:
@@ -96,19 +87,6 @@ def configured(config: Settings) -> Search | None:
     return Search(name, place, caches, root_counts=True, hint=_SETTINGS)
 
 
-def asked_for(root_dir: str | Path | None, model_name: str, cache: str | Path | None = None) -> Search:
-    """The search for the base model that a call names.
-
-    Args:
-        root_dir: The hub cache, or a directory that models lie in.
-        model_name: A directory, a file, a name below ``root_dir``, or a hub id.
-        cache: The hub cache where ``root_dir`` is not given; the hub's own if this is not given either.
-    """
-    if root_dir is not None:
-        return Search(model_name, Path(root_dir), (Path(root_dir),))
-    return Search(model_name, None, (default_cache() if cache is None else Path(cache),))
-
-
 def find(search: Search) -> Path:
     """The directory or file of a base model. Local.
 
@@ -129,14 +107,8 @@ def find(search: Search) -> Path:
 def find_directory(name: str | None) -> Path | None:
     """The directory that describes a base model by its configuration, tokenizer or code, or ``None``. Local.
 
-    Args:
-        name: A directory, or a hub id in the hub's own cache. A single file has no directory of its own.
-
-    Returns:
-        The first place that has files of a model; where none has any, the last one that is there at all.
-
-    Raises:
-        FormatError: A reference in the cache is damaged.
+    The name is a directory, or a hub id in the hub's own cache; a single file has no directory of its own. The first
+    place that has files of a model is taken; where none has any, the last one that is there at all.
     """
     if not name or is_file(Path(name)):
         return None

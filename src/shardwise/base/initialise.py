@@ -1,9 +1,9 @@
 """Fresh values for a model that was built on the meta device, by the model's own code.
 
 First the model's own initialisation runs (``initialize_weights``, ``init_weights``, ``reset_parameters``). Memory is
-marked before, so that what that code did not touch is known afterwards; such tensors (rotary tables and other buffers
-that are in no file, in most models) come from building their module once more (`shardwise.base.rebuild`). Nothing here
-is specific to one model.
+marked before, so that what that code did not touch is known afterwards. Such tensors (rotary tables and other buffers
+that are in no file, in most models) are computed by a module's constructor; so its class is called once more with the
+arguments that the module keeps, or the whole model's with its config. Nothing here is specific to one model.
 
 A buffer that is in no file is recomputed as well where it has memory already: after ``to_empty`` it holds whatever that
 memory held.
@@ -15,19 +15,28 @@ import contextlib
 import inspect
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 
 from shardwise.base.random import SeededInit
-from shardwise.base.rebuild import rebuilt
-from shardwise.base.slots import Slot, slots_of
 from shardwise.errors import MisuseError
+from shardwise.plan.fragments import copy_whole
 from shardwise.sources.tensor_bytes import prefer_huge_pages
-from shardwise.stateful_wrappers.markers import is_untouched, mark
-from shardwise.stateful_wrappers.wrapping import unwrap
-from shardwise.upstream.torch_modules import INITIALISERS, STORES, apply_to_tensors, own_buffers, own_parameters
+from shardwise.stateful_wrappers.memory import has_mark, is_untouched, mark
+from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
+from shardwise.stateful_wrappers.wrapping import original_class, plain_name, unwrap
+from shardwise.upstream.torch_modules import (
+    INITIALISERS,
+    STORES,
+    apply_to_tensors,
+    own_buffers,
+    own_parameters,
+    unsaved_buffers,
+)
 from shardwise.upstream.torch_tensors import around, local_part, spread_of
 from shardwise.upstream.transformers import forget_initialised, mark_initialised
 
@@ -44,14 +53,9 @@ def initialise(
     """Give what is on the meta device memory and values; other tensors are moved and initialised anew as well.
 
     Random values are those of `SeededInit`: the same on every topology for one ``seed``, as far as the model's code
-    draws them in place on its parameters. The generators' states are left as they were.
-
-    Args:
-        module: The model, or a pipeline stage.
-        device: Where it is to be.
-        seed: Equal on all ranks that hold parts of the same tensors.
-        loaded: Plain names of tensors that are about to be loaded: they get memory and no values.
-        slots: What `slots_of` gave for the model a moment ago, where the caller has it.
+    draws them in place on its parameters. The seed is equal on all ranks that hold parts of the same tensors. The
+    generators' states are left as they were. ``loaded`` names tensors that are about to be loaded: they get memory and
+    no values. ``slots`` is what `slots_of` gave for the model a moment ago, where the caller has it.
 
     Raises:
         MisuseError: A tensor has no values, and no code that would give it any.
@@ -65,7 +69,8 @@ def initialise(
     before = {slot.name: slot.tensor.clone() for slot in doubtful}
     marked = {slot.name: mark(slot.tensor) for slot in (*open_slots, *doubtful)}
     tensors = {slot.name: slot.tensor for slot in slots if slot.kind != "attribute"}
-    with _seeded(seed), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(seed)
         seeded = SeededInit(tensors, seed, loaded).with_padding(inner)
         with _flags(inner, tensors, loaded), _first_owners(slots), seeded:
             _run_own_code(inner, device)
@@ -102,11 +107,7 @@ def recompute_buffers(module: nn.Module) -> None:
 
 
 def check_attributes(module: nn.Module) -> None:
-    """Check that no module keeps a tensor without memory in a list or dictionary, where nothing would fill it.
-
-    Raises:
-        MisuseError: One does.
-    """
+    """Check that no module keeps a tensor without memory in a list or dictionary, where nothing would fill it."""
     for path, inner in unwrap(module).named_modules():
         for key, value in vars(inner).items():
             if key in STORES:
@@ -128,17 +129,6 @@ def _doubtful(slots: Iterable[Slot]) -> list[Slot]:
     ]
 
 
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """The CPU's generator at ``seed``, and afterwards as it was."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-
-
 def _materialise(module: nn.Module, slots: list[Slot], device: torch.device) -> None:
     made: dict[int, torch.Tensor] = {}
 
@@ -147,7 +137,7 @@ def _materialise(module: nn.Module, slots: list[Slot], device: torch.device) -> 
             return tensor.to(device)
         if id(tensor) not in made:
             made[id(tensor)] = fresh = _empty(tensor, device)
-            prefer_huge_pages(_local(fresh))
+            prefer_huge_pages(local_part(fresh).detach())
         return made[id(tensor)]
 
     attributes = [(slot, slot.tensor) for slot in slots if slot.kind == "attribute"]
@@ -176,10 +166,6 @@ def _empty(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if isinstance(tensor, DTensor) and type(local_part(tensor)) is torch.Tensor:
         return around(_empty(local_part(tensor), device), spread_of(tensor))
     return torch.empty_like(tensor, device=device)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return local_part(tensor).detach()
 
 
 @contextlib.contextmanager
@@ -218,7 +204,9 @@ def _run_own_code(module: nn.Module, device: torch.device) -> None:
     for name in ("initialize_weights", "init_weights"):
         method = getattr(module, name, None)
         if callable(method):
-            _call(method, device)
+            # torchtitan's models take the device of their buffers.
+            wanted = inspect.signature(method).parameters
+            method(**{key: device for key in ("buffer_device", "device") if key in wanted})
             return
     for child in module.children():
         _run_own_code(child, device)
@@ -229,19 +217,11 @@ def _run_own_code(module: nn.Module, device: torch.device) -> None:
             return
 
 
-def _call(method: Callable[..., object], device: torch.device) -> None:
-    """Call it with what it may want to know: torchtitan's models take the device of their buffers."""
-    known = {"buffer_device": device, "device": device}
-    wanted = inspect.signature(method).parameters
-    method(**{name: value for name, value in known.items() if name in wanted})
-
-
 def _tie(module: nn.Module) -> None:
     """Tie what the model ties, unless sharding has fixed which parameters there are (their ties were kept)."""
     tie = getattr(module, "tie_weights", None)
-    if not callable(tie) or any(isinstance(p, DTensor) for p in module.parameters()):
-        return
-    if not _hides_embedding(module):
+    sharded = any(isinstance(p, DTensor) for p in module.parameters())
+    if callable(tie) and not sharded and not _hides_embedding(module):
         tie()
 
 
@@ -253,3 +233,159 @@ def _hides_embedding(module: nn.Module) -> bool:
     except (AttributeError, NotImplementedError):  # a pipeline stage without one
         return False
     return isinstance(found, nn.Module) and "weight" not in own_parameters(found)
+
+
+# --- the tensors of a model and where its modules keep them ----------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Slot:
+    """A tensor of the model: a parameter, a buffer, or a plain attribute of a module."""
+
+    name: str  #: Plain name of its first occurrence.
+    #: Modules and attributes that refer to this tensor.
+    places: list[tuple[nn.Module, str]] = field(default_factory=list)
+    kind: str = "parameter"  #: Where modules keep it.
+
+    @property
+    def persistent(self) -> bool:
+        """Whether it is in the module's state."""
+        return any(leaf not in unsaved_buffers(module) for module, leaf in self.places)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor as it is now."""
+        module, leaf = self.places[0]
+        found = getattr(module, leaf)
+        assert isinstance(found, torch.Tensor)
+        return found
+
+
+def has_meta(slots: Iterable[Slot]) -> bool:
+    """Whether one of a model's tensors is on the meta device."""
+    return any(slot.tensor.device.type == "meta" for slot in slots)
+
+
+def names_of(slots: Iterable[Slot], tensors: Collection[torch.Tensor]) -> frozenset[str]:
+    """The names under which `initialise` knows some of a model's tensors."""
+    ids = {id(tensor) for tensor in tensors}
+    return frozenset(slot.name for slot in slots if id(slot.tensor) in ids)
+
+
+def slots_of(module: nn.Module) -> list[Slot]:
+    """Every tensor of a model, each once."""
+    found: dict[int, Slot] = {}
+    for prefix, inner in unwrap(module).named_modules():
+        entries: list[tuple[str, object, str]] = [(k, v, "parameter") for k, v in own_parameters(inner).items()]
+        entries += [(k, v, "buffer") for k, v in own_buffers(inner).items()]
+        entries += [(k, v, "attribute") for k, v in vars(inner).items()]
+        for leaf, value, kind in entries:
+            if not isinstance(value, torch.Tensor) or (kind == "attribute" and value.device.type != "meta"):
+                continue
+            name = plain_name(f"{prefix}.{leaf}" if prefix else leaf)
+            slot = found.get(id(value))
+            if slot is None:
+                slot = found[id(value)] = Slot(name, kind=kind)
+            slot.places.append((inner, leaf))
+    return list(found.values())
+
+
+# --- values from building a tensor's module once more ----------------------------------------------------------------
+
+
+#: What a constructor may raise when it is called with arguments that turn out not to be its own.
+_CONSTRUCTOR_ERRORS = (ArithmeticError, AttributeError, AssertionError, LookupError, NotImplementedError, RuntimeError,
+                       TypeError, ValueError)  # fmt: skip
+
+#: Attributes of every module: no constructor's arguments, though a ``ParameterDict`` takes some called ``parameters``.
+_MODULES_OWN = frozenset(vars(nn.Module()))
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Puts uninitialised memory, of which layers make their weights, on the meta device."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Collection[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def rebuilt(model: nn.Module, left: list[Slot], *, with_weights: bool = True) -> list[Slot]:
+    """Fill tensors from modules built anew; returns those that this did not fill.
+
+    ``with_weights`` says whether a module may be given memory for its weights if it cannot be built without.
+    """
+    if not left:
+        return left
+    config = getattr(model, "config", None)
+    built: dict[int, nn.Module | None] = {}
+    for real in (False, True) if with_weights else (False,):
+        rest = []
+        for slot in left:
+            owner, leaf = slot.places[0]
+            if real or id(owner) not in built:
+                built[id(owner)] = _again(owner, config, real)
+            if not _fill(slot, built[id(owner)], leaf):
+                rest.append(slot)
+        left = rest
+        if not left:
+            return left
+    whole = _again(model, config, False, strict=False)
+    return [slot for slot in left if not _fill(slot, whole, slot.name)]
+
+
+def _again(module: nn.Module, config: object, real: bool, *, strict: bool = True) -> nn.Module | None:
+    """The module built once more on the CPU, or ``None`` where its arguments are not known.
+
+    The configuration is for a module that takes one and does not keep it; with ``real`` weights get memory. If
+    ``strict``, arguments that have defaults must be known too: a default that was not the argument would give values
+    that are wrong without a sign.
+    """
+    cls = original_class(module)
+    arguments = _arguments(module, cls, config, strict)
+    if arguments is None:
+        return None
+    mode = contextlib.nullcontext() if real else _EmptyOnMeta()
+    try:
+        with torch.device("cpu"), mode:
+            return cls(**arguments)
+    except _CONSTRUCTOR_ERRORS as error:
+        _LOG.debug("building %s once more failed: %s", cls.__name__, error)
+        return None
+
+
+def _arguments(module: nn.Module, cls: type[nn.Module], config: object, strict: bool) -> dict[str, object] | None:
+    found: dict[str, object] = {}
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or name in ("device", "dtype"):
+            continue
+        kept = (key for key in (name, f"_{name}") if key in vars(module) and key not in _MODULES_OWN)
+        value = next((vars(module)[key] for key in kept), parameter.empty)
+        if value is parameter.empty and name == "config" and config is not None:
+            value = config
+        known = value is not parameter.empty and not isinstance(value, torch.Tensor)
+        if known and parameter.kind is not parameter.POSITIONAL_ONLY:
+            found[name] = value
+        elif strict or parameter.default is parameter.empty:
+            return None
+    return found
+
+
+def _fill(slot: Slot, built: nn.Module | None, path: str) -> bool:
+    value: object = built
+    for piece in path.split("."):
+        value = getattr(value, piece, None)
+    if not isinstance(value, torch.Tensor) or value.device.type == "meta" or value.shape != slot.tensor.shape:
+        return False
+    whole = value.detach()
+    if has_mark(whole):  # it holds what was to be filled, or memory that nobody has filled
+        return False
+    copy_whole(whole, held_tensor(slot.name, slot.tensor, MeshRegister()))
+    return True

@@ -29,7 +29,7 @@ from shardwise.peft.builtin_lora import find_sites
 from shardwise.peft.builtin_lora import natives as site_natives
 from shardwise.plan.deferred import deferred, refuse_stand_ins
 from shardwise.plan.fragments import HeldTensor
-from shardwise.stateful_wrappers.install import post_steps
+from shardwise.stateful_wrappers.model import post_steps
 from shardwise.stateful_wrappers.names import NamedTensor, declared_ties, list_state
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 from shardwise.stateful_wrappers.units import Step
@@ -40,42 +40,28 @@ from shardwise.upstream.transformers import class_ties, may_be_missing
 
 @dataclass(frozen=True, eq=False)
 class BaseWanted:
-    """The tensors that a base fills on this rank.
+    """The tensors that a base fills on this rank."""
 
-    Attributes:
-        held: Destinations under the names of the base's files.
-        groups: Native tensors that have to be computed from the base's.
-        copies: ``(from, to)``: tensors to copy after loading.
-        tensors: The model's tensors behind all of these.
-        conversions: For each part, its tensors and how they become those of the files.
-        steps: What modules do that take their state by methods of their own.
-        filled: Those of ``tensors`` that the files fill; the model does not expect the others to be there.
-    """
-
-    held: tuple[HeldTensor, ...]
-    groups: tuple[HeldGroup, ...]
-    copies: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-    tensors: tuple[torch.Tensor, ...]
+    held: tuple[HeldTensor, ...]  #: Destinations under the names of the base's files.
+    groups: tuple[HeldGroup, ...]  #: Native tensors that have to be computed from the base's.
+    copies: tuple[tuple[torch.Tensor, torch.Tensor], ...]  #: ``(from, to)``: tensors to copy after loading.
+    tensors: tuple[torch.Tensor, ...]  #: The model's tensors behind all of these.
+    #: For each part, its tensors and how they become those of the files.
     conversions: tuple[tuple[tuple[NativeSpec, ...], Conversion], ...]
-    steps: tuple[Step, ...] = ()
+    steps: tuple[Step, ...] = ()  #: What modules do that take their state by methods of their own.
+    #: Those of ``tensors`` that the files fill; the model does not expect the others to be there.
     filled: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """The tensors of one part of the model under the names of its base.
+    """The tensors of one part of the model under the names of its base."""
 
-    Attributes:
-        module: The part without wrappers and adapters.
-        tensors: Its tensors.
-        copies: Names of ``tensors``, and further tensors that begin as copies of them.
-        steps: What its modules do that take their state by methods of their own.
-    """
-
-    module: nn.Module
-    tensors: tuple[NamedTensor, ...]
+    module: nn.Module  #: The part without wrappers and adapters.
+    tensors: tuple[NamedTensor, ...]  #: Its tensors.
+    #: Names of ``tensors``, and further tensors that begin as copies of them.
     copies: tuple[tuple[str, torch.Tensor], ...]
-    steps: tuple[Step, ...]
+    steps: tuple[Step, ...]  #: What its modules do that take their state by methods of their own.
 
 
 def match_base(
@@ -91,18 +77,11 @@ def match_base(
 
     Adapters are left out: their layers' base weights are matched under the names that they have without. A tied tensor
     is matched under whichever of its names the files have; a head that this model does not tie and the files lack gets
-    the embedding that the model's class would tie it to, if the base ties.
+    the embedding that the model's class would tie it to, if the base may tie (``base_ties``), so that files without a
+    head are whole. Tensors whose names start with one of ``skip_prefixes`` are left out.
 
-    Args:
-        parts: This rank's parts.
-        names: All names in the files.
-        base_ties: Whether the base's head may be tied, so that files without it are whole.
-        skip_prefixes: Tensors whose names start with one of these are left out.
-        key_mapping: Regular expressions and replacements, from the files' names to the model's.
-        before: What the same call found when the tensors were others of the same names and shapes (on the meta device).
-
-    Raises:
-        ConversionError: Names or tensors do not map.
+    ``key_mapping`` maps the files' names to the model's. ``before`` is what the same call found when the tensors were
+    others of the same names and shapes (on the meta device).
     """
     register = MeshRegister()
     available = frozenset(names)
@@ -157,15 +136,7 @@ def under_names_of_files(
 ) -> tuple[Conversion, Converted]:
     """A part's tensors under the names that the files have; one that is not there keeps its hub name. Local.
 
-    Args:
-        module: The part, without wrappers.
-        natives: Its tensors under their own names.
-        names: All names in the files.
-        key_mapping: Regular expressions and replacements, from the files' names to the model's.
-        known: The conversion that was found before.
-
-    Raises:
-        ConversionError: Two tensors would be read from one.
+    ``key_mapping`` maps the files' names to the model's; ``known`` is the conversion that was found before.
     """
     if known is None:
         specs = tuple(native.spec for native in natives)
@@ -182,12 +153,8 @@ def names_of_ties(
 ) -> dict[str, str]:
     """For tensors that the files lack, the names there of those that they are tied to. Local.
 
-    Args:
-        module: The part, without wrappers.
-        lacking: The name that a tensor would have in the files -> its native name.
-        ties: Native name -> the native name that it is tied to.
-        names: All names in the files.
-        key_mapping: As for `under_names_of_files`.
+    ``lacking`` has the name that a tensor would have in the files -> its native name, ``ties`` native name -> the
+    native name that it is tied to.
     """
     wanted = {name: ties[native] for name, native in lacking.items() if native in ties}
     found = names_in_files(module, wanted.values(), names, key_mapping) if wanted else {}
@@ -298,13 +265,13 @@ def _part(module: nn.Module, there: Sequence[str]) -> _Part:
 
 
 def _peft_layers(module: nn.Module) -> tuple[dict[str, str], frozenset[str]]:
-    """Names of the modules that peft put in place of others: adapted layers, and modules trained as copies.
+    """Names of the modules below that peft put in place of others: adapted layers, and modules trained as copies.
 
     Of an adapted layer also the child that it replaced.
     """
     if not peft.is_imported():  # a model with its layers cannot exist without it
         return {}, frozenset()
-    modules = [(plain_name(name), m) for name, m in module.named_modules()]
+    modules = [(plain_name(name), m) for name, m in module.named_modules() if name]
     layers = {name: "base_layer" for name, m in modules if isinstance(m, peft.layer_class())}
     layers |= {name: "model" for name, m in modules if isinstance(m, peft.attention_classes())}
     return layers, frozenset(name for name, m in modules if isinstance(m, peft.copy_class()))
@@ -340,24 +307,19 @@ def _base_name(name: str, layers: Mapping[str, str], saved: frozenset[str]) -> t
     """The name that a tensor has without adapters (empty for an adapter's), and whether it is a copy to be trained."""
     kept: list[str] = []
     pieces = name.split(".")
-    position, copy = 0, False
-    while position < len(pieces):
-        prefix = ".".join(pieces[:position])
-        piece = pieces[position]
-        if prefix in layers and position:
+    prefix, is_copy = "", False
+    while pieces:
+        piece = pieces.pop(0)
+        if prefix in layers:
             if piece != layers[prefix]:
                 return "", False
-            position += 1
-            continue
-        if prefix in saved and position:
-            if piece == "modules_to_save" and position + 1 < len(pieces):
-                copy = True
-                position += 2
-                continue
-            if piece not in ("original_module", "token_adapter"):  # the latter is a layer around the original
+        elif prefix in saved:
+            if piece == "modules_to_save" and pieces:
+                is_copy = True
+                piece = f"{piece}.{pieces.pop(0)}"
+            elif piece not in ("original_module", "token_adapter"):  # the latter is a layer around the original
                 return "", False
-            position += 1
-            continue
-        kept.append(piece)
-        position += 1
-    return ".".join(kept), copy
+        else:
+            kept.append(piece)
+        prefix = f"{prefix}.{piece}" if prefix else piece
+    return ".".join(kept), is_copy

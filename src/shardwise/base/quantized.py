@@ -41,33 +41,20 @@ _FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
 #: Pieces of a MiB each whose values are held at a time.
 _MOST_ABREAST = 4
 _SCALE_SUFFIXES = ("_scale_inv", "_scale")
-_SUPPORTED = "block-scaled FP8 (fp8), mxfp4, and compressed-tensors with 8-bit float weights"
+SUPPORTED = "block-scaled FP8 (fp8), mxfp4, and compressed-tensors with 8-bit float weights"
 
 
 @dataclass(frozen=True, slots=True)
 class QuantSettings:
-    """The content of a ``quantization_config``.
+    """The content of a ``quantization_config``."""
 
-    Attributes:
-        method: ``quant_method``, with the format behind it where one method has several.
-        supported: Whether it can be dequantized here.
-        block: Sizes of blocks along the last two dimensions, where they are declared.
-    """
-
-    method: str
-    supported: bool
-    block: tuple[int, int] | None = None
+    method: str  #: ``quant_method``, with the format behind it where one method has several.
+    supported: bool  #: Whether it can be dequantized here.
+    block: tuple[int, int] | None = None  #: Sizes of blocks along the last two dimensions, where they are declared.
 
 
 def quant_settings(config: Mapping[str, object]) -> QuantSettings | None:
-    """What the base's ``config.json`` says about quantization; ``None`` where it says nothing.
-
-    Args:
-        config: The parsed file.
-
-    Raises:
-        QuantizationError: The settings are malformed.
-    """
+    """What the base's ``config.json`` says about quantization; ``None`` where it says nothing."""
     found = _quantization_config(config)
     if found is None:
         return None
@@ -80,11 +67,12 @@ def quant_settings(config: Mapping[str, object]) -> QuantSettings | None:
         kind = str(found.get("format", "unnamed"))
         groups = found.get("config_groups")
         weights = [g.get("weights") for g in groups.values()] if isinstance(groups, dict) else []
-        floats = all(isinstance(w, dict) and w.get("type") == "float" and w.get("num_bits") == 8 for w in weights)
+        known = [w for w in weights if isinstance(w, dict)]
+        eight = all(w.get("type") == "float" and w.get("num_bits") == 8 for w in known)
         # Zero points and sparsity masks are further tensors, without which the values would be wrong.
-        floats = floats and all(isinstance(w, dict) and w.get("symmetric") is not False for w in weights)
+        floats = eight and all(w.get("symmetric") is not False for w in known) and len(known) == len(weights)
         kind = _sparsity(found) or kind
-        blocks = [w.get("block_structure") for w in weights if isinstance(w, dict)]
+        blocks = [w.get("block_structure") for w in known]
         block = _pair(blocks[0]) if blocks else None
         return QuantSettings(f"{method} ({kind})", kind in ("float-quantized", "naive-quantized") and floats, block)
     return QuantSettings(method, False)
@@ -128,30 +116,13 @@ def _pair(value: object) -> tuple[int, int] | None:
     return (value[0], value[1])
 
 
-def unsupported(method: str, path: object) -> QuantizationError:
-    """The error for a method that cannot be dequantized here."""
-    return QuantizationError(
-        f"the base model is quantized by {method}, which cannot be dequantized on loading",
-        path=path,
-        hint=f"Use an unquantized base, or one quantized by {_SUPPORTED}.",
-    )
-
-
 def find_quantized(
     tensors: Mapping[str, SourceTensor], block: tuple[int, int] | None = None
 ) -> tuple[dict[str, Quantized], frozenset[str]]:
     """Find the quantized tensors of a source by name and dtype.
 
-    Args:
-        tensors: All tensors of the source.
-        block: The declared block size; otherwise it follows from the shapes.
-
-    Returns:
-        The quantized tensors under the names that they have once dequantized, and the names of all stored tensors
-        behind them.
-
-    Raises:
-        QuantizationError: Values and scales do not fit together.
+    They are returned under the names that they have once dequantized, with the names of all stored tensors behind them.
+    Block sizes that are not declared follow from the shapes.
     """
     found: dict[str, Quantized] = {}
     behind: set[str] = set()
@@ -227,13 +198,10 @@ def _reshaped(tensor: SourceTensor, shape: tuple[int, ...]) -> SourceTensor:
 
 
 def fitted(tensor: Quantized, shape: tuple[int, ...], path: object) -> Quantized:
-    """The quantized tensor in the orientation of the model's.
+    """The quantized tensor in the orientation of the model's, whose shape is given.
 
     gpt-oss stores experts' matrices as (experts, out, in), and transformers' model has (experts, in, out). Where both
     orientations have the model's shape, the stored one is the other one, as in transformers' own conversion.
-
-    Raises:
-        ShapeMismatchError: Neither has the model's shape.
     """
     candidates = [tensor.turned(), tensor] if tensor.packed else [tensor]
     for candidate in candidates:
@@ -251,9 +219,6 @@ def read_dequantized(tensor: Quantized, wanted: HeldTensor, reader: Reader) -> N
     """Fill the fragments of ``wanted``, which has the shape of ``tensor``, from the values and scales they need.
 
     Extra memory: about 20 MiB, whatever the size of the tensor.
-
-    Raises:
-        IntegrityError: A file ends early.
     """
     for slab in plan_slabs(tensor, wanted):
         scales = _read_scales(tensor, slab, reader)
@@ -293,15 +258,9 @@ def _fill(tensor: Quantized, slab: Slab, memory: torch.Tensor, reader: Reader) -
 def _read_scales(tensor: Quantized, slab: Slab, reader: Reader) -> torch.Tensor:
     spec = tensor.scales.spec
     stored = torch.empty(slab.around.sizes, dtype=torch_dtype(spec.dtype))
-    fragments = tuple(_regions(stored, slab))
+    fragments = tuple(Fragment(box, part_in_box(stored, box.relative_to(slab.around))) for box in slab.scales)
     reader.execute(list(plan_reads(tensor.scales, _held(spec, fragments))))
     return scales_to_float(stored)
-
-
-def _regions(stored: torch.Tensor, slab: Slab) -> Iterator[Fragment]:
-    for box in slab.scales:
-        inside = box.relative_to(slab.around)
-        yield Fragment(box, part_in_box(stored, inside))
 
 
 def _read_values(tensor: Quantized, pieces: Sequence[QuantizedPiece], reader: Reader) -> list[torch.Tensor]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from shardwise.peft.names import seed_of
 from shardwise.plan.fragments import Fragment, part_in_box
 from shardwise.stateful_wrappers.memory import PLAIN, plain_memory, stands_for_memory
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
@@ -25,11 +25,7 @@ class SeededInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Each draw is cut into blocks of rows of the whole tensor, and each block has a generator seeded from the seed, the
     tensor's name, how often it has been drawn, and the block's number. Draws are made on the CPU, so devices agree too.
-
-    Args:
-        tensors: Tensors by name; parameters and buffers, plain or DTensors, with memory.
-        seed: The seed; equal on all ranks.
-        keep: Names of tensors that are left as they are: what is about to be loaded.
+    Tensors whose names are to be kept are left as they are: what is about to be loaded.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], seed: int, keep: Collection[str]) -> None:
@@ -73,12 +69,7 @@ class SeededInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
     def _draw(
-        self,
-        name: str,
-        tensor: torch.Tensor,
-        func: OpOverload,
-        args: Sequence[object],
-        kwargs: Mapping[str, object],
+        self, name: str, tensor: torch.Tensor, func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]
     ) -> None:
         count = self._drawn[name] = self._drawn.get(name, 0) + 1
         where = "" if isinstance(tensor, DTensor) else f"{tensor.storage_offset()}"
@@ -87,9 +78,8 @@ class SeededInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
         rest = {k: v for k, v in kwargs.items() if k != "generator"}
         for fragment in held_tensor(name, tensor, MeshRegister()).fragments:
             for block_key, shape, part in _blocks(key, tuple(tensor.shape), fragment):
-                seed = int.from_bytes(hashlib.blake2b(block_key.encode(), digest_size=7).digest())
                 drawn = torch.empty(shape, dtype=dtype)
-                func(drawn, *args, **rest, generator=torch.Generator().manual_seed(seed))
+                func(drawn, *args, **rest, generator=torch.Generator().manual_seed(seed_of(block_key)))
                 part.data.copy_(part_in_box(drawn, part.box))
 
 

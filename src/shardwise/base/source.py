@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from shardwise.base.quantized import QuantSettings, dequantized_pieces, fitted, read_dequantized, unsupported
+from shardwise.base.quantized import SUPPORTED, QuantSettings, dequantized_pieces, fitted, read_dequantized
 from shardwise.dtypes import FLOATS
 from shardwise.engine.load import LoadOptions
 from shardwise.engine.name_suggestions import listed
 from shardwise.engine.sharing import PlannedReads
-from shardwise.errors import DtypeMismatchError, MissingTensorError, ShapeMismatchError
+from shardwise.errors import DtypeMismatchError, MissingTensorError, QuantizationError, ShapeMismatchError
 from shardwise.geometry import TensorSpec
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.quantized import Quantized
@@ -30,23 +30,16 @@ _FP8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 
 @dataclass(frozen=True)
 class BaseSource:
-    """The tensors of a base model.
+    """The tensors of a base model."""
 
-    Attributes:
-        plain: Its stored tensors, as far as byte ranges read them.
-        bins: The ``.bin`` files behind it, where there are any.
-        quantized: Tensors that exist once values and scales are multiplied; empty where that is not wanted.
-        behind: Names of the stored tensors from which ``quantized`` is computed.
-        scaled: Names of stored values whose scales are at hand, whether or not they are to be multiplied.
-        settings: What its config says about quantization.
-    """
-
-    plain: Source
-    bins: BinSource | None = None
+    plain: Source  #: Its stored tensors, as far as byte ranges read them.
+    bins: BinSource | None = None  #: The ``.bin`` files behind it, where there are any.
+    #: Tensors that exist once values and scales are multiplied; empty where that is not wanted.
     quantized: Mapping[str, Quantized] = field(default_factory=dict)
-    behind: frozenset[str] = frozenset()
+    behind: frozenset[str] = frozenset()  #: Names of the stored tensors from which ``quantized`` is computed.
+    #: Names of stored values whose scales are at hand, whether or not they are to be multiplied.
     scaled: frozenset[str] = frozenset()
-    settings: QuantSettings | None = None
+    settings: QuantSettings | None = None  #: What its config says about quantization.
 
     @property
     def path(self) -> Path:
@@ -86,11 +79,7 @@ class BaseSource:
     ) -> None:
         """Compare names, shapes and dtypes: floating-point values are cast, and further tensors let pass.
 
-        Raises:
-            MissingTensorError: The base lacks tensors; each is named with the nearest name that the base has to offer.
-            ShapeMismatchError: Shapes differ.
-            DtypeMismatchError: Dtypes differ in a way that a cast between floating-point dtypes does not settle.
-            QuantizationError: The base is quantized in a way that cannot be undone here.
+        Tensors that the base lacks are named with the nearest name that it has to offer.
         """
         _refuse_unsupported(specs, self)
         available = self.names()
@@ -132,7 +121,11 @@ def _refuse_unsupported(wanted: Sequence[TensorSpec], source: BaseSource) -> Non
     for spec in wanted:
         stored = source.stored(spec.name)
         if stored is None or (spec.dtype in FLOATS and stored.dtype not in FLOATS):
-            raise unsupported(settings.method, source.path)
+            raise QuantizationError(
+                f"the base model is quantized by {settings.method}, which cannot be dequantized on loading",
+                path=source.path,
+                hint=f"Use an unquantized base, or one quantized by {SUPPORTED}.",
+            )
 
 
 def _compare(spec: TensorSpec, source: BaseSource) -> None:
@@ -155,11 +148,10 @@ def _compare(spec: TensorSpec, source: BaseSource) -> None:
             hint="Build the model from the base's own config.json, or name a task head that is to keep its fresh "
             "values in skip_task_head_prefixes_for_base_model.",
         )
-    if stored.dtype == spec.dtype or {stored.dtype, spec.dtype} <= FLOATS.keys():
-        return
-    if stored.dtype in _FP8 and spec.dtype in FLOATS and spec.name not in source.scaled:
-        return
     scaled = spec.name in source.scaled
+    is_cast = spec.dtype in FLOATS and (stored.dtype in FLOATS or (stored.dtype in _FP8 and not scaled))
+    if stored.dtype == spec.dtype or is_cast:
+        return
     raise DtypeMismatchError(
         f"the model's dtype is {spec.dtype}, the base's {stored.dtype}" + (" with scales beside it" if scaled else ""),
         path=source.path,

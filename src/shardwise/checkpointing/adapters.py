@@ -25,11 +25,11 @@ from shardwise.geometry import Box
 from shardwise.peft.builtin_lora import find_sites
 from shardwise.peft.capture import capture_adapter, hold_adapter
 from shardwise.peft.check import check_adapter, check_stages
-from shardwise.peft.compatibility import check_opens as check_opens_in_peft
+from shardwise.peft.check import check_opens as check_opens_in_peft
+from shardwise.peft.config import adapter_settings
 from shardwise.peft.diffusers_lora import as_peft, check_opens, require_component
 from shardwise.peft.merge import MergedGroup, MergedPart, merged_parts
 from shardwise.peft.models import is_peft_adapted
-from shardwise.peft.settings import adapter_settings
 from shardwise.peft.tensors import AdapterTensors
 from shardwise.plan.deferred import bound, deferred
 from shardwise.plan.fragments import HeldTensor

@@ -33,7 +33,7 @@ from shardwise.plan.deferred import Deferred, held_whole, stands_alone
 from shardwise.plan.fragments import HeldTensor
 from shardwise.sources.sources import Source
 from shardwise.sources.state_files import pack_state, read_state
-from shardwise.stateful_wrappers.install import Installing, post_steps
+from shardwise.stateful_wrappers.model import Installing, post_steps
 from shardwise.stateful_wrappers.names import Listing
 from shardwise.stateful_wrappers.state_dict_overrides import EXTRA
 from shardwise.stateful_wrappers.units import Aside, Step, Taker, label

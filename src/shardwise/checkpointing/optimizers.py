@@ -50,8 +50,8 @@ from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.inner_optimizers import AnyOptimizer
 from shardwise.stateful_wrappers.model import Model
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord
-from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, RestoreOptions, plan_restore
-from shardwise.stateful_wrappers.replicated_options import RankRecord, agreed
+from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, plan_restore
+from shardwise.stateful_wrappers.replicas import RankRecord, agreed
 from shardwise.stateful_wrappers.tensors import MeshRegister
 
 _LOG = logging.getLogger(__name__)
@@ -292,7 +292,7 @@ def _compared(
     try:
         if changes.key_mapping:
             record = _renamed(record, changes.key_mapping)
-        plan = plan_restore(state, record, RestoreOptions(changes.allow_new, is_buffered))
+        plan = plan_restore(state, record, allow_new=changes.allow_new, aside=is_buffered)
     except ShardwiseError as error:
         error.path = error.path or str(directory)
         raise

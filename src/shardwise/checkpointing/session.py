@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from shardwise.base.layout import BaseModel, find_base_path, open_base
+from shardwise.base.files import BaseModel, find_base_path, open_base
 from shardwise.checkpointing.arguments import FirstExchange
 from shardwise.checkpointing.hub import HubNames, HubState, Recast
 from shardwise.checkpointing.parallel_ranks import ParallelRanks

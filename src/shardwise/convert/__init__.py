@@ -13,12 +13,20 @@ from shardwise.convert.adapter import (
     derive_for,
     derive_from_adapter,
 )
-from shardwise.convert.apply import Converted, HeldGroup, to_hub
 from shardwise.convert.check import check_round_trip
 from shardwise.convert.derive import derive, identity, kept_out
 from shardwise.convert.files import for_files
 from shardwise.convert.mapping import rename, revert
-from shardwise.convert.rules import Computed, Conversion, HubPart, HubTensor, NativeSpec, Rule
+from shardwise.convert.rules import (
+    Computed,
+    Conversion,
+    Converted,
+    HeldGroup,
+    HubPart,
+    HubTensor,
+    NativeSpec,
+    to_hub,
+)
 
 __all__ = [
     "Computed",
@@ -28,7 +36,6 @@ __all__ = [
     "HubPart",
     "HubTensor",
     "NativeSpec",
-    "Rule",
     "StateDictAdapter",
     "adapter_of",
     "check_adapter",

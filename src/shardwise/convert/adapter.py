@@ -17,7 +17,7 @@ from shardwise.convert.trace import traced
 from shardwise.dtypes import torch_dtype
 from shardwise.errors import ConversionError
 from shardwise.geometry import TensorSpec
-from shardwise.stateful_wrappers.skeleton import skeleton
+from shardwise.stateful_wrappers.wrapping import skeleton
 
 _LOG = logging.getLogger(__name__)
 
@@ -80,13 +80,7 @@ def adapter_of(module: nn.Module) -> StateDictAdapter | None:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRule:
-    """An adapter, asked about one native tensor (a `shardwise.convert.rules.Rule`).
-
-    Attributes:
-        adapter: The model's adapter.
-        native: FQN of the tensor.
-        options: Passed to the adapter.
-    """
+    """An adapter, asked about the native tensor of one FQN (a `shardwise.convert.rules.Rule`)."""
 
     adapter: StateDictAdapter
     native: str
@@ -109,15 +103,10 @@ class AdapterRule:
 
 
 def derive_from_adapter(adapter: StateDictAdapter, natives: Sequence[NativeSpec], **options: object) -> Conversion:
-    """Derive a conversion from a model's adapter. No collectives; any rank may call.
+    """Derive a conversion from a model's adapter, to which ``options`` are passed. No collectives; any rank may call.
 
-    Args:
-        adapter: The adapter.
-        natives: The model's tensors with their global shapes; tied ones once.
-        options: Passed to `StateDictAdapter.convert_single_tensor_to_hf`.
-
-    Raises:
-        ConversionError: The adapter fails on a tensor, or gives two tensors one name.
+    The tensors have global shapes, tied ones once. The adapter may fail on one, or give two one name
+    (`ConversionError`).
     """
     views: list[HubTensor] = []
     computed: list[Computed] = []
@@ -146,21 +135,13 @@ def derive_from_adapter(adapter: StateDictAdapter, natives: Sequence[NativeSpec]
 
 
 def derive_for(module: nn.Module, natives: Sequence[NativeSpec]) -> Conversion:
-    """Derive a model's conversion, from the adapter that it brings or else from transformers' rules.
-
-    Raises:
-        ConversionError: As `derive` and `derive_from_adapter`.
-    """
+    """A model's conversion, from the adapter that it brings or else from transformers' rules."""
     adapter = adapter_of(module)
     return derive(module, natives) if adapter is None else derive_from_adapter(adapter, natives)
 
 
 def conversion_of(module: nn.Module, natives: Sequence[NativeSpec]) -> Conversion:
-    """As `derive_for`, and checked: what is written would come back the same.
-
-    Raises:
-        ConversionError: As `derive_for` and `check_round_trip`.
-    """
+    """As `derive_for`, and checked: what is written would come back the same."""
     found = derive_for(module, natives)
     check_round_trip(found, natives)
     return found
@@ -171,9 +152,6 @@ def check_adapter(module: nn.Module, conversion: Conversion, natives: Sequence[N
 
     Computed tensors are converted back and compared with real values while saving. An adapter that is written through
     needs no way back, and one whose ``from_hf`` does not accept tensors without memory cannot be checked here.
-
-    Raises:
-        ConversionError: A parameter would be lost.
     """
     adapter = adapter_of(module)
     if adapter is None:

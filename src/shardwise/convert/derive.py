@@ -1,33 +1,40 @@
 """Derive a conversion from transformers' own rules, by running them once on tensors without memory.
 
-Nothing here is specific to a model. The rules that `transformers.core_model_loading.revert_weight_conversion` would
-apply when the model is saved are applied to `TracedTensor`s, and where each element went is read off the results. This
-stays cheap for many tensors: a name that no rule touches costs only a match against the patterns, and a rule is run
-once for each combination of shapes and then replayed under other names.
+The rules that `transformers.core_model_loading.revert_weight_conversion` would apply when the model is saved are
+applied to `TracedTensor`s, and where each element went is read off the results. This stays cheap for many tensors: a
+name that no rule touches costs only a match against the patterns, and a rule is run once for each combination of shapes
+and then replayed under other names.
+
+The order of the steps is that function's (5.23): at most one converter for a name, names in natural order, then every
+renaming on what the converter returned. The steps themselves (matching, converting, naming) are transformers' own
+methods, called on copies, because they change the rules.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from shardwise.convert.assemble import axis_views
 from shardwise.convert.mapping import revert
-from shardwise.convert.provenance import Untraceable
+from shardwise.convert.provenance import Untraceable, axis_views
 from shardwise.convert.rules import Computed, Conversion, HubPart, HubTensor, NativeSpec
 from shardwise.convert.trace import TracedTensor, traced
-from shardwise.convert.transformers_rule import ConverterRule, Member, RuleSet, may_have_rules, replay, rule_set, run
 from shardwise.dtypes import dtype_code, torch_dtype
 from shardwise.errors import ConversionError
 from shardwise.geometry import TensorSpec
 from shardwise.plan.views import AxisView
-from shardwise.stateful_wrappers.skeleton import skeleton
-from shardwise.stateful_wrappers.wrapping import unwrap
-from shardwise.upstream.transformers import left_out
+from shardwise.stateful_wrappers.wrapping import skeleton, unwrap
+from shardwise.upstream import transformers_rules as upstream
+from shardwise.upstream.transformers import left_out, model_class
 from shardwise.upstream.transformers_rules import in_loading_order, legacy_renamings
+
+if TYPE_CHECKING:
+    from shardwise.upstream.transformers_rules import WeightConverter, WeightRenaming
 
 #: Errors that conversion code may raise on a tensor that it does not expect.
 RULE_ERRORS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
@@ -35,19 +42,12 @@ RULE_ERRORS = (ArithmeticError, AttributeError, LookupError, NotImplementedError
 
 @dataclass(frozen=True, slots=True)
 class Derived:
-    """How a hub tensor is made, whatever its name and its group.
+    """How a hub tensor is made, whatever its name and its group."""
 
-    Attributes:
-        shape: Global shape of the hub tensor.
-        dtype: Its dtype code.
-        parts: Number of a native tensor in the group, and the view of it.
-        reason: Why no view expresses it; empty where one does.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    parts: tuple[tuple[int, AxisView | None], ...]
-    reason: str = ""
+    shape: tuple[int, ...]  #: Its global shape.
+    dtype: str  #: Its dtype code.
+    parts: tuple[tuple[int, AxisView | None], ...]  #: Number of a native tensor in the group, and the view of it.
+    reason: str = ""  #: Why no view expresses it; empty where one does.
 
 
 #: By converter and shapes: the keys of its results, and how each is made.
@@ -60,19 +60,11 @@ def identity(natives: Sequence[NativeSpec]) -> Conversion:
 
 
 def derive(model: torch.nn.Module, natives: Sequence[NativeSpec]) -> Conversion:
-    """Derive how a model's tensors become those of its Hugging Face files.
+    """Derive how a model's tensors become those of its Hugging Face files. No collectives; any rank may call.
 
-    Neither the model nor its rules are changed. No collectives; any rank may call, with the tensors that it has.
-
-    Args:
-        model: A transformers model, wrapped or not, or any other module (whose files then have the model's names).
-        natives: The model's tensors under their FQNs without wrappers, with their global shapes; tied ones once.
-
-    Returns:
-        The conversion of ``natives``.
-
-    Raises:
-        ConversionError: A rule cannot be reversed or does not fit the tensors, or two tensors get one name.
+    The model is transformers', wrapped or not, or any other module, whose files then have its names. Neither it nor its
+    rules are changed. The tensors have global shapes, tied ones once. A rule that cannot be reversed or does not fit,
+    and two tensors of one name, raise `ConversionError`.
     """
     bare = unwrap(model)
     absent = left_out(bare)
@@ -91,8 +83,7 @@ def derive(model: torch.nn.Module, natives: Sequence[NativeSpec]) -> Conversion:
 def kept_out(model: torch.nn.Module) -> frozenset[str] | None:
     """FQNs that a model without a state-dict adapter keeps out of its files, if all others are written unchanged.
 
-    Returns:
-        ``None`` where anything is renamed or converted, so that only a conversion shows the names.
+    ``None`` where anything is renamed or converted, so that only a conversion shows the names.
     """
     bare = unwrap(model)
     return None if legacy_renamings(bare) or _rules(bare) is not None else left_out(bare)
@@ -130,11 +121,7 @@ def _by_rules(rules: RuleSet, natives: Sequence[NativeSpec]) -> tuple[tuple[HubT
 
 
 def _results(
-    rules: RuleSet,
-    group: str,
-    members: tuple[Member, ...],
-    specs: tuple[NativeSpec, ...],
-    cache: _Cache,
+    rules: RuleSet, group: str, members: tuple[Member, ...], specs: tuple[NativeSpec, ...], cache: _Cache
 ) -> tuple[list[str], tuple[Derived, ...]]:
     """Hub names of a group's results, and how each is made."""
     number = rules.converter(members[0].pattern)
@@ -159,7 +146,7 @@ def _results(
 
 
 def derived(tensor: torch.Tensor, natives: Sequence[NativeSpec]) -> Derived:
-    """Read off the result of a rule how it is made of the native tensors numbered as in ``natives``."""
+    """Read off the result of a rule how it is made of the native tensors."""
     shape, dtype = tuple(tensor.shape), dtype_code(tensor.dtype)
     if not isinstance(tensor, TracedTensor):
         return Derived(shape, dtype, (), "made from nothing")
@@ -174,3 +161,211 @@ def derived(tensor: torch.Tensor, natives: Sequence[NativeSpec]) -> Derived:
 def hub_tensor(name: str, made: Derived, natives: Sequence[NativeSpec]) -> HubTensor:
     """A hub tensor from its name and how it is made."""
     return HubTensor(name, made.shape, tuple(HubPart(natives[source].name, view) for source, view in made.parts))
+
+
+# --- transformers' rules: find them, run them, replay them -----------------------------------------------------------
+
+
+class Watched:
+    """A model that remembers whether a rule read from it (``touched``): its result may then depend on the layer."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model, self.touched = model, False
+
+    def __getattr__(self, name: str) -> object:
+        self.touched = True
+        return getattr(self._model, name)
+
+
+class _Record:
+    """A last operation that keeps what the others returned."""
+
+    keys: tuple[str, ...] = ()
+    values: tuple[object, ...] = ()
+
+    def convert(self, collected: Mapping[str, object], **_: object) -> Mapping[str, object]:
+        self.keys, self.values = tuple(collected), tuple(collected.values())
+        return collected
+
+
+@dataclass(frozen=True, slots=True)
+class _Replay:
+    """An only operation that returns numbers under known keys, so that the converter only finds the names."""
+
+    keys: tuple[str, ...]
+
+    def convert(self, _: object, **__: object) -> dict[str, int]:
+        return {key: number for number, key in enumerate(self.keys)}
+
+
+@dataclass(frozen=True)
+class RuleSet:
+    """A model's rules in the direction native to hub, with what they came from."""
+
+    renamings: tuple[WeightRenaming, ...]  #: Applied to a name one after the other.
+    #: By the pattern that they take tensors from; at most one applies to a name.
+    converters: tuple[WeightConverter, ...]
+    origins: tuple[WeightConverter, ...]  #: For each of ``converters``, the rule in the direction hub to native.
+    #: The renamings in the direction hub to native, in the order of loading.
+    forward_renamings: tuple[WeightRenaming, ...]
+    model: torch.nn.Module  #: The model, without wrappers.
+    #: For each of ``renamings`` a search that fails where it changes nothing; ``None`` without such a search.
+    quick: tuple[Callable[[str], object] | None, ...]
+
+    def match(self, name: str) -> tuple[str, str | None]:
+        """The name of the group that a native tensor belongs to and the pattern it fills; ``None`` if it has none."""
+        return upstream.matching_converter(name, self.converters)
+
+    def rename(self, name: str) -> str:
+        """The hub name of what is called ``name`` once the converters are done with it."""
+        for quick, renaming in zip(self.quick, self.renamings, strict=True):
+            if quick is None or quick(name) is not None:
+                name, _ = upstream.rename(renaming, name)
+        return name
+
+    def converter(self, pattern: str) -> int:
+        """The number of the converter for ``pattern``: the last one, as transformers' own table has it."""
+        return max(i for i, c in enumerate(self.converters) if pattern in upstream.patterns_of(c))
+
+
+def may_have_rules(model: torch.nn.Module) -> bool:
+    """Whether transformers could have rules for ``model``, which may be wrapped: it is one of its classes."""
+    # A model of transformers' cannot exist before its import, which takes seconds and is not made for other modules.
+    return isinstance(model, model_class() or ())
+
+
+def rule_set(model: torch.nn.Module) -> RuleSet | None:
+    """The rules that transformers would apply to save ``model``, or ``None`` where there are none.
+
+    The rules with which `from_pretrained` loaded the model, else those registered for its classes and model types; a
+    `PrefixChange` only if it was used in loading, since the name alone does not show it.
+    """
+    if not may_have_rules(model):
+        return None
+    rules = upstream.loaded_with(model)
+    if rules is None:
+        rules = upstream.without_prefix_changes(upstream.registered_rules(model, legacy=False))
+    if not rules:
+        return None
+    pristine = [deepcopy(rule) for rule in rules]
+    try:
+        reverse = [upstream.reversed_rule(rule) for rule in pristine[::-1]]
+    except (NotImplementedError, ValueError) as error:
+        raise ConversionError(
+            f"a conversion rule of {type(model).__name__} has no reverse: {error}",
+            hint="Dequantize the model on load, or give it a state_dict_adapter.",
+        ) from error
+    origins = {id(rule): origin for rule, origin in zip(reverse, pristine[::-1], strict=True)}
+    renamings, converters = tuple(upstream.renamings_of(reverse)), tuple(upstream.converters_of(reverse))
+    return RuleSet(
+        renamings=renamings,
+        converters=converters,
+        origins=tuple(origins[id(rule)] for rule in converters),
+        forward_renamings=tuple(upstream.renamings_of(pristine)),
+        model=model,
+        quick=tuple(map(upstream.search_of, renamings)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A tensor of a converter's group: its name and the pattern that it fills."""
+
+    name: str
+    pattern: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The result of a converter on a group."""
+
+    keys: tuple[str, ...]  #: The converter's own keys of its results, from which it makes names.
+    names: tuple[str, ...]  #: Full names, before renaming.
+    tensors: tuple[torch.Tensor, ...]  #: Results, in the order of both.
+    replayable: bool  #: Whether a group of the same shapes elsewhere in the model must come out the same.
+
+
+def run(
+    converter: WeightConverter,
+    group: str,
+    members: Sequence[Member],
+    tensors: Sequence[torch.Tensor],
+    model: torch.nn.Module,
+) -> Outcome:
+    """Run a converter on the tensors of one group."""
+    record, watched = _Record(), Watched(model)
+    copy = _filled(converter, group, members, tensors)
+    by_name = upstream.looks_at_names(copy)
+    named = upstream.convert_filled(copy, group, last=record, model=watched, config=model.config)
+    names = {id(value): str(name) for name, value in named.items()}
+    return Outcome(
+        keys=record.keys,
+        names=tuple(names[id(value)] for value in record.values),
+        tensors=tuple(_single(value) for value in record.values),
+        replayable=not (watched.touched or by_name) and len(names) == len(record.values),
+    )
+
+
+def replay(converter: WeightConverter, group: str, members: Sequence[Member], keys: tuple[str, ...]) -> list[str]:
+    """The names that a converter gives to known results of another group."""
+    copy = _filled(converter, group, members, [0] * len(members))
+    named = upstream.convert_filled(copy, group, operations=[_Replay(keys)])
+    return [str(name) for name, _ in sorted(named.items(), key=lambda item: int(item[1]))]
+
+
+def _filled(
+    converter: WeightConverter, group: str, members: Sequence[Member], values: Sequence[object]
+) -> WeightConverter:
+    given = ((member.name, member.pattern, value) for member, value in zip(members, values, strict=True))
+    return upstream.filled(converter, group, given)
+
+
+def _single(value: object) -> torch.Tensor:
+    found = value[0] if isinstance(value, list) else value
+    if not isinstance(found, torch.Tensor):
+        raise ConversionError(f"a conversion rule returned a {type(found).__name__} where a tensor was due")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class ConverterRule:
+    """One converter of a model's rules, run on whole tensors of one group (a `shardwise.convert.rules.Rule`)."""
+
+    rules: RuleSet
+    number: int
+    group: str
+    members: tuple[Member, ...]
+
+    def forward(self, natives: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """As `shardwise.convert.rules.Rule.forward`."""
+        tensors = [natives[member.name] for member in self.members]
+        outcome = run(self.rules.converters[self.number], self.group, self.members, tensors, self.rules.model)
+        return {self.rules.rename(name): t for name, t in zip(outcome.names, outcome.tensors, strict=True)}
+
+    def backward(self, hub: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """As `shardwise.convert.rules.Rule.backward`."""
+        origin = deepcopy(self.rules.origins[self.number])
+        members: list[Member] = []
+        tensors: list[torch.Tensor] = []
+        group = ""
+        for name in upstream.in_loading_order(hub):
+            renamed = upstream.renamed(name, [deepcopy(renaming) for renaming in self.rules.forward_renamings])
+            group, pattern = upstream.rename(origin, renamed)
+            if pattern is None:
+                raise ConversionError("the rule that made this tensor does not take it back", tensor=name)
+            members.append(Member(name, pattern))
+            tensors.append(hub[name])
+        outcome = run(origin, group, members, tensors, self.rules.model)
+        return dict(zip(outcome.names, outcome.tensors, strict=True))
+
+
+def loading_names(model: torch.nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    """Names in files after transformers' renamings for loading into an unwrapped model, before any converter.
+
+    They stay the same for a model that is not of transformers.
+    """
+    if not may_have_rules(model):
+        return tuple(names)
+    renamings = upstream.renamings_of(map(deepcopy, upstream.registered_rules(model)))
+    renamed = {name: upstream.renamed(name, renamings) for name in upstream.in_loading_order(names)}
+    return tuple(renamed[name] for name in names)

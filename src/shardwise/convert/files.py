@@ -12,30 +12,25 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from shardwise.convert.derive import loading_names
 from shardwise.convert.mapping import rename
 from shardwise.convert.rules import Computed, Conversion, HubPart, HubTensor, NativeSpec, Rule
-from shardwise.convert.transformers_rule import loading_names
-from shardwise.stateful_wrappers.skeleton import skeleton
+from shardwise.stateful_wrappers.wrapping import skeleton
 
 
 @dataclass(frozen=True, slots=True)
 class RenamedRule:
-    """A rule whose hub tensors have other names in the files (a `shardwise.convert.rules.Rule`).
+    """A rule whose hub tensors have other names in the files (a `shardwise.convert.rules.Rule`)."""
 
-    Attributes:
-        rule: The rule under the hub's names.
-        in_files: Name in the files of each hub name.
-    """
-
-    rule: Rule
-    in_files: Mapping[str, str]
+    rule: Rule  #: The rule under the hub's names.
+    in_files: Mapping[str, str]  #: Name in the files of each hub name.
 
     def forward(self, natives: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Native tensors by FQN to tensors by their name in the files."""
+        """As `shardwise.convert.rules.Rule.forward`."""
         return {self.in_files[name]: tensor for name, tensor in self.rule.forward(natives).items()}
 
     def backward(self, hub: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Tensors by their name in the files to native tensors by FQN."""
+        """As `shardwise.convert.rules.Rule.backward`."""
         return self.rule.backward({name: hub[file] for name, file in self.in_files.items()})
 
 
@@ -50,23 +45,15 @@ def for_files(
 
     A native tensor whose hub tensors are not in the files, while it is there itself, is taken unconverted. One that is
     not there in any form keeps its hub names, so that the loader misses it under the name that the hub would use; names
-    of the files that the result does not have are unexpected.
-
-    Args:
-        model: The model to be loaded.
-        conversion: Of the model.
-        natives: What ``conversion`` was derived from.
-        names: All names in the files.
-        key_mapping: The user's: regular expressions and replacements, from the files' names to the model's.
-
-    Raises:
-        ConversionError: ``key_mapping`` makes one name of two, or two tensors would be read from one.
+    of the files that the result does not have are unexpected. The user's ``key_mapping`` (regular expressions and
+    replacements, from the files' names to the model's) applies first; it may not make one name of two.
     """
     if not key_mapping and set(conversion.names) <= set(names):
         return conversion
-    found = _Finder.make(model, names, key_mapping or {})
-    hub = found.all(conversion.names)
-    unconverted = found.all([spec.name for spec in natives])
+    bare = skeleton(model)
+    files = dict(zip(loading_names(bare, rename(names, key_mapping or {})), names, strict=True))
+    hub = _in_files(bare, conversion.names, files)
+    unconverted = _in_files(bare, [spec.name for spec in natives], files)
     shapes = {spec.name: spec.shape for spec in natives}
     views: list[HubTensor] = []
     taken: set[str] = set()
@@ -94,27 +81,13 @@ def _renamed(group: Computed, hub: Mapping[str, str]) -> Computed:
     return replace(group, hub=specs, rule=RenamedRule(group.rule, in_files))
 
 
-@dataclass(frozen=True, slots=True)
-class _Finder:
-    """Finds names in the files by what loading would make of them."""
-
-    model: torch.nn.Module
-    files: Mapping[str, str]
-    prefix: str
-
-    @staticmethod
-    def make(model: torch.nn.Module, names: Sequence[str], key_mapping: Mapping[str, str]) -> _Finder:
-        bare = skeleton(model)
-        keys = loading_names(bare, rename(names, key_mapping))
-        prefix: str = getattr(bare, "base_model_prefix", "") or ""
-        return _Finder(bare, dict(zip(keys, names, strict=True)), prefix)
-
-    def all(self, names: Sequence[str]) -> dict[str, str]:
-        """For each of ``names`` that is in the files, its name there."""
-        out: dict[str, str] = {}
-        for name, key in zip(names, loading_names(self.model, names), strict=True):
-            for variant in (key, f"{self.prefix}.{key}", key.removeprefix(f"{self.prefix}.")):
-                if variant in self.files:
-                    out[name] = self.files[variant]
-                    break
-        return out
+def _in_files(model: torch.nn.Module, names: Sequence[str], files: Mapping[str, str]) -> dict[str, str]:
+    """For each of ``names`` that is in the files, its name there: by what loading makes of both."""
+    prefix: str = getattr(model, "base_model_prefix", "") or ""
+    out: dict[str, str] = {}
+    for name, key in zip(names, loading_names(model, names), strict=True):
+        variants = (key, f"{prefix}.{key}", key.removeprefix(f"{prefix}."))
+        found = next((files[variant] for variant in variants if variant in files), None)
+        if found is not None:
+            out[name] = found
+    return out

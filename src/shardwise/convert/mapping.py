@@ -23,14 +23,7 @@ _MANY = re.compile(r"[*+?()\[\]{}|\\]")
 
 
 def rename(names: Sequence[str], key_mapping: Mapping[str, str]) -> tuple[str, ...]:
-    """Rename names of the files to those of the model.
-
-    Args:
-        names: Names in the files.
-        key_mapping: Regular expressions and their replacements; the first that matches anywhere in a name applies.
-
-    Returns:
-        One name for each of ``names``.
+    """Rename names of the files to those of the model: the first pattern that matches anywhere in a name applies.
 
     Raises:
         ConversionError: A pattern is not a regular expression, or two names become one.
@@ -42,14 +35,7 @@ def rename(names: Sequence[str], key_mapping: Mapping[str, str]) -> tuple[str, .
 
 
 def revert(names: Sequence[str], key_mapping: Mapping[str, str]) -> tuple[str, ...]:
-    """Rename names of the model to those of the files, by a mapping written for the other direction.
-
-    Args:
-        names: Names in the model.
-        key_mapping: As in `rename`: from the files to the model.
-
-    Returns:
-        One name for each of ``names``, such that `rename` gives ``names`` back.
+    """Rename names of the model to those of the files, such that `rename` with the same mapping gives ``names`` back.
 
     Raises:
         ConversionError: Two names become one, or `rename` would not give back the same names.

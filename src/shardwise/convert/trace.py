@@ -22,15 +22,10 @@ aten = torch.ops.aten
 
 
 class TracedTensor(torch.Tensor):
-    """A tensor on the meta device with a provenance.
+    """A tensor on the meta device with a provenance."""
 
-    Attributes:
-        provenance: Where its elements came from; ``None`` where that is not a rearrangement.
-        why: What made it unknown.
-    """
-
-    provenance: Provenance | None
-    why: str
+    provenance: Provenance | None  #: Where its elements came from; ``None`` where that is not a rearrangement.
+    why: str  #: What made it unknown.
 
     @staticmethod
     def __new__(
@@ -69,17 +64,14 @@ def _opaque(func: Callable[..., object], args: object, kwargs: object, why: str)
     def unwrap(value: object) -> object:
         if isinstance(value, TracedTensor):
             return torch.empty(value.shape, dtype=value.dtype, device="meta")
-        return value
+        return torch.device("meta") if isinstance(value, torch.device) else value
 
     def wrap(value: object) -> object:
         if isinstance(value, torch.Tensor):
             return TracedTensor(tuple(value.shape), value.dtype, None, why)
         return value
 
-    def replace(value: object) -> object:
-        return torch.device("meta") if isinstance(value, torch.device) else unwrap(value)
-
-    plain_args, plain_kwargs = map_leaves(replace, (args, kwargs))
+    plain_args, plain_kwargs = map_leaves(unwrap, (args, kwargs))
     return map_leaves(wrap, func(*plain_args, **plain_kwargs))
 
 
@@ -103,12 +95,9 @@ def _same(tensor: torch.Tensor, *_: object, dtype: torch.dtype | None = None, **
 
 def _reshape(tensor: torch.Tensor, shape: list[int], *_: object) -> TracedTensor:
     sizes = list(shape)
-    if -1 in sizes:
-        known = -math.prod(sizes)
-        if known == 0 or tensor.numel() % known:
-            raise RuntimeError(f"shape {shape} is invalid for a tensor of {tensor.numel()} elements")
+    if -1 in sizes and (known := -math.prod(sizes)):
         sizes[sizes.index(-1)] = tensor.numel() // known
-    if math.prod(sizes) != tensor.numel():
+    if math.prod(sizes) != tensor.numel() or -1 in sizes:
         raise RuntimeError(f"shape {shape} is invalid for a tensor of {tensor.numel()} elements")
     return _like(tensor, pv.reshape(_of(tensor), tuple(sizes)))
 

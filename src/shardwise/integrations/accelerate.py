@@ -23,7 +23,7 @@ from shardwise.integrations.accelerate_data import Rest, Tracked, tracked
 from shardwise.integrations.host_paths import HostPaths, Parts, is_complete, local_path, state_of
 from shardwise.integrations.model_files import SCRATCH, put_in_place
 from shardwise.stateful_wrappers.wrapping import unwrap
-from shardwise.upstream.accelerate import dataloaders_of, models_of, objects_of, optimizers_of, schedulers_of
+from shardwise.upstream.accelerate import lists_of
 
 if TYPE_CHECKING:
     import os
@@ -193,7 +193,7 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
 
     def prepare_data_loader(self, data_loader: object, *positional: object, **named: object) -> object:
         """As in ``Accelerator``; what it returns knows its position."""
-        loaders = dataloaders_of(self)
+        loaders = lists_of(self).dataloaders
         prepared = super().prepare_data_loader(data_loader, *positional, **named)
         found = tracked(prepared)
         if found is None:
@@ -269,10 +269,10 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
     # --- parts ------------------------------------------------------------------------------------------------------
 
     def _loaders(self) -> list[Tracked]:
-        return [loader for loader in dataloaders_of(self) if isinstance(loader, Tracked)]
+        return [loader for loader in lists_of(self).dataloaders if isinstance(loader, Tracked)]
 
     def _parts(self) -> Parts:
-        models = models_of(self)
+        models = lists_of(self).models
         if not models:
             raise MisuseError(
                 "no model was prepared", hint="Call accelerator.prepare(model, ...) before save_state or load_state."
@@ -284,11 +284,11 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
         }
         if self.scaler is not None:
             extra[_SCALER] = self.scaler
-        for number, each in enumerate(objects_of(self)):
+        for number, each in enumerate(lists_of(self).objects):
             extra[f"object_{number}"] = each
         together = nn.ModuleList([unwrap(model) for model in models]) if len(models) > 1 else models[0]
-        optimizers = [cast("Optimizer", each.optimizer) for each in optimizers_of(self)]  # type: ignore[attr-defined]
-        schedulers = [cast("LRScheduler", each.scheduler) for each in schedulers_of(self)]  # type: ignore[attr-defined]
+        optimizers = [cast("Optimizer", each.optimizer) for each in lists_of(self).optimizers]  # type: ignore[attr-defined]
+        schedulers = [cast("LRScheduler", each.scheduler) for each in lists_of(self).schedulers]  # type: ignore[attr-defined]
         return Parts(together, optimizers, schedulers, extra)
 
     @property

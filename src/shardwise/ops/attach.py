@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardwise.base.slots import Slot, slots_of
+from shardwise.base.initialise import Slot, slots_of
 from shardwise.comm import Group
 from shardwise.disk.storage import current, local_path
 from shardwise.engine.load import LoadOptions, open_described

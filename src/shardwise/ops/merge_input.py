@@ -15,7 +15,7 @@ from torch import nn
 
 from shardwise.base.class_of_config import build_on_meta, named_classes
 from shardwise.base.files import base_config, base_dtype, find_base
-from shardwise.base.slots import slots_of
+from shardwise.base.initialise import slots_of
 from shardwise.comm import Group
 from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.disk.storage import current

@@ -1,4 +1,4 @@
-"""Finding LoRA modules that are part of a model's own code.
+"""LoRA modules that are part of a model's own code: finding them, and their tensors in peft's format.
 
 Two layouts are known, both recognised by parameters and not by class:
 
@@ -19,14 +19,26 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import TypeGuard
 
 import torch
 import torch.nn as nn
 
 from shardwise.errors import AdapterError
-from shardwise.peft.names import expand_combined, expert_projections, fused_parameter, join, named_modules
+from shardwise.peft.names import (
+    combined_sizes,
+    expand_combined,
+    expert_projections,
+    fused_parameter,
+    join,
+    named_modules,
+    text_config,
+)
+from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry
+from shardwise.stateful_wrappers.units import saved_tensors
 from shardwise.stateful_wrappers.wrapping import bare_model, original_class, plain_path
-from shardwise.upstream.torch_modules import own_buffers, own_children, own_parameters, unsaved_buffers
+from shardwise.upstream.torch_modules import own_children, own_parameters
 
 _LOG = logging.getLogger(__name__)
 
@@ -44,45 +56,27 @@ class Native:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearSite:
-    """A module with a LoRA pair.
+    """A module with a LoRA pair."""
 
-    Attributes:
-        fqn: The module's name.
-        targets: The Hugging Face modules that it stands for; several for a combined projection.
-        a: The factor with the input columns.
-        b: The factor with the output rows.
-        rank: The LoRA rank.
-        transposed: Whether ``a`` is ``(in, rank)`` and ``b`` is ``(rank, out)``.
-        scale: The factor on the product, where the module states it.
-        magnitude: DoRA's magnitude.
-        bias: The bias of ``b``.
-    """
-
-    fqn: str
-    targets: tuple[str, ...]
-    a: Native
-    b: Native
-    rank: int
-    transposed: bool
-    scale: float | None
-    magnitude: Native | None = None
-    bias: Native | None = None
+    fqn: str  #: The module's name.
+    targets: tuple[str, ...]  #: The Hugging Face modules that it stands for; several for a combined projection.
+    a: Native  #: The factor with the input columns.
+    b: Native  #: The factor with the output rows.
+    rank: int  #: The LoRA rank.
+    transposed: bool  #: Whether ``a`` is ``(in, rank)`` and ``b`` is ``(rank, out)``.
+    scale: float | None  #: The factor on the product, where the module states it.
+    magnitude: Native | None = None  #: DoRA's magnitude.
+    bias: Native | None = None  #: The bias of ``b``.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertSite:
-    """A pair of grouped factors for all experts of a layer; attributes as `LinearSite`.
-
-    Attributes:
-        projections: Per-expert projections of the Hugging Face model that it stands for.
-        parameter: The fused parameter of the Hugging Face model that it stands for.
-        fused: Whether the adapter is written for the fused parameter instead of single experts.
-    """
+    """A pair of grouped factors for all experts of a layer; attributes as `LinearSite`."""
 
     fqn: str
-    projections: tuple[str, ...]
-    parameter: str
-    fused: bool
+    projections: tuple[str, ...]  #: Per-expert projections of the Hugging Face model that it stands for.
+    parameter: str  #: The fused parameter of the Hugging Face model that it stands for.
+    fused: bool  #: Whether the adapter is written for the fused parameter instead of single experts.
     a: Native
     b: Native
     rank: int
@@ -101,6 +95,11 @@ class ExpertSite:
 
 
 Site = LinearSite | ExpertSite
+
+
+def is_fused(site: Site) -> TypeGuard[ExpertSite]:
+    """Whether the adapter of a site is written for a fused parameter."""
+    return isinstance(site, ExpertSite) and site.fused
 
 
 def is_qwen3_moe(model: object) -> bool:
@@ -142,16 +141,11 @@ def hub_target_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
 def find_sites(
     model: nn.Module, dim: int | None = None, v4_compatible: bool = False, *, strict: bool = True
 ) -> list[Site]:
-    """All LoRA modules of a part, in the order of its modules.
+    """All LoRA modules of a part, wrapped or not, in the order of its modules.
 
-    Args:
-        model: A part, wrapped or not.
-        dim: The configured rank, which decides where shapes do not.
-        v4_compatible: Always write experts one by one.
-        strict: Whether a pair that no adapter file could hold is an error; otherwise it is left out.
-
-    Raises:
-        AdapterError: A pair is incomplete or its shapes do not fit.
+    The configured rank, ``dim``, decides where shapes do not. With ``v4_compatible`` experts are always written one by
+    one. A pair that no adapter file could hold (incomplete, or of shapes that do not fit) raises `AdapterError`;
+    without ``strict`` it is left out.
     """
     root = bare_model(model)
     # Nearly every model has none, and is asked several times while it is loaded.
@@ -258,32 +252,22 @@ def _scale(module: nn.Module) -> float | None:
     return None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TrainedModule:
-    """A module outside LoRA that is trained as a whole (a new head), with all of its state."""
-
-    fqn: str
-    state: tuple[Native, ...]
-
-
-def find_trained_modules(model: nn.Module, sites: Sequence[Site]) -> list[TrainedModule]:
+def find_trained_modules(model: nn.Module, sites: Sequence[Site]) -> dict[str, list[Native]]:
     """Modules without LoRA whose parameters are trained while the rest of the model is frozen: peft's modules_to_save.
 
+    Each, such as a new head, is trained as a whole, and comes with all of its state.
     Where nothing is frozen, the model was not prepared for adapter training: the adapter is then only the LoRA factors,
-    and a warning says so.
-
-    Raises:
-        AdapterError: A trained parameter cannot be described: it belongs to a LoRA module or to the model itself.
+    and a warning says so. Parameters of a LoRA module or of the model itself cannot be such, and raise `AdapterError`.
     """
     root = bare_model(model)
     lora = {native.fqn for site in sites for native in natives(site)}
     rest = {plain_path(name): p for name, p in root.named_parameters() if plain_path(name) not in lora}
     trained = [name for name, p in rest.items() if p.requires_grad]
     if not trained or not sites:
-        return []
+        return {}
     if len(trained) == len(rest):
         _LOG.warning("the base model is not frozen; an adapter checkpoint holds the LoRA factors, not the base weights")
-        return []
+        return {}
     owners = {name.rpartition(".")[0] for name in trained}
     modules = dict(named_modules(root))
     top = sorted(o for o in owners if not any(o != other and f"{o}.".startswith(f"{other}.") for other in owners))
@@ -295,28 +279,119 @@ def find_trained_modules(model: nn.Module, sites: Sequence[Site]) -> list[Traine
                 tensor=next(name for name in trained if name.startswith(owner)),
                 hint="Freeze them (requires_grad_(False)), or train the whole model without adapters.",
             )
-    out = [TrainedModule(owner, tuple(_state(owner, modules[owner]))) for owner in top]
+    out = {owner: list(_state(owner, modules[owner])) for owner in top}
     # A head that is tied to a trained embedding is trained with it; peft's copies are not tied, so each has its values.
-    ours = {id(native.tensor) for module in out for native in module.state}
+    ours = {id(native.tensor) for state in out.values() for native in state}
     for fqn, module in modules.items():
         tied = [p for p in own_parameters(module).values() if p is not None and id(p) in ours]
         if tied and not any(fqn == owner or fqn.startswith(f"{owner}.") for owner in top):
-            out.append(TrainedModule(fqn, tuple(_state(fqn, module))))
+            out[fqn] = list(_state(fqn, module))
     return out
 
 
-def natives(site: Site) -> Iterator[Native]:
+def natives(site: Site) -> list[Native]:
     """The parameters of a site."""
-    yield site.a
-    yield site.b
-    if isinstance(site, LinearSite):
-        yield from (native for native in (site.magnitude, site.bias) if native is not None)
+    beside = (site.magnitude, site.bias) if isinstance(site, LinearSite) else ()
+    return [native for native in (site.a, site.b, *beside) if native is not None]
 
 
 def _state(fqn: str, module: nn.Module) -> Iterator[Native]:
     for name, inner in named_modules(module):
-        prefix = join(fqn, name)
-        yield from (Native(join(prefix, n), p) for n, p in own_parameters(inner).items() if p is not None)
-        for buffer_name, buffer in own_buffers(inner).items():
-            if buffer is not None and buffer_name not in unsaved_buffers(inner):
-                yield Native(join(prefix, buffer_name), buffer)
+        yield from (Native(join(fqn, name, leaf), tensor) for leaf, tensor in saved_tensors(inner))
+
+
+# --- their tensors in peft's format, as views ---------------------------------------------------------------------
+
+
+def capture_own(model: nn.Module, dim: int | None, v4_compatible: bool, legacy_layout: bool) -> list[AdapterEntry]:
+    """The adapter tensors of one part; the layouts are those of `shardwise.peft.capture.capture_adapter`."""
+    config = text_config(bare_model(model))
+    sites = find_sites(model, dim, v4_compatible)
+    out: list[AdapterEntry] = []
+    for site in sites:
+        if isinstance(site, LinearSite):
+            out += _linear(site, config)
+        elif site.fused:
+            out += _fused(site, _depth(site, sites), legacy_layout)
+        else:
+            out += _per_expert(site)
+    first: dict[int, str] = {}  # of tensors that are tied
+    for native in chain.from_iterable(find_trained_modules(model, sites).values()):
+        name = f"{PEFT_PREFIX}{native.fqn}"
+        known = first.setdefault(id(native.tensor), name)
+        out.append(entry(name, native.fqn, native.tensor, alias_of=known if known != name else None))
+    return out
+
+
+def _linear(site: LinearSite, config: object | None) -> Iterator[AdapterEntry]:
+    rows_at, rank_at = (1, 0) if site.transposed else (0, 1)
+    a, b = site.a.tensor, site.b.tensor
+    total = int(b.shape[rows_at])
+    sizes = (total,) if len(site.targets) == 1 else combined_sizes(site.fqn, total, config)
+    a_shape = (site.rank, int(a.shape[0 if site.transposed else 1]))
+    a_view = axis_view([[n] for n in a.shape], (1, 0)) if site.transposed else None
+    first = f"{PEFT_PREFIX}{site.targets[0]}.lora_A.weight"
+    start = 0
+    for target, size in zip(site.targets, sizes, strict=True):
+        name = f"{PEFT_PREFIX}{target}.lora_A.weight"
+        yield entry(name, site.a.fqn, a, a_view, a_shape, first if name != first else None)
+        whole = size == total and not site.transposed
+        b_view = None if whole else axis_view([[n] for n in b.shape], ((rows_at, start, size), rank_at))
+        yield entry(f"{PEFT_PREFIX}{target}.lora_B.weight", site.b.fqn, b, b_view, (size, site.rank))
+        if site.bias is not None:
+            yield _rows(f"{PEFT_PREFIX}{target}.lora_B.bias", site.bias, start, size)
+        if site.magnitude is not None:
+            yield _rows(f"{PEFT_PREFIX}{target}.lora_magnitude_vector", site.magnitude, start, size)
+        start += size
+
+
+def _rows(name: str, native: Native, start: int, size: int) -> AdapterEntry:
+    """Elements ``start .. start + size`` of a vector, which may be kept as a row or a column."""
+    shape = tuple(int(n) for n in native.tensor.shape)
+    if shape == (size,):
+        return entry(name, native.fqn, native.tensor)
+    long = max(range(len(shape)), key=lambda d: shape[d])
+    fixed = tuple((d, 0) for d in range(len(shape)) if d != long)
+    view = axis_view([[n] for n in shape], ((long, start, size),), fixed)
+    return entry(name, native.fqn, native.tensor, view, (size,))
+
+
+def _per_expert(site: ExpertSite) -> Iterator[AdapterEntry]:
+    in_at, a_rank, rank_at, out_at = (1, 2, 1, 2) if site.transposed else (2, 1, 2, 1)
+    a, b = site.a.tensor, site.b.tensor
+    size = int(b.shape[out_at]) // len(site.projections)
+    for expert in range(site.experts):
+        first = f"{PEFT_PREFIX}{site.fqn}.{expert}.{site.projections[0]}.lora_A.weight"
+        for index, projection in enumerate(site.projections):
+            base = f"{PEFT_PREFIX}{site.fqn}.{expert}.{projection}"
+            a_view = axis_view([[n] for n in a.shape], (a_rank, in_at), ((0, expert),))
+            b_view = axis_view([[n] for n in b.shape], ((out_at, index * size, size), rank_at), ((0, expert),))
+            shared = first if index else None
+            yield entry(f"{base}.lora_A.weight", site.a.fqn, a, a_view, (site.rank, int(a.shape[in_at])), shared)
+            yield entry(f"{base}.lora_B.weight", site.b.fqn, b, b_view, (size, site.rank))
+
+
+def _depth(site: ExpertSite, sites: Sequence[object]) -> int:
+    """How many of peft's wrappers lie around the one of this parameter: later parameters wrap earlier ones."""
+    same = [s for s in sites if isinstance(s, ExpertSite) and s.fqn == site.fqn]
+    return len(same) - 1 - same.index(site)
+
+
+def _fused(site: ExpertSite, depth: int, legacy_layout: bool) -> Iterator[AdapterEntry]:
+    """As peft's ParamWrapper: A is ``(experts * rank, in)``, expert-major; B is ``(out, rank * experts)``, rank-major.
+
+    peft up to 0.19.0 read the parameter's ``(out, in)`` as ``(in, out)``, so that the factors change places.
+    """
+    in_at, a_rank, rank_at, out_at = (1, 2, 1, 2) if site.transposed else (2, 1, 2, 1)
+    columns, rows = (site.a, in_at, a_rank), (site.b, out_at, rank_at)
+    if legacy_layout:
+        columns, rows = rows, columns
+    base = f"{PEFT_PREFIX}{site.fqn}{'.base_layer' * depth}"
+    native, long, rank = columns
+    view = axis_view([[n] for n in native.tensor.shape], (0, rank, long))
+    shape = (site.experts * site.rank, int(native.tensor.shape[long]))
+    yield entry(f"{base}.lora_A.weight", native.fqn, native.tensor, view, shape)
+    native, long, rank = rows
+    view = axis_view([[n] for n in native.tensor.shape], (long, rank, 0))
+    shape = (int(native.tensor.shape[long]), site.rank * site.experts)
+    yield entry(f"{base}.lora_B.weight", native.fqn, native.tensor, view, shape)

@@ -6,28 +6,33 @@ from collections.abc import Collection, Iterable, Sequence
 
 import torch.nn as nn
 
-from shardwise.errors import MisuseError, ModuleStateError, NameCollisionError
-from shardwise.peft.allocator import allocator_entries
-from shardwise.peft.builtin_lora_capture import capture_own
+from shardwise.errors import ModuleStateError, NameCollisionError
+from shardwise.peft.builtin_lora import capture_own
 from shardwise.peft.config import rank_setting
-from shardwise.peft.extra import extra_entries
-from shardwise.peft.models import SaveEmbeddings, adapter_configs, capture_peft, is_peft_adapted
+from shardwise.peft.extra import allocator_entries, extra_entries
+from shardwise.peft.models import adapter_configs, capture_peft, is_peft_adapted
 from shardwise.peft.names import join, named_modules, text_config
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, AdapterFile, AdapterTensors
 from shardwise.plan.fragments import HeldTensor, seen_through
 from shardwise.stateful_wrappers.names import own_tensors
 from shardwise.stateful_wrappers.state_dict_overrides import (
     has_foreign_hooks,
-    overrides_get_extra_state,
-    overrides_set_extra_state,
+    has_torch_method,
+    overrides_extra_state,
     refuse_hooks_around,
-    saves_itself,
     saves_subtree_itself,
 )
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 from shardwise.stateful_wrappers.units import label
 from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, plain_path, unwrap
-from shardwise.upstream.torch_modules import LOAD_OWN, loading_pre_hooks, own_children, own_loader, saving_hooks
+from shardwise.upstream.torch_modules import (
+    LOAD_OWN,
+    SAVE_OWN,
+    loading_pre_hooks,
+    own_children,
+    own_loader,
+    saving_hooks,
+)
 
 
 def capture_adapter(
@@ -36,8 +41,6 @@ def capture_adapter(
     *,
     v4_compatible: bool,
     legacy_paramwrapper_layout: bool,
-    adapter_name: str | None = None,
-    save_embedding_layers: SaveEmbeddings = "auto",
     base: str | None = None,
     stepped: Collection[int] = (),
 ) -> AdapterTensors:
@@ -53,63 +56,38 @@ def capture_adapter(
             which ``dim`` is read (or ``r`` of what `shardwise.addons.peft.read_adapter_config` returns).
         v4_compatible: Describe expert adapters as one pair for each expert and projection.
         legacy_paramwrapper_layout: Describe adapters of fused expert parameters as peft up to 0.19.0 lays them out.
-        adapter_name: Only this adapter; all if not given.
-        save_embedding_layers: As in ``PeftModel.save_pretrained``.
         base: The base model, for an adapter that does not name it.
         stepped: Identities of parameters with optimizer state: trained, even if they are frozen now.
 
     Raises:
         AdapterError: The adapter cannot be described.
-        MisuseError: There is no adapter of that name.
         ModuleStateError: A module to be saved has its own state_dict methods or hooks.
         NameCollisionError: Two parts have a tensor of one name.
     """
     inventory, cut = _inventory(parts)
+    layout = {"v4_compatible": v4_compatible, "legacy_layout": legacy_paramwrapper_layout}
     if is_peft_adapted(parts, peft_config):
         configs = adapter_configs(parts, peft_config)
-        # Sorted, so that all ranks have one order: stages may have received their adapters in different ones.
-        wanted = sorted(configs) if adapter_name is None else [adapter_name]
         files = []
-        for name in wanted:
-            found = [
-                capture_peft(
-                    part,
-                    configs,
-                    name,
-                    v4_compatible=v4_compatible,
-                    legacy_layout=legacy_paramwrapper_layout,
-                    save_embedding_layers=save_embedding_layers,
-                    base=base,
-                    is_stage=bool(cut),
-                )
-                for part in parts
-            ]
+        # Sorted, so that all ranks have one order: stages may have received their adapters in different ones.
+        for name in sorted(configs):
+            found = [capture_peft(part, configs, name, base=base, is_stage=bool(cut), **layout) for part in parts]
             files.append(AdapterFile(name, adapter_directory(name), _joined(found)))
     else:
         for part in parts:
             # So that the code below finds shards, not parameters that a forward pass left gathered.
             own_tensors(adapted_model(part))
-        if adapter_name not in (None, "default"):
-            raise MisuseError(
-                f"no adapter {adapter_name!r}", hint="A model's own LoRA modules are one adapter, called 'default'."
-            )
         dim = rank_setting(peft_config)
-        own = [capture_own(part, dim, v4_compatible, legacy_paramwrapper_layout) for part in parts]
-        files = [AdapterFile("default", "", _joined(own))]
+        files = [AdapterFile("default", "", _joined([capture_own(part, dim, **layout) for part in parts]))]
     _require_plain_state(parts, files)
-    extra: tuple[AdapterEntry, ...] = ()
-    if adapter_name is None:
-        extra = (*extra_entries(parts, files, stepped), *allocator_entries(parts))
-    return AdapterTensors(tuple(files), inventory, _layers(parts), cut, extra)
+    extra = (*extra_entries(parts, files, stepped), *allocator_entries(parts))
+    counts = (getattr(text_config(bare_model(part)), "num_hidden_layers", None) for part in parts)
+    layers = next((n for n in counts if isinstance(n, int) and not isinstance(n, bool)), None)
+    return AdapterTensors(tuple(files), inventory, layers, cut, extra)
 
 
 def hold_adapter(entries: Iterable[AdapterEntry], meshes: MeshRegister) -> tuple[HeldTensor, ...]:
-    """What this rank holds of one `AdapterFile`'s entries: sources for a save, destinations for a load.
-
-    Raises:
-        TensorError: A partial or unknown placement.
-        MisuseError: A sparse or nested tensor.
-    """
+    """What this rank holds of one `AdapterFile`'s entries: sources for a save, destinations for a load."""
     out: list[HeldTensor] = []
     for item in entries:
         native = held_tensor(item.spec.name, item.tensor, meshes)
@@ -135,11 +113,6 @@ def _joined(per_part: Sequence[Sequence[AdapterEntry]]) -> tuple[AdapterEntry, .
                 )
             out[item.spec.name] = item
     return tuple(out.values())
-
-
-def _layers(parts: Sequence[nn.Module]) -> int | None:
-    counts = (getattr(text_config(bare_model(part)), "num_hidden_layers", None) for part in parts)
-    return next((count for count in counts if isinstance(count, int) and not isinstance(count, bool)), None)
 
 
 def _inventory(parts: Sequence[nn.Module]) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
@@ -172,9 +145,9 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether a module's state is its parameters and buffers, and loading copies into these, as torch's own do."""
     return not (
         saves_subtree_itself(module)
-        or saves_itself(module)
-        or overrides_get_extra_state(module)
-        or overrides_set_extra_state(module)
+        or not has_torch_method(module, SAVE_OWN)
+        or overrides_extra_state(module, "get_extra_state")
+        or overrides_extra_state(module, "set_extra_state")
         or has_foreign_hooks(loading_pre_hooks(module))
         or LOAD_OWN in vars(module)
     ) and own_loader(type(module)).__module__.startswith("torch.nn.")
@@ -187,11 +160,9 @@ def _require_plain_state(parts: Sequence[nn.Module], files: Sequence[AdapterFile
     for part in parts:
         refuse_hooks_around(part, adapted_model(part))
         for name, module in (*named_modules(adapted_model(part)), *named_modules(bare_model(part))):
-            hooks = saving_hooks(module)
             # Modules around it may override state_dict(), as peft's layers do; peft picks from the result.
-            if (name in owners and not _is_plain(module)) or (
-                (name in around or not name) and has_foreign_hooks(hooks)
-            ):
+            hooked = (name in around or not name) and has_foreign_hooks(saving_hooks(module))
+            if hooked or (name in owners and not _is_plain(module)):
                 raise ModuleStateError(
                     f"{label(module, name)} saves or loads its state by its own methods or hooks, and an adapter's "
                     "file holds parameters and buffers unchanged",

@@ -1,36 +1,49 @@
-"""The content of adapter_config.json and automodel_peft_config.json, and reading them back."""
+"""The content of adapter_config.json and automodel_peft_config.json, and reading them back.
+
+Each pipeline stage knows only its own modules: the ranks agree on the settings of the whole adapter.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch.nn as nn
 
-from shardwise.comm import JsonValue
+from shardwise.comm import Group, JsonValue
 from shardwise.errors import AdapterError, CheckpointNotFoundError
 from shardwise.format.json_file import read_json
 from shardwise.peft.builtin_lora import (
-    ExpertSite,
     LinearSite,
     Site,
     find_sites,
     find_trained_modules,
     hub_target_modules,
+    is_fused,
 )
-from shardwise.peft.models import auto_mapping
+from shardwise.peft.load import LEGACY_LAYOUT_VERSION, is_legacy_version
+from shardwise.peft.models import (
+    ExpertTargets,
+    adapter_configs,
+    auto_mapping,
+    config_as_saved,
+    expert_targets,
+    is_peft_adapted,
+    v4_config,
+)
 from shardwise.peft.tensors import ADAPTER_CONFIG_NAME
 from shardwise.stateful_wrappers.model_parts import described_part
 from shardwise.stateful_wrappers.wrapping import bare_model, original_class
 from shardwise.upstream.transformers import NAME_OR_PATH
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,101 +68,57 @@ _IN_HF_CONFIG = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class OwnSettings:
-    """Settings of a model's own LoRA modules for adapter_config.json; of one rank's parts, or of all ranks'.
+def own_settings(parts: Sequence[nn.Module], peft_config: object | None, v4_compatible: bool) -> dict[str, object]:
+    """The settings of a model's own LoRA modules for adapter_config.json, read from this rank's parts.
 
-    Attributes:
-        target_modules: Adapted modules under their Hugging Face names, sorted.
-        target_parameters: Adapted fused parameters, sorted.
-        rank_pattern: Ranks other than the configured one.
-        alpha_pattern: Alphas other than the configured one.
-        modules_to_save: Modules that are trained as a whole, sorted.
-        lora_bias: Whether the B factors have biases.
+    Lists of names are sorted. Patterns hold ranks and alphas other than the configured ones.
     """
-
-    target_modules: tuple[str, ...] = ()
-    target_parameters: tuple[str, ...] = ()
-    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    modules_to_save: tuple[str, ...] = ()
-    lora_bias: bool = False
-
-    def to_json(self) -> JsonValue:
-        """As a value that can travel between ranks."""
-        return cast(JsonValue, json.loads(json.dumps(dataclasses.asdict(self))))
-
-    @staticmethod
-    def union(values: Sequence[JsonValue]) -> OwnSettings:
-        """The settings of all ranks together, from what each passed to `to_json`."""
-        rows = [cast("dict[str, object]", value) for value in values]
-
-        def names(key: str) -> tuple[str, ...]:
-            return tuple(sorted({name for row in rows for name in cast("list[str]", row[key])}))
-
-        ranks: dict[str, int] = {}
-        alphas: dict[str, float] = {}
-        for row in rows:
-            ranks.update(cast("dict[str, int]", row["rank_pattern"]))
-            alphas.update(cast("dict[str, float]", row["alpha_pattern"]))
-        return OwnSettings(
-            names("target_modules"),
-            names("target_parameters"),
-            dict(sorted(ranks.items())),
-            dict(sorted(alphas.items())),
-            names("modules_to_save"),
-            any(bool(row["lora_bias"]) for row in rows),
-        )
-
-
-def own_settings(parts: Sequence[nn.Module], peft_config: object | None, v4_compatible: bool) -> OwnSettings:
-    """Read the settings of a model's own LoRA modules from this rank's parts.
-
-    Raises:
-        AdapterError: A LoRA module cannot be described.
-    """
-    dim, alpha = rank_setting(peft_config), alpha_setting(peft_config)
-    merged: list[JsonValue] = []
+    dim = rank_setting(peft_config)
+    targets: set[str] = set()
+    parameters: set[str] = set()
+    saved: set[str] = set()
+    patterns: tuple[dict[str, int], dict[str, float]] = ({}, {})
+    has_bias = False
     for part in parts:
         sites = find_sites(part, dim, v4_compatible)
-        fused = [s for s in sites if isinstance(s, ExpertSite) and s.fused]
-        single = [s for s in sites if not (isinstance(s, ExpertSite) and s.fused)]
-        ranks, alphas = _patterns(part, sites, dim, alpha, _setting(peft_config, "use_rslora") is True)
-        settings = OwnSettings(
-            tuple(hub_target_modules(part, {t for s in single for t in s.targets})),
-            tuple(sorted({f"{s.fqn}.{s.parameter}" for s in fused})),
-            ranks,
-            alphas,
-            tuple(sorted(m.fqn for m in find_trained_modules(part, sites))),
-            any(isinstance(s, LinearSite) and s.bias is not None for s in sites),
-        )
-        merged.append(settings.to_json())
-    return OwnSettings.union(merged)
+        targets.update(hub_target_modules(part, {t for s in sites if not is_fused(s) for t in s.targets}))
+        parameters.update(f"{s.fqn}.{s.parameter}" for s in sites if is_fused(s))
+        _add_patterns(patterns, part, sites, peft_config)
+        saved.update(find_trained_modules(part, sites))
+        has_bias = has_bias or any(isinstance(s, LinearSite) and s.bias is not None for s in sites)
+    return {
+        "target_modules": sorted(targets),
+        "target_parameters": sorted(parameters),
+        "rank_pattern": dict(sorted(patterns[0].items())),
+        "alpha_pattern": dict(sorted(patterns[1].items())),
+        "modules_to_save": sorted(saved),
+        "lora_bias": has_bias,
+    }
 
 
-def _patterns(
-    part: nn.Module, sites: Sequence[Site], dim: int | None, alpha: float | None, rslora: bool
-) -> tuple[dict[str, int], dict[str, float]]:
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
+def _add_patterns(
+    patterns: tuple[dict[str, int], dict[str, float]], part: nn.Module, sites: Sequence[Site], config: object | None
+) -> None:
+    """Add ranks and alphas of a part that the configuration does not give: rank_pattern and alpha_pattern."""
+    dim, alpha = rank_setting(config), alpha_setting(config)
+    ranks, alphas = patterns
     for site in sites:
         keys = _pattern_keys(part, site)
         if dim is not None and site.rank != dim:
             ranks.update(dict.fromkeys(keys, site.rank))
         if alpha is None or site.scale is None:
             continue
-        own = site.scale * (math.sqrt(site.rank) if rslora else site.rank)
+        own = site.scale * (math.sqrt(site.rank) if _setting(config, "use_rslora") is True else site.rank)
         if not math.isclose(own, alpha, rel_tol=1e-6):
             exact = round(own) if math.isclose(own, round(own), rel_tol=1e-6) else own
             alphas.update(dict.fromkeys(keys, exact))
-    return ranks, alphas
 
 
 def _pattern_keys(part: nn.Module, site: Site) -> Sequence[str]:
     """Keys of rank_pattern and alpha_pattern, which peft reads as regular expressions for the end of a name."""
     if isinstance(site, LinearSite):
         return hub_target_modules(part, site.targets)
-    if site.fused:
+    if is_fused(site):
         return (f"{site.fqn}.{site.parameter}",)
     return tuple(rf"{site.fqn}\.\d+\.{p}" for p in site.projections)
 
@@ -176,16 +145,13 @@ def alpha_setting(config: object | None) -> float | None:
 def own_config(
     parts: Sequence[nn.Module],
     peft_config: object,
-    settings: OwnSettings,
+    settings: Mapping[str, object],
     original_model_path: str | None = None,
 ) -> dict[str, object]:
     """The minimal adapter_config.json of a model's own LoRA.
 
-    Args:
-        parts: This rank's parts.
-        peft_config: The configuration: ``dim``, ``alpha``, ``use_dora``.
-        settings: What was adapted, on all ranks.
-        original_model_path: The base model, for a model that does not name it.
+    Its configuration has ``dim``, ``alpha`` and ``use_dora``. The settings are those of `own_settings`, of all ranks
+    together; the path is for a model that does not name its base.
     """
     task, mapping = task_type(parts)
     out: dict[str, object] = {
@@ -194,20 +160,12 @@ def own_config(
         "r": rank_setting(peft_config),
         "lora_alpha": alpha_setting(peft_config),
         "use_dora": bool(_setting(peft_config, "use_dora")),
-        "target_modules": list(settings.target_modules),
+        "target_modules": settings["target_modules"],
         "bias": "none",
         "base_model_name_or_path": base_model_name(parts) or original_model_path,
         "inference_mode": True,
     }
-    optional: dict[str, object] = {
-        "auto_mapping": mapping,
-        "target_parameters": list(settings.target_parameters),
-        "rank_pattern": dict(settings.rank_pattern),
-        "alpha_pattern": dict(settings.alpha_pattern),
-        "modules_to_save": list(settings.modules_to_save),
-        "lora_bias": settings.lora_bias,
-        "use_rslora": _setting(peft_config, "use_rslora") is True,
-    }
+    optional = {"auto_mapping": mapping, **settings, "use_rslora": _setting(peft_config, "use_rslora") is True}
     return out | {key: value for key, value in optional.items() if value}
 
 
@@ -247,21 +205,12 @@ def base_model_name(parts: Sequence[nn.Module]) -> str | None:
 def automodel_metadata(peft_config: object) -> dict[str, object]:
     """The settings of a LoRA configuration that adapter_config.json does not hold.
 
-    Args:
-        peft_config: A configuration with ``to_dict()``; a dataclass or a mapping will do.
-
-    Raises:
-        AdapterError: It is none of these.
+    Of one with ``to_dict()``, a dataclass or a mapping.
     """
     to_dict = getattr(peft_config, "to_dict", None)
-    if isinstance(peft_config, Mapping):
-        values: object = dict(peft_config)
-    elif callable(to_dict):
-        values = to_dict()
-    elif dataclasses.is_dataclass(peft_config) and not isinstance(peft_config, type):
-        values = {field.name: getattr(peft_config, field.name) for field in dataclasses.fields(peft_config)}
-    else:
-        values = None
+    values: object = peft_config if isinstance(peft_config, Mapping) or not callable(to_dict) else to_dict()
+    if dataclasses.is_dataclass(values) and not isinstance(values, type):
+        values = {field.name: getattr(values, field.name) for field in dataclasses.fields(values)}
     if not isinstance(values, Mapping):
         raise AdapterError(
             f"the adapter configuration {type(peft_config).__name__} has no to_dict()",
@@ -310,3 +259,166 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, object]:
             hint="Restore the file, or save the adapter again.",
         )
     return dict(value)
+
+
+# --- agreed between the ranks ----------------------------------------------------------------------------------------
+
+
+Settings = dict[str, object]
+
+#: Settings that peft completes from the modules that it sees: ``all-linear``, ranks found for each layer, heads.
+_FOUND = ("target_modules", "target_parameters", "modules_to_save", "rank_pattern", "alpha_pattern")
+
+#: Settings that have to be the same, since the whole adapter has one value of each.
+_SAME = ("peft_type", "r", "lora_alpha", "bias", "use_dora", "use_rslora")
+
+
+def adapter_settings(
+    parts: Sequence[nn.Module],
+    peft_config: object | None,
+    group: Group,
+    *,
+    v4_compatible: bool = False,
+    original_model_path: str | None = None,
+    legacy_layout: bool = False,
+    diffusers_compatible: bool = False,
+) -> dict[str, Settings]:
+    """The content of ``adapter_config.json``, for each adapter. All ranks call.
+
+    Args:
+        parts: This rank's parts of the model.
+        peft_config: The configuration: a ``PeftConfig`` (or adapter names with such) for parts that do not carry one,
+            or that of a model's own LoRA.
+        group: The ranks that hold the model together, all pipeline stages among them.
+        v4_compatible: The tensors are written expert by expert.
+        original_model_path: The base model, for a model that does not name it.
+        legacy_layout: ``peft_version`` says that fused expert parameters are laid out as by peft up to 0.19.0.
+        diffusers_compatible: As diffusers records the settings of peft's adapters: those of the run, for training.
+
+    Raises:
+        AdapterError: The adapter cannot be described.
+    """
+    gathered = group.gather(lambda: _local_settings(parts, peft_config, v4_compatible), "describing the adapter")
+    rows = [cast("dict[str, JsonValue]", row) for row in gathered]
+
+    def whole() -> dict[str, Settings]:
+        found = _merged(parts, peft_config, rows, v4_compatible, original_model_path, diffusers_compatible)
+        for settings in found.values():
+            _record_layout(settings, legacy_layout)
+        return found
+
+    return group.attempt(whole, "describing the adapter")
+
+
+def _record_layout(settings: Settings, legacy: bool) -> None:
+    """Let ``peft_version`` be one that lays out adapters of expert parameters as the tensors are."""
+    if not settings.get("target_parameters"):
+        return
+    if legacy:
+        settings["peft_version"] = LEGACY_LAYOUT_VERSION
+    elif is_legacy_version(str(settings.get("peft_version") or "1")):
+        # The settings came with an adapter of an older release, and the layers are those of the installed one.
+        from importlib.metadata import version
+
+        settings["peft_version"] = version("peft")
+
+
+def _local_settings(parts: Sequence[nn.Module], peft_config: object | None, v4_compatible: bool) -> JsonValue:
+    if not is_peft_adapted(parts, peft_config):
+        return {"own": cast(JsonValue, own_settings(parts, peft_config, v4_compatible))}
+    configs = adapter_configs(parts, peft_config)
+    names = sorted(configs)
+    experts = {name: [[*target] for target in expert_targets(parts, name)] for name in names if v4_compatible}
+    own = {name: _part_settings(config) for name, config in configs.items()}
+    return cast(JsonValue, {"experts": experts, "adapters": names, "settings": own})
+
+
+def _merged(
+    parts: Sequence[nn.Module],
+    peft_config: object | None,
+    rows: Sequence[dict[str, JsonValue]],
+    v4_compatible: bool,
+    original_model_path: str | None,
+    diffusers_compatible: bool,
+) -> dict[str, Settings]:
+    if any(set(row) != set(rows[0]) for row in rows):
+        raise AdapterError(
+            "some ranks hold layers of peft and others LoRA modules of the model's own",
+            hint="Adapt every pipeline stage in the same way, and pass its peft_config on every rank.",
+        )
+    if "own" in rows[0]:
+        if peft_config is None:
+            raise AdapterError(
+                "LoRA modules of the model's own need a peft_config",
+                hint="Pass a configuration with dim, alpha, use_dora and to_dict().",
+            )
+        own = [cast(Settings, row["own"]) for row in rows]
+        settings = own[0] | _united("default", own) | {"lora_bias": any(each["lora_bias"] for each in own)}
+        return {"default": own_config(parts, peft_config, settings, original_model_path)}
+    for rank, row in enumerate(rows):
+        if row["adapters"] != rows[0]["adapters"]:
+            # Each is a file of its own, which the ranks write and read one after the other.
+            raise AdapterError(
+                f"rank 0 has the adapters {rows[0]['adapters']} and rank {rank} has {row['adapters']}",
+                hint="Give every pipeline stage the same adapters: to one without layers for them, their peft_config.",
+            )
+    out: dict[str, Settings] = {}
+    for name, config in adapter_configs(parts, peft_config).items():
+        saved: Settings = dict(config.to_dict())
+        if not diffusers_compatible:
+            saved = config_as_saved(described_part(parts), config, original_model_path)
+        saved = {key: jsonable(value, key) for key, value in saved.items()}
+        saved |= _united(name, [cast("dict[str, Settings]", row["settings"])[name] for row in rows])
+        out[name] = v4_config(saved, _experts_of(rows, name)) if v4_compatible else saved
+    return out
+
+
+def _experts_of(rows: Sequence[dict[str, JsonValue]], adapter_name: str) -> list[ExpertTargets]:
+    found: dict[tuple[str, tuple[str, ...]], ExpertTargets] = {}
+    for row in rows:
+        by_adapter = cast("dict[str, list[tuple[str, list[str], int, int, float]]]", row["experts"])
+        for module, listed, experts, rank, alpha in by_adapter.get(adapter_name, []):
+            projections = tuple(listed)
+            found[module, projections] = ExpertTargets(module, projections, experts, rank, alpha)
+    return list(found.values())
+
+
+def _part_settings(config: PeftConfig) -> dict[str, object]:
+    """The settings that the stages of one adapter have to agree on or to unite, as JSON values."""
+    values = config.to_dict()
+    if str(values.get("target_modules")).lower() == "all-linear":
+        values["target_modules"] = None  # of a stage in which peft has looked for nothing yet
+    return {key: jsonable(values[key], key) for key in (*_FOUND, *_SAME) if key in values}
+
+
+def _united(adapter_name: str, stages: Sequence[Mapping[str, object]]) -> dict[str, object]:
+    """The settings of the whole adapter that differ between its stages: peft configures each stage by itself."""
+    out: dict[str, object] = {}
+    for key in (*_FOUND, *_SAME):
+        values = [settings.get(key) for settings in stages]
+        if all(value == values[0] for value in values):
+            continue
+        whole = _union(values) if key in _FOUND else None
+        if whole is None:
+            other = next(rank for rank, value in enumerate(values) if value != values[0])
+            raise AdapterError(
+                f"the adapter {adapter_name!r} has {key} {values[0]!r} on rank 0 and {values[other]!r} on rank {other}",
+                hint="Adapt every pipeline stage with the same settings; each stage may list its own names.",
+            )
+        out[key] = whole
+    return out
+
+
+def _union(values: Sequence[object]) -> object | None:
+    """All names of several lists, or entries of several mappings; ``None`` where they contradict each other."""
+    given = [value for value in values if value is not None]
+    if all(isinstance(value, (list, tuple)) for value in given):
+        return sorted({str(name) for value in given for name in value})  # type: ignore[attr-defined]
+    if not all(isinstance(value, Mapping) for value in given):
+        return None
+    whole: dict[str, object] = {}
+    for value in given:
+        for key, entry in value.items():  # type: ignore[attr-defined]
+            if whole.setdefault(key, entry) != entry:
+                return None
+    return whole

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -26,7 +26,7 @@ from shardwise.geometry import TensorSpec
 from shardwise.peft.load import changed_base
 from shardwise.peft.models import adapter_configs, is_peft_adapted, method_of
 from shardwise.peft.names import named_modules
-from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, AdapterFile
+from shardwise.peft.tensors import PEFT_PREFIX, AdapterFile
 from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, is_of, original_class
 
 if TYPE_CHECKING:
@@ -72,15 +72,7 @@ def _component(model: nn.Module) -> str | None:
 
 
 def require_component(parts: Sequence[nn.Module], peft_config: object | None = None) -> str:
-    """As `component_of`, for a model that has to have one.
-
-    Args:
-        parts: This rank's parts, wrapped or not.
-        peft_config: The adapters' configuration, for parts that do not carry one.
-
-    Raises:
-        AdapterError: No pipeline of diffusers would load the model's adapter, or it is not adapted with peft.
-    """
+    """As `component_of`, for a model that has to have one and to be adapted with peft."""
     component = component_of(parts)
     if component is None or not is_peft_adapted(parts, peft_config):
         classes = ", ".join(sorted({original_class(bare_model(part)).__name__ for part in parts}))
@@ -96,12 +88,9 @@ def require_component(parts: Sequence[nn.Module], peft_config: object | None = N
 
 def as_diffusers(file: AdapterFile, component: str) -> AdapterFile:
     """The adapter under the names that it has in diffusers' files."""
-
-    def renamed(item: AdapterEntry) -> AdapterEntry:
-        name = f"{component}.{item.spec.name.removeprefix(PEFT_PREFIX)}"
-        return replace(item, spec=item.spec._replace(name=name))
-
-    return replace(file, entries=tuple(renamed(item) for item in file.entries))
+    names = [f"{component}.{item.spec.name.removeprefix(PEFT_PREFIX)}" for item in file.entries]
+    pairs = zip(file.entries, names, strict=True)
+    return replace(file, entries=tuple(replace(item, spec=item.spec._replace(name=name)) for item, name in pairs))
 
 
 def as_peft(spec: TensorSpec, component: str) -> TensorSpec:
@@ -112,14 +101,7 @@ def as_peft(spec: TensorSpec, component: str) -> TensorSpec:
 def check_opens(parts: Sequence[nn.Module], peft_config: object | None, file: AdapterFile, warned: set[str]) -> None:
     """Check that diffusers can open an adapter, before it is trained. Local.
 
-    Args:
-        parts: This rank's parts.
-        peft_config: The adapters' configuration, for parts that do not carry one.
-        file: The adapter.
-        warned: Names of the files that were warned about in this run.
-
-    Raises:
-        AdapterError: It cannot.
+    ``warned`` has the files that were warned about in this run.
     """
     config = adapter_configs(parts, peft_config)[file.adapter_name]
     reason = _why_not(config)
@@ -152,8 +134,7 @@ def _why_not(config: PeftConfig) -> str:
         return f"init_lora_weights is {values['init_lora_weights']!r}, which changes the base weights"
     # diffusers passes the header's entries to the settings' class unchanged.
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             written = _settings_text(values)
             again = _settings_text(type(config)(**json.loads(written)).to_dict())
     except Exception as error:  # noqa: BLE001 - the class's own code, on what JSON made of its settings
@@ -181,37 +162,31 @@ def header_metadata(settings: Mapping[str, object], component: str) -> dict[str,
 
 @dataclass(frozen=True, slots=True)
 class LoraFile:
-    """A LoRA file of diffusers.
+    """A LoRA file of diffusers."""
 
-    Attributes:
-        names: The model's adapter's tensors: name in the file -> peft's.
-        settings: The adapter's settings; ``None`` in files of releases that recorded none.
-    """
-
-    names: Mapping[str, str]
-    settings: Mapping[str, object] | None
+    names: Mapping[str, str]  #: The model's adapter's tensors: name in the file -> peft's.
+    settings: Mapping[str, object] | None  #: The adapter's settings; ``None`` in files of releases that recorded none.
 
 
 def read_lora(path: Path, component: str, key_mapping: Mapping[str, str]) -> LoraFile | None:
-    """Read the header of an adapter's file. Local.
+    """Read the header of an adapter's safetensors file. Local; ``None`` where the names are those of peft's files.
 
-    Args:
-        path: A safetensors file.
-        component: The name that pipelines have for the model.
-        key_mapping: Regular expressions and replacements for the file's names; first match.
-
-    Returns:
-        ``None`` where the names are those of peft's files.
-
-    Raises:
-        AdapterError: The names are those of another tool, or of no model of a pipeline; or the settings are no JSON.
-        HeaderError: The file is truncated or damaged.
+    The file's names are mapped by ``key_mapping`` first. Names of another tool, or of no model of a pipeline, and
+    settings that are no JSON raise `AdapterError`.
     """
     header = read_header(path)
     taken = dict(zip(header.names, rename(header.names, key_mapping), strict=True))
     if any(name.startswith(PEFT_PREFIX) for name in taken.values()):
         return None
-    _refuse_other_tools(taken.values(), path)
+    theirs = next((name for name in taken.values() if _OTHER_TOOLS.fullmatch(name)), None)
+    if theirs is not None:
+        raise AdapterError(
+            f"{theirs!r} is a name that other tools give (kohya's, ComfyUI's), with scales of their own",
+            path=path,
+            tensor=theirs,
+            hint="Open the file with load_lora_weights of a pipeline of diffusers, which converts it, and save it "
+            "with save_lora_weights.",
+        )
     own = {name: new for name, new in taken.items() if new.startswith(f"{component}.")}
     others = sorted({new.partition(".")[0] for name, new in taken.items() if name not in own})
     if own and not _COMPONENTS.issuperset(others):
@@ -234,18 +209,6 @@ def read_lora(path: Path, component: str, key_mapping: Mapping[str, str]) -> Lor
     prefix = f"{component}." if own else ""
     names = {name: PEFT_PREFIX + _current_name(new.removeprefix(prefix)) for name, new in (own or taken).items()}
     return LoraFile(names, _settings(header.metadata, prefix, path))
-
-
-def _refuse_other_tools(names: Collection[str], path: Path) -> None:
-    for name in names:
-        if _OTHER_TOOLS.fullmatch(name):
-            raise AdapterError(
-                f"{name!r} is a name that other tools give (kohya's, ComfyUI's), with scales of their own",
-                path=path,
-                tensor=name,
-                hint="Open the file with load_lora_weights of a pipeline of diffusers, which converts it, and save it "
-                "with save_lora_weights.",
-            )
 
 
 def _current_name(name: str) -> str:
@@ -271,16 +234,7 @@ def _settings(metadata: Mapping[str, str], prefix: str, path: Path) -> Mapping[s
 
 
 def check_scales(parts: Sequence[nn.Module], adapter_name: str, path: Path) -> None:
-    """Check that an adapter's layers add what diffusers adds for a file without settings: the product, scaled by 1.
-
-    Args:
-        parts: This rank's parts.
-        adapter_name: The adapter.
-        path: The file.
-
-    Raises:
-        AdapterError: A layer has another scale.
-    """
+    """Check that an adapter's layers add what diffusers adds for a file without settings: the product, scaled by 1."""
     for part in parts:
         for name, module in named_modules(adapted_model(part)):
             scaling = getattr(module, "scaling", None)

@@ -48,7 +48,6 @@ def initialise_adapters(
 
     Raises:
         MisuseError: The method is unknown, or a factor is on the meta device.
-        AdapterError: The adapter cannot be described.
     """
     method = _METHODS.get(peft_init_method)
     if method is None:
@@ -97,9 +96,6 @@ def initialise_magnitudes(parts: Sequence[nn.Module]) -> None:
 
     Call when the base weights are loaded and the factors' product is zero. Every rank that holds a part calls: norms of
     rows that are spread over ranks are summed by DTensor.
-
-    Raises:
-        AdapterError: A module with a magnitude has no base weight, of one row for each of its values.
     """
     for part in parts:
         modules = dict(named_modules(bare_model(part)))

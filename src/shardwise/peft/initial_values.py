@@ -22,11 +22,11 @@ import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.errors import AdapterError, ShardwiseError
+from shardwise.peft.load import changed_base
 from shardwise.peft.models import adapter_configs, method_of
 from shardwise.peft.names import join, named_modules, seed_of
 from shardwise.plan.fragments import copy_whole
-from shardwise.stateful_wrappers.markers import has_mark, mark
-from shardwise.stateful_wrappers.memory import PLAIN
+from shardwise.stateful_wrappers.memory import PLAIN, has_mark, mark
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, original_class, plain_path
 from shardwise.upstream import peft as upstream
@@ -56,7 +56,7 @@ def adapter_tensors(part: nn.Module) -> list[torch.Tensor]:
     return [tensor for _, tensor in _adapter_slots(part)]
 
 
-def initialise_peft(parts: Sequence[nn.Module], peft_config: object | None = None, *, seed: int = 0) -> None:
+def initialise_peft(parts: Sequence[nn.Module], *, seed: int = 0) -> None:
     """Give the adapters of models adapted with peft the values that peft would begin with, in place.
 
     Call when the parts have memory and their base weights. What follows from the configuration and the base weights is
@@ -64,22 +64,17 @@ def initialise_peft(parts: Sequence[nn.Module], peft_config: object | None = Non
     topology. Every rank that holds a part calls; base weights that are spread over ranks are gathered one module at a
     time, where the method looks at them. The generators' states are left as they were.
 
-    Args:
-        parts: This rank's parts, on a real device.
-        peft_config: As for `shardwise.addons.peft.capture_adapter`.
-        seed: Another seed gives other values.
-
     Raises:
         AdapterError: peft cannot begin this method without the eager model, or a tensor would be left without values.
     """
-    configs = adapter_configs(parts, peft_config)
-    check_can_begin(parts, peft_config)
+    configs = adapter_configs(parts, None)
+    check_can_begin(parts)
     for part in parts:
         slots = _adapter_slots(part)
         for _, tensor in slots:
             mark(tensor)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.device("cpu"):
-            warnings.simplefilter("ignore")
+        quietly = warnings.catch_warnings(action="ignore")
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), quietly, torch.device("cpu"):
             for name, config in configs.items():
                 if config.is_prompt_learning:
                     _begin_prompt(part, name, config, seed)
@@ -101,23 +96,18 @@ def initialise_peft(parts: Sequence[nn.Module], peft_config: object | None = Non
 def check_can_begin(parts: Sequence[nn.Module], peft_config: object | None = None) -> None:
     """Check that peft can give the parts' adapters their initial values after the model has been built.
 
-    Raises:
-        AdapterError: A method keeps its tensors outside of the adapted layers, or ties them by views.
+    A method may keep its tensors outside of the adapted layers, or tie them by views.
     """
     for name, config in adapter_configs(parts, peft_config).items():
         reason = _why_not_on_meta(config)
         if reason:
-            raise AdapterError(
-                f"the adapter {name!r} cannot begin on the meta device: {_method(config)} {reason}",
-                hint="Build and adapt this model on a real device, and restore with load_model.",
-            )
+            raise _cannot_begin(name, config, reason)
 
 
 def check_method(parts: Sequence[nn.Module], method: str) -> None:
     """Check that LoRA factors may be initialised otherwise than their configuration says.
 
-    Raises:
-        AdapterError: The configured initialisation also determines base weights or magnitudes.
+    A configured initialisation that also determines base weights or magnitudes has to stay.
     """
     for name, config in adapter_configs(parts, None).items():
         begin = getattr(config, "init_lora_weights", True)
@@ -131,18 +121,23 @@ def check_method(parts: Sequence[nn.Module], method: str) -> None:
 def refuse_changed_base(parts: Sequence[nn.Module]) -> None:
     """Refuse to load base weights into an adapted model that has memory where its adapters began by changing these.
 
-    Raises:
-        AdapterError: An adapter's method keeps a part of the base weights (PiSSA, OLoRA, CorDA, LoftQ, OSF).
+    PiSSA, OLoRA, CorDA, LoftQ and OSF keep a part of the base weights in the adapter.
     """
     for name, config in adapter_configs(parts, None).items():
-        begin = getattr(config, "init_lora_weights", None)
-        changing = str(begin).lower().partition("_")[0] in ("pissa", "olora", "corda", "loftq", "lora")
-        if (isinstance(begin, str) and changing) or method_of(config) == "OSF":
+        if changed_base(config.to_dict()) is not None or method_of(config) == "OSF":
             raise AdapterError(
                 f"the adapter {name!r} began with {_method(config)}, which took a part of the base weights out of the "
                 "model; loading the base over it would add that part once more",
                 hint="Build and adapt the model on the meta device: then base weights and adapter begin together.",
             )
+
+
+def _cannot_begin(name: str, config: PeftConfig, reason: str, at: str = "") -> AdapterError:
+    return AdapterError(
+        f"the adapter {name!r} cannot begin on the meta device: {_method(config)} {reason}",
+        tensor=at or None,
+        hint="Build and adapt this model on a real device, and restore with load_model.",
+    )
 
 
 def _why_not_on_meta(config: PeftConfig) -> str:
@@ -197,17 +192,11 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 @dataclass(eq=False)
 class _StandIn:
-    """A model's adapted modules without memory, for peft to adapt.
+    """A model's adapted modules without memory, for peft to adapt."""
 
-    Attributes:
-        root: What peft is given.
-        real: id of each stand-in -> the module that it stands for.
-        held: The stand-ins, kept alive so that the ids stay theirs.
-    """
-
-    root: nn.Module
-    real: dict[int, nn.Module] = field(default_factory=dict)
-    held: list[nn.Module] = field(default_factory=list)
+    root: nn.Module  #: What peft is given.
+    real: dict[int, nn.Module] = field(default_factory=dict)  #: id of each stand-in -> the module that it stands for.
+    held: list[nn.Module] = field(default_factory=list)  #: The stand-ins, kept alive so that the ids stay theirs.
 
     def of(self, module: nn.Module) -> nn.Module:
         """A stand-in for a module: of its class, with its settings, and with parameters that have no memory."""
@@ -313,12 +302,8 @@ def _begin(part: nn.Module, name: str, config: PeftConfig, seed: int) -> None:
     except ShardwiseError:
         raise
     except Exception as error:  # peft's own code, on whatever this method looks at
-        raise AdapterError(
-            f"the adapter {name!r} cannot begin on the meta device: {_method(config)} failed"
-            f"{f' at {copier.at!r}' if copier.at else ''}: {type(error).__name__}: {error}",
-            tensor=copier.at or None,
-            hint="Build and adapt this model on a real device, and restore with load_model.",
-        ) from error
+        where = f" at {copier.at!r}" if copier.at else ""
+        raise _cannot_begin(name, config, f"failed{where}: {type(error).__name__}: {error}", copier.at) from error
     whole = getattr(adapted_model(part), "base_model", None)
     if isinstance(whole, nn.Module):
         copier.copy(tuner, whole, "")
@@ -328,58 +313,56 @@ def _seed(seed: int, name: str, path: str) -> int:
     return seed_of(f"{seed}/{name}/{path}")
 
 
+@dataclass
 class _Copier:
     """Gives each stand-in its base weights before peft replaces it, and copies the layer that peft made after that."""
 
-    def __init__(
-        self, stand_in: _StandIn, name: str, config: PeftConfig, layers: Mapping[str, nn.Module], seed: int
-    ) -> None:
-        self._stand_in = stand_in
-        self._name = name
-        self._layers = layers
-        self._seed = seed
-        self._needs_base = _needs_base(config)
-        self._method = _method(config)
-        self._given: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]] = []
-        self.at = ""
+    stand_in: _StandIn
+    name: str
+    config: PeftConfig
+    layers: Mapping[str, nn.Module]
+    seed: int
+    given: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    at: str = ""  #: The module that peft is about to replace.
 
     def before(self, target: nn.Module, path: str) -> None:
         """Called before peft replaces ``target``."""
         self.at = path
-        self._given = []
-        if self._needs_base:
+        self.given = []
+        if _needs_base(self.config):
             for module in target.modules():
-                given = self._stand_in.give(module)
-                self._given += [(module, leaf, own, own.data.clone()) for leaf, own in given]
-        torch.manual_seed(_seed(self._seed, self._name, path))
+                given = self.stand_in.give(module)
+                self.given += [(module, leaf, own, own.data.clone()) for leaf, own in given]
+        torch.manual_seed(_seed(self.seed, self.name, path))
 
     def after(self, target: nn.Module, made: nn.Module, path: str) -> None:
         """Called when peft has put ``made`` in the place of ``target``."""
         parameter = getattr(made, "parameter_name", None)
         # peft calls what it adapts by the parameter's name where that alone is adapted.
-        real = self._layers.get(path.removesuffix(f".{parameter}") if parameter else path)
+        real = self.layers.get(path.removesuffix(f".{parameter}") if parameter else path)
         # Several parameters of one module are adapted by wrappers around each other.
         while real is not None and getattr(real, "parameter_name", None) != parameter:
             real = own_children(real).get("base_layer")
-        if real is None or not upstream.has_adapter(real, self._name):
+        if real is None or not upstream.has_adapter(real, self.name):
             raise AdapterError(
-                f"{self._method} adapts {path!r}, and the model's adapter does not",
+                f"{_method(self.config)} adapts {path!r}, and the model's adapter does not",
                 tensor=path,
                 hint="Give the model the configuration that its layers were made from.",
             )
         self.copy(made, real, path)
-        for module, leaf, own, before in self._given:
+        for module, leaf, own, before in self.given:
             now = own_parameters(module).get(leaf)
             if now is not own or not torch.equal(own.data, before):
                 self._write_base(module, leaf, now, path)
             own.data = _nothing(own)
-        self._given = []
+        self.given = []
 
     def _write_base(self, module: nn.Module, leaf: str, now: torch.Tensor | None, path: str) -> None:
-        target = own_parameters(self._stand_in.real[id(module)]).get(leaf)
+        target = own_parameters(self.stand_in.real[id(module)]).get(leaf)
         if now is None or target is None or now.shape != target.shape:
             raise AdapterError(
-                f"{self._method} replaces the base weight {leaf!r} of {path!r}, which has no place in the model",
+                f"{_method(self.config)} replaces the base weight {leaf!r} of {path!r}, "
+                "which has no place in the model",
                 tensor=join(path, leaf),
                 hint="Build and adapt this model on a real device.",
             )
@@ -393,7 +376,7 @@ class _Copier:
             if target is None or target.shape != value.shape:
                 have = "lacks it" if target is None else f"has {tuple(target.shape)}"
                 raise AdapterError(
-                    f"{self._method} begins {join(path, leaf)!r} as {tuple(value.shape)}, and the model {have}",
+                    f"{_method(self.config)} begins {join(path, leaf)!r} as {tuple(value.shape)}, and the model {have}",
                     tensor=join(path, leaf),
                     hint="Build and adapt this model on a real device.",
                 )
@@ -451,11 +434,7 @@ def _begin_prompt(part: nn.Module, name: str, config: PeftConfig, seed: int) -> 
     try:
         made = encoder(plain, *given)
     except Exception as error:  # peft's own code, which may ask for a tokenizer or a file
-        raise AdapterError(
-            f"the adapter {name!r} cannot begin on the meta device: {_method(config)} failed: "
-            f"{type(error).__name__}: {error}",
-            hint="Build and adapt this model on a real device, and restore with load_model.",
-        ) from error
+        raise _cannot_begin(name, config, f"failed: {type(error).__name__}: {error}") from error
     values = dict(_own_tensors(made))
     for leaf, target in _own_tensors(real):
         _write(join("prompt_encoder", name, leaf), target, values[leaf])

@@ -57,12 +57,9 @@ LEGACY_LAYOUT_VERSION = "0.19.0"
 def differing_settings(saved: Mapping[str, object], current: Mapping[str, object]) -> dict[str, tuple[object, object]]:
     """Settings that would give the saved tensors another meaning in the current model, with both values.
 
-    Every setting is compared but those that are known to change no meaning: where the adapter comes from, how it begins
-    and is trained, and what names and shapes of the tensors show anyway.
-
-    Args:
-        saved: The checkpoint's ``adapter_config.json``, from `shardwise.addons.peft.read_adapter_config`.
-        current: The model's, from `shardwise.addons.peft.adapter_settings`.
+    Every setting of the checkpoint's ``adapter_config.json`` and the model's is compared but those that are known to
+    change no meaning: where the adapter comes from, how it begins and is trained, and what names and shapes of the
+    tensors show.
     """
     out: dict[str, tuple[object, object]] = {}
     defaults = _defaults(current)
@@ -138,16 +135,8 @@ def check_shared_factors(
     """Check that tensors which share memory in the model are equal in the file. One rank calls.
 
     A model with a combined projection has one A factor for all of its parts; an adapter trained with one factor each
-    cannot be loaded into it. Reads those tensors of the file, two at a time, block by block.
-
-    Args:
-        file: One adapter of the model.
-        model_directory: The checkpoint's ``model`` directory, or the adapter's file.
-        renamed: From a name of the file to the model's.
-
-    Raises:
-        AdapterError: Two such tensors differ.
-        CheckpointNotFoundError: The adapter file is absent.
+    cannot be loaded into it. Reads those tensors of the file (the adapter's, or that in the checkpoint's ``model``
+    directory), two at a time, block by block. ``renamed`` maps its names to the model's.
     """
     shared = [(item.spec.name, item.alias_of) for item in file.entries if item.alias_of is not None]
     if not shared:

@@ -10,8 +10,10 @@ the whole tensors are.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy as shallow_copy
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -23,7 +25,6 @@ from shardwise.errors import AdapterError, QuantizationError
 from shardwise.peft.builtin_lora import find_sites
 from shardwise.peft.models import adapter_configs, is_peft_adapted, method_of
 from shardwise.peft.names import named_modules
-from shardwise.peft.quantized import QuantizedWeight, is_over_quantized, make_dense, quantized_weight
 from shardwise.stateful_wrappers.memory import identity
 from shardwise.stateful_wrappers.model_parts import config_of, has_quantized_parameters
 from shardwise.stateful_wrappers.names import own_tensors
@@ -33,6 +34,8 @@ from shardwise.upstream import peft as upstream
 from shardwise.upstream.torch_modules import STORES, UNSAVED, own_parameters
 
 if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+
     from peft import PeftConfig
 
 _NO_MERGE = "Set export_merged to false; the adapter itself can be saved."
@@ -40,17 +43,12 @@ _NO_MERGE = "Set export_merged to false; the adapter itself can be saved."
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MergedGroup:
-    """Adapted modules that are merged together: one, or several that share a base weight. Or a quantized module.
+    """Adapted modules that are merged together: one, or several that share a base weight. Or a quantized module."""
 
-    Attributes:
-        name: The first one's path in the model.
-        sources: Name -> tensor of the training model, of all that merging reads. Whole tensors are needed.
-        results: What stands for the merged tensors in the merged model: tensors without memory.
-    """
-
-    name: str
+    name: str  #: The first one's path in the model.
+    #: Name -> tensor of the training model, of all that merging reads. Whole tensors are needed.
     sources: Mapping[str, torch.Tensor]
-    results: tuple[torch.Tensor, ...]
+    results: tuple[torch.Tensor, ...]  #: What stands for the merged tensors in the merged model, without memory.
     _layers: tuple[nn.Module, ...]
     _tokens: Mapping[str, torch.Tensor]
     _quantized: Mapping[str, QuantizedWeight]
@@ -76,24 +74,18 @@ def _part_of(name: str, key: str) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MergedPart:
-    """A part of a model as it is after ``merge_and_unload()``.
+    """A part of a model as it is after ``merge_and_unload()``."""
 
-    Attributes:
-        model: The model without peft's layers. Tensors that no adapter changes are those of the training model, shared
-            and not copied; merged ones have no memory.
-        groups: What the merged ones are computed from.
-    """
-
+    #: The model without peft's layers. Tensors that no adapter changes are those of the training model, shared and not
+    #: copied; merged ones have no memory.
     model: nn.Module
-    groups: tuple[MergedGroup, ...]
+    groups: tuple[MergedGroup, ...]  #: What the merged ones are computed from.
 
 
 def merged_parts(parts: Sequence[nn.Module]) -> list[MergedPart]:
     """Describe a model, whose parts have memory, as peft would merge its active adapters. Local; nothing is computed.
 
-    Raises:
-        AdapterError: An adapter cannot be merged into the base weights.
-        QuantizationError: Base weights are quantized in memory, and not whole linear layers of bitsandbytes.
+    An adapter that cannot be merged raises `AdapterError`, base weights that cannot be dequantized `QuantizationError`.
     """
     if not is_peft_adapted(parts):
         if any(find_sites(part) for part in parts):
@@ -126,11 +118,7 @@ def _is_bare(part: nn.Module) -> bool:
 
 
 def require_merge(name: str, config: PeftConfig) -> None:
-    """Refuse methods whose adapters cannot be merged into base weights, by the name of the adapter.
-
-    Raises:
-        AdapterError: It is one.
-    """
+    """Refuse methods whose adapters cannot be merged into base weights, by the name of the adapter."""
     tuner = upstream.tuner_of(config.peft_type)
     reason = ""
     if config.is_prompt_learning or tuner is None or not issubclass(tuner, upstream.tuner_class()):
@@ -151,10 +139,7 @@ class _Copier:
     """Copies modules without wrappers and hooks, with other tensors in the place of theirs.
 
     Of peft's modules also what is in plain attributes is copied: settings that merging changes, modules that are tied.
-
-    Args:
-        tensor: What to put in the place of a tensor; asked once for each.
-        modules: By id of a module, what to put in its place.
+    ``tensor`` is asked once for each tensor; ``modules`` has by id of a module what to put in its place.
     """
 
     def __init__(
@@ -215,10 +200,7 @@ class _Copier:
 class _DenseCopier(_Copier):
     """Copies also quantized modules as what they are when they are dequantized, and peft's layers over them.
 
-    Args:
-        tensor: As for `_Copier`.
-        weight: What to put in the place of a quantized weight.
-        methods: Names of the methods that adapt the model, for errors.
+    ``weight`` says what to put in the place of a quantized weight; ``methods`` adapt the model, for errors.
     """
 
     def __init__(
@@ -253,18 +235,14 @@ def _like(token: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 def _tensors(modules: Sequence[nn.Module]) -> list[torch.Tensor]:
     """Parameters and buffers, each once."""
-    found: dict[int, torch.Tensor] = {}
-    for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
-            found.setdefault(id(tensor), tensor)
-    return list(found.values())
+    found = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+    return list({id(tensor): tensor for tensor in found}.values())
 
 
 def _unload(layers: Sequence[nn.Module]) -> list[nn.Module]:
     """Merge layers one after the other, as peft's ``merge_and_unload()`` does, and return what they leave."""
     out: list[nn.Module] = []
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
         for layer in layers:
             if hasattr(layer, "unload_and_optionally_merge_module"):
                 unload = cast("Callable[..., nn.Module]", layer.unload_and_optionally_merge_module)
@@ -293,14 +271,10 @@ def _outermost_changed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Outcome:
-    """The result of merging, without memory.
+    """The result of merging, without memory."""
 
-    Attributes:
-        modules: One for each layer.
-        origins: id of a tensor of theirs -> the token whose place it has, for those that merging did not replace.
-    """
-
-    modules: list[nn.Module]
+    modules: list[nn.Module]  #: One for each layer.
+    #: id of a tensor of theirs -> the token whose place it has, for those that merging did not replace.
     origins: dict[int, torch.Tensor]
 
 
@@ -409,11 +383,7 @@ class _Part:
         )
 
     def _try(self, paths: Sequence[str], copies: Sequence[nn.Module]) -> _Outcome:
-        """Merge layers without memory; of methods that look at values, with zeros for memory.
-
-        Raises:
-            AdapterError: peft cannot merge them.
-        """
+        """Merge layers without memory; of methods that look at values, with zeros for memory."""
         try:
             return self._dry(copies, "meta")
         except Exception:  # noqa: BLE001 - peft's own code, which may look at values
@@ -473,3 +443,101 @@ def _sharing(outcomes: Mapping[str, _Outcome]) -> list[list[str]]:
         groups = [*unrelated, (paths, tokens)]
     order = {path: number for number, path in enumerate(outcomes)}
     return sorted((sorted(paths, key=order.__getitem__) for paths, _ in groups), key=lambda paths: order[paths[0]])
+
+
+# --- weights that bitsandbytes keeps quantized -----------------------------------------------------------------------
+
+
+#: Of a 4-bit weight's state, and of the state that its scales are quantized with.
+_TENSORS = ("absmax", "code", "offset")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedWeight:
+    """A linear layer's weight of bitsandbytes, that one process holds whole."""
+
+    parameter: torch.Tensor  #: The weight as the module has it.
+    shape: torch.Size  #: Shape of the dequantized weight: outputs, inputs.
+    dtype: torch.dtype  #: The dtype that bitsandbytes dequantizes it to.
+    sources: Mapping[str, torch.Tensor]  #: Name -> tensor, of all that dequantizing reads.
+    _state: QuantState | None
+
+    def dequantize(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The dequantized weight, as transformers and peft compute it, from a tensor for each name of ``sources``."""
+        from bitsandbytes import functional
+
+        if self._state is None:
+            whole: torch.Tensor = functional.int8_vectorwise_dequant(values["weight"], values["SCB"])
+            return whole
+        state = _with_tensors(self._state, values)
+        if self._state.state2 is not None:
+            nested = {name.removeprefix("state2."): t for name, t in values.items() if name.startswith("state2.")}
+            state.state2 = _with_tensors(self._state.state2, nested)
+        four_bit: torch.Tensor = functional.dequantize_4bit(values["weight"], state)
+        return four_bit
+
+
+def _with_tensors(state: QuantState, values: Mapping[str, torch.Tensor]) -> QuantState:
+    made = shallow_copy(state)
+    for name in _TENSORS:
+        if name in values:
+            setattr(made, name, values[name])
+    return made
+
+
+def quantized_weight(module: nn.Module) -> QuantizedWeight | None:
+    """The weight of a linear layer of bitsandbytes; ``None`` of others, and where the weight is in shards.
+
+    Raises:
+        QuantizationError: The weight is in the layout that bitsandbytes gives it to compute on this processor.
+    """
+    if "bitsandbytes" not in sys.modules:
+        return None
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+
+    weight = own_parameters(module).get("weight")
+    if weight is None:
+        return None
+    if isinstance(module, Linear4bit) and isinstance(weight, Params4bit) and weight.quant_state is not None:
+        state = weight.quant_state
+        if getattr(state, "packing_format_for_cpu", False):
+            raise QuantizationError(
+                f"export_merged: 4-bit weights of {original_class(module).__name__} are in the layout in which "
+                "bitsandbytes computes on this processor in eval mode, and cannot be dequantized from it",
+                hint="Call the model's state_dict() before the save, with which bitsandbytes undoes the layout.",
+            )
+        sources = {"weight": weight.data, **_tensors_of(state, "")}
+        if state.state2 is not None:
+            sources |= _tensors_of(state.state2, "state2.")
+        return QuantizedWeight(weight, torch.Size(state.shape), state.dtype, sources, state)
+    if isinstance(module, Linear8bitLt) and isinstance(weight, Int8Params) and weight.dtype == torch.int8:
+        scales = weight.SCB if module.state.SCB is None else module.state.SCB
+        if scales is not None:
+            sources = {"weight": weight.data, "SCB": scales}
+            return QuantizedWeight(weight, weight.shape, torch.float32, sources, None)
+    return None
+
+
+def _tensors_of(state: QuantState, prefix: str) -> dict[str, torch.Tensor]:
+    found = {f"{prefix}{name}": getattr(state, name) for name in _TENSORS}
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+
+
+def is_over_quantized(layer: nn.Module) -> bool:
+    """Whether a layer is one of those with which peft adapts only quantized layers of bitsandbytes."""
+    modules = (base.__module__ for base in original_class(layer).__mro__)
+    return any(name.startswith("peft.") and name.endswith(".bnb") for name in modules)
+
+
+def make_dense(layer: nn.Module) -> bool:
+    """Make a copy of a LoRA layer over a quantized layer the one that peft puts around a dense one.
+
+    Returns whether that is known: of LoRA's own two layers it is.
+    """
+    from peft.tuners import lora
+
+    if type(layer) not in (lora.Linear4bit, lora.Linear8bitLt):
+        return False
+    layer.__class__ = lora.Linear
+    layer.__dict__["is_target_conv_1d_layer"] = False
+    return True

@@ -11,15 +11,14 @@ import copy
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn as nn
 
 from shardwise.disk.names import exists
-from shardwise.errors import AdapterError, MisuseError
+from shardwise.errors import AdapterError
 from shardwise.peft.builtin_lora import find_sites
 from shardwise.peft.names import join, named_modules
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry
@@ -33,8 +32,6 @@ from shardwise.upstream.torch_modules import own_buffers, own_children, own_para
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-SaveEmbeddings = bool | Literal["auto"]
-
 _FACTOR = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.")
 
 #: Projections behind a fused expert parameter, in row order, for models whose v4 files hold experts one by one.
@@ -47,8 +44,7 @@ def is_peft_adapted(parts: Sequence[nn.Module], peft_config: object | None = Non
         return False
     from peft import PeftConfig
 
-    kinds = (upstream.layer_class(), upstream.copy_class())
-    if any(isinstance(module, kinds) for part in parts for module in part.modules()):
+    if _has(parts, (upstream.layer_class(), upstream.copy_class())):
         return True
     given = list(peft_config.values()) if isinstance(peft_config, Mapping) else [peft_config]
     for part in parts:
@@ -67,7 +63,10 @@ def is_whole_with_adapter(parts: Sequence[nn.Module]) -> bool:
         return False
     from peft import PeftModel
 
-    kinds = (PeftModel, upstream.layer_class(), upstream.copy_class())
+    return _has(parts, (PeftModel, upstream.layer_class(), upstream.copy_class()))
+
+
+def _has(parts: Sequence[nn.Module], kinds: tuple[type, ...]) -> bool:
     return any(isinstance(module, kinds) for part in parts for module in part.modules())
 
 
@@ -77,28 +76,17 @@ def method_of(config: PeftConfig) -> str:
 
 
 def adapter_configs(parts: Sequence[nn.Module], given: object | None) -> dict[str, PeftConfig]:
-    """Each adapter's configuration, from the model, or ``given`` where the parts do not carry one.
-
-    Args:
-        parts: This rank's parts.
-        given: A ``PeftConfig``, or a mapping of adapter names to such.
-
-    Raises:
-        AdapterError: There is none.
-    """
+    """Each adapter's configuration, from the model, or ``given`` (one, or several by name) where it has none."""
     from peft import PeftConfig
 
     for part in parts:
         found = getattr(adapted_model(part), "peft_config", None)
         if isinstance(found, Mapping) and found:
             return {str(name): cast("PeftConfig", config) for name, config in found.items()}
-    named = (
-        {str(name): c for name, c in given.items() if isinstance(c, PeftConfig)} if isinstance(given, Mapping) else {}
-    )
-    if named:
-        return named
-    if isinstance(given, PeftConfig):
-        return {"default": given}
+    named = given if isinstance(given, Mapping) else {"default": given}
+    configs = {str(name): config for name, config in named.items() if isinstance(config, PeftConfig)}
+    if configs:
+        return configs
     raise AdapterError(
         "the model has peft layers but no peft_config", hint="Pass the LoraConfig that the layers were made from."
     )
@@ -136,8 +124,7 @@ class _StandIn:
         get = getattr(bare_model(self._model), getter, None)
         try:
             return None if get is None else cast("object", get())
-        except (AttributeError, NotImplementedError):
-            # A pipeline stage without the embeddings.
+        except (AttributeError, NotImplementedError):  # a pipeline stage without the embeddings
             return None
 
 
@@ -196,29 +183,17 @@ def capture_peft(
     *,
     v4_compatible: bool,
     legacy_layout: bool,
-    save_embedding_layers: SaveEmbeddings,
-    base: str | None = None,
-    is_stage: bool = False,
+    base: str | None,
+    is_stage: bool,
 ) -> list[AdapterEntry]:
     """The tensors of one adapter that a part has, as peft itself would name them.
 
-    Args:
-        part: A part, wrapped or not.
-        configs: All adapters' configurations.
-        adapter_name: The adapter wanted.
-        v4_compatible: Write adapters of fused expert parameters as one pair for each expert and projection.
-        legacy_layout: Write adapters of fused expert parameters as peft up to 0.19.0 does.
-        save_embedding_layers: As in ``PeftModel.save_pretrained``.
-        base: The base model, for an adapter that does not name it: its vocabulary tells whether embeddings were
-            resized.
-        is_stage: Whether the part is a pipeline stage.
+    The layouts are those of `shardwise.peft.capture.capture_adapter`. The base model is for an adapter that does not
+    name it: its vocabulary tells whether embeddings were resized. ``is_stage``: the part is a pipeline stage.
 
     Raises:
         AdapterError: peft computes the tensors instead of naming parameters, or cannot name them.
-        MisuseError: There is no such adapter.
     """
-    if adapter_name not in configs:
-        raise MisuseError(f"no adapter {adapter_name!r}", hint=f"The model has {', '.join(map(repr, configs))}.")
     model = adapted_model(part)
     config = configs[adapter_name]
     owners = adapters_prefixes(model)
@@ -229,7 +204,7 @@ def capture_peft(
     placeholders = {name: torch.empty(0, device="meta") for name in state}
     names = {id(placeholder): name for name, placeholder in placeholders.items()}
     stand_in = _StandIn(model, {adapter_name: _for_placeholders(config, base)}, is_stage)
-    found = _named_by_peft(stand_in, adapter_name, placeholders, save_embedding_layers)
+    found = _named_by_peft(stand_in, adapter_name, placeholders)
     # SHiRA's indices are in no state dict: peft takes them from its layers, and those tensors are saved and filled.
     kept = _kept_tensors(model)
     wrappers = _param_wrappers(model)
@@ -252,28 +227,17 @@ def capture_peft(
 
 
 def _named_by_peft(
-    model: _StandIn,
-    adapter_name: str,
-    placeholders: dict[str, torch.Tensor],
-    save_embedding_layers: SaveEmbeddings,
+    model: _StandIn, adapter_name: str, placeholders: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The tensors that peft takes from a state dict, under the names that it writes.
-
-    Raises:
-        AdapterError: peft looks at values, which placeholders do not have.
-    """
+    """The tensors that peft takes from a state dict, under the names that it writes."""
     from peft import get_peft_model_state_dict
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             found: dict[str, torch.Tensor] = get_peft_model_state_dict(
-                cast("Any", model),
-                state_dict=placeholders,
-                adapter_name=adapter_name,
-                save_embedding_layers=save_embedding_layers,
+                cast("Any", model), state_dict=placeholders, adapter_name=adapter_name, save_embedding_layers="auto"
             )
-    except Exception as error:  # peft's own code, on placeholders that it does not expect
+    except Exception as error:  # peft's own code, on placeholders, of which it may look at values
         config = model.peft_config[adapter_name]
         raise AdapterError(
             f"peft cannot say which tensors the adapter {adapter_name!r} ({method_of(config)}) has without computing "
@@ -284,11 +248,7 @@ def _named_by_peft(
 
 
 def _for_placeholders(config: PeftConfig, base: str | None) -> PeftConfig:
-    """A copy with which peft only names tensors.
-
-    Raises:
-        AdapterError: What is saved with these settings is computed, and training could not go on from it.
-    """
+    """A copy with which peft only names tensors. What is computed with some settings, training could not go on from."""
     out = _with_local_base(config, base)
     if getattr(config, "save_only_topk_weights", False):
         raise AdapterError(
@@ -320,11 +280,7 @@ def _kept_tensors(model: nn.Module) -> dict[int, str]:
 
 
 def _prompt(adapter_name: str, config: PeftConfig, state: Mapping[str, torch.Tensor]) -> list[AdapterEntry]:
-    """Virtual tokens that are parameters of a prompt encoder as they are, and what multitask tuning has beside them.
-
-    Raises:
-        AdapterError: They are computed by the encoder.
-    """
+    """Virtual tokens that are parameters of a prompt encoder as they are, and what multitask tuning has beside them."""
     kind, encoder = method_of(config), f"prompt_encoder.{adapter_name}."
     saved = {"prompt_embeddings": "embedding.weight"}
     if kind == "MULTITASK_PROMPT_TUNING":
@@ -408,13 +364,11 @@ def _entries(
 def _legacy(name: str, fqn: str, tensor: torch.Tensor, side: str, experts: int) -> AdapterEntry:
     """A factor for peft up to 0.19.0, which read the parameter's (out, in) as (in, out): A and B change places."""
     rows, columns = (int(n) for n in tensor.shape)
-    if side == "lora_A":
-        rank = rows // experts
-        view = axis_view([[experts, rank], [columns]], (2, 1, 0))
-        return entry(name.replace(".lora_A.", ".lora_B."), fqn, tensor, view, (columns, rows))
-    rank = columns // experts
-    view = axis_view([[rows], [rank, experts]], (2, 1, 0))
-    return entry(name.replace(".lora_B.", ".lora_A."), fqn, tensor, view, (columns, rows))
+    is_a = side == "lora_A"
+    factors = [[experts, rows // experts], [columns]] if is_a else [[rows], [columns // experts, experts]]
+    other = "lora_B" if is_a else "lora_A"
+    view = axis_view(factors, (2, 1, 0))
+    return entry(name.replace(f".{side}.", f".{other}."), fqn, tensor, view, (columns, rows))
 
 
 def _innermost(name: str) -> str:
@@ -457,10 +411,7 @@ def config_as_saved(
 ) -> dict[str, object]:
     """An adapter's settings as ``PeftModel.save_pretrained`` writes them; sets become sorted lists.
 
-    Args:
-        model: The part that describes the base model, without wrappers.
-        config: The adapter's configuration; it is not changed.
-        original_model_path: The base model, for a model that does not name it.
+    ``model`` is the part that describes the base model; the path is for one that does not name it.
     """
     out: dict[str, object] = dict(config.to_dict())
     out["inference_mode"] = True
@@ -500,23 +451,19 @@ def peft_target_parameters(model: nn.Module) -> list[str]:
     return sorted(names)
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertTargets:
-    """The single-expert modules that an adapter of a fused parameter stands for.
-
-    Attributes:
-        module: Name of the module that has the parameter.
-        projections: The projections in it.
-        experts: Number of experts.
-        rank: LoRA rank.
-        alpha: LoRA alpha.
-    """
+class ExpertTargets(NamedTuple):
+    """The single-expert modules that an adapter of a fused parameter, which a module has, stands for."""
 
     module: str
     projections: tuple[str, ...]
     experts: int
     rank: int
     alpha: float
+
+    @property
+    def names(self) -> list[str]:
+        """Names of these modules."""
+        return [f"{self.module}.{expert}.{p}" for p in self.projections for expert in range(self.experts)]
 
 
 def expert_targets(parts: Sequence[nn.Module], adapter_name: str) -> list[ExpertTargets]:
@@ -536,23 +483,17 @@ def expert_targets(parts: Sequence[nn.Module], adapter_name: str) -> list[Expert
 
 
 def v4_config(config: Mapping[str, object], targets: Sequence[ExpertTargets]) -> dict[str, object]:
-    """Rewrite settings with ``target_parameters`` for an adapter that is stored expert by expert.
-
-    Args:
-        config: Settings as peft saves them.
-        targets: What the fused parameters of all ranks stand for.
-    """
+    """Rewrite settings with ``target_parameters`` for an adapter that is stored expert by expert."""
     out = dict(config)
     if not config.get("target_parameters") or not targets:
         return out
-    names = [f"{t.module}.{e}.{p}" for t in targets for p in t.projections for e in range(t.experts)]
     modules = config.get("target_modules")
     if isinstance(modules, str):
         patterns = [rf"{t.module}\.\d+\.{p}" for t in targets for p in t.projections]
         out["target_modules"] = "|".join([f"(?:{modules})", *patterns])
     else:
         listed = modules if isinstance(modules, (list, tuple, set, frozenset)) else ()
-        out["target_modules"] = sorted({*(str(name) for name in listed), *names})
+        out["target_modules"] = sorted({*map(str, listed), *(name for t in targets for name in t.names)})
     for key, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         own = config.get(key)
         pattern: dict[str, object] = dict(own) if isinstance(own, Mapping) else {}

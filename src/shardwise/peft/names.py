@@ -19,15 +19,6 @@ COMBINED_PROJECTIONS: dict[str, tuple[str, ...]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 
-#: Names under which grouped expert adapters are known, and the projections that each stands for, in column order.
-_EXPERT_PROJECTIONS: dict[str, tuple[str, ...]] = {
-    "gate_and_up": ("gate_proj", "up_proj"),
-    "gate_up": ("gate_proj", "up_proj"),
-    "down": ("down_proj",),
-    "gate": ("gate_proj",),
-    "up": ("up_proj",),
-}
-
 #: Model types whose hub files name the experts' projections otherwise. Source: the models' files on the hub.
 _EXPERT_NAMES: dict[str, dict[str, str]] = {
     "mixtral": {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"},
@@ -55,8 +46,8 @@ def expert_projections(token: str, model_type: str | None) -> tuple[str, ...]:
     ``gate_and_up`` and ``gate_up`` stand for two projections, the gate in the first half of the output columns; any
     other token names its projection, with or without ``_proj`` or ``_projs`` at the end.
     """
-    stem = re.sub(r"_projs?$", "", token)
-    names = _EXPERT_PROJECTIONS.get(stem, (f"{stem}_proj",))
+    parameter = fused_parameter(token)
+    names = COMBINED_PROJECTIONS.get(parameter, (parameter,))
     renamed = _EXPERT_NAMES.get(model_type or "", {})
     return tuple(renamed.get(name, name) for name in names)
 
@@ -83,16 +74,10 @@ def text_config(model: object) -> object | None:
 
 
 def combined_sizes(fqn: str, rows: int, config: object | None) -> tuple[int, ...]:
-    """Output rows of each projection behind a combined one.
+    """Output rows of each projection behind a combined one of so many rows.
 
-    Args:
-        fqn: The combined module; its last component is a key of `COMBINED_PROJECTIONS`.
-        rows: Rows of its matrix.
-        config: The language model's configuration, with ``num_attention_heads``, ``num_key_value_heads`` (the number
-            of heads if absent) and ``head_dim`` (``hidden_size / num_attention_heads`` if absent).
-
-    Raises:
-        AdapterError: The configuration does not account for ``rows``.
+    The language model's configuration has ``num_attention_heads``, ``num_key_value_heads`` (the number of heads if
+    absent) and ``head_dim`` (``hidden_size / num_attention_heads`` if absent).
     """
     leaf = fqn.rpartition(".")[2]
     if leaf == "gate_up_proj":

@@ -25,21 +25,14 @@ PEFT_PREFIX = "base_model.model."
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterEntry:
-    """One tensor of an adapter file, and the parameter behind it. A source when saving, a destination when loading.
+    """One tensor of an adapter file, and the parameter behind it. A source when saving, a destination when loading."""
 
-    Attributes:
-        spec: Name, global shape and dtype in the file.
-        fqn: Name of the parameter in the model, without wrappers' prefixes.
-        tensor: The parameter: a plain tensor, which is whole, or a DTensor.
-        view: How the file's tensor looks into the parameter; ``None`` where both are the same.
-        alias_of: Name of the earlier entry that has the same memory (one ``lora_A`` behind a combined projection); such
-            tensors are equal in every file that can be loaded.
-    """
-
-    spec: TensorSpec
-    fqn: str
-    tensor: torch.Tensor
-    view: AxisView | None = None
+    spec: TensorSpec  #: Name, global shape and dtype in the file.
+    fqn: str  #: Name of the parameter in the model, without wrappers' prefixes.
+    tensor: torch.Tensor  #: The parameter: a plain tensor, which is whole, or a DTensor.
+    view: AxisView | None = None  #: How the file's tensor looks into the parameter; ``None`` where both are the same.
+    #: Name of the earlier entry that has the same memory (one ``lora_A`` behind a combined projection); such tensors
+    #: are equal in every file that can be loaded.
     alias_of: str | None = None
 
     @property
@@ -50,18 +43,13 @@ class AdapterEntry:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterFile:
-    """One adapter.
+    """One adapter."""
 
-    Attributes:
-        adapter_name: peft's name of it; ``default`` for a model's own LoRA modules.
-        directory: Where it lies below the checkpoint's ``model`` directory: ``""``, or the adapter's name for all but
-            ``default``, as in ``PeftModel.save_pretrained``.
-        entries: What this rank knows of its tensors.
-    """
-
-    adapter_name: str
+    adapter_name: str  #: peft's name of it; ``default`` for a model's own LoRA modules.
+    #: Where it lies below the checkpoint's ``model`` directory: ``""``, or the adapter's name for all but ``default``,
+    #: as in ``PeftModel.save_pretrained``.
     directory: str
-    entries: tuple[AdapterEntry, ...]
+    entries: tuple[AdapterEntry, ...]  #: What this rank knows of its tensors.
 
     @property
     def path(self) -> str:
@@ -71,22 +59,16 @@ class AdapterFile:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterTensors:
-    """All adapters of a model, as one rank holds them.
+    """All adapters of a model, as one rank holds them."""
 
-    Attributes:
-        files: One for each adapter, in the model's order.
-        inventory: Which layers this rank's parts have, for `shardwise.peft.check.check_adapter`: path of a list
-            or dictionary of numbered modules -> their numbers.
-        layers: Number of transformer layers that the model's configuration promises, where it does.
-        cut: Those of `inventory` that are no whole list: dictionaries, and lists with holes, as pipeline stages have.
-        extra: What else changes while the adapter is trained: `shardwise.peft.extra`.
-    """
-
-    files: tuple[AdapterFile, ...]
+    files: tuple[AdapterFile, ...]  #: One for each adapter, in the model's order.
+    #: Which layers this rank's parts have, for `shardwise.peft.check.check_adapter`: path of a list or dictionary of
+    #: numbered modules -> their numbers.
     inventory: dict[str, tuple[int, ...]]
-    layers: int | None = None
+    layers: int | None = None  #: Number of transformer layers that the model's configuration promises, where it does.
+    #: Those of `inventory` that are no whole list: dictionaries, and lists with holes, as pipeline stages have.
     cut: frozenset[str] = frozenset()
-    extra: tuple[AdapterEntry, ...] = ()
+    extra: tuple[AdapterEntry, ...] = ()  #: What else changes while the adapter is trained: `shardwise.peft.extra`.
 
 
 def entry(
@@ -109,10 +91,8 @@ def axis_view(
 ) -> AxisView:
     """Describe a view by the native grid and, for each dimension of the file's grid, what it walks along.
 
-    Args:
-        factors: For each native dimension, its factors.
-        order: For each dimension of the file's grid a native grid dimension, or ``(dimension, start, length)``.
-        fixed: Native grid dimensions that the file's tensor does not have, with the index that it takes.
+    ``factors`` are those of each native dimension, ``order`` has a native grid dimension or ``(dimension, start,
+    length)``, ``fixed`` the native grid dimensions that the file's tensor does not have, with the index that it takes.
     """
     flat = [n for group in factors for n in group]
     axes = [

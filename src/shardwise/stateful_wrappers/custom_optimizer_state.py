@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from shardwise.errors import MisuseError
 from shardwise.stateful_wrappers.inner_optimizers import AnyOptimizer, StateHolder, is_shell, is_zero, members
-from shardwise.stateful_wrappers.optimizer_classes import equal
+from shardwise.stateful_wrappers.state_trees import alike, equal
 from shardwise.upstream.torch_optim import STATE_HOOKS
 from shardwise.upstream.torch_tensors import local_part
 
@@ -28,38 +28,27 @@ NameOf = Callable[[torch.Tensor], str]
 
 def makes_or_loads_custom(optimizer: AnyOptimizer) -> bool:
     """Whether an optimizer makes or loads its state dict in another way than torch's class does."""
+    return _is_custom(optimizer, ("state_dict", "load_state_dict"), STATE_HOOKS)
+
+
+def loads_custom(optimizer: AnyOptimizer) -> bool:
+    """Whether loading a state dict does something that torch's class does not."""
+    return _is_custom(optimizer, ("load_state_dict",), STATE_HOOKS[2:])
+
+
+def _is_custom(optimizer: AnyOptimizer, methods: Sequence[str], hooks: Sequence[str]) -> bool:
     if is_zero(optimizer) or is_shell(optimizer):
         return False
     if not isinstance(optimizer, Optimizer):
         return True
     own = vars(optimizer)
-    has_hooks = any(own.get(hooks) for hooks in STATE_HOOKS)
-    return has_hooks or _overrides(optimizer, "state_dict") or loads_custom(optimizer)
-
-
-def loads_custom(optimizer: AnyOptimizer) -> bool:
-    """Whether loading a state dict does something that torch's class does not."""
-    if is_zero(optimizer) or is_shell(optimizer):
-        return False
-    if not isinstance(optimizer, Optimizer):
-        return True
-    return _overrides(optimizer, "load_state_dict") or any(vars(optimizer).get(hooks) for hooks in STATE_HOOKS[2:])
-
-
-def _overrides(optimizer: Optimizer, method: str) -> bool:
-    own = getattr(type(optimizer), method)
     # torch.compile and torch's own profiling wrap the methods of its class.
-    return method in vars(optimizer) or own is not getattr(Optimizer, method)
+    overridden = (m in own or getattr(type(optimizer), m) is not getattr(Optimizer, m) for m in methods)
+    return any(overridden) or any(own.get(name) for name in hooks)
 
 
 class StateView:
-    """One optimizer's state dict, beside its holders.
-
-    Args:
-        optimizer: The optimizer as it was passed.
-        holders: What keeps state in it.
-        name_of: Gives a parameter's name.
-    """
+    """The state dict of an optimizer as it was passed, beside the holders that keep state in it."""
 
     def __init__(self, optimizer: AnyOptimizer, holders: Sequence[StateHolder], name_of: NameOf) -> None:
         self.optimizer = optimizer
@@ -78,11 +67,7 @@ class StateView:
                     self._named.setdefault(name_of(param), (holder, param))
 
     def rest(self) -> list[tuple[Path, object]]:
-        """The largest parts of the state dict that no holder shows, with their paths.
-
-        Raises:
-            MisuseError: The optimizer's own code fails to give its state.
-        """
+        """The largest parts of the state dict that no holder shows, with their paths."""
         return list(self._rest(self._given(), ()))
 
     def _given(self) -> object:
@@ -184,10 +169,8 @@ class StateView:
                 pairs = zip(cast(Sequence[Mapping[str, object]], each), holder.groups(), strict=True)
                 for n, (group, own_group) in enumerate(pairs):
                     for option, given in group.items():
-                        known = option in ("params", "param_names") or (
-                            option in own_group and equal(own_group[option], given)
-                        )
-                        if not known:
+                        is_own = option in own_group and equal(own_group[option], given)
+                        if not is_own and option not in ("params", "param_names"):
                             yield (*path, ("key", key), ("item", n), ("key", option)), given
             else:
                 yield from self._rest(each, (*path, ("key", key)))
@@ -213,11 +196,7 @@ class StateView:
         }
 
     def take(self, rest: Sequence[tuple[Path, object]]) -> None:
-        """Hand the rest back, with what the holders have by now around it.
-
-        Raises:
-            Exception: The error of the optimizer's own code.
-        """
+        """Hand the rest back, with what the holders have by now around it. The optimizer's own code may raise."""
         if not rest and not loads_custom(self.optimizer):
             return
         found = copied(self._given())
@@ -260,29 +239,23 @@ def _refused(optimizer: AnyOptimizer, path: Path) -> MisuseError:
     )
 
 
-def copied(value: object) -> object:
-    """New containers with the same leaves."""
+def copied(value: object, leaf: Callable[[object], object] = lambda each: each) -> object:
+    """New containers, with what ``leaf`` makes of everything that is none."""
     if isinstance(value, dict):
-        new = {key: copied(each) for key, each in value.items()}
+        new = {key: copied(each, leaf) for key, each in value.items()}
         if type(value) is dict:
             return new
         other = value.copy()
         other.update(new)
         return other
     if type(value) is list:
-        return [copied(each) for each in value]
-    return value
+        return [copied(each, leaf) for each in value]
+    return tuple(copied(each, leaf) for each in value) if type(value) is tuple else leaf(value)
 
 
 def cloned(value: object) -> object:
     """As `copied`, with cloned tensors."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    if type(value) is dict:
-        return {key: cloned(each) for key, each in value.items()}
-    if type(value) is list:
-        return [cloned(each) for each in value]
-    return tuple(map(cloned, value)) if type(value) is tuple else value
+    return copied(value, lambda each: each.detach().clone() if isinstance(each, torch.Tensor) else each)
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:
@@ -297,15 +270,11 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
 
 
 def _is_same(a: object, b: object) -> bool:
-    """Whether two are the same tensor, or equal values; containers of such."""
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        if a is b or not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
-            return a is b
-        x, y = (local_part(each) for each in (a, b))
-        alike = (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
-        return alike and x.data_ptr() == y.data_ptr()
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(_is_same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(_is_same(x, y) for x, y in zip(a, b, strict=True))
-    return type(a) is type(b) and bool(a == b)
+    """Whether two are the same tensor, or equal values of one type; containers of such."""
+    return alike(a, b, _is_same_tensor, lambda x, y: type(x) is type(y) and bool(x == y))
+
+
+def _is_same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
+    x, y = local_part(a), local_part(b)
+    same_form = (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+    return a is b or (same_form and x.data_ptr() == y.data_ptr())

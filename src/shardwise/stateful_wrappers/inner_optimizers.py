@@ -25,11 +25,9 @@ class StatefulOptimizer(Protocol):
 
     def state_dict(self) -> dict[str, object]:
         """The state."""
-        ...
 
     def load_state_dict(self, state_dict: dict[str, object]) -> object:
         """Take the state in."""
-        ...
 
 
 AnyOptimizer = Optimizer | StatefulOptimizer
@@ -37,22 +35,15 @@ AnyOptimizer = Optimizer | StatefulOptimizer
 
 @dataclass(frozen=True, slots=True)
 class StateHolder:
-    """An optimizer that holds state by parameter, and parameter groups.
+    """An optimizer that holds state by parameter, and parameter groups."""
 
-    Attributes:
-        optimizer: A `torch.optim.Optimizer`, or what has ``state`` and ``param_groups`` as one.
-        slot: Empty; the class's name where it is around another holder of the same parameters.
-        mirrors: An outer optimizer's groups with the same options (those of ``ZeroRedundancyOptimizer``, whose inner
-            one has this rank's parameters alone).
-        passed: Number of the argument that it is, or is inside of.
-        ancestors: The optimizers that it is inside of, by identity.
-    """
-
-    optimizer: Optimizer
-    slot: str
+    optimizer: Optimizer  #: A `torch.optim.Optimizer`, or what has ``state`` and ``param_groups`` as one.
+    slot: str  #: Empty; the class's name where it is around another holder of the same parameters.
+    #: An outer optimizer's groups with the same options (those of ``ZeroRedundancyOptimizer``, whose inner one has this
+    #: rank's parameters alone).
     mirrors: tuple[Options, ...]
-    passed: int
-    ancestors: frozenset[int] = frozenset()
+    passed: int  #: Number of the argument that it is, or is inside of.
+    ancestors: frozenset[int] = frozenset()  #: The optimizers that it is inside of, by identity.
 
     @property
     def kind(self) -> str:
@@ -69,17 +60,16 @@ def members(group: Options) -> list[torch.Tensor]:
     return cast(list[torch.Tensor], group["params"])
 
 
-def find_state_holders(passed: Sequence[AnyOptimizer]) -> list[StateHolder]:
+def find_state_holders(passed: Sequence[AnyOptimizer], names: Mapping[int, str]) -> list[StateHolder]:
     """All state holders in the optimizers that were passed, the innermost first.
 
-    Raises:
-        MisuseError: Two optimizers, neither of which is inside the other, update one parameter; or one has not been
-            built to the end.
+    ``names`` are the parameters', by identity. Two optimizers, neither of which is inside the other, may not update one
+    parameter.
     """
     found: list[StateHolder] = []
     for number, each in enumerate(passed):
         found += _state_holders(each, number, frozenset(), set(), 0)
-    return _with_slots(found)
+    return _with_slots(found, names)
 
 
 def _state_holders(
@@ -150,21 +140,22 @@ def is_shell(value: object) -> bool:
     return isinstance(inner, Optimizer) and type(value).__module__.partition(".")[0] == "accelerate"
 
 
-def _with_slots(holders: Sequence[StateHolder]) -> list[StateHolder]:
-    """Give each holder of the same parameters its own slot, where one is inside the other.
-
-    Raises:
-        MisuseError: Neither is.
-    """
+def _with_slots(holders: Sequence[StateHolder], names: Mapping[int, str]) -> list[StateHolder]:
+    """Give each holder of the same parameters its own slot, where one is inside the other."""
     owner: dict[int, list[StateHolder]] = {}
     found: list[StateHolder] = []
     for holder in holders:
-        params = [param for group in holder.groups() for param in members(group)]
-        others = {id(k): k for param in params for k in owner.get(id(param), ())}
+        params = [id(param) for group in holder.groups() for param in members(group)]
+        others = {id(k): k for param in params for k in owner.get(param, ())}
         for other in others.values():
             if id(holder.optimizer) not in other.ancestors:
-                shared = next(p for p in params if any(k is other for k in owner.get(id(p), ())))
-                raise SharedParameterError(shared, other, holder)
+                first, second = other.kind, holder.kind
+                which = f"two optimizers ({first} and {second})" if first != second else f"two {first} optimizers"
+                raise MisuseError(
+                    f"{which} update one parameter, which has one state in a checkpoint",
+                    tensor=names.get(next(p for p in params if any(k is other for k in owner.get(p, ())))),
+                    hint="Give each parameter to one optimizer; pass each optimizer once.",
+                )
         slot = ""
         if others:
             used = {other.slot for other in others.values()}
@@ -172,13 +163,5 @@ def _with_slots(holders: Sequence[StateHolder]) -> list[StateHolder]:
         new = replace(holder, slot=slot)
         found.append(new)
         for param in params:
-            owner.setdefault(id(param), []).append(new)
+            owner.setdefault(param, []).append(new)
     return found
-
-
-class SharedParameterError(Exception):
-    """Two optimizers update one parameter; its name is added by the caller."""
-
-    def __init__(self, param: torch.Tensor, first: StateHolder, second: StateHolder) -> None:
-        super().__init__(param, first, second)
-        self.param, self.first, self.second = param, first, second

@@ -2,7 +2,8 @@
 
 A tensor subclass that wraps others has no memory of its own: its address is always 0, and its class decides what its
 elements are. So nothing here goes by addresses alone, and a wrapper's memory is used only after a trial has shown that
-the wrapper reads and writes exactly the one tensor that it wraps.
+the wrapper reads and writes exactly the one tensor that it wraps. Memory that is not filled yet may be marked, so that
+unfilled tensors are found and never trained.
 """
 
 from __future__ import annotations
@@ -103,10 +104,6 @@ def identity(tensor: torch.Tensor) -> tuple[object, ...]:
 def plain_memory(name: str, local: torch.Tensor) -> torch.Tensor:
     """The plain tensor, detached, whose memory holds a local tensor's elements.
 
-    Args:
-        name: Name of the tensor, for errors.
-        local: A tensor that is no DTensor.
-
     Raises:
         MisuseError: It is sparse, nested or not initialized.
         TensorError: Its class wraps other tensors in another way than by being the one that it wraps.
@@ -126,12 +123,7 @@ def plain_memory(name: str, local: torch.Tensor) -> torch.Tensor:
 
 
 def plain_view(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor or DTensor as one whose local tensor is plain; it shares the memory.
-
-    Raises:
-        MisuseError: As `plain_memory`.
-        TensorError: The same.
-    """
+    """A tensor or DTensor as one whose local tensor is plain; it shares the memory. Raises as `plain_memory`."""
     local = local_part(tensor)
     if type(local) in PLAIN and not local.is_inference():
         return tensor.detach()
@@ -156,11 +148,7 @@ def stands_for_memory(tensor: torch.Tensor) -> bool:
 
 
 def require_own_elements(name: str, memory: torch.Tensor) -> None:
-    """Check that each element of a tensor to load into has its own memory, as torch's ``copy_`` does.
-
-    Raises:
-        TensorError: Several elements are one and the same memory: an expanded tensor.
-    """
+    """Check that each element of a tensor to load into has its own memory, as torch's ``copy_`` does."""
     if memory.is_contiguous():
         return
     if any(stride == 0 and size > 1 for size, stride in zip(memory.shape, memory.stride(), strict=True)):
@@ -299,3 +287,47 @@ def _comparable(context: object) -> object:
     except TypeError:
         return object()
     return context
+
+
+# --- a marker in memory that is not filled yet -----------------------------------------------------------------------
+
+
+def mark(tensor: torch.Tensor) -> bool:
+    """Fill this rank's part with the mark; ``False`` for a dtype in which every value is an ordinary one."""
+    signal = _signal(tensor.dtype)
+    if signal is not None:
+        local_part(tensor).detach().fill_(signal)
+    return signal is not None
+
+
+def is_untouched(tensor: torch.Tensor) -> bool:
+    """Whether all of this rank's part is still the mark; never for an empty part."""
+    local, signal = local_part(tensor).detach(), _signal(tensor.dtype)
+    if local.numel() == 0 or signal is None:
+        return False
+    if isinstance(signal, float):
+        wide = local.to(torch.float32) if local.dtype.itemsize == 1 else local
+        # The first element decides for all but tensors that were never written.
+        return bool(wide.flatten()[0].isnan()) and bool(wide.isnan().all())
+    return bool((local == signal).all())
+
+
+def has_mark(tensor: torch.Tensor) -> bool:
+    """Whether any element of this rank's part is still the mark.
+
+    For integers, where the mark is a possible value, only a part that is nothing else counts.
+    """
+    local = local_part(tensor).detach()
+    if not isinstance(_signal(tensor.dtype), float):
+        return is_untouched(tensor)
+    return bool((local.to(torch.float32) if local.dtype.itemsize == 1 else local).isnan().any())
+
+
+def _signal(dtype: torch.dtype) -> float | int | None:
+    """A value that no initialisation leaves everywhere; ``None`` where there is no such value."""
+    if dtype == torch.bool:
+        return None
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan") if dtype not in (torch.float8_e8m0fnu,) else None
+    info = torch.iinfo(dtype)
+    return info.max if info.min == 0 else info.min

@@ -41,21 +41,13 @@ _ROLES = {
 
 @dataclass(frozen=True, slots=True)
 class MeshRanks:
-    """This rank's coordinates; ``None`` where the meshes do not determine one.
+    """This rank's coordinates; ``None`` where the meshes do not determine one."""
 
-    Attributes:
-        dp: Index over the data-parallel dimensions, the last one varying fastest.
-        tp: Coordinate in the tensor-parallel dimension.
-        pp: Coordinate in the pipeline dimension.
-        cp: Coordinate in the context-parallel dimension.
-        unclear: Why the data-parallel index cannot be determined, nor whether ranks differ in it; empty where it
-            can be.
-    """
-
-    dp: int | None = None
-    tp: int | None = None
-    pp: int | None = None
-    cp: int | None = None
+    dp: int | None = None  #: Index over the data-parallel dimensions, the last one varying fastest.
+    tp: int | None = None  #: Coordinate in the tensor-parallel dimension.
+    pp: int | None = None  #: Coordinate in the pipeline dimension.
+    cp: int | None = None  #: Coordinate in the context-parallel dimension.
+    #: Why the data-parallel index cannot be determined, nor whether ranks differ in it; empty where it can be.
     unclear: str = ""
 
 
@@ -92,14 +84,11 @@ def _read(mesh: DeviceMesh, names: Sequence[str]) -> tuple[dict[Role, int], str]
     root = root_mesh(mesh)
     # A flat mesh around others is all ranks in a row, without a known structure.
     outer = () if root is mesh or root.ndim == 1 else root.mesh_dim_names or ()
-    found, strange = _by_role(root, outer)
-    if Role.DATA in found and not strange:
-        # The mesh itself may be several of these dimensions in one.
-        inner, _ = _by_role(mesh, names)
-        return {**inner, **found}, ""
+    around, strange = _by_role(root, outer)
     inner, odd = _by_role(mesh, names)
-    strange += odd
-    found = {**inner, **found}
+    found = {**inner, **around}
+    # The mesh itself may be several of the dimensions around it in one.
+    strange = strange + odd if strange or Role.DATA not in around else ()
     if not strange:
         return found, ""
     found.pop(Role.DATA, None)

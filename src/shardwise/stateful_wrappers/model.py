@@ -1,22 +1,38 @@
-"""A model's state: what it holds, as DCP's ``Stateful`` and as the engine's currency."""
+"""A model's state: what it holds, as DCP's ``Stateful`` and as the engine's currency, and how modules take it in.
+
+State that was not read into memory directly modules load by their own methods, in torch's order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from torch import nn
 
+from shardwise.errors import MissingTensorError, ModuleStateError, UnexpectedTensorError
 from shardwise.plan.deferred import deferred, release, resolve
 from shardwise.plan.fragments import HeldTensor
-from shardwise.stateful_wrappers.install import Installing, post_steps
 from shardwise.stateful_wrappers.memory import install, plain_view
 from shardwise.stateful_wrappers.names import Listing, NamedTensor, is_lm_head, list_state
-from shardwise.stateful_wrappers.state_dict_overrides import EXTRA
+from shardwise.stateful_wrappers.state_dict_overrides import EXTRA, every_module, has_foreign_hooks
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
-from shardwise.stateful_wrappers.units import OneTensor, StandIns, Step
+from shardwise.stateful_wrappers.units import StandIns, Step, Taker, failing, label, saved_tensors
 from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
+from shardwise.upstream.torch_modules import (
+    CHECKPOINTED,
+    LOAD_OWN,
+    keys_of_answer,
+    load_own,
+    loading_answer,
+    loading_post_hooks,
+    note_versions,
+    own_children,
+)
 from shardwise.upstream.torch_tensors import local_part
 
 #: A model as a rank holds it: one module, or its pipeline stages.
@@ -31,37 +47,24 @@ class ModelState:
 
     Args:
         model: A module, or the list of this rank's pipeline stages.
-        is_peft: Whether only the adapter's parameters (those that require a gradient) are meant.
         skip_prefixes: Tensors whose names start with one of these are left out (task heads when a base model is
             loaded).
 
     Attributes:
         model: The parts, always a list.
-        is_peft: Whether only the adapter's parameters are meant.
     """
 
-    def __init__(
-        self,
-        model: nn.Module | Sequence[nn.Module],
-        is_peft: bool = False,
-        skip_prefixes: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, model: Model, *, skip_prefixes: Sequence[str] = ()) -> None:
         self.model: list[nn.Module] = [model] if isinstance(model, nn.Module) else list(model)
-        self.is_peft = is_peft
         self._skip = tuple(skip_prefixes)
 
     @property
     def uses_tied_lm_head(self) -> bool:
         """Whether the model's configuration ties head and embedding: ``tie_word_embeddings`` at its top level."""
-        configs = (getattr(unwrap(part), "config", None) for part in self.model)
-        return any(
-            bool(
-                config.get("tie_word_embeddings")
-                if isinstance(config, Mapping)
-                else getattr(config, "tie_word_embeddings", False)
-            )
-            for config in configs
-        )
+        key = "tie_word_embeddings"
+        configs = [getattr(unwrap(part), "config", None) for part in self.model]
+        said = [config.get(key) if isinstance(config, Mapping) else getattr(config, key, False) for config in configs]
+        return any(map(bool, said))
 
     @property
     def has_local_tied_lm_head(self) -> bool:
@@ -72,32 +75,18 @@ class ModelState:
     @property
     def is_whole(self) -> bool:
         """Whether nothing of the model is left out."""
-        return not self.is_peft and not self._skip
+        return not self._skip
 
     def listing(self, stand_ins: StandIns | None = None, *, values: bool = True, norms: bool = False) -> Listing:
         """The model's state, each tied tensor once, and the modules that have it; see `list_state`."""
         listed = list_state(self.model, stand_ins, values=values, norms=norms)
         if self.is_whole:
             return listed
-        tensors = (
-            named
-            for named in listed.tensors
-            if not (self._skip and named.name.startswith(self._skip))
-            and (not self.is_peft or named.tensor.requires_grad)
-        )
-        return listed._replace(tensors=tuple(tensors))
+        return listed._replace(tensors=tuple(t for t in listed.tensors if not t.name.startswith(self._skip)))
 
-    def tensors(self) -> tuple[NamedTensor, ...]:
-        """The tensors of `listing`, but parameters and values instead of stand-ins for them."""
-        try:
-            return tuple([named._replace(tensor=_behind(named)) for named in self.listing().tensors])
-        finally:
-            release()
-
-    def held(self, meshes: MeshRegister | None = None) -> list[HeldTensor]:
+    def held(self) -> list[HeldTensor]:
         """What this rank holds, under the model's own names, as views of its memory or of stand-ins for it."""
-        register = meshes or MeshRegister()
-        return held_tensors(((named.name, named.tensor) for named in self.listing().tensors), register)
+        return held_tensors(((named.name, named.tensor) for named in self.listing().tensors), MeshRegister())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Plain names to detached tensors.
@@ -132,6 +121,7 @@ class ModelState:
         """
         listed = self.listing(values=False)
         own = {name: named.tensor for named in listed.tensors for name in (named.name, *named.aliases)}
+        is_lenient = any(step.taker is not None and step.taker.is_lenient for steps in listed.steps for step in steps)
         takers: dict[int, dict[str, torch.Tensor]] = {}
         aside: dict[str, object] = {}
         with torch.no_grad():
@@ -143,7 +133,7 @@ class ModelState:
                     takers.setdefault(id(what.owner), {})[what.key] = value
                 elif target is not None:
                     install(plain_view(name, target), plain_view(name, value))
-                elif self._may_take(listed, name):
+                elif is_lenient or name.rpartition(".")[2] == EXTRA:
                     aside[name] = value
                 else:
                     raise KeyError(name)
@@ -153,23 +143,9 @@ class ModelState:
             wanted = [s for s in steps if s.kind != "take" or id(s.taker) in takers or _concerns(s, aside)]
             installing.run([*wanted, *(() if steps else post_steps(unwrap(part)))])
 
-    @staticmethod
-    def _may_take(listed: Listing, name: str) -> bool:
-        if name.rpartition(".")[2] == EXTRA:
-            return True
-        return any(step.taker is not None and step.taker.is_lenient for steps in listed.steps for step in steps)
-
 
 def _concerns(step: Step, names: Mapping[str, object]) -> bool:
     return any(name.startswith(plain_name(step.prefix)) for name in names)
-
-
-def _behind(named: NamedTensor) -> torch.Tensor:
-    """A parameter or buffer; what is behind it, where it is a stand-in."""
-    what = deferred(local_part(named.tensor))
-    if what is None:
-        return named.tensor
-    return what.maker.tensor if isinstance(what.maker, OneTensor) else _made(named)
 
 
 def _made(named: NamedTensor) -> torch.Tensor:
@@ -179,3 +155,173 @@ def _made(named: NamedTensor) -> torch.Tensor:
         return plain_view(named.name, named.tensor)
     value = resolve(what.stand_in())
     return value if what.template is None else what.template(value)
+
+
+# --- loading by modules' own methods ---------------------------------------------------------------------------------
+
+
+_CHECKPOINTED = f"{CHECKPOINTED}."
+
+
+@dataclass
+class Installing:
+    """Loads state through modules' own methods, and judges their answers."""
+
+    #: Gives the tensors for a module, by name in `plain_name` form or as `state_dict` has it.
+    tensors: Callable[[Taker], Mapping[str, torch.Tensor]]
+    aside: Mapping[str, object] | None  #: Plain name -> other values of the state; ``None`` where none were saved.
+    #: Plain module name -> torch's metadata of it.
+    metadata: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    allow_missing: bool = False  #: Whether tensors may be absent.
+    skips_empty: bool = False  #: Whether a module without any saved entry is skipped.
+    without: list[str] = field(default_factory=list)  #: Modules that found no extra state.
+
+    def run(self, steps: Sequence[Step]) -> None:
+        """Carry out steps. Local, unless a module's own methods communicate.
+
+        A method or hook that fails or refuses its values raises `ModuleStateError`, entries that are missing or
+        unexpected `TensorError`.
+        """
+        for step in steps:
+            if step.kind == "take":
+                assert step.taker is not None
+                self._take(step.taker)
+            elif step.kind == "extra":
+                self._take_extra(step.module, step.prefix)
+            else:
+                answer = _Answer(step.module, step.prefix)
+                answer.after(step.module)
+                self._judge(answer)
+
+    def _take(self, taker: Taker) -> None:
+        values: dict[str, object] = OrderedDict(
+            (given_name(taker, key), value) for key, value in self.tensors(taker).items()
+        )
+        values |= self._aside_of(taker)
+        if not values and (self.skips_empty or not taker.is_lenient):
+            return
+        answer = _Answer(taker.module, taker.prefix)
+        if taker.calls_root:
+            answer.root(values, {name: dict(noted) for name, noted in self.metadata.items()})
+        elif taker.whole:
+            answer.below(taker.module, values, taker.prefix, self._noted)
+        else:
+            if not taker.is_lenient:  # what was read directly already is copied onto itself
+                for name, tensor in saved_tensors(taker.module):
+                    values.setdefault(taker.prefix + name, tensor.detach())
+            answer.own(taker.module, values, taker.prefix, self._noted(taker.prefix))
+        self._judge(answer)
+
+    def _noted(self, prefix: str) -> dict[str, object]:
+        return dict(self.metadata.get(plain_name(prefix)[:-1], {}))
+
+    def _aside_of(self, taker: Taker) -> dict[str, object]:
+        found: dict[str, object] = {}
+        prefix = plain_name(taker.prefix)
+        for name, value in (self.aside or {}).items():
+            rest = name.removeprefix(prefix)
+            is_below = rest.partition(".")[0] in own_children(taker.module)
+            if name.startswith(prefix) and (taker.whole or not is_below):
+                found[taker.prefix + rest] = value
+        return found
+
+    def _take_extra(self, module: nn.Module, prefix: str) -> None:
+        name = plain_name(prefix + EXTRA)
+        if self.aside is None or name not in self.aside:
+            self.without.append(label(module, prefix))
+            return
+        with _failing(module, prefix, "set_extra_state"):
+            module.set_extra_state(self.aside[name])
+
+    def _judge(self, answer: _Answer) -> None:
+        where = label(answer.module, answer.prefix)
+        self.without += [where for key in answer.missing if key.rpartition(".")[2] == EXTRA]
+        missing = [key for key in answer.missing if key.rpartition(".")[2] != EXTRA]
+        if answer.errors:
+            raise ModuleStateError(
+                f"{where} does not take the state that was saved: {'; '.join(answer.errors)}",
+                hint="Build the model as it was when the checkpoint was saved.",
+            )
+        if answer.unexpected:
+            raise UnexpectedTensorError(
+                f"{where} does not know what the checkpoint has for it: {', '.join(map(str, answer.unexpected[:5]))}",
+                tensor=plain_name(str(answer.unexpected[0])),
+                hint="Build the model as it was when the checkpoint was saved.",
+            )
+        if missing and not self.allow_missing:
+            raise MissingTensorError(
+                f"the checkpoint lacks what {where} needs: {', '.join(map(str, missing[:5]))}",
+                tensor=plain_name(str(missing[0])),
+                hint="Build the model as it was when the checkpoint was saved, or allow a subset of the keys.",
+            )
+
+
+def given_name(taker: Taker, key: str) -> str:
+    """A name as ``load_state_dict`` gives it to a module: activation checkpointing's own hook adds its prefix."""
+    if key.startswith(taker.prefix):
+        return taker.prefix + key[len(taker.prefix) :].replace(_CHECKPOINTED, "")
+    return taker.prefix + plain_name(key).removeprefix(plain_name(taker.prefix))
+
+
+def _failing(module: nn.Module, prefix: str, method: str) -> contextlib.AbstractContextManager[None]:
+    hint = "What was restored before it stays; correct the module, and restore again."
+    return failing(f"{method} of {label(module, prefix)} failed", hint)
+
+
+class _Answer:
+    """The lists that torch's loading fills: missing and unexpected keys, errors."""
+
+    def __init__(self, module: nn.Module, prefix: str) -> None:
+        self.module, self.prefix = module, prefix
+        self.missing: list[str] = []
+        self.unexpected: list[str] = []
+        self.errors: list[str] = []
+
+    def own(self, module: nn.Module, values: dict[str, object], prefix: str, noted: dict[str, object]) -> None:
+        """As ``load_state_dict`` does for one module."""
+        with _failing(module, prefix, LOAD_OWN):
+            load_own(module, values, prefix, noted, self.missing, self.unexpected, self.errors)
+
+    def below(
+        self, module: nn.Module, values: dict[str, object], prefix: str, noted: Callable[[str], dict[str, object]]
+    ) -> None:
+        """As ``load_state_dict`` does for a module and all below it."""
+        self.own(module, values, prefix, noted(prefix))
+        for name, child in own_children(module).items():
+            if child is not None:
+                start = f"{prefix}{name}."
+                theirs = {key: value for key, value in values.items() if key.startswith(start)}
+                self.below(child, theirs, start, noted)
+        self.after(module)
+
+    def after(self, module: nn.Module) -> None:
+        """Call a module's post-hooks."""
+        keys = loading_answer(self.missing, self.unexpected)
+        for hook in loading_post_hooks(module):
+            with _failing(module, self.prefix, "a load_state_dict post-hook"):
+                hook(module, keys)
+
+    def root(self, values: dict[str, object], metadata: dict[str, dict[str, object]]) -> None:
+        """Call the model's own ``load_state_dict``."""
+        given: OrderedDict[str, object] = OrderedDict(values)
+        if metadata:
+            note_versions(given, metadata)
+        with _failing(self.module, self.prefix, "load_state_dict"):
+            found: object = self.module.load_state_dict(given)
+        missing, unexpected = keys_of_answer(found)
+        self.missing += missing
+        self.unexpected += unexpected
+
+
+def post_steps(root: nn.Module, prefix: str = "") -> list[Step]:
+    """The post-hooks of a model that makes and takes its state as torch does, in torch's order."""
+    if not any(loading_post_hooks(module) for module in every_module([root])):
+        return []
+    found: list[Step] = []
+    for name, child in own_children(root).items():
+        if child is not None:
+            found += post_steps(child, f"{prefix}{name}.")
+    # FSDP2's own hooks put sharded parameters back in place; these never left it.
+    if has_foreign_hooks(loading_post_hooks(root)):
+        found.append(Step("post", root, prefix))
+    return found

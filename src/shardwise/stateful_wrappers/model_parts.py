@@ -31,11 +31,7 @@ def described_part(parts: Sequence[nn.Module]) -> nn.Module | None:
 
 
 def config_of(model: nn.Module) -> object | None:
-    """A model's configuration, or ``None`` where it has none.
-
-    Raises:
-        MisuseError: It is a property, and that fails.
-    """
+    """A model's configuration, or ``None`` where it has none. It may be a property, and that may fail."""
     try:
         found: object = getattr(model, "config", None)
     except Exception as error:
@@ -49,13 +45,9 @@ def config_of(model: nn.Module) -> object | None:
 def written_dtype(parts: Iterable[nn.Module], mapping: Mapping[str, str] | None) -> str | None:
     """Torch's name of the dtype of the written weights, or ``None`` where there is no floating-point parameter.
 
-    With a mapping, the dtype that most elements are written in; without, that of the first floating-point parameter,
-    as transformers does in ``save_pretrained``. One-byte floats are storage formats of quantized weights and say
-    nothing about the dtype to compute in.
-
-    Args:
-        parts: The model's parts on this rank.
-        mapping: Name in the file -> safetensors code or torch's name of the dtype as written.
+    With a mapping (name in the file -> dtype as written) the dtype that most elements are written in; without, that of
+    the first floating-point parameter, as transformers does in ``save_pretrained``. One-byte floats are storage formats
+    of quantized weights and say nothing about the dtype to compute in.
     """
     parameters = [(name, p) for part in parts for name, p in part.named_parameters()]
     if mapping:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice, pairwise
 from typing import NamedTuple, cast
 
 import torch
@@ -18,7 +17,7 @@ from shardwise.stateful_wrappers.state_dict_overrides import (
     refuse_fsdp1,
     refuse_hooks_around,
 )
-from shardwise.stateful_wrappers.units import Aside, StandIns, Step, describe, saved_tensors
+from shardwise.stateful_wrappers.units import Aside, Described, StandIns, Step, saved_tensors
 from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
 from shardwise.upstream.torch_modules import (
     LOAD_OWN,
@@ -30,44 +29,32 @@ from shardwise.upstream.torch_modules import (
     saving_hooks,
     saving_pre_hooks,
 )
-from shardwise.upstream.transformers import class_ties, configured_ties, has_configured_ties
+from shardwise.upstream.transformers import class_ties, configured_ties
 
 
 class NamedTensor(NamedTuple):
-    """A tensor of the model's state. Two are never compared but by identity.
+    """A tensor of the model's state. Two are never compared but by identity."""
 
-    Attributes:
-        name: Plain fully qualified name.
-        tensor: The parameter or buffer itself (not detached).
-        aliases: Further names of the very same tensor.
-        part: Number of the first of the model's parts that has it under this name.
-        position: Index of the name among all names of all parts.
-    """
-
-    name: str
-    tensor: torch.Tensor
-    aliases: tuple[str, ...] = ()
-    part: int = 0
-    position: int = 0
+    name: str  #: Plain fully qualified name.
+    tensor: torch.Tensor  #: The parameter or buffer itself (not detached).
+    aliases: tuple[str, ...] = ()  #: Further names of the very same tensor.
+    part: int = 0  #: Number of the first of the model's parts that has it under this name.
+    position: int = 0  #: Index of the name among all names of all parts.
 
 
 class Listing(NamedTuple):
-    """A model's state.
+    """A model's state."""
 
-    Attributes:
-        tensors: Parameters and persistent buffers, each once, in the model's order; stand-ins where modules make or
-            load their entries by their own methods.
-        modules: The modules that have them, possibly some twice; ``None`` where one has its own methods for state.
-        aside: Plain name -> a value of the state that is no ordinary tensor.
-        metadata: Plain module name -> torch's metadata of modules with their own methods for state.
-        steps: For each part, how it loads entries that are not read into its memory directly; empty for most models.
-    """
-
+    #: Parameters and persistent buffers, each once, in the model's order; stand-ins where modules make or load their
+    #: entries by their own methods.
     tensors: tuple[NamedTensor, ...]
+    #: The modules that have them, possibly some twice; ``None`` where one has its own methods for state.
     modules: tuple[nn.Module, ...] | None
-    aside: Mapping[str, Aside] = {}
-    metadata: Mapping[str, Mapping[str, object]] = {}
-    steps: tuple[tuple[Step, ...], ...] = ()
+    aside: Mapping[str, Aside]  #: Plain name -> a value of the state that is no ordinary tensor.
+    #: Plain module name -> torch's metadata of modules with their own methods for state.
+    metadata: Mapping[str, Mapping[str, object]]
+    #: For each part, how it loads entries that are not read into its memory directly; empty for most models.
+    steps: tuple[tuple[Step, ...], ...]
 
 
 def list_state(
@@ -77,63 +64,43 @@ def list_state(
 
     Two names are the same tensor if they are the same object or the same memory read in the same way. The name that
     is kept is the one that the model does not declare as tied to another (transformers' ``_tied_weights_keys``) and
-    that is no head's, else the first.
+    that is no head's, else the first. Different tensors of one name in two parts are a `NameCollisionError`.
 
-    Args:
-        parts: The model's parts.
-        stand_ins: Those of last time, for what modules make on the fly.
-        values: Whether the state is for a save; otherwise extra state is not requested.
-        norms: Whether torch's normalisation layers take their state themselves.
-
-    Raises:
-        MisuseError: A module is wrapped by FSDP1.
-        NameCollisionError: Two parts have different tensors of one name.
-        ModuleStateError: A module gives what cannot be described.
+    ``stand_ins`` are those of last time, for what modules make on the fly. Without ``values`` the state is not for a
+    save, and extra state is not requested; with ``norms`` torch's normalisation layers take their state themselves.
     """
     refuse_fsdp1(parts)
     stand_ins = stand_ins or StandIns()
     stand_ins.begin()
-    found: dict[str, torch.Tensor] = {}
+    entries: list[Mapping[str, torch.Tensor]] = []
     modules: list[nn.Module] | None = []
     aside: dict[str, Aside] = {}
     metadata: dict[str, Mapping[str, object]] = {}
     steps: list[tuple[Step, ...]] = []
-    bounds = [0]
     for part in parts:
         module = unwrap(part)
         refuse_hooks_around(part, module)
         plain = _plain_entries(module, norms)
         if plain is None:
             modules = None
-            described = describe(module, stand_ins, plain_name, values=values, norms=norms)
+            described = Described(module, stand_ins, values=values, norms=norms)
             aside |= {plain_name(name): value for name, value in described.aside.items()}
             metadata |= {plain_name(f"{name}.")[:-1]: noted for name, noted in described.metadata.items()}
             steps.append(tuple(described.steps))
-            entries: Mapping[str, torch.Tensor] = described.tensors
+            entries.append(described.tensors)
         else:
-            entries = plain.entries
             steps.append(())
+            entries.append(plain[0])
             if modules is not None:
-                modules += plain.modules
-        _add(found, entries)
-        bounds.append(len(found))
-    listed = _listed(found, bounds, parts)
-    return Listing(tuple(listed), None if modules is None else tuple(modules), aside, metadata, tuple(steps))
+                modules += plain[1]
+    listed = _listed(entries, parts)
+    return Listing(listed, None if modules is None else tuple(modules), aside, metadata, tuple(steps))
 
 
 def list_parameters(parts: Sequence[nn.Module]) -> tuple[NamedTensor, ...]:
-    """As `list_state`, but parameters and buffers as the modules have them, whatever they give out when asked.
-
-    Raises:
-        NameCollisionError: Two parts have different tensors of one name.
-    """
+    """As `list_state`, but parameters and buffers as the modules have them, whatever they give out when asked."""
     refuse_fsdp1(parts)
-    found: dict[str, torch.Tensor] = {}
-    bounds = [0]
-    for part in parts:
-        _add(found, _own_entries(unwrap(part)))
-        bounds.append(len(found))
-    return tuple(_listed(found, bounds, parts))
+    return _listed([_own_entries(unwrap(part)) for part in parts], parts)
 
 
 def own_tensors(root: nn.Module) -> dict[str, torch.Tensor]:
@@ -145,30 +112,28 @@ def own_tensors(root: nn.Module) -> dict[str, torch.Tensor]:
     return {plain_name(name): tensor for name, tensor in _own_entries(root).items()}
 
 
-def _add(found: dict[str, torch.Tensor], entries: Mapping[str, torch.Tensor]) -> None:
-    for key, tensor in entries.items():
-        name = plain_name(key)
-        if found.setdefault(name, tensor) is not tensor:
-            raise NameCollisionError(
-                "two of this rank's model parts have different tensors of this name",
-                tensor=name,
-                hint="Give each stage's modules the names that they have in the whole model.",
-            )
-
-
-def _listed(found: Mapping[str, torch.Tensor], bounds: Sequence[int], parts: Sequence[nn.Module]) -> list[NamedTensor]:
-    """The tensors with the parts that have them, names of one tensor together."""
-    listed = [
-        NamedTensor(name, tensor, (), number, position)
-        for number, (low, high) in enumerate(pairwise(bounds))
-        for position, (name, tensor) in zip(range(low, high), islice(found.items(), low, high), strict=True)
-    ]
-    if len(set(map(address, found.values()))) < len(found):
-        listed = _merged(listed, declared_ties(parts))
+def _listed(entries: Sequence[Mapping[str, torch.Tensor]], parts: Sequence[nn.Module]) -> tuple[NamedTensor, ...]:
+    """The tensors with the first of the parts that has them, names of one tensor together."""
+    found: dict[str, NamedTensor] = {}
+    for number, own in enumerate(entries):
+        for key, tensor in own.items():
+            name = plain_name(key)
+            known = found.get(name)
+            if known is None:
+                found[name] = NamedTensor(name, tensor, (), number, len(found))
+            elif known.tensor is not tensor:
+                raise NameCollisionError(
+                    "two of this rank's model parts have different tensors of this name",
+                    tensor=name,
+                    hint="Give each stage's modules the names that they have in the whole model.",
+                )
+    listed = tuple(found.values())
+    if len({address(named.tensor) for named in listed}) < len(listed):
+        return _merged(listed, declared_ties(parts))
     return listed
 
 
-def _merged(listed: Sequence[NamedTensor], declared: Mapping[str, str]) -> list[NamedTensor]:
+def _merged(listed: Sequence[NamedTensor], declared: Mapping[str, str]) -> tuple[NamedTensor, ...]:
     """Put names of one tensor together."""
     groups: dict[tuple[object, ...], list[NamedTensor]] = {}
     for named in listed:
@@ -179,7 +144,7 @@ def _merged(listed: Sequence[NamedTensor], declared: Mapping[str, str]) -> list[
         undeclared = [named for named in alike if named.name not in declared]
         kept = next((named for named in undeclared if not is_lm_head(named.name)), (undeclared or alike)[0])
         out.append(kept._replace(aliases=tuple(named.name for named in alike if named is not kept)))
-    return out
+    return tuple(out)
 
 
 def is_lm_head(name: str) -> bool:
@@ -187,16 +152,10 @@ def is_lm_head(name: str) -> bool:
     return name == "lm_head.weight" or name.endswith(".lm_head.weight")
 
 
-class _Plain(NamedTuple):
-    entries: Mapping[str, torch.Tensor]
-    modules: Sequence[nn.Module]
-
-
-def _plain_entries(root: nn.Module, norms: bool = False) -> _Plain | None:
+def _plain_entries(root: nn.Module, norms: bool) -> tuple[dict[str, torch.Tensor], list[nn.Module]] | None:
     """The entries of torch's ``state_dict``, in its order, in a third of its time; and the modules.
 
-    Returns:
-        ``None`` where a module overrides how its state is made or loaded, or has a hook of another library.
+    ``None`` where a module overrides how its state is made or loaded, or has a hook of another library.
     """
     found: dict[str, torch.Tensor] = {}
     modules: list[nn.Module] = []
@@ -218,10 +177,8 @@ def _plain_entries(root: nn.Module, norms: bool = False) -> _Plain | None:
         for hook in saving_pre_hooks(module):
             hook(module, prefix, True)
         found |= {prefix + name: tensor for name, tensor in saved_tensors(module)}
-        if below := own_children(module):
-            children = [(f"{prefix}{name}.", child) for name, child in below.items() if child is not None]
-            pending.extend(reversed(children))
-    return _Plain(found, modules)
+        pending.extend(_children(module, prefix))
+    return found, modules
 
 
 def _own_entries(root: nn.Module) -> dict[str, torch.Tensor]:
@@ -234,9 +191,16 @@ def _own_entries(root: nn.Module) -> dict[str, torch.Tensor]:
             if not has_foreign_hooks([hook]):
                 hook(module, prefix, True)
         found |= {prefix + name: tensor for name, tensor in saved_tensors(module)}
-        children = [(f"{prefix}{name}.", child) for name, child in own_children(module).items() if child is not None]
-        pending.extend(reversed(children))
+        pending.extend(_children(module, prefix))
     return found
+
+
+def _children(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.Module]]:
+    """A module's children with the prefixes of their names, the last one first."""
+    children = own_children(module)
+    if not children:
+        return ()
+    return reversed([(f"{prefix}{name}.", child) for name, child in children.items() if child is not None])
 
 
 def has_torchs_ways(cls: type[nn.Module]) -> bool:
@@ -258,15 +222,11 @@ def keeps_torchs_ways(module: nn.Module) -> bool:
 def declared_ties(parts: Sequence[nn.Module]) -> dict[str, str]:
     """Names that the model declares as tied to another: ``{"lm_head.weight": "model.embed_tokens.weight"}``.
 
-    Declarations only; whether the tensors really are one is not checked.
+    Declarations only; whether the tensors really are one is not checked. The other name is empty where none is given.
     """
     ties: dict[str, str] = {}
-    for part in parts:
-        declared = configured_ties(unwrap(part)) or class_ties(unwrap(part))
-        if isinstance(declared, dict):
-            ties.update({str(target): str(source) for target, source in declared.items()})
-        elif declared:
-            ties.update({str(target): "" for target in cast("Iterable[object]", declared)})
+    for module in map(unwrap, parts):
+        ties |= _as_mapping(configured_ties(module) or class_ties(module))
     return ties
 
 
@@ -275,13 +235,7 @@ def promised_ties(parts: Sequence[nn.Module]) -> dict[str, str]:
 
     A pipeline stage may have its own copy of a tensor that another stage has under the name that it is tied to.
     """
-    ties: dict[str, str] = {}
-    for part in parts:
-        module = unwrap(part)
-        declared = configured_ties(module) if has_configured_ties(module) else class_ties(module)
-        if isinstance(declared, dict):
-            ties.update({str(target): str(source) for target, source in declared.items()})
-    return ties
+    return {target: source for target, source in _configured(parts).items() if source}
 
 
 def loaders_ties(parts: Sequence[nn.Module]) -> frozenset[str]:
@@ -290,11 +244,21 @@ def loaders_ties(parts: Sequence[nn.Module]) -> frozenset[str]:
     As `declared_ties`, but what transformers ties depends on the configuration: with ``tie_word_embeddings=False`` a
     declared tie does not count.
     """
-    found: set[str] = set()
-    for part in parts:
-        known = configured_ties(unwrap(part))
-        found.update(map(str, known) if isinstance(known, dict) else declared_ties([part]))
-    return frozenset(found)
+    return frozenset(_configured(parts))
+
+
+def _configured(parts: Sequence[nn.Module]) -> dict[str, str]:
+    ties: dict[str, str] = {}
+    for module in map(unwrap, parts):
+        known = configured_ties(module)
+        ties |= _as_mapping(known if isinstance(known, dict) else class_ties(module))
+    return ties
+
+
+def _as_mapping(declared: object) -> dict[str, str]:
+    if isinstance(declared, dict):
+        return {str(target): str(source) for target, source in declared.items()}
+    return {str(target): "" for target in cast("Iterable[object]", declared or ())}
 
 
 def undeclared_names(tensors: Iterable[NamedTensor], parts: Sequence[nn.Module]) -> dict[str, str]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from functools import cached_property
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -24,14 +25,12 @@ from shardwise.stateful_wrappers.custom_optimizer_state import StateView, makes_
 from shardwise.stateful_wrappers.inner_optimizers import (
     AnyOptimizer,
     Options,
-    SharedParameterError,
     StateHolder,
     find_state_holders,
     members,
 )
 from shardwise.stateful_wrappers.memory import install, plain_view
 from shardwise.stateful_wrappers.names import list_parameters, promised_ties, undeclared_names
-from shardwise.stateful_wrappers.optimizer_classes import equal
 from shardwise.stateful_wrappers.state_tensors import (
     LOCAL,
     PLAIN,
@@ -42,57 +41,40 @@ from shardwise.stateful_wrappers.state_tensors import (
     describe,
     is_sharded,
 )
-from shardwise.stateful_wrappers.state_trees import Tree, TreeWriter, is_flat, merged
+from shardwise.stateful_wrappers.state_trees import Tree, TreeWriter, equal, is_flat, merged
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.upstream.torch_tensors import local_part
-
-StateValue = object
 
 
 @dataclass(frozen=True)
 class SavedGroup:
-    """A parameter group: its options, the names of its parameters, and its optimizer's class.
+    """A parameter group: its options, the names of its parameters, and its optimizer's class."""
 
-    Attributes:
-        options: Everything but the parameters.
-        params: Names of the parameters.
-        kind: Name of the optimizer's class; empty where the checkpoint does not say, as older ones do not.
-        slot: Empty; of an optimizer around another one of the same parameters, its class's name.
-    """
-
-    options: Mapping[str, object]
-    params: tuple[str, ...]
-    kind: str = ""
-    slot: str = ""
+    options: Mapping[str, object]  #: Everything but the parameters.
+    params: tuple[str, ...]  #: Names of the parameters.
+    kind: str = ""  #: Name of the optimizer's class; empty where the checkpoint does not say, as older ones do not.
+    slot: str = ""  #: Empty; of an optimizer around another one of the same parameters, its class's name.
 
 
 @dataclass(frozen=True)
 class OptimizerRecord:
-    """Everything about an optimizer but its tensors' values.
+    """Everything about an optimizer but its tensors' values."""
 
-    Attributes:
-        groups: All groups.
-        tensors: Parameter name -> state key -> what the tensor was.
-        values: Parameter name -> state key -> a value that is not a tensor.
-        aliases: Further name of a shared parameter, unless it is declared -> the name that it has here.
-        shapes: Parameter name -> its shape, in the whole; older checkpoints do not say.
-        schedulers: The schedulers' classes, in order; likewise.
-        trees: Parameter name, or a name in angle brackets for what belongs to no parameter -> how its tensors and
-            values are nested (`shardwise.stateful_wrappers.state_trees`), where they are.
-        is_old: Whether it was written before anything but the state of parameters was saved.
-        renamed: Name in the checkpoint -> the parameter's name here, where they differ.
-        files: What a state is called here -> what the files call it, where they differ.
-    """
-
-    groups: tuple[SavedGroup, ...]
-    tensors: Mapping[str, Mapping[str, SavedTensor]]
-    values: Mapping[str, Mapping[str, StateValue]]
+    groups: tuple[SavedGroup, ...]  #: All groups.
+    tensors: Mapping[str, Mapping[str, SavedTensor]]  #: Parameter name -> state key -> what the tensor was.
+    values: Mapping[str, Mapping[str, object]]  #: Parameter name -> state key -> a value that is not a tensor.
+    #: Further name of a shared parameter, unless it is declared -> the name that it has here.
     aliases: Mapping[str, str] = field(default_factory=dict)
+    #: Parameter name -> its shape, in the whole; older checkpoints do not say.
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    schedulers: tuple[str, ...] = ()
+    schedulers: tuple[str, ...] = ()  #: The schedulers' classes, in order; likewise.
+    #: Parameter name, or a name in angle brackets for what belongs to no parameter -> how its tensors and values are
+    #: nested (`shardwise.stateful_wrappers.state_trees`), where they are.
     trees: Mapping[str, Tree] = field(default_factory=dict)
-    is_old: bool = False
+    is_old: bool = False  #: Whether it was written before anything but the state of parameters was saved.
+    #: Name in the checkpoint -> the parameter's name here, where they differ.
     renamed: Mapping[str, str] = field(default_factory=dict)
+    #: What a state is called here -> what the files call it, where they differ.
     files: Mapping[str, str] = field(default_factory=dict)
 
     def file_label(self, label: str) -> str:
@@ -117,8 +99,10 @@ class OptimizerRecord:
 
     def to_state(self) -> dict[str, object]:
         """As plain containers, for `shardwise.format.state_json`."""
+        # A release that knows of no kinds would make something else of a tensor.
+        has_kinds = any(saved.kind != Kind() for found in self.tensors.values() for saved in found.values())
         state: dict[str, object] = {
-            "version": 2 if self.trees or any(g.slot for g in self.groups) or self._has_kinds() else 1,
+            "version": 2 if self.trees or any(g.slot for g in self.groups) or has_kinds else 1,
             "groups": [
                 {"options": dict(g.options), "params": list(g.params), "kind": g.kind, "slot": g.slot}
                 for g in self.groups
@@ -133,17 +117,9 @@ class OptimizerRecord:
         state |= {"aliases": dict(self.aliases)} if self.aliases else {}
         return state | ({"trees": dict(self.trees)} if self.trees else {})
 
-    def _has_kinds(self) -> bool:
-        """Whether a release that knows of no kinds would make something else of a tensor."""
-        return any(saved.kind != Kind() for found in self.tensors.values() for saved in found.values())
-
     @staticmethod
     def from_state(state: object) -> OptimizerRecord:
-        """Check and take in what `to_state` gave.
-
-        Raises:
-            StateFormatError: It is something else.
-        """
+        """Check and take in what `to_state` gave; `StateFormatError` where it is something else."""
         try:
             fields = cast(dict[str, object], state)
             if fields["version"] not in (1, 2):
@@ -184,13 +160,10 @@ class OptimizerRecord:
         """Put the records of several ranks together: groups of one class with equal options become one.
 
         Where several ranks have one parameter, all its options and values are those of the first of these ranks.
-
-        Raises:
-            MisuseError: Ranks have different numbers of schedulers.
         """
         groups: list[tuple[SavedGroup, dict[str, None]]] = []
         tensors: dict[str, dict[str, SavedTensor]] = {}
-        values: dict[str, Mapping[str, StateValue]] = {}
+        values: dict[str, Mapping[str, object]] = {}
         trees: dict[str, Tree] = {}
         aliases: dict[str, str] = {}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -223,11 +196,7 @@ class OptimizerRecord:
 
 
 def _one_tree(name: str, known: Tree, tree: Tree) -> Tree:
-    """The trees of two ranks under one name, merged.
-
-    Raises:
-        MisuseError: It belongs to no parameter, and they have different values.
-    """
+    """The trees of two ranks under one name, merged; they may not differ in what belongs to no parameter."""
     if name.startswith("<") and name.endswith(">") and not equal(known, tree):
         raise MisuseError(
             f"ranks have different state of their {name[1:-1].partition('.')[0]} beside that of its parameters, and "
@@ -251,23 +220,15 @@ def _same_options(groups: list[tuple[SavedGroup, dict[str, None]]], group: Saved
     return len(groups) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class SplitState:
-    """A parameter's state, split into tensors and the rest.
+class SplitState(NamedTuple):
+    """A parameter's state, split into tensors and the rest."""
 
-    Attributes:
-        tensors: Key -> tensor.
-        values: Key -> other value, where nothing is nested.
-        tree: How the state is nested; ``None`` where it is flat.
-    """
-
-    tensors: Mapping[str, torch.Tensor]
-    values: Mapping[str, StateValue]
-    tree: Tree | None
+    tensors: Mapping[str, torch.Tensor]  #: Key -> tensor.
+    values: Mapping[str, object]  #: Key -> other value, where nothing is nested.
+    tree: Tree | None  #: How the state is nested; ``None`` where it is flat.
 
 
-@dataclass(frozen=True, slots=True)
-class _Loose:
+class _Loose(NamedTuple):
     """State that belongs to no parameter, split into a tree and tensors, and its label in the checkpoint."""
 
     label: str
@@ -306,15 +267,7 @@ class Entry:
         return f"state.{self.label}.{key}"
 
     def split(self, name_of: Callable[[torch.Tensor], str], own: Callable[[str], bool] = lambda _: False) -> SplitState:
-        """The state, split into tensors and the rest.
-
-        Args:
-            name_of: Gives a parameter's name.
-            own: Keys of plain tensors that differ from shard to shard.
-
-        Raises:
-            MisuseError: It holds what cannot be saved.
-        """
+        """The state as tensors and the rest; ``own`` says of keys whether plain tensors differ between shards."""
         if is_flat(self.state):
             named = cast(Mapping[str, object], self.state)
             tensors = {key: value for key, value in named.items() if isinstance(value, torch.Tensor)}
@@ -346,32 +299,15 @@ class OptimizerState:
         self._names = {id(each.tensor): each.name for each in named}
         self._spread = {tuple(each.tensor.shape): each.name for each in named if isinstance(each.tensor, DTensor)}
         self.passed = passed
-        try:
-            self.state_holders = find_state_holders(passed)
-        except SharedParameterError as error:
-            raise self._shared(error) from None
+        self.state_holders = find_state_holders(passed, self._names)
         self.aliases = undeclared_names(named, parts)
         # Under which other names a parameter's state may be saved; what a checkpoint says is added by `plan_restore`.
         self.saved_under = promised_ties(parts)
         self._settled: dict[str, str] = {}
         self._own: set[str] = set()
-        self._loose: list[_Loose] | None = None
-
-    def _shared(self, error: SharedParameterError) -> MisuseError:
-        first, second = error.first.kind, error.second.kind
-        which = f"two optimizers ({first} and {second})" if first != second else f"two {first} optimizers"
-        return MisuseError(
-            f"{which} update one parameter, which has one state in a checkpoint",
-            tensor=self._names.get(id(error.param)),
-            hint="Give each parameter to one optimizer; pass each optimizer once.",
-        )
 
     def name(self, param: torch.Tensor) -> str:
-        """A parameter's name.
-
-        Raises:
-            MisuseError: The model does not have it.
-        """
+        """A parameter's name; `MisuseError` where the model does not have it."""
         name = self._names.get(id(param))
         if name is None:
             if (like := self._spread.get(tuple(param.shape))) and not isinstance(param, DTensor):
@@ -396,11 +332,7 @@ class OptimizerState:
                 yield holder, group
 
     def names(self, group: Options) -> tuple[str, ...]:
-        """Names of a group's parameters.
-
-        Raises:
-            MisuseError: The model does not have one of them.
-        """
+        """Names of a group's parameters."""
         return tuple(map(self.name, members(group)))
 
     def entries(self) -> Iterator[Entry]:
@@ -427,23 +359,21 @@ class OptimizerState:
         """Whether any optimizer overrides how its state dict is made or loaded."""
         return any(map(makes_or_loads_custom, self.passed))
 
+    @cached_property
     def loose(self) -> list[_Loose]:
-        """State that belongs to no parameter, collected once: under other keys, and further entries of state dicts."""
-        if self._loose is None:
-            self._loose = list(self._find_loose())
-        return self._loose
-
-    def _find_loose(self) -> Iterator[_Loose]:
+        """State that belongs to no parameter: under other keys, and further entries of state dicts."""
+        found: list[_Loose] = []
         for holder, label in self.labels():
             state = cast(Mapping[object, object], holder.optimizer.state)
             keyed = {key: value for key, value in state.items() if not isinstance(key, torch.Tensor)}
             if keyed:
-                yield self._split_loose(label, keyed)
+                found.append(self._split_loose(label, keyed))
         for number, label in self.passed_labels():
             if makes_or_loads_custom(self.passed[number]):
                 rest = [[[list(step) for step in path], value] for path, value in self.view(number).rest()]
                 if rest:
-                    yield self._split_loose(label, rest)
+                    found.append(self._split_loose(label, rest))
+        return found
 
     def labels(self) -> list[tuple[StateHolder, str]]:
         """Each holder, and the label of its state that belongs to no parameter."""
@@ -507,7 +437,7 @@ class OptimizerState:
         """The groups, and a description of each parameter's state."""
         groups: list[SavedGroup] = []
         tensors: dict[str, Mapping[str, SavedTensor]] = {}
-        values: dict[str, Mapping[str, StateValue]] = {}
+        values: dict[str, Mapping[str, object]] = {}
         trees: dict[str, Tree] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for holder, group in self.groups():
@@ -524,15 +454,14 @@ class OptimizerState:
             values[entry.label] = parts.values
             if parts.tree is not None:
                 trees[entry.label] = parts.tree
-        for loose in self.loose():
+        for loose in self.loose:
             tensors[loose.label] = {key: describe(value, None) for key, value in loose.tensors.items()}
             trees[loose.label] = loose.tree
         return OptimizerRecord(tuple(groups), tensors, values, self.aliases, shapes, tuple(schedulers), trees)
 
     def held(self, meshes: MeshRegister | None = None) -> list[HeldTensor]:
         """This rank's parts of the state tensors, as views of the optimizers' memory."""
-        register = meshes or MeshRegister()
-        return held_tensors(self.state_dict().items(), register)
+        return held_tensors(self.state_dict().items(), meshes or MeshRegister())
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """State tensors by name, sharing the optimizers' memory."""
@@ -542,7 +471,7 @@ class OptimizerState:
                 name = entry.tensor_name(key)
                 tensor = plain_view(name, value)
                 found[name] = as_shard_of(tensor, entry.param) if self._settled.get(name) == LOCAL else tensor
-        for loose in self.loose():
+        for loose in self.loose:
             names = {f"state.{loose.label}.{key}": value for key, value in loose.tensors.items()}
             found |= {name: plain_view(name, value) for name, value in names.items()}
         return found

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch.optim import Optimizer
@@ -21,57 +21,48 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.custom_optimizer_state import Path, StateView, cloned, makes_or_loads_custom
 from shardwise.stateful_wrappers.inner_optimizers import Options, StateHolder, members
 from shardwise.stateful_wrappers.optimizer import Entry, OptimizerRecord, OptimizerState, SavedGroup, label_of
-from shardwise.stateful_wrappers.optimizer_classes import equal, is_foreign, is_like_parameter, is_torchs_own
-from shardwise.stateful_wrappers.state_tensors import Made, Place, SavedTensor, make
-from shardwise.stateful_wrappers.state_trees import TreeReader
+from shardwise.stateful_wrappers.state_tensors import Place, SavedTensor, make
+from shardwise.stateful_wrappers.state_trees import TreeReader, equal
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.upstream.torch_tensors import local_part
+
+#: The state that torch's optimizers keep of a parameter. All have its shape, except `_OF_NO_SHAPE`.
+#: Source: the `step` methods in `torch.optim`. A class that is not listed here is judged by its options alone.
+_STATE_KEYS = {
+    "ASGD": {"ax", "eta", "mu"},
+    "Adadelta": {"square_avg", "acc_delta"},
+    "Adagrad": {"sum"},
+    "Adam": {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
+    "AdamW": {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
+    "Adamax": {"exp_avg", "exp_inf"},
+    "NAdam": {"exp_avg", "exp_avg_sq", "mu_product"},
+    "RAdam": {"exp_avg", "exp_avg_sq"},
+    "RMSprop": {"square_avg", "momentum_buffer", "grad_avg"},
+    "Rprop": {"prev", "step_size"},
+    "SGD": {"momentum_buffer"},
+}
+_OF_NO_SHAPE = {"eta", "mu", "mu_product"}
+#: Counts steps in nearly every class, and so identifies none.
+_COMMON = {"step"}
+#: Options that choose the implementation, not the result; a release of torch may add some.
+_FLAGS = {"foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
 
 Undo = Callable[[], None]
 Rest = list[tuple[Path, object]]
 
 
-@dataclass(frozen=True, slots=True)
-class RestoreOptions:
-    """Options of a restore of optimizers.
-
-    Attributes:
-        allow_new: Parameters that the saved optimizer did not update start without state.
-        aside: Whether state is read into new memory instead of the optimizers' tensors.
-    """
-
-    allow_new: bool = False
-    aside: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """A group, and the options that it takes."""
-
-    group: Options
-    options: Mapping[str, object]
-
-
-@dataclass(frozen=True, slots=True)
-class _Param:
+class _Param(NamedTuple):
     """A parameter, and the state that it gets; ``None`` for none. Its tensors are there, the values come later."""
 
     optimizer: Optimizer
     param: torch.Tensor
     name: str
     state: dict[object, object] | None
+    label: str = ""  #: What the files call the state.
+    tensors: tuple[str, ...] = ()  #: Names of its tensors in the files.
 
 
-@dataclass(frozen=True, slots=True)
-class _Keyed:
-    """State that belongs to no parameter."""
-
-    optimizer: Optimizer
-    state: Mapping[object, object]
-
-
-@dataclass(frozen=True, slots=True)
-class _Own:
+class _Own(NamedTuple):
     """An optimizer with its own ``state_dict``, and the entries of it beside its holders' state."""
 
     view: Callable[[], StateView]
@@ -81,25 +72,19 @@ class _Own:
 
 @dataclass(slots=True)
 class OptimizerRestore:
-    """A plan for optimizers.
+    """A plan for optimizers."""
 
-    Attributes:
-        groups: Every group that takes options.
-        params: Every parameter.
-        keyed: State under keys that are no parameters.
-        own: Optimizers that load their state by their own code.
-        targets: Tensors to fill, under the names of the checkpoint.
-        fresh: Names of parameters that the saved optimizer did not update, which start without state.
-        params_of: Name of a saved tensor -> whose state it is.
-    """
-
-    groups: list[_Group] = field(default_factory=list)
+    #: Every group that takes options, and these.
+    groups: list[tuple[Options, Mapping[str, object]]] = field(default_factory=list)
     params: list[_Param] = field(default_factory=list)
-    keyed: list[_Keyed] = field(default_factory=list)
-    own: list[_Own] = field(default_factory=list)
+    #: An optimizer, and its state under keys that are no parameters.
+    keyed: list[tuple[Optimizer, Mapping[object, object]]] = field(default_factory=list)
+    own: list[_Own] = field(default_factory=list)  #: Optimizers that load their state by their own code.
+    #: Tensors to fill, under the names of the checkpoint.
     targets: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    #: Names of parameters that the saved optimizer did not update, which start without state.
     fresh: list[str] = field(default_factory=list)
-    params_of: dict[str, str] = field(default_factory=dict)
+    params_of: dict[str, str] = field(default_factory=dict)  #: Name of a saved tensor -> whose state it is.
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The state tensors to be filled, under the names of the checkpoint."""
@@ -109,11 +94,10 @@ class OptimizerRestore:
         """Drop state tensors of ``parameters`` that are not among ``names``: this rank saved none."""
         dropped = {name for name, _ in self.targets if self.params_of.get(name) in parameters and name not in names}
         for number, each in enumerate(self.params):
-            if each.name not in parameters or each.state is None:
-                continue
-            state = {key: v for key, v in each.state.items() if f"state.{each.name}.{key}" not in dropped}
-            has_any = any(isinstance(value, torch.Tensor) for value in state.values())
-            self.params[number] = replace(each, state=state if has_any else None)
+            lost = dropped.intersection(each.tensors)
+            if each.state is not None and lost:
+                rest = {key: v for key, v in each.state.items() if f"state.{each.label}.{key}" not in lost}
+                self.params[number] = each._replace(state=rest if len(lost) < len(each.tensors) else None)
         self.targets = [(name, tensor) for name, tensor in self.targets if name not in dropped]
 
     def held_as_saved(self) -> list[HeldTensor]:
@@ -125,25 +109,20 @@ class OptimizerRestore:
         return held_tensors(((name, tensor.detach()) for name, tensor in self.targets), MeshRegister())
 
     def apply(self) -> Undo:
-        """Set the options and put the state's tensors in place.
+        """Set the options and put the state's tensors in place, unless an optimizer's own code refuses its state.
 
-        Their values may still have to be filled in, unless an optimizer has its own ``load_state_dict``.
-
-        Returns:
-            A function that restores the former state; valid until the first tensor that existed before is filled.
-
-        Raises:
-            MisuseError: An optimizer's own code refuses its state.
+        Values may still have to be filled in, unless an optimizer has its own ``load_state_dict``. The function that is
+        returned restores the former state; it is valid until the first tensor that existed before is filled.
         """
         undo = self._undo()
         try:
             with torch.no_grad():
-                for each in self.groups:
-                    _set_options(each.group, each.options)
-            for param in self.params:
-                _set_state(param.optimizer, param.param, param.state)
-            for every in self.keyed:
-                _set_keyed(every.optimizer, every.state)
+                for group, options in self.groups:
+                    _set_options(group, options)
+            for each in self.params:
+                _set_state(each.optimizer, each.param, each.state)
+            for optimizer, state in self.keyed:
+                _set_keyed(optimizer, state)
             for own in self.own:
                 self._hand_over(own)
         except BaseException:
@@ -153,11 +132,10 @@ class OptimizerRestore:
 
     def _undo(self) -> Undo:
         """A function that restores the current state."""
-        groups = [(each.group, dict(each.group), _tensor_options(each.group)) for each in self.groups]
+        groups = [(group, dict(group), _tensor_options(group)) for group, _ in self.groups]
         states = [(each, _had(each.optimizer, each.param)) for each in self.params]
-        keyed = [(each, _had_keys(each)) for each in self.keyed]
-        rests = [(each, [(path, cloned(value)) for path, value in each.view().rest()]) for each in self.own]
-
+        keyed = [(optimizer, _had_keys(optimizer, state)) for optimizer, state in self.keyed]
+        rests = [(own, [(path, cloned(value)) for path, value in own.view().rest()]) for own in self.own]
         # torch's own class makes new groups as it takes a state dict in.
         owners = {id(each.optimizer): (each.optimizer, each.optimizer.param_groups) for each in self.params}
 
@@ -173,8 +151,8 @@ class OptimizerRestore:
                     cast(torch.Tensor, group[key]).copy_(value)
             for each, state in states:
                 _set_state(each.optimizer, each.param, state)
-            for every, before in keyed:
-                _set_keyed(every.optimizer, before)
+            for optimizer, before in keyed:
+                _set_keyed(optimizer, before)
             for own, rest in rests:
                 own.view().take(rest)
 
@@ -206,23 +184,25 @@ _ABSENT = object()
 
 
 def plan_restore(
-    state: OptimizerState, record: OptimizerRecord, options: RestoreOptions | None = None
+    state: OptimizerState, record: OptimizerRecord, *, allow_new: bool = False, aside: bool = False
 ) -> OptimizerRestore:
     """Compare optimizers with a saved one, and make the memory that they lack. Nothing of theirs is changed. Local.
+
+    With ``allow_new`` parameters that the saved optimizer did not update start without state. With ``aside`` state is
+    read into new memory instead of the optimizers' tensors.
 
     Raises:
         CheckpointNotFoundError: A scheduler was saved and no optimizer.
         MissingTensorError: A parameter that was in no group of the saved optimizer.
-        MisuseError: The saved optimizer is of another class, or one group's parameters were saved in groups with
-            different options.
+        MisuseError: Another class, or one group's parameters were saved in groups with different options.
         ShapeMismatchError: A parameter, or its state, has another shape.
     """
-    return _Planner(state, record, options or RestoreOptions()).plan()
+    return _Planner(state, record, allow_new, aside).plan()
 
 
 class _Planner:
-    def __init__(self, state: OptimizerState, record: OptimizerRecord, options: RestoreOptions) -> None:
-        self.state, self.record, self.options = state, record, options
+    def __init__(self, state: OptimizerState, record: OptimizerRecord, allow_new: bool, aside: bool) -> None:
+        self.state, self.record, self.allow_new, self.aside = state, record, allow_new, aside
         self.group_of = {(g.slot, name): n for n, g in enumerate(record.groups) for name in g.params}
         self.other = {**record.aliases, **state.saved_under}
         self.found = OptimizerRestore()
@@ -243,8 +223,13 @@ class _Planner:
         kept = {label.partition(">")[0][1:] for label in {**record.tensors, **record.values} if label.startswith("<")}
         slots = {group.slot for group in record.groups if group.slot}
         counts: dict[str, int] = {}
-        for holder in state.state_holders:
-            self._check_slot(holder, slots)
+        for holder in state.state_holders if self.params and not record.is_old else ():
+            if holder.slot and holder.slot not in slots:
+                raise MisuseError(
+                    f"the checkpoint's optimizer had no {holder.slot} around it, and the one to be restored has",
+                    hint="Restore the optimizer inside of it, or build the optimizer that the checkpoint was saved "
+                    "with.",
+                )
         for holder, group in state.groups():
             position = counts[holder.slot] = counts.get(holder.slot, -1) + 1
             if holder.slot in ("", *slots):
@@ -257,20 +242,13 @@ class _Planner:
         self._plan_loose()
         return self.found
 
-    def _check_slot(self, holder: StateHolder, slots: set[str]) -> None:
-        if holder.slot and holder.slot not in slots and not self.record.is_old and self.params:
-            raise MisuseError(
-                f"the checkpoint's optimizer had no {holder.slot} around it, and the one to be restored has",
-                hint="Restore the optimizer inside of it, or build the optimizer that the checkpoint was saved with.",
-            )
-
     # --- groups -----------------------------------------------------------------------------------------------------
 
     def _plan_group(self, holder: StateHolder, group: Options, position: int) -> None:
         names = self.state.names(group)
         saved_as = [self._saved_name(holder, name) for name in names]
         absent = [name for name in saved_as if (holder.slot, name) not in self.group_of]
-        if absent and not self.options.allow_new:
+        if absent and not self.allow_new:
             raise MissingTensorError(
                 f"the saved optimizer did not update {len(absent)} of these parameters: {', '.join(absent[:5])}",
                 tensor=absent[0],
@@ -282,7 +260,7 @@ class _Planner:
         saved = self._saved_group(holder, group, known, position if not absent else None)
         if saved is not None and (names or saved.kind in ("", holder.kind)):
             _check_kind(holder.optimizer, saved, self.record, [label_of(holder.slot, n) for n in known], members(group))
-            self.found.groups.append(_Group(group, saved.options))
+            self.found.groups.append((group, saved.options))
         self._mirror(holder, group, saved)
         options = {**group, **(saved.options if saved is not None else {})}
         for param, name, saved_name in zip(members(group), names, saved_as, strict=True):
@@ -291,8 +269,11 @@ class _Planner:
                 self.found.params.append(_Param(holder.optimizer, param, saved_name, None))
             elif saved is not None:
                 entry = Entry(holder, param, name, {})
-                planned = self._planned(entry, label_of(holder.slot, saved_name), options)
-                self.found.params.append(_Param(holder.optimizer, param, saved_name, planned))
+                label, first = label_of(holder.slot, saved_name), len(self.found.targets)
+                planned = self._planned(entry, label, options)
+                own = tuple(target for target, _ in self.found.targets[first:])
+                in_files = self.record.file_label(label)
+                self.found.params.append(_Param(holder.optimizer, param, saved_name, planned, in_files, own))
 
     def _mirror(self, holder: StateHolder, group: Options, saved: SavedGroup | None) -> None:
         """The outer group takes the same options; those of a rank without parameters of the group come from it."""
@@ -304,9 +285,9 @@ class _Planner:
         names = [name for name in names if (holder.slot, name) in self.group_of]
         chosen = saved if members(group) else self._saved_group(holder, outer, names, None)
         if chosen is not None:
-            self.found.groups.append(_Group(outer, chosen.options))
+            self.found.groups.append((outer, chosen.options))
             if not members(group):
-                self.found.groups.append(_Group(group, chosen.options))
+                self.found.groups.append((group, chosen.options))
 
     def _saved_name(self, holder: StateHolder, name: str) -> str:
         return name if (holder.slot, name) in self.group_of else self.other.get(name, name)
@@ -360,7 +341,7 @@ class _Planner:
                 is_torchs_own(optimizer),
                 bool(options.get("capturable")) or bool(options.get("fused")),
                 owned="@" not in key,
-                fresh=self.options.aside,
+                fresh=self.aside,
             )
             return self._made(saved, place, saved_label, key)
 
@@ -371,9 +352,9 @@ class _Planner:
         return found
 
     def _made(self, saved: SavedTensor, place: Place, label: str, key: str) -> torch.Tensor:
-        made: Made = make(saved, place)
-        self.found.targets.append((f"state.{self.record.file_label(label)}.{key}", made.target))
-        return made.tensor
+        tensor, target = make(saved, place)
+        self.found.targets.append((f"state.{self.record.file_label(label)}.{key}", target))
+        return tensor
 
     def _read_tree(self, label: str, param: torch.Tensor | None, tensor: Callable[[str], torch.Tensor]) -> object:
         def known(key: str) -> torch.Tensor:
@@ -402,7 +383,7 @@ class _Planner:
         for holder, label in self.state.labels():
             found = self._loose(label, holder)
             if isinstance(found, dict):
-                self.found.keyed.append(_Keyed(holder.optimizer, found))
+                self.found.keyed.append((holder.optimizer, found))
         for number, label in self.state.passed_labels():
             passed = self.state.passed[number]
             if not makes_or_loads_custom(passed):
@@ -416,10 +397,9 @@ class _Planner:
         trees = self.record.trees
         if label not in trees:
             kind, _, rest = label[1:-1].partition(".")
-            alike = [
-                each for each in trees if each[1:-1].partition(".")[0] == kind and each.endswith(rest[rest.find(".") :])
-            ]
-            same = [each for each in alike if each.count(".") == label.count(".")]
+            end, dots = rest[rest.find(".") :], label.count(".")
+            alike = [each for each in trees if each[1:-1].partition(".")[0] == kind and each.endswith(end)]
+            same = [each for each in alike if each.count(".") == dots]
             if len(same) != 1:
                 return None
             label = same[0]
@@ -437,6 +417,29 @@ class _Planner:
 
 def _renamed(path: Sequence[tuple[str, object]], names: Mapping[str, str]) -> Path:
     return tuple((kind, names.get(str(step), step) if kind == "parameter" else step) for kind, step in path)
+
+
+def is_torchs_own(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's class is one of torch's."""
+    return type(optimizer) is getattr(torch.optim, type(optimizer).__name__, None)
+
+
+def is_foreign(optimizer: Optimizer, options: Collection[str], keys: Collection[str], own: Collection[str]) -> bool:
+    """Whether a state without a recorded class provably belongs to another class than this optimizer's.
+
+    Given are the names of the saved group's options, of its parameters' state in the checkpoint, and of their own now.
+    """
+    name, is_torchs = type(optimizer).__name__, is_torchs_own(optimizer)
+    known = {*own} | (_STATE_KEYS.get(name, set()) if is_torchs else set())
+    has, expects = {*keys} - _COMMON, known - _COMMON
+    if has and expects and not has & expects:
+        return True
+    return is_torchs and bool(set(optimizer.defaults) - _FLAGS - {*options})
+
+
+def is_like_parameter(optimizer: Optimizer, key: str) -> bool:
+    """Whether the state ``key`` is known to have its parameter's shape."""
+    return is_torchs_own(optimizer) and key in _STATE_KEYS.get(type(optimizer).__name__, set()) - _OF_NO_SHAPE
 
 
 def _is_known(optimizer: Optimizer, key: str) -> bool:
@@ -458,27 +461,20 @@ def _check_kind(
     names: Sequence[str],
     group: Sequence[torch.Tensor],
 ) -> None:
-    own = type(optimizer).__name__
-    hint = (
-        "Build the optimizer that the checkpoint was saved with; or, to go on with another one, leave the optimizer "
-        "(and its scheduler) out of what is restored and let it start afresh."
-    )
-    if saved.kind and names and saved.kind != own:
+    own, problem = type(optimizer).__name__, ""
+    if saved.kind and saved.kind != own:
+        problem = f"is {saved.kind} and the one to be restored is {own}"
+    elif not saved.kind:
+        keys = {key for name in names for found in (record.tensors, record.values) for key in found.get(name, {})}
+        have = {str(key) for param in group for key in optimizer.state.get(param, {})}
+        if is_foreign(optimizer, saved.options, keys, have):
+            problem = f"is no {own}: it has the state {sorted(keys)} and the options {sorted(saved.options)}"
+    if problem and names:
         raise MisuseError(
-            f"the checkpoint's optimizer is {saved.kind} and the one to be restored is {own}",
+            f"the checkpoint's optimizer {problem}",
             tensor=names[0],
-            hint=hint,
-        )
-    if saved.kind or not names:
-        return
-    keys = {key for name in names for found in (record.tensors, record.values) for key in found.get(name, {})}
-    have = {str(key) for param in group for key in optimizer.state.get(param, {})}
-    if is_foreign(optimizer, saved.options, keys, have):
-        raise MisuseError(
-            f"the checkpoint's optimizer is no {own}: it has the state {sorted(keys)} and the options "
-            f"{sorted(saved.options)}",
-            tensor=names[0],
-            hint=hint,
+            hint="Build the optimizer that the checkpoint was saved with; or, to go on with another one, leave the "
+            "optimizer (and its scheduler) out of what is restored and let it start afresh.",
         )
 
 
@@ -519,9 +515,9 @@ def _had(optimizer: Optimizer, param: torch.Tensor) -> dict[object, object] | No
     return dict(state) if isinstance(state, Mapping) else {"": state}
 
 
-def _had_keys(keyed: _Keyed) -> dict[object, object]:
-    states = cast(dict[object, object], keyed.optimizer.state)
-    return {key: states.get(key, _ABSENT) for key in keyed.state}
+def _had_keys(optimizer: Optimizer, keys: Collection[object]) -> dict[object, object]:
+    states = cast(dict[object, object], optimizer.state)
+    return {key: states.get(key, _ABSENT) for key in keys}
 
 
 def _set_state(optimizer: Optimizer, param: torch.Tensor, state: Mapping[object, object] | None) -> None:

@@ -20,8 +20,6 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from shardwise.stateful_wrappers.memory import PLAIN, identity
-from shardwise.stateful_wrappers.names import has_torchs_ways, keeps_torchs_ways
-from shardwise.stateful_wrappers.state_dict_overrides import every_module
 from shardwise.stateful_wrappers.wrapping import unwrap
 from shardwise.upstream.torch_modules import other_stores_in, own_buffers, parameters_in, unsaved_buffers
 from shardwise.upstream.torch_tensors import local_in, local_part
@@ -103,44 +101,16 @@ class Memory:
 
 
 class Snapshot:
-    """Remembers a model's modules and where its tensors lie.
+    """Remembers a model's modules, which keep their state in torch's own way, and the memory of their tensors.
 
-    Args:
-        parts: The model's parts.
-        tensors: Their tensors, or the memory that was made of these.
-        modules: Their modules, if they were listed a moment ago and keep their state in torch's own way.
-
-    Attributes:
-        is_plain: Whether all modules keep their state in torch's own way; otherwise the snapshot never holds.
+    ``is_plain`` says whether dictionaries show all that may change; otherwise the snapshot never holds.
     """
 
-    def __init__(
-        self,
-        parts: Sequence[nn.Module],
-        tensors: Sequence[torch.Tensor] | Memory,
-        modules: Sequence[nn.Module] | None = None,
-    ) -> None:
+    def __init__(self, parts: Sequence[nn.Module], memory: Memory, modules: Sequence[nn.Module]) -> None:
         self._parts = [unwrap(part) for part in parts]
-        self._memory = tensors if isinstance(tensors, Memory) else Memory(tensors)
-        self._modules: list[_Kept] = []
-        self._parameters: list[_Kept] = []
-        self._empty: list[_Kept] = []
-        self._full: list[_Kept] = []
+        self._memory = memory
         self._forgotten: list[Sized] = []
-        known = list(every_module(self._parts)) if modules is None else modules
-        self.is_plain = modules is not None or (
-            all(map(has_torchs_ways, set(map(type, known)))) and all(map(keeps_torchs_ways, known))
-        )
-        if self.is_plain:
-            self._watch(known)
-        # Equal if they have the same keys with the very same values.
-        self._known = list(map(dict, self._full))
-        self._ordered = [(kept, list(kept)) for kept in self._full if len(kept) > 1]
-        self._several = [
-            (own, list(of)) for own, of in zip(self._modules, self._parameters, strict=True) if len(of) > 1
-        ]
-
-    def _watch(self, modules: Sequence[nn.Module]) -> None:
+        self.is_plain = True
         self._modules = list(map(vars, modules))
         self._parameters = list(map(dict, map(parameters_in, self._modules)))
         each: list[tuple[_Kept, ...]] = list(map(other_stores_in, self._modules))
@@ -155,6 +125,12 @@ class Snapshot:
         values = chain.from_iterable(map(dict.values, chain(self._parameters, self._full)))
         if any(map(_defines_equality, {*map(type, modules), *map(type, values)})):
             self.is_plain = False
+        # Equal if they have the same keys with the very same values.
+        self._known = list(map(dict, self._full))
+        self._ordered = [(kept, list(kept)) for kept in self._full if len(kept) > 1]
+        self._several = [
+            (own, list(of)) for own, of in zip(self._modules, self._parameters, strict=True) if len(of) > 1
+        ]
 
     def holds(self, parts: Sequence[nn.Module]) -> bool:
         """Whether ``parts`` are the same, with the same modules and tensors at the same addresses."""

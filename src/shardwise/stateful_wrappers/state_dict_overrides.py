@@ -12,7 +12,6 @@ from shardwise.upstream.torch_modules import EXTRA as EXTRA  # noqa: PLC0414
 from shardwise.upstream.torch_modules import (
     HARMLESS_HOOKS,
     LOAD_OWN,
-    SAVE_OWN,
     fsdp1_class,
     loading_post_hooks,
     loading_pre_hooks,
@@ -35,24 +34,12 @@ def has_foreign_hooks(hooks: Iterable[object]) -> bool:
 
 def saves_subtree_itself(module: nn.Module) -> bool:
     """Whether a module, or a hook on it, makes the saved state of the module and of all modules below it."""
-    if not has_torch_method(module, "state_dict"):
-        return True
-    return has_foreign_hooks(saving_hooks(module))
+    return not has_torch_method(module, "state_dict") or has_foreign_hooks(saving_hooks(module))
 
 
-def saves_itself(module: nn.Module) -> bool:
-    """Whether a module makes its own saved state, extra state excepted."""
-    return not has_torch_method(module, SAVE_OWN)
-
-
-def overrides_get_extra_state(module: nn.Module) -> bool:
-    """Whether a module overrides ``get_extra_state``."""
-    return getattr(type(module), "get_extra_state", nn.Module.get_extra_state) is not nn.Module.get_extra_state
-
-
-def overrides_set_extra_state(module: nn.Module) -> bool:
-    """Whether a module overrides ``set_extra_state``."""
-    return getattr(type(module), "set_extra_state", nn.Module.set_extra_state) is not nn.Module.set_extra_state
+def overrides_extra_state(module: nn.Module, method: str) -> bool:
+    """Whether a module overrides ``get_extra_state`` or ``set_extra_state``."""
+    return getattr(type(module), method, None) not in (None, getattr(nn.Module, method))
 
 
 def loads_itself(module: nn.Module, *, norms: bool = False) -> bool:
@@ -85,11 +72,7 @@ def reaches_below(module: nn.Module) -> bool:
 
 
 def refuse_hooks_around(part: nn.Module, inner: nn.Module) -> None:
-    """Check that the wrappers around a model, which are taken off first, have no state hooks.
-
-    Raises:
-        ModuleStateError: There are.
-    """
+    """Check that the wrappers around a model, which are taken off first, have no state hooks."""
     wrapper: nn.Module | None = part
     while wrapper is not None and wrapper is not inner:
         if has_foreign_hooks([*saving_hooks(wrapper), *loading_pre_hooks(wrapper), *loading_post_hooks(wrapper)]):
@@ -101,11 +84,7 @@ def refuse_hooks_around(part: nn.Module, inner: nn.Module) -> None:
 
 
 def refuse_fsdp1(parts: Iterable[object]) -> None:
-    """Check that no module is wrapped by FSDP1: its ``state_dict()`` depends on modes and gathers.
-
-    Raises:
-        MisuseError: One is; it is named.
-    """
+    """Check that no module is wrapped by FSDP1: its ``state_dict()`` depends on modes and gathers."""
     cls = fsdp1_class()
     if cls is None:
         return

@@ -32,20 +32,13 @@ _DEVICES = frozenset({"", "cpu", "parameter"})
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """The kind of a state tensor.
+    """The kind of a state tensor."""
 
-    Attributes:
-        name: One of this module's constants.
-        placements: Of a DTensor that is not spread as its parameter: ``R`` or ``S`` with the dimension, for each mesh
-            dimension.
-        mesh: The names of the mesh's dimensions, where it has names.
-        device: ``cpu`` or ``parameter``, where the parameter is on an accelerator.
-    """
-
-    name: str = USUAL
+    name: str = USUAL  #: One of this module's constants.
+    #: Of a DTensor that is not spread as its parameter: ``R`` or ``S`` with the dimension, for each mesh dimension.
     placements: tuple[str, ...] = ()
-    mesh: tuple[str, ...] = ()
-    device: str = ""
+    mesh: tuple[str, ...] = ()  #: The names of the mesh's dimensions, where it has names.
+    device: str = ""  #: ``cpu`` or ``parameter``, where the parameter is on an accelerator.
 
     def to_state(self) -> dict[str, object]:
         """As plain containers."""
@@ -54,11 +47,7 @@ class Kind:
 
     @staticmethod
     def from_state(state: Mapping[str, object]) -> Kind:
-        """Check and take in what `to_state` gave.
-
-        Raises:
-            ValueError: It is something else.
-        """
+        """Check and take in what `to_state` gave; ``ValueError`` where it is something else."""
         name, device = str(state["kind"]), str(state.get("device", ""))
         placements = tuple(str(each) for each in cast(list[object], state.get("placements", [])))
         sound = all(each == "R" or (each[:1] == "S" and each[1:].isdecimal()) for each in placements)
@@ -69,17 +58,11 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
-    """The description of a saved state tensor: enough to make one to load into.
+    """The description of a saved state tensor: enough to make one to load into."""
 
-    Attributes:
-        dtype: Its dtype's code.
-        shape: Its shape in the whole; of a `LOCAL` one, its parameter's.
-        kind: Its kind.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    kind: Kind = Kind()
+    dtype: str  #: Its dtype's code.
+    shape: tuple[int, ...]  #: Its shape in the whole; of a `LOCAL` one, its parameter's.
+    kind: Kind = Kind()  #: Its kind.
 
     def to_state(self) -> list[object]:
         """As plain containers."""
@@ -88,23 +71,16 @@ class SavedTensor:
 
     @staticmethod
     def from_state(row: list[object]) -> SavedTensor:
-        """Check and take in what `to_state` gave.
-
-        Raises:
-            ValueError: It is something else.
-        """
+        """As `Kind.from_state`."""
         shape = tuple(int(cast(int, n)) for n in cast(list[object], row[1]))
         kind = Kind.from_state(cast(dict[str, object], row[2])) if len(row) > 2 else Kind()
         return SavedTensor(str(row[0]), shape, kind)
 
 
 def describe(tensor: torch.Tensor, param: torch.Tensor | None, settled: str | None = None) -> SavedTensor:
-    """Describe a state tensor for the checkpoint.
+    """Describe a state tensor for the checkpoint; it may belong to no parameter.
 
-    Args:
-        tensor: The tensor.
-        param: Its parameter; ``None`` for what belongs to no parameter.
-        settled: The kind that the ranks agreed on for a plain tensor of the shape of a shard.
+    ``settled`` is the kind that the ranks agreed on for a plain tensor of the shape of a shard.
     """
     dtype = dtype_code(tensor.dtype)
     kind = _kind(tensor, param, settled)
@@ -169,66 +145,39 @@ def as_shard_of(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a state tensor goes.
+    """Where a state tensor goes."""
 
-    Attributes:
-        name: For messages.
-        param: Its parameter, or any of its optimizer's for what belongs to none.
-        have: What the optimizer has in its place; its kind counts more than what another topology had.
-        known: Whether the state is known to be like its parameter (``True``), or not (``False``).
-        is_torchs: Whether torch's own class keeps it, which makes what is smaller by ``new_zeros`` of DTensors.
-        on_device: Whether scalars belong to the parameter's device.
-        owned: Whether it belongs to the parameter.
-        fresh: Whether memory that the optimizer has may not be used.
-    """
-
-    name: str
-    param: torch.Tensor
+    name: str  #: For messages.
+    param: torch.Tensor  #: Its parameter, or any of its optimizer's for what belongs to none.
+    #: What the optimizer has in its place; its kind counts more than what another topology had.
     have: torch.Tensor | None
-    known: bool | None
-    is_torchs: bool
-    on_device: bool
-    owned: bool = True
-    fresh: bool = False
+    known: bool | None  #: Whether the state is known to be like its parameter (``True``), or not (``False``).
+    is_torchs: bool  #: Whether torch's own class keeps it, which makes what is smaller by ``new_zeros`` of DTensors.
+    on_device: bool  #: Whether scalars belong to the parameter's device.
+    owned: bool = True  #: Whether it belongs to the parameter.
+    fresh: bool = False  #: Whether memory that the optimizer has may not be used.
 
 
-@dataclass(frozen=True, slots=True)
-class Made:
-    """A state tensor and how it is filled.
-
-    Attributes:
-        tensor: What the optimizer gets.
-        target: The same memory as the part of the saved tensor that it is.
-    """
-
-    tensor: torch.Tensor
-    target: torch.Tensor
-
-
-def make(saved: SavedTensor, place: Place) -> Made:
+def make(saved: SavedTensor, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
     """Memory of the kind that a state tensor had; the optimizer's own where it is of that kind.
 
-    Raises:
-        MisuseError: The kind does not determine the tensor on this topology.
+    Returns what the optimizer gets, and the same memory as the part of the saved tensor that it is. Where nothing shows
+    the kind on this topology, that is a `MisuseError`.
     """
-    param = place.param
-    have = place.have
+    param, have, dtype = place.param, place.have, torch_dtype(saved.dtype)
     kind = _settled(saved, place)
-    if have is not None and have.dtype == torch_dtype(saved.dtype) and _fits(have, kind, saved, param):
+    if have is not None and have.dtype == dtype and _fits(have, kind, saved, param):
         tensor = torch.empty_like(have) if place.fresh else have
-        return Made(tensor, as_shard_of(tensor, param) if kind.name == LOCAL else tensor)
-    dtype = torch_dtype(saved.dtype)
-    if kind.name == LOCAL:
-        local = torch.zeros_like(local_part(param).detach(), dtype=dtype, requires_grad=False)
-        return Made(local, as_shard_of(local, param))
-    if kind.name == LIKE:
+    elif kind.name == LOCAL:
+        tensor = torch.zeros_like(local_part(param).detach(), dtype=dtype, requires_grad=False)
+    elif kind.name == LIKE:
         tensor = torch.zeros_like(param.detach(), dtype=dtype, requires_grad=False)
     elif kind.name == SPREAD and isinstance(param, DTensor):
         tensor = _spread(saved, kind, param, dtype)
     else:
         at_param = kind.device == "parameter" or (not kind.device and (saved.shape != () or place.on_device))
         tensor = torch.zeros(saved.shape, dtype=dtype, device=local_part(param).device if at_param else "cpu")
-    return Made(tensor, tensor)
+    return tensor, as_shard_of(tensor, param) if kind.name == LOCAL else tensor
 
 
 def _settled(saved: SavedTensor, place: Place) -> Kind:
@@ -311,12 +260,8 @@ def _over(kind: Kind, mesh: DeviceMesh, param: DTensor) -> list[str]:
         return [known.get(name, "R") for name in names]
     cuts = sorted({each for each in kind.placements if each != "R"})
     one = cuts[0] if len(cuts) == 1 else "R"
-    found, is_used = [], False
-    for placement in param.placements:
-        cut = isinstance(placement, (Shard, StridedShard)) and not is_used
-        found.append(one if cut else "R")
-        is_used = is_used or cut
-    return found
+    first = next((n for n, each in enumerate(param.placements) if isinstance(each, (Shard, StridedShard))), None)
+    return [one if n == first else "R" for n in range(mesh.ndim)]
 
 
 def _placement(letter: str, ndim: int) -> Placement:

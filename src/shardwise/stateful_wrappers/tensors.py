@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,18 +21,12 @@ from shardwise.upstream.torch_tensors import StridedShard, global_shape, local_p
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """How tensors of one shape and one spread lie on this rank.
+    """How tensors of one shape and one spread lie on this rank."""
 
-    Attributes:
-        part: Their spread over the mesh.
-        coordinate: This rank's mesh coordinate; ``()`` for plain tensors.
-        numel: Elements that this rank holds of each.
-        box: The one region that this rank holds of each, which its local tensor is; ``None`` where it is not so simple.
-    """
-
-    part: Part
-    coordinate: tuple[int, ...]
-    numel: int
+    part: Part  #: Their spread over the mesh.
+    coordinate: tuple[int, ...]  #: This rank's mesh coordinate; ``()`` for plain tensors.
+    numel: int  #: Elements that this rank holds of each.
+    #: The one region that this rank holds of each, which its local tensor is; ``None`` where it is not so simple.
     box: Box | None
 
     @staticmethod
@@ -55,25 +49,11 @@ class MeshRegister:
         self._used: dict[tuple[tuple[str, ...], tuple[int, ...]], int] = {}
         # Listing a mesh's ranks takes longer than the rest of a tensor's description, and most tensors share a mesh
         # object, which is kept alive here so that its id stays unique.
-        self._seen: dict[int, tuple[DeviceMesh, MeshKey, tuple[int, ...] | None]] = {}
+        self._seen: dict[int, tuple[DeviceMesh, MeshKey, Sequence[int] | None]] = {}
         self._spreads: dict[tuple[object, ...], Spread] = {}
 
-    def place(self, mesh: DeviceMesh) -> tuple[MeshKey, tuple[int, ...] | None]:
-        """The key of ``mesh``, and this rank's coordinate in it; ``None`` where it is not part of it."""
-        known = self._seen.get(id(mesh))
-        if known is None:
-            coordinate = mesh.get_coordinate()
-            known = (mesh, self.key(mesh), tuple(coordinate) if coordinate is not None else None)
-            self._seen[id(mesh)] = known
-        return known[1], known[2]
-
     def spread(self, name: str, tensor: torch.Tensor) -> Spread:
-        """How ``tensor`` is spread; the same object for all tensors of its shape and spread.
-
-        Raises:
-            TensorError: A partial or unknown placement.
-            MisuseError: This rank is not part of the tensor's mesh.
-        """
+        """How ``tensor`` is spread; the same object for all tensors of its shape and spread."""
         if not isinstance(tensor, DTensor):
             alike = (tensor.shape, name in self._differing)
             plain = self._spreads.get(alike)
@@ -86,7 +66,9 @@ class MeshRegister:
         key = (id(mesh), shape, placements, may_differ, *map(type, placements))
         known = self._spreads.get(key)
         if known is None:
-            mesh_key, coordinate = self.place(mesh)
+            if id(mesh) not in self._seen:
+                self._seen[id(mesh)] = (mesh, self.key(mesh), mesh.get_coordinate())
+            _, mesh_key, coordinate = self._seen[id(mesh)]
             if coordinate is None:
                 raise MisuseError(
                     "this rank is not part of the tensor's mesh",
@@ -95,7 +77,7 @@ class MeshRegister:
                 )
             kinds = tuple(_placement(p, name) for p in placements)
             part = Part(tuple(shape), mesh_key, kinds, may_differ=may_differ)
-            known = self._spreads[key] = Spread.of(part, coordinate)
+            known = self._spreads[key] = Spread.of(part, tuple(coordinate))
         return known
 
     def key(self, mesh: DeviceMesh) -> MeshKey:
@@ -129,16 +111,10 @@ def _placement(placement: object, name: str) -> Placement:
 
 
 def held_tensor(name: str, tensor: torch.Tensor, meshes: MeshRegister) -> HeldTensor:
-    """Describe what this rank holds of ``tensor``, as views of its memory.
+    """Describe what this rank holds of ``tensor``, as views of its memory, under its ``name`` in the file.
 
-    Args:
-        name: Name in the file.
-        tensor: A plain tensor or a DTensor. A meta tensor is described too, but holds nothing that could be written.
-        meshes: Keys of the meshes seen so far on this rank.
-
-    Raises:
-        TensorError: A partial or unknown placement, or a class that wraps other tensors (`plain_memory`).
-        MisuseError: A sparse or nested tensor, one without a shape yet, or one of FSDP1's sharded tensors.
+    A meta tensor is described too, but holds nothing that could be written. What cannot be saved (partial, of an
+    unknown placement or class, sparse, nested, without a shape yet) is an error.
     """
     local = plain_memory(name, local_part(tensor))
     spread = meshes.spread(name, tensor)

@@ -5,10 +5,10 @@ Names here are those of ``state_dict()``, with what wrappers put into them.
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -23,14 +23,14 @@ from shardwise.stateful_wrappers.state_dict_overrides import (
     EXTRA,
     has_torch_method,
     loads_itself,
-    overrides_get_extra_state,
-    overrides_set_extra_state,
+    overrides_extra_state,
     reaches_below,
-    saves_itself,
     saves_subtree_itself,
 )
+from shardwise.stateful_wrappers.wrapping import plain_name
 from shardwise.upstream.torch_dispatch import MESSAGES, OpOverload, TorchDispatchMode
 from shardwise.upstream.torch_modules import (
+    SAVE_OWN,
     loading_post_hooks,
     note_versions,
     noted_versions,
@@ -51,19 +51,27 @@ def label(module: nn.Module, prefix: str) -> str:
     return f"the module {name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
 
 
+@contextlib.contextmanager
+def failing(what: str, hint: str) -> Iterator[None]:
+    """Say what a module's own code did where it fails."""
+    try:
+        yield
+    except ModuleStateError:
+        raise
+    except Exception as error:
+        raise ModuleStateError(f"{what}: {type(error).__name__}: {error}", hint=hint) from error
+
+
+_GIVE = "state_dict() of the model has to succeed on every rank."
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Unit:
-    """A module that makes entries of the state with its own methods.
+    """A module that makes entries of the state with its own methods."""
 
-    Attributes:
-        module: The module.
-        prefix: The prefix of its names.
-        whole: Whether it makes those of the modules below it too.
-    """
-
-    module: nn.Module
-    prefix: str
-    whole: bool
+    module: nn.Module  #: The module.
+    prefix: str  #: The prefix of its names.
+    whole: bool  #: Whether it makes those of the modules below it too.
 
     @property
     def label(self) -> str:
@@ -71,30 +79,19 @@ class Unit:
         return label(self.module, self.prefix)
 
     def entries(self) -> Mapping[str, object]:
-        """Ask for the entries; they have torch's ``_metadata``.
-
-        Raises:
-            ModuleStateError: The module failed, or gave names that are not below its own.
-        """
+        """Ask for the entries, with torch's ``_metadata``. Names have to be below the module's own."""
         module, prefix = self.module, self.prefix
-        made: Mapping[str, object] = _Entries()
-        try:
-            with torch.no_grad():
-                if not self.whole:
-                    noted_versions(made)[prefix[:-1]] = {"version": state_version(module)}
-                    save_own(module, cast("dict[str, object]", made), prefix)
-                elif prefix:
-                    # As its parent calls it, which does not look at what is returned.
-                    module.state_dict(destination=cast("dict[str, object]", made), prefix=prefix, keep_vars=False)
-                else:
-                    made = module.state_dict()
-        except ModuleStateError:
-            raise
-        except Exception as error:
-            raise ModuleStateError(
-                f"{self.label} failed to give its state: {type(error).__name__}: {error}",
-                hint="state_dict() of the model has to succeed on every rank.",
-            ) from error
+        made: Mapping[str, object] = OrderedDict()
+        note_versions(made, OrderedDict())
+        with failing(f"{self.label} failed to give its state", _GIVE), torch.no_grad():
+            if not self.whole:
+                noted_versions(made)[prefix[:-1]] = {"version": state_version(module)}
+                save_own(module, cast("dict[str, object]", made), prefix)
+            elif prefix:
+                # As its parent calls it, which does not look at what is returned.
+                module.state_dict(destination=cast("dict[str, object]", made), prefix=prefix, keep_vars=False)
+            else:
+                made = module.state_dict()
         stray = next((key for key in made if not str(key).startswith(prefix)), None)
         if stray is not None:
             raise ModuleStateError(
@@ -106,14 +103,6 @@ class Unit:
     def make(self) -> Mapping[str, torch.Tensor]:
         """The tensors among the entries, as far as this rank holds them."""
         return {key: local_of(value) for key, value in self.entries().items() if isinstance(value, torch.Tensor)}
-
-
-class _Entries(OrderedDict[str, object]):
-    """An empty state dict with torch's metadata."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        note_versions(self, OrderedDict())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,21 +124,13 @@ class OneTensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Taker:
-    """A module that loads entries of the state with its own methods.
+    """A module that loads entries of the state with its own methods."""
 
-    Attributes:
-        module: The module.
-        prefix: The prefix of its names.
-        whole: Whether it takes those of the modules below it too.
-        is_lenient: Whether it decides names and shapes itself, by its own methods or hooks for loading.
-        calls_root: Whether the model's own ``load_state_dict`` is what takes them.
-    """
-
-    module: nn.Module
-    prefix: str
-    whole: bool
-    is_lenient: bool
-    calls_root: bool = False
+    module: nn.Module  #: The module.
+    prefix: str  #: The prefix of its names.
+    whole: bool  #: Whether it takes those of the modules below it too.
+    is_lenient: bool  #: Whether it decides names and shapes itself, by its own methods or hooks for loading.
+    calls_root: bool = False  #: Whether the model's own ``load_state_dict`` is what takes them.
 
     @property
     def label(self) -> str:
@@ -158,19 +139,13 @@ class Taker:
 
 
 class Step(NamedTuple):
-    """One step of loading, in torch's order.
+    """One step of loading, in torch's order."""
 
-    Attributes:
-        kind: ``take``: a module takes its entries; ``extra``: it takes its extra state; ``post``: its hooks are called.
-        module: The module.
-        prefix: The prefix of its names.
-        taker: Who takes, where entries are taken.
-    """
-
+    #: ``take``: a module takes its entries; ``extra``: it takes its extra state; ``post``: its hooks are called.
     kind: str
-    module: nn.Module
-    prefix: str
-    taker: Taker | None = None
+    module: nn.Module  #: The module.
+    prefix: str  #: The prefix of its names.
+    taker: Taker | None = None  #: Who takes, where entries are taken.
 
 
 class Aside(NamedTuple):
@@ -178,23 +153,6 @@ class Aside(NamedTuple):
 
     value: object
     label: str
-
-
-@dataclass
-class Described:
-    """The state of one part.
-
-    Attributes:
-        tensors: Name -> a parameter or buffer itself, or a stand-in for what is made on the fly.
-        aside: Name -> any other value of the state.
-        metadata: Module name -> torch's metadata of modules with their own methods for state.
-        steps: How it is loaded, except for tensors that are read into memory directly.
-    """
-
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    aside: dict[str, Aside] = field(default_factory=dict)
-    metadata: dict[str, dict[str, object]] = field(default_factory=dict)
-    steps: list[Step] = field(default_factory=list)
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -251,55 +209,44 @@ class StandIns:
         return known
 
 
-def describe(
-    root: nn.Module, stand_ins: StandIns, plain: Callable[[str], str], *, values: bool, norms: bool = False
-) -> Described:
-    """Look at a model's state, following torch. Local.
+class Described:
+    """The state of one part, looked at as torch does. Local.
 
-    Args:
-        root: The model, without wrappers.
-        stand_ins: Those of last time.
-        plain: Strips what wrappers put into names.
-        values: Whether the state is for a save; otherwise extra state is not requested.
-        norms: Whether torch's normalisation layers take their state themselves, since some of it may be absent.
+    A module may give what cannot be described, which is a `ModuleStateError`. ``stand_ins`` are those of last time.
+    Without ``values`` the state is not for a save, and extra state is not requested; with ``norms`` torch's
+    normalisation layers take their state themselves, since some of it may be absent.
 
-    Raises:
-        ModuleStateError: A module gives what cannot be described.
+    Attributes:
+        tensors: Name -> a parameter or buffer itself, or a stand-in for what is made on the fly.
+        aside: Name -> any other value of the state.
+        metadata: Module name -> torch's metadata of modules with their own methods for state.
+        steps: How it is loaded, except for tensors that are read into memory directly.
     """
-    return _Describing(root, stand_ins, plain, values, norms).described()
 
-
-class _Owned(NamedTuple):
-    tensor: torch.Tensor
-    taker: Taker | None
-
-
-class _Describing:
-    def __init__(
-        self, root: nn.Module, stand_ins: StandIns, plain: Callable[[str], str], values: bool, norms: bool
-    ) -> None:
+    def __init__(self, root: nn.Module, stand_ins: StandIns, *, values: bool, norms: bool) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.aside: dict[str, Aside] = {}
+        self.metadata: dict[str, dict[str, object]] = {}
         self._root, self._stand_ins, self._values, self._norms = root, stand_ins, values, norms
-        self._plain = plain
         # By plain name: a module's own hook may have stripped what a wrapper puts into it.
-        self._owned: dict[str, _Owned] = {}
+        self._owned: dict[str, tuple[torch.Tensor, Taker | None]] = {}
         self._modules: dict[str, tuple[nn.Module, str, Taker | None]] = {}
         self._steps: list[Step] = []
         self._default: dict[str, Taker] = {}
         self._memory: dict[tuple[object, ...], torch.Tensor] = {}
-        self.found = Described()
+        taker = None
+        if not has_torch_method(root, "load_state_dict"):
+            taker = stand_ins.taker(root, "", True, True, True)
+        self._look_at_takers(root, "", taker)
+        self._look_at_makers(root, "")
+        self.steps = [step for step in map(self._settled, self._steps) if step is not None]
 
-    def described(self) -> Described:
-        root = None
-        if not has_torch_method(self._root, "load_state_dict"):
-            root = self._stand_ins.taker(self._root, "", True, True, True)
-        self._look_at_takers(self._root, "", root)
-        self._look_at_makers(self._root, "")
-        for kind, module, prefix, taker in self._steps:
-            if kind != "take" or taker is not None:
-                self.found.steps.append(Step(kind, module, prefix, taker))
-            elif (default := self._default.get(self._plain(prefix))) is not None and default.module is module:
-                self.found.steps.append(Step(kind, module, prefix, default))
-        return self.found
+    def _settled(self, step: Step) -> Step | None:
+        """A step with who takes; ``None`` where nothing is left for a module to take."""
+        if step.kind != "take" or step.taker is not None:
+            return step
+        default = self._default.get(plain_name(step.prefix))
+        return step._replace(taker=default) if default is not None and default.module is step.module else None
 
     # --- who takes --------------------------------------------------------------------------------------------------
 
@@ -311,13 +258,13 @@ class _Describing:
         below = own if own is not None and own.whole else None
         if is_first or (own is not None and own.calls_root and module is self._root):
             self._steps.append(Step("take", module, prefix, own))
-        if own is None and overrides_set_extra_state(module):
+        if own is None and overrides_extra_state(module, "set_extra_state"):
             self._steps.append(Step("extra", module, prefix))
         if own is not None:
-            self.found.metadata.setdefault(prefix[:-1], {"version": state_version(module)})
-        self._modules[self._plain(prefix)] = (module, prefix, own)
+            self.metadata.setdefault(prefix[:-1], {"version": state_version(module)})
+        self._modules[plain_name(prefix)] = (module, prefix, own)
         for name, tensor in saved_tensors(module):
-            self._owned[self._plain(prefix + name)] = _Owned(tensor, own)
+            self._owned[plain_name(prefix + name)] = (tensor, own)
             self._memory.setdefault(_memory(tensor), tensor)
         for name, child in own_children(module).items():
             if child is not None:
@@ -327,13 +274,12 @@ class _Describing:
 
     def _nearest(self, key: str) -> tuple[str, tuple[nn.Module, str, Taker | None]]:
         """The module that a name is below: its plain prefix, itself, its prefix and who takes what is its."""
-        where = self._plain(key)
-        while where:
+        where = plain_name(key)
+        while True:
             where = where.rpartition(".")[0]
             known = self._modules.get(f"{where}." if where else "")
             if known is not None:
                 return (f"{where}." if where else ""), known
-        return "", self._modules[""]
 
     def _taker_of(self, key: str) -> Taker:
         """Who takes a name that is not read into memory directly."""
@@ -350,23 +296,26 @@ class _Describing:
             return
         for hook in saving_pre_hooks(module):  # FSDP2's
             hook(module, prefix, True)
-        if saves_itself(module):
+        if not has_torch_method(module, SAVE_OWN):
             self._add_made(Unit(module, prefix, whole=False))
         else:
             for name, tensor in saved_tensors(module):
                 self._add(prefix + name, tensor, None)
-            if self._values and overrides_get_extra_state(module):
-                self._add_aside(prefix + EXTRA, _extra_of(module, prefix), label(module, prefix))
-                self.found.metadata.setdefault(prefix[:-1], {"version": state_version(module)})
+            if self._values and overrides_extra_state(module, "get_extra_state"):
+                name = label(module, prefix)
+                with failing(f"get_extra_state of {name} failed", _GIVE), torch.no_grad():
+                    extra = module.get_extra_state()
+                self._add_aside(prefix + EXTRA, extra, name)
+                self.metadata.setdefault(prefix[:-1], {"version": state_version(module)})
         for name, child in own_children(module).items():
             if child is not None:
                 self._look_at_makers(child, f"{prefix}{name}.")
 
     def _add_made(self, unit: Unit) -> None:
-        with _NoMessages(unit.label) if _has_peers() else nullcontext():
+        with _NoMessages(unit.label) if _has_peers() else contextlib.nullcontext():
             entries = unit.entries()
         for name, noted in noted_versions(entries).items():
-            self.found.metadata[name] = dict(noted)
+            self.metadata[name] = dict(noted)
         for key, value in entries.items():
             is_extra = key.rpartition(".")[2] == EXTRA
             if isinstance(value, torch.Tensor) and not is_extra and _is_dense(value):
@@ -376,10 +325,10 @@ class _Describing:
 
     def _add_aside(self, key: str, value: object, whose: str) -> None:
         if self._values:
-            self.found.aside[key] = Aside(value, whose)
+            self.aside[key] = Aside(value, whose)
 
     def _add(self, key: str, value: torch.Tensor, unit: Unit | None) -> None:
-        owned = self._owned.get(self._plain(key))
+        owned = self._owned.get(plain_name(key))
         own: torch.Tensor | None
         taker: Taker | None
         if owned is not None:
@@ -389,7 +338,7 @@ class _Describing:
             taker = self._nearest(key)[1][2]
             own = self._memory.get(_memory(value))
         if taker is None and own is not None and (value is own or _memory(value) == _memory(own)):
-            self.found.tensors[key] = own
+            self.tensors[key] = own
             return
         if is_lazy(value) and self._values:
             raise ModuleStateError(
@@ -407,7 +356,7 @@ class _Describing:
             )
         maker = OneTensor(key, value) if unit is None else unit
         needs_grad = own is not None and own.requires_grad
-        self.found.tensors[key] = self._stand_ins.of(value, key, maker, taker, needs_grad)
+        self.tensors[key] = self._stand_ins.of(value, key, maker, taker, needs_grad)
 
 
 def saved_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -417,17 +366,6 @@ def saved_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
         unsaved = unsaved_buffers(module)
         found += [(name, buffer) for name, buffer in buffers.items() if buffer is not None and name not in unsaved]
     return found
-
-
-def _extra_of(module: nn.Module, prefix: str) -> object:
-    try:
-        with torch.no_grad():
-            return module.get_extra_state()
-    except Exception as error:
-        raise ModuleStateError(
-            f"get_extra_state of {label(module, prefix)} failed: {type(error).__name__}: {error}",
-            hint="state_dict() of the model has to succeed on every rank.",
-        ) from error
 
 
 def _is_dense(value: torch.Tensor) -> bool:

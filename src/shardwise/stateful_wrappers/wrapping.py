@@ -14,7 +14,6 @@ Four questions, since a wrapper may have state of its own:
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple, cast
@@ -23,7 +22,15 @@ from torch import nn
 
 from shardwise.upstream.diffusers import model_mixin
 from shardwise.upstream.huggingface_hub import hub_mixin
-from shardwise.upstream.torch_modules import CHECKPOINTED, COMPILED, FSDP1_WRAPPED, generated_bases, own_children
+from shardwise.upstream.python import imported_class
+from shardwise.upstream.torch_modules import (
+    CHECKPOINTED,
+    CHILDREN,
+    COMPILED,
+    FSDP1_WRAPPED,
+    generated_bases,
+    own_children,
+)
 from shardwise.upstream.transformers import config_class, model_class
 
 #: Path components that torch.compile, activation checkpointing (and offloading) and FSDP1 put into names.
@@ -83,17 +90,11 @@ def adapted_model(part: nn.Module) -> nn.Module:
 
 
 class Inner(NamedTuple):
-    """The model that the files of a part are of.
+    """The model that the files of a part are of."""
 
-    Attributes:
-        module: The model, out of everything around it.
-        prefix: What its names begin with in the part's state; empty where they are the same.
-        has_rest: Whether the part may have state outside of it.
-    """
-
-    module: nn.Module
-    prefix: str = ""
-    has_rest: bool = False
+    module: nn.Module  #: The model, out of everything around it.
+    prefix: str = ""  #: What its names begin with in the part's state; empty where they are the same.
+    has_rest: bool = False  #: Whether the part may have state outside of it.
 
 
 def inner_model(part: nn.Module) -> Inner:
@@ -137,8 +138,7 @@ def is_average(module: nn.Module) -> bool:
 
 def _averaged() -> type:
     # Not imported here: a model without an average should not pay for it.
-    known = getattr(sys.modules.get("torch.optim.swa_utils"), "AveragedModel", None)
-    return known if isinstance(known, type) else type(None)
+    return imported_class("torch.optim.swa_utils", "AveragedModel") or type(None)
 
 
 def _speaks_for_itself(module: nn.Module) -> bool:
@@ -195,8 +195,7 @@ def is_sentence_transformer(module: nn.Module) -> bool:
 
 def is_of(module: nn.Module, where: str, name: str) -> bool:
     """Whether a module is of a class of a library, which is not imported for this: it could not exist without."""
-    cls: object = getattr(sys.modules.get(where), name, None)
-    return isinstance(cls, type) and isinstance(module, cls)
+    return isinstance(module, imported_class(where, name) or ())
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -211,3 +210,31 @@ def _original(own: type[nn.Module]) -> type[nn.Module]:
         if not issubclass(cls, generated) and issubclass(cls, nn.Module):
             return cls
     return own
+
+
+# --- a model without its wrappers, as transformers' rules expect to see it -------------------------------------------
+
+
+def skeleton(module: nn.Module) -> nn.Module:
+    """A shallow copy of the module tree, without wrappers and with the original classes.
+
+    transformers finds the rules for a model by the class names and modules of its sub-models. FSDP2 renames classes
+    (``FSDPLlamaModel``, of a torch module, so that they even look like custom code), and activation checkpointing,
+    ``torch.compile`` and DDP put modules of their own in between. Every parameter is shared, and the model itself is
+    not touched. Modules that have no others in them are most of a model's; those of an original class are not copied.
+    """
+    return _copy(module, {})
+
+
+def _copy(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+    module = unwrap(module)
+    if id(module) in done:
+        return done[id(module)]
+    cls = original_class(module)
+    if cls is type(module) and not own_children(module):
+        return module
+    copy = done[id(module)] = cls.__new__(cls)
+    copy.__dict__.update(module.__dict__)
+    children = own_children(module).items()
+    copy.__dict__[CHILDREN] = {name: child if child is None else _copy(child, done) for name, child in children}
+    return copy

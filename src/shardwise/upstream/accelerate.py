@@ -5,7 +5,7 @@ Importing this module imports accelerate.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 from accelerate import Accelerator
 
@@ -13,26 +13,22 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def models_of(accelerator: Accelerator) -> list[nn.Module]:
-    """The models that it has prepared."""
-    return cast("list[nn.Module]", accelerator._models)
+class Prepared(NamedTuple):
+    """The accelerator's own lists."""
+
+    models: list[nn.Module]
+    optimizers: list[object]  #: Each around one of torch's, its ``optimizer``.
+    schedulers: list[object]  #: Each around one of torch's, its ``scheduler``.
+    dataloaders: list[object]
+    objects: list[object]  #: What ``register_for_checkpointing`` was given.
 
 
-def optimizers_of(accelerator: Accelerator) -> list[object]:
-    """The optimizers that it has prepared: each around one of torch's, its ``optimizer``."""
-    return cast("list[object]", accelerator._optimizers)
-
-
-def schedulers_of(accelerator: Accelerator) -> list[object]:
-    """The schedulers that it has prepared: each around one of torch's, its ``scheduler``."""
-    return cast("list[object]", accelerator._schedulers)
-
-
-def dataloaders_of(accelerator: Accelerator) -> list[object]:
-    """The dataloaders that it has prepared."""
-    return cast("list[object]", accelerator._dataloaders)
-
-
-def objects_of(accelerator: Accelerator) -> list[object]:
-    """What ``register_for_checkpointing`` was given."""
-    return cast("list[object]", accelerator._custom_objects)
+def lists_of(accelerator: Accelerator) -> Prepared:
+    """What it has prepared or been given."""
+    return Prepared(
+        accelerator._models,
+        accelerator._optimizers,
+        accelerator._schedulers,
+        accelerator._dataloaders,
+        accelerator._custom_objects,
+    )

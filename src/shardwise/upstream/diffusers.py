@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any, cast
+
+from shardwise.upstream.python import imported_class
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,8 +15,7 @@ CLASS_NAME = "_class_name"
 
 def model_mixin() -> type | None:
     """The base of diffusers' models; ``None`` where its module was not imported."""
-    found = getattr(sys.modules.get("diffusers.models.modeling_utils"), "ModelMixin", None)
-    return found if isinstance(found, type) else None
+    return imported_class("diffusers.models.modeling_utils", "ModelMixin")
 
 
 def keeps_config(model: nn.Module) -> bool:

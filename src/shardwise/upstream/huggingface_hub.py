@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
+
+from shardwise.upstream.python import imported_class
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,8 +19,7 @@ def cache_folder(repo_id: str) -> str:
 
 def hub_mixin() -> type | None:
     """The mixin for models of one's own; ``None`` where its module was not imported."""
-    found = getattr(sys.modules.get("huggingface_hub.hub_mixin"), "ModelHubMixin", None)
-    return found if isinstance(found, type) else None
+    return imported_class("huggingface_hub.hub_mixin", "ModelHubMixin")
 
 
 def mixin_config(model: nn.Module) -> object:

@@ -105,13 +105,7 @@ def watched_tuner(
     before: Callable[[nn.Module, str], None],
     after: Callable[[nn.Module, nn.Module, str], None],
 ) -> Callable[..., nn.Module]:
-    """A tuner's class with a look at each module before and after it is replaced.
-
-    Args:
-        tuner: The class.
-        before: Given the module and its path.
-        after: Given the module, what stands in its place now, and the path.
-    """
+    """A tuner's class that calls ``before`` with each module and its path, and ``after`` also with what replaced it."""
 
     def create(self: Any, *args: Any, **kwargs: Any) -> None:
         names = ("peft_config", "adapter_name", "target", "target_name", "parent", "current_key")

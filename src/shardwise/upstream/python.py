@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -26,3 +27,9 @@ def before_threads_end(call: Callable[[], object]) -> None:
 def bits_of(generator: np.random.RandomState) -> np.random.BitGenerator:
     """The bit generator below one of numpy's old generators."""
     return generator._bit_generator
+
+
+def imported_class(where: str, name: str) -> type | None:
+    """A class of a module, which is not imported for this: nothing of the class exists without; ``None`` then."""
+    found: object = getattr(sys.modules.get(where), name, None)
+    return found if isinstance(found, type) else None

@@ -11,9 +11,5 @@ if TYPE_CHECKING:
 
 
 def default_store() -> Store:
-    """The key-value store with which the ranks of the default group met.
-
-    Raises:
-        ValueError: There is no default group.
-    """
+    """The key-value store with which the ranks of the default group met; ``ValueError`` without such a group."""
     return dist.distributed_c10d._get_default_store()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from operator import itemgetter
 from typing import Any, TypeAlias, cast
@@ -10,6 +9,8 @@ from typing import Any, TypeAlias, cast
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX, _IncompatibleKeys
+
+from shardwise.upstream.python import imported_class
 
 Hook: TypeAlias = Callable[..., object]
 
@@ -162,13 +163,11 @@ def apply_to_tensors(module: nn.Module, change: Callable[[Any], Any]) -> None:
 
 def fsdp1_class() -> type[nn.Module] | None:
     """FSDP1's wrapper; ``None`` where its module was not imported, without which no model is wrapped by it."""
-    loaded = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
-    return cast("type[nn.Module] | None", getattr(loaded, "FullyShardedDataParallel", None))
+    return imported_class("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
 
 
 def generated_bases() -> tuple[type, ...]:
     """The bases of the classes that FSDP2 and ``replicate`` put in front of a module's own."""
     from torch.distributed.fsdp import FSDPModule
 
-    replicated = getattr(sys.modules.get("torch.distributed._composable.replicate"), "DDP", FSDPModule)
-    return (FSDPModule, replicated)
+    return (FSDPModule, imported_class("torch.distributed._composable.replicate", "DDP") or FSDPModule)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from shardwise.upstream.python import imported_class
 from shardwise.upstream.transformers_rules import (
     converters_of,
     matching_converter,
@@ -44,14 +44,12 @@ _TABLES = (
 
 def model_class() -> type | None:
     """The base of transformers' models; ``None`` where its module was not imported."""
-    found = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
-    return found if isinstance(found, type) else None
+    return imported_class("transformers.modeling_utils", "PreTrainedModel")
 
 
 def config_class() -> type | None:
     """The base of transformers' configurations; ``None`` where its module was not imported."""
-    found = getattr(sys.modules.get("transformers.configuration_utils"), "PreTrainedConfig", None)
-    return found if isinstance(found, type) else None
+    return imported_class("transformers.configuration_utils", "PreTrainedConfig")
 
 
 def registered_classes(config: type) -> list[type]:
@@ -73,11 +71,6 @@ def auto_class(cls: type) -> object:
     return vars(cls).get("_auto_class")
 
 
-def given_path(config: object) -> object:
-    """The name or path that a model was loaded from, as its configuration keeps it; ``None`` where it has none."""
-    return getattr(config, NAME_OR_PATH, None)
-
-
 # --- ties and names that a class expects or leaves out ----------------------------------------------------------------
 
 
@@ -89,11 +82,6 @@ def class_ties(model: object) -> object:
 def configured_ties(model: object) -> object:
     """The ties that a model has as its configuration says, target -> source; ``None`` where it has no such list."""
     return getattr(model, "all_tied_weights_keys", None)
-
-
-def has_configured_ties(model: object) -> bool:
-    """Whether a model keeps a list of the ties that its configuration asks for."""
-    return hasattr(model, "all_tied_weights_keys")
 
 
 def may_be_missing(model: object) -> tuple[str, ...]:
@@ -143,19 +131,13 @@ def mark_initialised(tensor: torch.Tensor) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The result of loading by transformers.
+    """The result of loading by transformers."""
 
-    Attributes:
-        missing: Names that the model has and did not find.
-        unexpected: Names that it has no use for.
-        mismatched: Name, shape in the files and shape in the model.
-        failed: Names whose conversion failed.
-    """
-
-    missing: frozenset[str]
-    unexpected: frozenset[str]
+    missing: frozenset[str]  #: Names that the model has and did not find.
+    unexpected: frozenset[str]  #: Names that it has no use for.
+    #: Name, shape in the files and shape in the model.
     mismatched: tuple[tuple[str, Sequence[int], Sequence[int]], ...]
-    failed: tuple[str, ...]
+    failed: tuple[str, ...]  #: Names whose conversion failed.
 
 
 def load_on_meta(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Loaded:

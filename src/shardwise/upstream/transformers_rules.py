@@ -24,12 +24,7 @@ def loaded_with(model: object) -> list[Any] | None:
 
 
 def registered_rules(model: nn.Module, *, legacy: bool = True) -> list[Any]:
-    """The rules for a model's class and model type, in the direction of loading.
-
-    Args:
-        model: The model, without wrappers.
-        legacy: Whether those for files of the first releases are among them.
-    """
+    """The rules for a class and model type, for loading; ``legacy`` ones are for files of the first releases."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     return cast("list[Any]", get_model_conversion_mapping(cast(Any, model), add_legacy=legacy))
@@ -83,12 +78,7 @@ def in_loading_order(names: Iterable[str]) -> list[str]:
 
 
 def reversed_rule(rule: Any) -> Any:
-    """A rule for the other direction, made from a copy.
-
-    Raises:
-        NotImplementedError: It has no reverse.
-        ValueError: The same.
-    """
+    """A rule for the other direction, made from a copy; ``NotImplementedError`` or ``ValueError`` where it has none."""
     return deepcopy(rule).reverse_transform()
 
 
@@ -116,13 +106,7 @@ def patterns_of(converter: WeightConverter) -> Sequence[str]:
 
 
 def filled(converter: WeightConverter, group: str, members: Iterable[tuple[str, str, object]]) -> WeightConverter:
-    """A copy of a converter that was given a group.
-
-    Args:
-        converter: The converter.
-        group: The group's name.
-        members: Name, pattern and value of each tensor, in order.
-    """
+    """A copy of a converter that was given a group, with name, pattern and value of each of its tensors, in order."""
     copy = deepcopy(converter)
     for name, pattern, value in members:
         copy.add_tensor(group, name, pattern, value)
@@ -141,14 +125,10 @@ def convert_filled(
     last: object | None = None,
     **of_model: object,
 ) -> dict[str, Any]:
-    """Run a converter that `filled` made, once; values by full name.
+    """Run a converter that `filled` made for a group, once; values by full name.
 
-    Args:
-        converter: The converter.
-        group: The name of the group that it was given.
-        operations: Operations in the place of its own.
-        last: An operation behind its own.
-        of_model: ``model`` and ``config``, where its operations may look at them.
+    Other operations may take the place of its own, or one come last. ``of_model`` has ``model`` and ``config``, where
+    operations may look at them.
     """
     own = converter.operations if operations is None else operations
     converter.operations = [*own, *([] if last is None else [last])]

@@ -25,9 +25,16 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.addons.peft import initialise_adapters, initialise_magnitudes
 from shardwise.base.files import base_config, find_base, open_base_source, ties_head
-from shardwise.base.initialise import check_attributes, initialise, recompute_buffers
+from shardwise.base.initialise import (
+    Slot,
+    check_attributes,
+    has_meta,
+    initialise,
+    names_of,
+    recompute_buffers,
+    slots_of,
+)
 from shardwise.base.names import BaseWanted, match_base
-from shardwise.base.slots import Slot, has_meta, names_of, slots_of
 from shardwise.base.source import BaseSource
 from shardwise.checkpointing.hub import require_memory
 from shardwise.checkpointing.loading.names import expected_unused

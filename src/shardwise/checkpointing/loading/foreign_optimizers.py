@@ -36,7 +36,7 @@ from shardwise.sources.sources import Source, open_source
 from shardwise.sources.state_files import has_state, joined, pack_state, split, unpack_state
 from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord, SavedGroup
-from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, RestoreOptions, plan_restore
+from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, plan_restore
 from shardwise.stateful_wrappers.state_tensors import SavedTensor
 from shardwise.stateful_wrappers.wrapping import plain_name
 
@@ -196,7 +196,7 @@ class ForeignOptimizers:
         """What this rank's optimizers and schedulers will get, and DCP's name of each tensor. Local."""
         record, names = self.matched(state, changes.key_mapping)
         try:
-            plan = plan_restore(state, record, RestoreOptions(changes.allow_new, is_buffered))
+            plan = plan_restore(state, record, allow_new=changes.allow_new, aside=is_buffered)
         except ShardwiseError as error:
             error.path = error.path or str(self.directory)
             _add_names(error, record)
@@ -363,7 +363,7 @@ def find_foreign(
 
 def count_in_tensors(plan: OptimizerRestore) -> None:
     """Make tensors of steps that were counted in numbers, as the ``__setstate__`` of torch's own optimizers does."""
-    options = {id(p): {**g.group, **g.options} for g in plan.groups for p in cast("list[object]", g.group["params"])}
+    options = {id(p): {**group, **new} for group, new in plan.groups for p in cast("list[object]", group["params"])}
     for each in plan.params:
         step = (each.state or {}).get("step")
         kind = type(each.optimizer)

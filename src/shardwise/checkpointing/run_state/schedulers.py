@@ -24,7 +24,7 @@ from shardwise.comm import Group, JsonValue
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatError
 from shardwise.sources.state_files import has_state, joined, pack_state, read_state, split, unpack_state
 from shardwise.stateful_wrappers.names import list_parameters
-from shardwise.stateful_wrappers.optimizer_classes import equal
+from shardwise.stateful_wrappers.state_trees import equal
 from shardwise.upstream.torch_optim import INNER_SCHEDULERS, LAST_RATES, MILESTONES, inner_schedulers
 
 #: A parameter group is identified by the names of its parameters.

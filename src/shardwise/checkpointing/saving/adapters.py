@@ -36,10 +36,10 @@ from shardwise.engine.jobs import Step
 from shardwise.engine.name_suggestions import listed
 from shardwise.geometry import TensorSpec
 from shardwise.peft.capture import hold_adapter
-from shardwise.peft.compatibility import vllm_limits
+from shardwise.peft.check import vllm_limits
+from shardwise.peft.config import adapter_settings
 from shardwise.peft.diffusers_lora import LORA_WEIGHTS_NAME, as_diffusers, check_opens, header_metadata
 from shardwise.peft.merge import MergedPart, merged_parts
-from shardwise.peft.settings import adapter_settings
 from shardwise.peft.tensors import ADAPTER_EXTRA_NAME, ADAPTER_WEIGHTS_NAME, AdapterFile, AdapterTensors
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.roster import Roster

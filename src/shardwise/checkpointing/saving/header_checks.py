@@ -13,8 +13,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from shardwise.base.files import base_config
-from shardwise.base.layout import BaseModel
+from shardwise.base.files import BaseModel, base_config
 from shardwise.checkpointing.shared_names import exported_modules
 from shardwise.comm import Group, JsonValue
 from shardwise.disk.guarded import open_regular, read_exactly

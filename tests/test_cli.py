@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tests.ops.checkpoints import saved
 
 from shardwise.cli import main
@@ -187,15 +189,59 @@ def test_what_was_meant(typed: list[str], meant: str, capsys: pytest.CaptureFixt
     assert f"Did you mean {meant}?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["ls", "repair", "prune"])
-def test_a_mistyped_root_names_the_one_beside_it(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "checkpoints").mkdir()
-    assert main([command, str(tmp_path / "chekpoints")]) == 2
-    assert f"Did you mean {str(tmp_path / 'checkpoints')!r}?" in capsys.readouterr().err
-    assert main([command, str(tmp_path / "else")]) == 2
-    assert "Did you mean" not in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "call",
+    [
+        *("ls PATH", "repair PATH", "prune PATH", "verify PATH", "inspect PATH", "consolidate PATH", "diff TOP PATH"),
+        *("diff PATH TOP", "convert PATH TOP/out --to hf", "push PATH org/name"),
+        *("merge-adapter PATH TOP TOP/out", "merge-adapter TOP PATH TOP/out"),
+    ],
+)
+def test_a_mistyped_path_names_the_one_beside_it(call: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "checkpoints"
+    saved(root)
+
+    def told(path: Path) -> str:
+        places = {"PATH": str(path), "TOP": str(root)}
+        assert main([places.get(word, word.replace("TOP", str(tmp_path))) for word in call.split()]) == 2
+        return capsys.readouterr().err
+
+    for wrong in (tmp_path / "chekpoints", tmp_path / "chekpoints" / "LATEST"):
+        meant = root / wrong.relative_to(tmp_path / "chekpoints")
+        assert f"there is nothing at this path [path {str(wrong)!r}] Did you mean {str(meant)!r}?" in told(wrong)
+    assert "Did you mean" not in told(tmp_path / "else")
+    there = told(root / "epoch_0_step_7")
+    assert f"There is nothing called epoch_0_step_7 in {root}. It has the checkpoints epoch_0_step_1." in there
+
+
+def test_what_others_saved_is_no_root_and_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (5, 10):
+        (tmp_path / "out" / f"checkpoint-{step}").mkdir(parents=True)
+        save_file({"w": torch.ones(2)}, tmp_path / "out" / f"checkpoint-{step}" / "model.safetensors")
+    before = sorted(tmp_path.rglob("*"))
+    nearest = f"What another tool saved is in {tmp_path / 'out' / 'checkpoint-10'}, {tmp_path / 'out' / 'checkpoint-5'}"
+    for arguments in (["ls"], ["repair"], ["repair", "--yes"], ["prune", "--keep-last", "1", "--yes"]):
+        assert main([*arguments, str(tmp_path / "out")]) == 0
+        out = capsys.readouterr().out
+        assert "holds no checkpoints, which are directories called epoch_E_step_S" in out
+        assert nearest in out
+        assert main([*arguments, str(tmp_path / "out" / "checkpoint-5")]) == 0
+        assert "a model's directory" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_roots_below(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path / "runs" / "a", (1, 2))
+    saved(tmp_path / "runs" / "b")
+    (tmp_path / "runs" / "config.json").write_text("{}")
+    assert main(["ls", str(tmp_path / "runs")]) == 0
+    assert f"There are checkpoints in {tmp_path / 'runs' / 'a'}, {tmp_path / 'runs' / 'b'}" in capsys.readouterr().out
+    for command in ("verify", "inspect", "consolidate"):
+        assert main([command, str(tmp_path / "runs")]) == 2
+        told = capsys.readouterr().err
+        assert "this is no checkpoint; there are some in" in told
+        assert str(tmp_path / "runs" / "b") in told
+    assert main(["verify", str(tmp_path / "runs" / "a")]) == 0
 
 
 def test_a_working_directory_that_is_gone_is_misuse(tmp_path: Path) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.ops.checkpoints import model, saved
-from tests.ops.damaged import gpt2, save_dcp
+from tests.ops.damaged import gpt2, save_dcp, stepped
+from tests.ops.pages import data_of
 
+from shardwise.cli import main
 from shardwise.errors import CheckpointExistsError, CheckpointNotFoundError
 from shardwise.ops.consolidate import consolidate
 from shardwise.ops.inspect import inspect
+from shardwise.ops.page import write_page
+from shardwise.ops.page_data import EQUAL
 
 
 def test_a_checkpoint(tmp_path: Path) -> None:
@@ -115,3 +120,53 @@ def test_a_pipelines_models_are_told_apart(tmp_path: Path) -> None:
     found = inspect(tmp_path)
     assert [(tensor.component, tensor.spec.shape) for tensor in found.tensors] == [("unet", (1,)), ("vae", (2,))]
     assert found.components == ("unet", "vae")
+
+
+def test_files_that_others_name_and_that_are_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpt2().save_pretrained(tmp_path, max_shard_size="10kB")
+    assert inspect(tmp_path).damaged == ()
+    absent = min(tmp_path.glob("model-00002-*"))
+    absent.unlink()
+    found = inspect(tmp_path)
+    assert set(found.damaged) == {"model.safetensors.index.json", absent.name}
+    assert absent.name in dict(found.unread)["model.safetensors.index.json"]
+    assert found.tensors
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert f"DAMAGED: {absent.name}" in capsys.readouterr().out
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert inspect(tmp_path).damaged == (absent.name,)
+
+
+def test_an_index_that_names_what_a_file_does_not_have(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"w": "model.safetensors", "v": "model.safetensors"}}))
+    assert inspect(tmp_path).damaged == (index.name,)
+
+
+def test_a_file_of_dcp_that_is_absent(tmp_path: Path) -> None:
+    directory = save_dcp({"w": torch.ones(2)}, tmp_path / "dcp")
+    assert inspect(directory).damaged == ()
+    (directory / "__0_0.distcp").unlink()
+    assert inspect(directory).damaged == ("__0_0.distcp",)
+
+
+def test_an_optimizer_beside_the_model(tmp_path: Path) -> None:
+    net = gpt2()
+    state = {"model": net.state_dict(), "optimizer": stepped(net).state_dict(), "step": 3}
+    found = inspect(save_dcp(state, tmp_path / "dcp"))
+    assert found.components == ("model", "optimizer")
+    names = {component: {t.spec.name for t in found.tensors if t.component == component} for component in state}
+    assert names["model"] == {f"model.{name}" for name in net.state_dict()}
+    assert all(name.startswith("optimizer.state.") for name in names["optimizer"])
+    page = data_of(write_page(tmp_path / "dcp", tmp_path / "page.html", against=tmp_path / "dcp").html)
+    assert set(page["change"]["status"]) == {EQUAL}
+    torch.save(state, tmp_path / "run.pt")
+    ((path, why),) = inspect(tmp_path / "run.pt").unread
+    assert (path, "optimizer, step" in why) == ("run.pt", True)
+
+
+def test_a_models_own_module_of_an_optimizers_name(tmp_path: Path) -> None:
+    state = {"app": {"model": {"scaler": {"weight": torch.ones(2)}}, "optim": {"state": {"w": torch.ones(3)}}}}
+    found = inspect(save_dcp(state, tmp_path / "dcp"))
+    assert [(t.component, t.spec.shape) for t in found.tensors] == [("model", (2,)), ("optim", (3,))]

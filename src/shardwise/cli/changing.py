@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from shardwise.cli.exits import FINE, FOUND
 from shardwise.cli.output import Bar, print_json, record, say, size, tell
+from shardwise.cli.showing import say_none
 from shardwise.errors import MisuseError
 
 if TYPE_CHECKING:
@@ -112,6 +113,8 @@ def prune(options: argparse.Namespace) -> int:
     report = work.prune_checkpoints(options.root, policy, delete=options.yes)
     if options.json:
         print_json(record(report))
+    elif not options.quiet and not report.names and not report.kept:
+        say_none(report.root)
     elif not options.quiet:
         for name in report.names:
             say(f"{'deleted' if report.deleted else 'would delete'}  {name}")
@@ -138,8 +141,10 @@ def repair(options: argparse.Namespace) -> int:
         say(f"left     {sentence}")
     found = report.leftovers or report.pointers
     if not options.json and not options.quiet:
-        if not found and not report.left:
+        if not found and not report.left and report.checkpoints:
             say(f"{report.root} is in order")
+        elif not found and not report.left:
+            say_none(report.root)
         elif found and not report.done:
             say("Nothing was changed; --yes does it.")
     return FOUND if report.left or (found and not report.done) else FINE

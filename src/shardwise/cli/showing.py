@@ -79,8 +79,15 @@ def _list(root: Path, options: argparse.Namespace, titled: bool) -> tuple[int, o
     for line, colour in _listed(shown):
         say(line, colour)
     if not found and not options.quiet:
-        say(f"{root} holds no checkpoints")
+        say_none(root)
     return code, None
+
+
+def say_none(root: Path) -> None:
+    """Say that a directory holds no checkpoints, and where they are."""
+    from shardwise.ops.targets import where_to_look
+
+    say(f"{root} holds no checkpoints, which are directories called epoch_E_step_S. {where_to_look(root)}".rstrip())
 
 
 def _listed(found: list[ListedCheckpoint]) -> list[tuple[str, str | None]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +21,7 @@ from shardwise.lifecycle import LATEST, CheckpointInfo, Writer, parse_checkpoint
 from shardwise.lifecycle import list_checkpoints as checkpoints_by_name
 from shardwise.lifecycle.names import is_temporary, leftover_of
 from shardwise.lifecycle.resolve import publication_begun
+from shardwise.ops.targets import nothing_at
 
 __all__ = ["ListedCheckpoint", "State", "list_checkpoints"]
 
@@ -76,24 +76,15 @@ def real_root(given: Path) -> Path:
     """
     place = real_path(given)
     if not exists(place):
-        hint = "Check the path and that the file system is mounted."
-        raise CheckpointNotFoundError("there is nothing at this path", path=given, hint=_name_beside(given) or hint)
+        raise nothing_at(given)
     if is_there(place / MANIFEST_NAME):
+        shown = "" if leftover_of(place.name) else "`shardwise inspect` shows it; "
         raise MisuseError(
             "this is a checkpoint and no directory of checkpoints",
             path=place,
-            hint=f"`shardwise inspect` shows it; `shardwise ls {place.parent}` lists those beside it.",
+            hint=f"{shown}`shardwise ls {place.parent}` lists those beside it.",
         )
     return place
-
-
-def _name_beside(given: Path) -> str:
-    """A sentence that names the directory beside a path that was probably meant; empty where there is none."""
-    try:
-        alike = get_close_matches(given.name, names_in(given.parent), n=1, cutoff=0.8)
-    except OSError:  # absent or unreadable: a suggestion must not replace the error it belongs to
-        return ""
-    return f"Did you mean {str(given.parent / alike[0])!r}?" if alike else ""
 
 
 def list_checkpoints(root: str | os.PathLike[str], *, storage: Storage | None = None) -> tuple[ListedCheckpoint, ...]:

@@ -159,7 +159,8 @@ def _component_of(found: CheckpointDescription, change: DiffReport) -> Callable[
     """The component under which a report has a tensor: of a directory without a manifest, folders are components."""
     known = {name for name, _ in (*change.equal, *change.only_b, *change.uncompared)}
     known |= {each.component for each in change.tensors}
-    alone = next(iter(known)) if len(known) == 1 and len(found.components) == 1 else None
+    one = len(found.components) == 1 or any(file.path == ".metadata" for file in found.files)  # DCP is compared whole
+    alone = next(iter(known)) if len(known) == 1 and one else None
 
     def place(tensor: TensorDescription) -> str:
         own = tensor.component

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 import struct
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, NamedTuple
 
 from shardwise.disk.guarded import open_regular
 from shardwise.disk.names import status
@@ -16,14 +15,13 @@ from shardwise.format.sniff import Kind, what_is_file
 
 #: Names of such files.
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-
-_WEIGHTS = re.compile(r"(pytorch_model|diffusion_pytorch_model|adapter_model|model)([-.].*)?\.(bin|pt|pth|ckpt)")
+#: Names under which libraries look for a model's weights, and nothing else stands.
+WEIGHTS = re.compile(r"(pytorch_model|diffusion_pytorch_model|adapter_model|model)([-.].*)?\.(bin|pt|pth|ckpt)")
 _ZIP = b"PK\x03\x04"
 _LOCAL_BYTES = 30
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """Result of the check: a damage, why the file could not be checked, or neither."""
 
     damage: tuple[Literal["absent", "kind", "size", "header", "unreadable"], str] | None = None
@@ -56,7 +54,7 @@ def _no_archive(path: Path) -> Outcome:
     what = what_is_file(path)
     if what is not None and what.kind is Kind.TORCH:
         return Outcome(unchecked="of torch before 1.6, which does not say how long it is")
-    if _WEIGHTS.fullmatch(path.name) or (what is not None and what.kind is Kind.POINTER):
+    if WEIGHTS.fullmatch(path.name) or (what is not None and what.kind is Kind.POINTER):
         name = "of no known format" if what is None else what.name
         return Outcome(damage=("header", f"the file is {name}; weights of torch were expected"))
     return Outcome(unchecked="of no known format")

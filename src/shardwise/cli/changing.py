@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shardwise.cli.exits import FINE, FOUND
-from shardwise.cli.output import Bar, print_json, record, say, size, tell
+from shardwise.cli.output import print_json, progress_bar, record, say, size, tell
 from shardwise.cli.showing import say_none
 from shardwise.errors import MisuseError
 
@@ -17,29 +17,22 @@ if TYPE_CHECKING:
     from shardwise.ops.merge import MergeReport
 
 
+#: Options about a source that does not say it itself, as functions call them.
+_OF_SOURCE = ("config", "prefix", "rope", "assume_complete", "master_weights", "verify_export")
+
+
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Options that a function takes under their own names."""
+    return {name: getattr(options, name) for name in names}
+
+
 def consolidate(options: argparse.Namespace) -> int:
     """``shardwise consolidate``."""
     from shardwise.ops import consolidate as work
 
-    bar = Bar(options.quiet)
-    try:
-        report = work.consolidate(
-            options.path,
-            options.output,
-            max_file_bytes=options.max_file_size,
-            dtype=options.dtype,
-            progress=bar.progress,
-            prefix=options.prefix,
-            base=options.base,
-            diffusers_compatible=options.diffusers,
-            assume_complete=options.assume_complete,
-            master_weights=options.master_weights,
-            verify_export=options.verify_export,
-            config=options.config,
-            rope=options.rope,
-        )
-    finally:
-        bar.close()
+    chosen = _given(options, "max_file_bytes", "dtype", "base", "diffusers_compatible", *_OF_SOURCE)
+    with progress_bar(options.quiet) as progress:
+        report = work.consolidate(options.path, options.output, progress=progress, **chosen)
     return _tell_written(options, report, f"{report.tensors} tensors in {len(report.files)} files")
 
 
@@ -47,25 +40,9 @@ def convert(options: argparse.Namespace) -> int:
     """``shardwise convert``."""
     from shardwise.ops import convert as work
 
-    bar = Bar(options.quiet)
-    try:
-        report = work.convert(
-            options.source,
-            options.target,
-            options.to,
-            config=options.config,
-            prefix=options.prefix,
-            rope=options.rope,
-            master_weights=options.master_weights,
-            optimizer=options.optimizer,
-            epoch=options.epoch,
-            step=options.step,
-            assume_complete=options.assume_complete,
-            verify_export=options.verify_export,
-            progress=bar.progress,
-        )
-    finally:
-        bar.close()
+    chosen = _given(options, "optimizer", "epoch", "step", *_OF_SOURCE)
+    with progress_bar(options.quiet) as progress:
+        report = work.convert(options.source, options.target, options.to, progress=progress, **chosen)
     optimizer = " and the optimizer's state" if report.optimizer else ""
     return _tell_written(options, report, f"{report.tensors} tensors{optimizer}")
 
@@ -74,18 +51,9 @@ def merge_adapter(options: argparse.Namespace) -> int:
     """``shardwise merge-adapter``."""
     from shardwise.ops import merge as work
 
-    bar = Bar(options.quiet)
-    try:
-        report = work.merge_adapter(
-            options.base,
-            options.adapter,
-            options.output,
-            max_file_bytes=options.max_file_size,
-            progress=bar.progress,
-            verify_export=options.verify_export,
-        )
-    finally:
-        bar.close()
+    chosen = _given(options, "max_file_bytes", "verify_export")
+    with progress_bar(options.quiet) as progress:
+        report = work.merge_adapter(options.base, options.adapter, options.output, progress=progress, **chosen)
     return _tell_written(options, report, f"{report.tensors} tensors, {len(report.merged)} of them merged")
 
 
@@ -156,17 +124,10 @@ def push(options: argparse.Namespace) -> int:
 
     from shardwise.ops import push as work
 
-    bar = Bar(options.quiet)
+    chosen = _given(options, "revision", "private", "message", "allow_unverified")
     try:
-        report = work.push(
-            options.path,
-            options.repo,
-            revision=options.revision,
-            private=options.private,
-            message=options.message,
-            allow_unverified=options.allow_unverified,
-            progress=bar.progress,
-        )
+        with progress_bar(options.quiet) as progress:
+            report = work.push(options.path, options.repo, progress=progress, **chosen)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
         raise MisuseError(
             f"the Hub refused: {error}", hint="Check the repository's name and `hf auth login`."
@@ -179,8 +140,6 @@ def push(options: argparse.Namespace) -> int:
             f"the Hub cannot be reached: {error}",
             hint="Check the network, and push again: nothing is shown until then.",
         ) from error
-    finally:
-        bar.close()
     if options.json:
         print_json(record(report))
     elif not options.quiet:

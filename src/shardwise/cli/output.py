@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import PurePath
@@ -182,29 +182,22 @@ def _coloured(text: str, colour: str | None) -> str:
     return f"\033[{_COLOURS[colour]}m{text}\033[0m" if colour and shows else text
 
 
-class Bar:
-    """A progress bar on standard error, where that is a terminal.
+@contextmanager
+def progress_bar(quiet: bool = False) -> Iterator[Progress | None]:
+    """A progress bar on standard error while the ``with`` block lasts, where that is a terminal.
 
     Args:
         quiet: Never show one.
     """
+    if quiet or not _is_terminal(sys.stderr):
+        yield None
+        return
+    from tqdm import tqdm
 
-    def __init__(self, quiet: bool = False) -> None:
-        self.progress: Progress | None = None
-        self._close: Callable[[], None] | None = None
-        if quiet or not _is_terminal(sys.stderr):
-            return
-        from tqdm import tqdm
-
-        bar = tqdm(unit="B", unit_scale=True, leave=False, file=sys.stderr)
+    with tqdm(unit="B", unit_scale=True, leave=False, file=sys.stderr) as bar:
 
         def advance(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        self.progress, self._close = advance, bar.close
-
-    def close(self) -> None:
-        """Remove the bar."""
-        if self._close is not None:
-            self._close()
+        yield advance

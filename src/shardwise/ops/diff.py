@@ -21,9 +21,11 @@ from shardwise.format.json_file import MAX_JSON_BYTES, parse_json
 from shardwise.format.manifest import TensorRecord
 from shardwise.format.sniff import Kind, what_is_file
 from shardwise.geometry import TensorSpec
+from shardwise.ops.modules import layer_of
 from shardwise.ops.parts import Parts, find_parts
 from shardwise.ops.torch_archives import TORCH_SUFFIXES
 from shardwise.ops.verify import Progress
+from shardwise.sources.directory_contents import natural
 from shardwise.sources.reader import Reader
 from shardwise.sources.sources import Source, open_source
 from shardwise.sources.stream import tensor_blocks
@@ -31,7 +33,7 @@ from shardwise.sources.stream import tensor_blocks
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ConfigDifference", "DiffReport", "TensorDifference", "diff"]
+__all__ = ["ConfigDifference", "DiffReport", "LayerDifference", "TensorDifference", "diff"]
 
 #: Elements of each tensor that are compared at a time: with everything that is computed from them about 64 MiB.
 _ELEMENTS = 2**20
@@ -76,6 +78,31 @@ class ConfigDifference:
     b: object
 
 
+@dataclass(slots=True)
+class LayerDifference:
+    """How the tensors of a layer differ; outside of layers those of a module.
+
+    Attributes:
+        component: As in `TensorDifference`.
+        layer: ``model.layers.7``.
+        tensors: How many tensors it has in both.
+        different: How many of these differ.
+        only_a: How many the first alone has.
+        only_b: Likewise the second.
+        relative: The largest relative difference of one of its tensors; ``None`` where none was computed.
+        largest: The largest difference of two elements; likewise.
+    """
+
+    component: str
+    layer: str
+    tensors: int = 0
+    different: int = 0
+    only_a: int = 0
+    only_b: int = 0
+    relative: float | None = None
+    largest: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class DiffReport:
     """How two checkpoints differ.
@@ -111,6 +138,31 @@ class DiffReport:
     def differs(self) -> bool:
         """Whether anything differs."""
         return bool(self.tensors or self.only_a or self.only_b or self.configs)
+
+    @property
+    def layers(self) -> list[LayerDifference]:
+        """The layers in which anything differs, by component and name."""
+        found: dict[tuple[str, str], LayerDifference] = {}
+
+        def of(component: str, name: str) -> LayerDifference:
+            key = (component, layer_of(name))
+            return found.setdefault(key, LayerDifference(*key))
+
+        for each in self.tensors:
+            layer = of(each.component, each.a.name)
+            layer.tensors += 1
+            layer.different += 1
+            if each.relative is not None and each.largest is not None:
+                layer.relative = max(each.relative, layer.relative or 0.0)
+                layer.largest = max(each.largest, layer.largest or 0.0)
+        for key in self.only_a:
+            of(*key).only_a += 1
+        for key in self.only_b:
+            of(*key).only_b += 1
+        differing = list(found.values())
+        for key in (*self.equal, *self.uncompared):
+            of(*key).tensors += 1
+        return sorted(differing, key=lambda each: (each.component, natural(each.layer)))
 
 
 def diff(

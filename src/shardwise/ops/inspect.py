@@ -98,6 +98,18 @@ class CheckpointDescription:
         return tuple(dict.fromkeys(file.writer for file in self.files if file.writer))
 
     @property
+    def ranks(self) -> str | None:
+        """How many ranks saved it, for people; ``None`` where nothing tells."""
+        if self.world_size is not None:
+            return str(self.world_size)
+        return f"not recorded; writers by the files' names: {len(self.writers)}" if self.writers else None
+
+    @property
+    def saved_by(self) -> str | None:
+        """What wrote it, for people; ``None`` where nothing tells."""
+        return ", ".join([*([] if self.version is None else [f"shardwise {self.version}"]), *self.tools]) or None
+
+    @property
     def components(self) -> tuple[str, ...]:
         """Components that have tensors, in order of appearance."""
         return tuple(dict.fromkeys(tensor.component for tensor in self.tensors))

@@ -65,23 +65,16 @@ def page_data(found: CheckpointDescription, change: DiffReport | None = None) ->
 
 
 def _facts(found: CheckpointDescription) -> list[tuple[str, str]]:
-    saved_by = [] if found.version is None else [f"shardwise {found.version}"]
     facts = {
         "Step": found.step,
         "Epoch": found.epoch,
-        "Ranks": _ranks(found),
-        "Written by": ", ".join([*saved_by, *found.tools]) or "not recorded",
+        "Ranks": found.ranks or "not recorded",
+        "Written by": found.saved_by or "not recorded",
         "Format": ", ".join(found.formats) or None,
         "Manifest": "yes, with digests" if found.verifiable else "none: no digests",
     }
     facts |= {f"Metric {name}": f"{value:g}" for name, value in found.metrics.items()}
     return [(name, str(value)) for name, value in facts.items() if value is not None]
-
-
-def _ranks(found: CheckpointDescription) -> str:
-    if found.world_size is not None:
-        return str(found.world_size)
-    return f"not recorded; writers by the files' names: {len(found.writers)}" if found.writers else "not recorded"
 
 
 def _columns(found: CheckpointDescription) -> dict[str, JsonValue]:

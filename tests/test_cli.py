@@ -270,7 +270,7 @@ def test_an_error_of_the_program_is_no_damage(
 
 def test_an_empty_directory_is_misuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path)]) == 2
-    assert "there is nothing to verify" in capsys.readouterr().err
+    assert "the directory holds no file" in capsys.readouterr().err
 
 
 def test_names_that_are_no_text_are_printed(tmp_path: Path) -> None:

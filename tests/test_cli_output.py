@@ -182,7 +182,7 @@ def test_a_damaged_file_keeps_no_other_from_being_shown(tmp_path: Path, capsys: 
     assert main(["inspect", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert "DAMAGED: other.safetensors: " in out
-    assert "1 tensors, 8 bytes: 2 F32" in out
+    assert "1 tensor, 8 bytes: 2 F32" in out
     assert main(["inspect", "--json", str(tmp_path)]) == 1
     report = json.loads(capsys.readouterr().out)
     assert (report["damaged"], report["unread"][0][0]) == (["other.safetensors"], "other.safetensors")

@@ -164,6 +164,10 @@ def test_an_optimizer_beside_the_model(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "run.pt")
     ((path, why),) = inspect(tmp_path / "run.pt").unread
     assert (path, "optimizer, step" in why) == ("run.pt", True)
+    torch.save(state["optimizer"], tmp_path / "weights.pt")
+    assert inspect(tmp_path / "weights.pt").unread == (
+        ("weights.pt", "it is an optimizer's state, whose tensors are not listed"),
+    )
 
 
 def test_a_models_own_module_of_an_optimizers_name(tmp_path: Path) -> None:

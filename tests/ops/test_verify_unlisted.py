@@ -13,6 +13,7 @@ from tests.ops.damaged import cut, flip, gpt2, save_dcp
 
 from shardwise.cli import main
 from shardwise.errors import IncompleteCheckpointError
+from shardwise.ops.inspect import inspect
 from shardwise.ops.verify import verify
 
 
@@ -114,6 +115,15 @@ def test_torch_files(by_pickle: Path) -> None:
     (by_pickle / "pytorch_model.bin.index.json").unlink()
     (damage,) = verify(by_pickle).damages
     assert (damage.file, damage.kind) == (first.name, "absent")
+
+
+def test_an_index_of_a_form_that_was_not_downloaded(tmp_path: Path) -> None:
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"w": "pytorch_model-00001-of-00002.bin"}}))
+    assert [damage.file for damage in verify(tmp_path).damages] == [index.name]
+    save_file({"w": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert verify(tmp_path).status == "unverifiable"
+    assert inspect(tmp_path).damaged == ()
 
 
 def test_what_a_torch_file_does_not_tell_is_said(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from shardwise.cli.exits import FINE, FOUND
-from shardwise.cli.output import print_json, progress_bar, record, say, size, tell
+from shardwise.cli.output import count, print_json, progress_bar, record, say, size, tell
 from shardwise.cli.showing import say_none
 from shardwise.errors import MisuseError
 
@@ -33,7 +33,7 @@ def consolidate(options: argparse.Namespace) -> int:
     chosen = _given(options, "max_file_bytes", "dtype", "base", "diffusers_compatible", *_OF_SOURCE)
     with progress_bar(options.quiet) as progress:
         report = work.consolidate(options.path, options.output, progress=progress, **chosen)
-    return _tell_written(options, report, f"{report.tensors} tensors in {len(report.files)} files")
+    return _tell_written(options, report, f"{count(report.tensors, 'tensor')} in {count(len(report.files), 'file')}")
 
 
 def convert(options: argparse.Namespace) -> int:
@@ -44,7 +44,7 @@ def convert(options: argparse.Namespace) -> int:
     with progress_bar(options.quiet) as progress:
         report = work.convert(options.source, options.target, options.to, progress=progress, **chosen)
     optimizer = " and the optimizer's state" if report.optimizer else ""
-    return _tell_written(options, report, f"{report.tensors} tensors{optimizer}")
+    return _tell_written(options, report, count(report.tensors, "tensor") + optimizer)
 
 
 def merge_adapter(options: argparse.Namespace) -> int:
@@ -54,7 +54,7 @@ def merge_adapter(options: argparse.Namespace) -> int:
     chosen = _given(options, "max_file_bytes", "verify_export")
     with progress_bar(options.quiet) as progress:
         report = work.merge_adapter(options.base, options.adapter, options.output, progress=progress, **chosen)
-    return _tell_written(options, report, f"{report.tensors} tensors, {len(report.merged)} of them merged")
+    return _tell_written(options, report, f"{count(report.tensors, 'tensor')}, {len(report.merged):,} of them merged")
 
 
 def _tell_written(
@@ -143,7 +143,6 @@ def push(options: argparse.Namespace) -> int:
     if options.json:
         print_json(record(report))
     elif not options.quiet:
-        say(
-            f"uploaded {len(report.files)} files, {size(report.nbytes)}, of {report.path} to {report.repo} {report.url}"
-        )
+        files = count(len(report.files), "file")
+        say(f"uploaded {files}, {size(report.nbytes)}, of {report.path} to {report.repo} {report.url}")
     return FINE

@@ -142,6 +142,11 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=1))
 
 
+def count(number: int, what: str) -> str:
+    """So many of something: ``1 file``, ``2 files``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def size(nbytes: float) -> str:
     """Bytes for people."""
     for unit in ("bytes", "kB", "MB", "GB"):

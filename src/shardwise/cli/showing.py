@@ -12,6 +12,7 @@ from shardwise.cli.output import (
     age,
     clear_screen,
     columns,
+    count,
     flush,
     print_json,
     progress_bar,
@@ -155,12 +156,13 @@ def _print_report(report: VerifyReport, quiet: bool) -> None:
         say(f"checked  {what}")
     for what in report.unchecked:
         say(f"unchecked  {what}")
-    counted = f"{report.files} files, {report.tensors} tensors"
+    # Of files of torch the tensors are not counted.
+    counted = count(report.files, "file") + (f", {count(report.tensors, 'tensor')}" if report.tensors else "")
     if report.status == "damaged":
         files = len({damage.file for damage in report.damages})
         say(f"{report.path} is damaged: {files} of {counted}")
     elif report.status == "unverifiable":
-        say(f"{report.path} has no manifest and cannot be verified; nothing contradicts itself in its {counted}")
+        say(f"{report.path} has no manifest and cannot be verified; nothing contradicts itself in {counted}")
     elif report.level == "sizes":
         say(f"{report.path} is complete: {counted}; sizes compared, digests not")
     else:
@@ -201,13 +203,13 @@ def _page(options: argparse.Namespace) -> int:
         print_json(record(report))
     elif not options.quiet:
         against = "" if report.against is None else f", against {report.against}"
-        say(f"wrote {report.html}: {report.path} with {report.tensors} tensors{against}")
+        say(f"wrote {report.html}: {report.path} with {count(report.tensors, 'tensor')}{against}")
     for name in () if options.json else report.damaged:
         say(f"DAMAGED  {name}", "red")
     return FOUND if report.damaged else FINE
 
 
-def _print_description(found: CheckpointDescription, tensors: bool) -> None:
+def _print_description(found: CheckpointDescription, every: bool) -> None:
     say(str(found.path))
     facts = {
         "epoch": found.epoch,
@@ -227,19 +229,19 @@ def _print_description(found: CheckpointDescription, tensors: bool) -> None:
         kinds = ", ".join(f"{count:,} {dtype}" for dtype, count in sorted(found.dtypes(component).items()))
         pieces = sum(len(tensor.pieces) > 1 for tensor in own)
         apart = f", {pieces} of them in pieces" if pieces else ""
-        say(
-            f"  {component:<{max(9, wide)}} {len(own)} tensors, {size(sum(t.spec.nbytes for t in own))}: {kinds}{apart}"
-        )
+        tensors = f"{count(len(own), 'tensor')}, {size(sum(tensor.spec.nbytes for tensor in own))}"
+        say(f"  {component:<{max(9, wide)}} {tensors}: {kinds}{apart}")
         for line in _modules(found, component):
             say(f"    {line}")
-    say(f"  {len(found.files)} files, {size(found.nbytes)}")
+    say(f"  {count(len(found.files), 'file')}, {size(found.nbytes)}")
     rows = [
-        (f.path, f"{f.size:,}", f.format or "unknown", f"{f.tensors} tensors" if f.tensors else "") for f in found.files
+        (f.path, f"{f.size:,}", f.format or "unknown", count(f.tensors, "tensor") if f.tensors else "")
+        for f in found.files
     ]
     for line in columns(rows, frozenset({1})) if rows else ():
         say(f"    {line}")
     _print_unread(found, only_damaged=False)
-    for tensor in found.tensors if tensors else ():
+    for tensor in found.tensors if every else ():
         spec = tensor.spec
         say(f"    {tensor.component}  {spec.name}  {spec.dtype} {list(spec.shape)}  {', '.join(tensor.files)}")
 
@@ -294,7 +296,7 @@ def _print_diff(report: DiffReport, quiet: bool, tensors: bool) -> None:
     most = f", relative difference at most {max(relative):.3g}" if relative else ""
     uncompared = f"{len(report.uncompared)} not compared, " if report.uncompared else ""
     say(
-        f"{report.same} tensors equal ({report.by_digest} by digest), {len(report.tensors)} different{most}, "
+        f"{count(report.same, 'tensor')} equal ({report.by_digest} by digest), {len(report.tensors)} different{most}, "
         f"{uncompared}{apart} in one alone, {len(report.configs)} differences of configuration"
         f"{'; --tensors lists each' if many else ''}"
     )

@@ -8,19 +8,35 @@ from pathlib import Path
 
 from shardwise.disk.names import exists, is_there, walk
 from shardwise.disk.storage import Storage, storage_errors
-from shardwise.errors import CheckpointExistsError, ShardwiseError
+from shardwise.errors import CheckpointExistsError, MisuseError, ShardwiseError
+from shardwise.format.manifest import MANIFEST_NAME
 from shardwise.lifecycle import temporary_name
 from shardwise.lifecycle.ownership import claim
 
+#: What may be written into a published checkpoint, with a manifest of its own: its export, made later.
+EXPORTS = ("model/consolidated", "consolidated")
 
-def refuse_existing(target: Path) -> None:
-    """Raise `CheckpointExistsError` where something is at the place already."""
+
+def refuse_taken(target: Path) -> None:
+    """Raise `CheckpointExistsError` where something is at the place already, and see `refuse_inside`."""
+    refuse_inside(target)
     if is_there(target):
         raise CheckpointExistsError(
-            "there is something at this place already, which is never overwritten",
+            "something is already there, and is never overwritten",
             path=target,
             hint="Use it, delete it, or choose another place.",
         )
+
+
+def refuse_inside(target: Path) -> None:
+    """Raise `MisuseError` where the place is in a published checkpoint, which would be damaged by a file too many."""
+    for directory in target.parents:
+        if target.relative_to(directory).as_posix() not in EXPORTS and is_there(directory / MANIFEST_NAME):
+            raise MisuseError(
+                f"the place is in the checkpoint {str(directory)!r}, whose manifest does not have it",
+                path=target,
+                hint="Choose a place outside of it.",
+            )
 
 
 @contextmanager
@@ -31,9 +47,11 @@ def written_aside(target: Path, storage: Storage, *, resumes: bool = False) -> I
 
     Raises:
         CheckpointExistsError: There is something at ``target``.
+        MisuseError: It is in a published checkpoint.
         CheckpointBusyError: Another process is writing it.
         StorageError: The file system refused.
     """
+    refuse_taken(target)
     aside = target.with_name(temporary_name(target.name))
     made = _absent_directories(target.parent)
     try:
@@ -48,7 +66,6 @@ def written_aside(target: Path, storage: Storage, *, resumes: bool = False) -> I
                 yield aside
                 for directory, _ in walk(aside):
                     storage.sync_directory(directory)
-                refuse_existing(target)
                 storage.rename_new(aside, target)
                 storage.sync_directory(target.parent)
         except BaseException as error:

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from shardwise.disk.names import exists, is_file
+from shardwise.disk.names import exists, is_file, names_in
 from shardwise.engine.verify import Damage, DamageKind
 from shardwise.errors import (
     CheckpointNotFoundError,
@@ -210,6 +210,11 @@ def check_index(root: Path, relative: str, names: Mapping[str, Collection[str]])
     by_file: dict[str, list[str]] = {}
     for tensor, file in weight_map.items():
         by_file.setdefault(file, []).append(tensor)
+    other = ".safetensors" if ".bin." in relative else ".bin"
+    if not any(is_file(root / directory / file) for file in by_file) and any(
+        name.endswith(other) for name in names_in(root / directory)
+    ):
+        return  # a download that left one of two forms out brings the index of both
     for file, tensors in by_file.items():
         place = (directory / file).as_posix()
         if not is_file(root / place):

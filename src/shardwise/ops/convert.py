@@ -26,7 +26,7 @@ from shardwise.format.notes import ASIDE_DIR, METADATA_DIR, NOTES, PER_RANK_DIR
 from shardwise.format.strict_json import JsonValue
 from shardwise.lifecycle import LATEST, LINEAGE_NAME, METRICS_NAME, checkpoint_name, next_lineage, set_pointer
 from shardwise.lifecycle.names import foreign_numbers
-from shardwise.ops.aside import refuse_existing, written_aside
+from shardwise.ops.aside import refuse_taken, written_aside
 from shardwise.ops.computed_tensors import ComputingReader
 from shardwise.ops.consolidate import consolidate
 from shardwise.ops.consolidate_input import ModelInput, SourceHints, class_of, find_input
@@ -141,7 +141,7 @@ def convert(
         raise MisuseError("optimizer, epoch and step are for shards", hint="Leave them out, or convert to shards.")
     place = Path(target).absolute()
     with using(storage or current()):
-        refuse_existing(place)
+        refuse_taken(place)
         if to == "hf":
             made = consolidate(
                 source, place, progress=progress, prefix=prefix, assume_complete=assume_complete,

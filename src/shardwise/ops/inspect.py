@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-from shardwise.disk.guarded import is_followed, is_made_of_links, resolve_inside
 from shardwise.disk.names import files_under, is_directory, is_file
 from shardwise.disk.storage import Storage, current, using
-from shardwise.engine.verify import files_below, load_manifest
-from shardwise.errors import CheckpointNotFoundError, FormatError, ShardwiseError
+from shardwise.engine.verify import check_files, files_below, load_manifest
+from shardwise.errors import FormatError
 from shardwise.format.manifest import Manifest
 from shardwise.format.sniff import what_is_file
 from shardwise.format.strict_json import JsonValue
@@ -20,7 +19,7 @@ from shardwise.lifecycle.names import parse_checkpoint_name
 from shardwise.lifecycle.resolve import read_metrics
 from shardwise.ops.modules import ModuleDescription, describe_modules
 from shardwise.ops.origin import tools_named, writer_of
-from shardwise.ops.targets import Target, find_targets, is_unfinished
+from shardwise.ops.targets import Target, find_targets, is_unfinished, nothing_in
 from shardwise.ops.tensor_listing import (
     DCP_SUFFIX,
     MODEL,
@@ -166,11 +165,15 @@ def _from_manifest(found: Listing, root: Path, target: Target, manifest: Manifes
     below = "" if target.directory == root else f"{target.directory.relative_to(root).as_posix()}/"
     files = files_below(manifest, (target.under,) if target.under else ())
     wanted = {file.path for file in files}
-    linked = is_made_of_links(target.directory)
-    own = [file.path for file in files if _is_own(target.directory, file.path, linked)]
-    looked, ranks = set(own), _count(manifest.info.get("world_size"))
+    damages = check_files(target.directory, files, {})
+    for damage in damages:
+        found.leave_out(below + damage.file, damage.message, damaged=True)
+    # A link that leads out of the checkpoint is not looked behind.
+    apart = {damage.file for damage in damages if damage.kind != "size"}
+    own = [file.path for file in files if file.path not in apart]
+    ranks = _count(manifest.info.get("world_size"))
     for file in files:
-        what = what_is_file(target.directory / file.path) if file.path in looked else None
+        what = what_is_file(target.directory / file.path) if file.path not in apart else None
         found.files[below + file.path] = FileDescription(
             below + file.path,
             file.size,
@@ -195,15 +198,6 @@ def _from_manifest(found: Listing, root: Path, target: Target, manifest: Manifes
     found.tools |= dict.fromkeys(tools_named(root, [below + path for path in own]))
 
 
-def _is_own(root: Path, relative: str, linked: bool) -> bool:
-    """Whether a file may be looked into: a link leads out of a checkpoint only where all are links, or into a store."""
-    try:
-        resolve_inside(root, relative)
-    except ShardwiseError:
-        return is_followed(root / relative, linked)
-    return True
-
-
 def _count(value: object) -> int | None:
     return value if type(value) is int else None
 
@@ -217,11 +211,7 @@ def _from_headers(found: Listing, root: Path, target: Target) -> None:
         files = files_under(top, lambda where: where.name != "blobs" or not is_directory(where.with_name("snapshots")))
         listed = [each for path in files if not is_unfinished(each := path.relative_to(root).as_posix())]
     if not listed:
-        raise CheckpointNotFoundError(
-            "the directory holds no file, or those of interrupted saves alone",
-            path=top,
-            hint="Name a checkpoint's directory.",
-        )
+        raise nothing_in(top)
     # The name of a component that stands alone says what its tensors are.
     own = root.name if root.name == "optim" else MODEL
     read_contents(found, root, listed, own, whole=not is_file(top))

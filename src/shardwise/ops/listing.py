@@ -71,12 +71,16 @@ def real_root(given: Path) -> Path:
 
     Raises:
         CheckpointNotFoundError: There is nothing at the path.
-        MisuseError: It is a checkpoint itself.
+        MisuseError: It is a checkpoint itself, or no directory.
         StorageError: Links lead in a circle.
     """
     place = real_path(given)
     if not exists(place):
         raise nothing_at(given)
+    if not is_directory(place):
+        raise MisuseError(
+            "this is no directory of checkpoints", path=given, hint="`shardwise inspect` shows what is in a file."
+        )
     if is_there(place / MANIFEST_NAME):
         shown = "" if leftover_of(place.name) else "`shardwise inspect` shows it; "
         raise MisuseError(
@@ -99,8 +103,8 @@ def list_checkpoints(root: str | os.PathLike[str], *, storage: Storage | None = 
 
     Raises:
         CheckpointNotFoundError: There is nothing at the path.
-        MisuseError: It is a checkpoint itself.
-        StorageError: It is a file, or cannot be read.
+        MisuseError: It is a checkpoint itself, or no directory.
+        StorageError: It cannot be read.
     """
     given = Path(root).absolute()
     with using(storage or current()), storage_errors(given):

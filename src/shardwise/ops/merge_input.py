@@ -21,6 +21,7 @@ from shardwise.disk.names import is_directory, is_file, is_there, names_in
 from shardwise.disk.storage import current
 from shardwise.engine.sharing import PlannedReads
 from shardwise.errors import AdapterError, IntegrityError, MisuseError
+from shardwise.format.dcp_metadata import DCP_METADATA_NAME
 from shardwise.format.strict_json import JsonValue
 from shardwise.ops.attach import place_tensor
 from shardwise.ops.side_content import side_files
@@ -110,8 +111,8 @@ def _adapter_directory(path: Path) -> Path:
 
 
 def _require_whole(path: Path) -> None:
-    """Compare digests where a manifest has them; of other files the headers are compared when they are opened."""
-    if not find_targets(path)[0].has_manifest:
+    """Compare digests where a manifest has them, of DCP extents; of others the headers, when they are opened."""
+    if not find_targets(path)[0].has_manifest and not is_file(path / DCP_METADATA_NAME):
         return
     report = verify(path)
     if report.damages:

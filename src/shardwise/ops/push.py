@@ -12,7 +12,7 @@ from shardwise.errors import IntegrityError, MisuseError, UnverifiableError
 from shardwise.format.manifest import MANIFEST_NAME
 from shardwise.ops.targets import find_targets
 from shardwise.ops.torch_archives import TORCH_SUFFIXES
-from shardwise.ops.verify import Progress, verify
+from shardwise.ops.verify import Progress, VerifyReport, verify
 from shardwise.sources.directory_contents import holds_model
 
 __all__ = ["HubApi", "PushReport", "push"]
@@ -94,12 +94,7 @@ def push(
     """
     directory = _model_of(path)
     report = verify(directory, progress=progress)
-    if report.damages:
-        raise IntegrityError(
-            f"the model is damaged and was not uploaded: {report.damages[0].describe()}",
-            path=directory,
-            hint="`shardwise verify` lists everything; restore the file from a copy.",
-        )
+    _refuse_damaged(report)
     if not report.verifiable and not allow_unverified:
         raise UnverifiableError(
             "the model has no manifest, so nobody can say whether it is whole; it was not uploaded",
@@ -136,11 +131,21 @@ def _model_of(path: str | os.PathLike[str]) -> Path:
         own = candidate != place or not is_directory(place / "model")
         if final and own and not is_file(candidate / ".metadata") and not _in_pieces(candidate):
             return candidate
+    _refuse_damaged(verify(place, digests=False))  # its model may be what is lost
     raise MisuseError(
         "there is no model here in the form that others open",
         path=place,
         hint="Make its export with `shardwise consolidate`, or name a model's directory.",
     )
+
+
+def _refuse_damaged(report: VerifyReport) -> None:
+    if report.damages:
+        raise IntegrityError(
+            f"the model is damaged and was not uploaded: {report.damages[0].describe()}",
+            path=report.path,
+            hint="`shardwise verify` lists everything; restore the file from a copy.",
+        )
 
 
 def _in_pieces(directory: Path) -> bool:

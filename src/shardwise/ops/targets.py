@@ -20,11 +20,11 @@ from shardwise.errors import (
 from shardwise.format.manifest import MANIFEST_NAME
 from shardwise.lifecycle import LATEST, list_checkpoints, read_pointer, resolve
 from shardwise.lifecycle.names import is_doomed, is_temporary, parse_checkpoint_name
+from shardwise.ops.aside import EXPORTS
 from shardwise.sources.directory_contents import found_instead, holds_model, models_below
 
 #: Directories of a checkpoint that may exist alone, each with a manifest of its own.
 COMPONENTS = ("model", "optim")
-_EXPORTS = ("model/consolidated", "consolidated")
 _CLIMB = 4
 _SHOWN, _MOST_DIRECTORIES = 5, 200
 
@@ -78,6 +78,8 @@ def find_targets(path: str | os.PathLike[str]) -> tuple[Target, ...]:
                 path=real,
                 hint="Name a checkpoint or a model.",
             )
+        if real.name == MANIFEST_NAME:
+            return _in_directory(real.parent)
         if there.kind == "file":
             # A hub cache's snapshot consists of links to files whose names say nothing.
             named = given if is_link(given) and _above(real) is None else real
@@ -111,6 +113,15 @@ def nothing_at(given: Path) -> CheckpointNotFoundError:
     else:
         hint += "Check the path and that the file system is mounted."
     return CheckpointNotFoundError("there is nothing at this path", path=given, hint=hint)
+
+
+def nothing_in(directory: Path) -> CheckpointNotFoundError:
+    """The error about a directory in which no file is."""
+    return CheckpointNotFoundError(
+        "the directory holds no file, or those of interrupted saves alone",
+        path=directory,
+        hint="Name a checkpoint, a part of one, or a directory of checkpoints; `shardwise ls` lists interrupted saves.",
+    )
 
 
 def where_to_look(directory: Path) -> str:
@@ -162,7 +173,7 @@ def with_nested(targets: tuple[Target, ...]) -> tuple[Target, ...]:
     for target in targets:
         own = [
             Target(target.directory / name)
-            for name in _EXPORTS
+            for name in EXPORTS
             if not target.under and target.has_manifest and Target(target.directory / name).has_manifest
         ]
         names = tuple(each.directory.relative_to(target.directory).as_posix() for each in own)

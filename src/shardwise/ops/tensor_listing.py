@@ -290,11 +290,15 @@ def _add_torch(root: Path, relative: str, component: str, found: Listing) -> Non
     from shardwise.sources.torch_state import WRAPPERS
 
     try:
-        opened = open_bin(root / relative, Group(None))
         entries = entries_of(root / relative)
+        if {"state", "param_groups"} <= entries.keys():
+            found.leave_out(relative, "it is an optimizer's state, whose tensors are not listed", damaged=False)
+            return
+        opened = open_bin(root / relative, Group(None))
     except ShardwiseError as error:
         # As `verify` judges: one that is whole may hold something else than a state dict.
-        found.leave_out(relative, error, damaged=check_torch_file(root / relative).damage is not None)
+        damage = check_torch_file(root / relative).damage
+        found.leave_out(relative, error if damage is None else damage[1], damaged=damage is not None)
         return
     for tensor in opened.source.tensors.values():
         pieces = [Piece(relative, chunk.offset, tensor.spec.nbytes) for chunk in tensor.chunks]

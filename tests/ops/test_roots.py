@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tests.ops.checkpoints import saved
 
 from shardwise.cli import main
@@ -151,3 +153,20 @@ def test_push_refuses_what_verify_refuses(root: Path, tmp_path: Path) -> None:
         push(last / "optim", "org/model", api=hub)
     assert hub.repos == []
     assert not hub.place.exists()
+
+
+def test_push_leaves_the_checkpoints_beside_a_model(tmp_path: Path) -> None:
+    """As transformers' Trainer ends: the model, and beside it the checkpoints of the run, one of them half written."""
+    top, hub = tmp_path / "output", FakeHub(tmp_path / "hub")
+    for place in (top, top / "onnx", top / "checkpoint-500", top / "global_step7"):
+        place.mkdir(parents=True)
+        save_file({"w": torch.ones(2)}, place / "model.safetensors")
+    (top / "checkpoint-500" / "model.safetensors").write_bytes(b"cut")
+    (top / "checkpoint-500" / "optimizer.pt").touch()
+    report = push(top, "org/model", allow_unverified=True, api=hub)
+    assert report.left == ("checkpoint-500", "global_step7")
+    assert set(report.files) == {"model.safetensors", "onnx/model.safetensors"}
+    assert names(hub.place) == {"model.safetensors", "onnx"}
+    (top / "onnx" / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(IntegrityError, match="onnx/model.safetensors"):
+        push(top, "org/model", allow_unverified=True, api=hub)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from shardwise.cli.exits import FINE, FOUND
-from shardwise.cli.output import count, print_json, progress_bar, record, say, size, tell
-from shardwise.cli.showing import say_none
+from shardwise.cli.output import count, progress_bar, say, show, size, tell
+from shardwise.cli.showing import no_root
 from shardwise.errors import MisuseError
 
 if TYPE_CHECKING:
@@ -63,10 +63,7 @@ def _tell_written(
     """Print what a command wrote, and the exit code."""
     for note in report.notes:
         tell(f"note  {note}")
-    if options.json:
-        print_json(record(report))
-    elif not options.quiet:
-        say(f"wrote {report.path}: {what}, {size(report.nbytes)}")
+    show(options, report, [f"wrote {report.path}: {what}, {size(report.nbytes)}"])
     return FINE
 
 
@@ -79,16 +76,11 @@ def prune(options: argparse.Namespace) -> int:
     if any(each is not None for each in asked):
         policy = work.Retention(*asked, options.metric_mode, options.metric)
     report = work.prune_checkpoints(options.root, policy, delete=options.yes)
-    if options.json:
-        print_json(record(report))
-    elif not options.quiet and not report.names and not report.kept:
-        say_none(report.root)
-    elif not options.quiet:
-        for name in report.names:
-            say(f"{'deleted' if report.deleted else 'would delete'}  {name}")
-        say(f"{len(report.kept)} kept in {report.root}")
-        if report.names and not report.deleted:
-            say("Nothing was changed; --yes deletes them.")
+    lines = [f"{'deleted' if report.deleted else 'would delete'}  {name}" for name in report.names]
+    lines.append(f"{len(report.kept)} kept in {report.root}" if report.names or report.kept else no_root(report.root))
+    if report.names and not report.deleted:
+        lines.append("Nothing was changed; --yes deletes them.")
+    show(options, report, lines)
     return FINE
 
 
@@ -97,24 +89,19 @@ def repair(options: argparse.Namespace) -> int:
     from shardwise.ops import repair as work
 
     report = work.repair(options.root, apply=options.yes)
-    if options.json:
-        print_json(record(report))
-    elif not options.quiet:
-        for name in report.leftovers:
-            say(f"{'removed' if report.done else 'would remove'}  {name}")
-        for each in report.pointers:
-            old = "nothing" if each.old is None else each.old
-            say(f"{'set' if report.done else 'would set'}  {each.name}: {old} -> {each.new}")
-    for sentence in () if options.json else report.left:
-        say(f"left     {sentence}")
-    found = report.leftovers or report.pointers
-    if not options.json and not options.quiet:
-        if not found and not report.left and report.checkpoints:
-            say(f"{report.root} is in order")
-        elif not found and not report.left:
-            say_none(report.root)
-        elif found and not report.done:
+    lines = [f"{'removed' if report.done else 'would remove'}  {name}" for name in report.leftovers]
+    for each in report.pointers:
+        old = "nothing" if each.old is None else each.old
+        lines.append(f"{'set' if report.done else 'would set'}  {each.name}: {old} -> {each.new}")
+    found = bool(lines)
+    show(options, report, lines)
+    if not options.json:
+        for sentence in report.left:
+            say(f"left     {sentence}")
+        if found and not report.done and not options.quiet:
             say("Nothing was changed; --yes does it.")
+        elif not found and not report.left and not options.quiet:
+            say(f"{report.root} is in order" if report.checkpoints else no_root(report.root))
     return FOUND if report.left or (found and not report.done) else FINE
 
 
@@ -140,9 +127,8 @@ def push(options: argparse.Namespace) -> int:
             f"the Hub cannot be reached: {error}",
             hint="Check the network, and push again: nothing is shown until then.",
         ) from error
-    if options.json:
-        print_json(record(report))
-    elif not options.quiet:
-        files = count(len(report.files), "file")
-        say(f"uploaded {files}, {size(report.nbytes)}, of {report.path} to {report.repo} {report.url}")
+    for name in report.left:
+        tell(f"note  {name} is a checkpoint and was not uploaded")
+    files = count(len(report.files), "file")
+    show(options, report, [f"uploaded {files}, {size(report.nbytes)}, of {report.path} to {report.repo} {report.url}"])
     return FINE

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import PurePath
@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, TextIO
 from shardwise.errors import ShardwiseError
 
 if TYPE_CHECKING:
+    import argparse
+
     from _typeshed import DataclassInstance
 
     from shardwise.ops.verify import Progress
@@ -140,6 +142,15 @@ def _is_terminal(stream: TextIO | None) -> bool:
 def print_json(value: object) -> None:
     """Print a value on standard output."""
     print(json.dumps(value, indent=1))
+
+
+def show(options: argparse.Namespace, report: DataclassInstance, lines: Iterable[str]) -> None:
+    """Print a report as JSON where that was asked for; else, unless only what is wrong is wanted, these lines."""
+    if options.json:
+        print_json(record(report))
+    elif not options.quiet:
+        for line in lines:
+            say(line)
 
 
 def count(number: int, what: str) -> str:

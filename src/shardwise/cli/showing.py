@@ -18,6 +18,7 @@ from shardwise.cli.output import (
     progress_bar,
     record,
     say,
+    show,
     size,
     tell_error,
 )
@@ -90,23 +91,22 @@ def _list(root: Path, options: argparse.Namespace, titled: bool) -> tuple[int, o
     if titled:
         say(f"{root}:")
     shown = [each for each in found if not options.quiet or each.state == "damaged"]
-    for line, colour in _listed(shown):
+    for line, colour in _listed(shown) if shown else ():
         say(line, colour)
     if not found and not options.quiet:
-        say_none(root)
+        say(no_root(root))
     return code, None
 
 
-def say_none(root: Path) -> None:
-    """Say that a directory holds no checkpoints, and where they are."""
+def no_root(directory: Path) -> str:
+    """A line that says that a directory holds no checkpoints, and where they are."""
     from shardwise.ops.targets import where_to_look
 
-    say(f"{root} holds no checkpoints, which are directories called epoch_E_step_S. {where_to_look(root)}".rstrip())
+    kind = "which are directories called epoch_E_step_S"
+    return f"{directory} holds no checkpoints, {kind}. {where_to_look(directory)}".rstrip()
 
 
 def _listed(found: list[ListedCheckpoint]) -> list[tuple[str, str | None]]:
-    if not found:
-        return []
     now = time.time()
     rows = [("STEP", "EPOCH", "AGE", "SIZE", "STATE", "POINTERS", "METRICS")]
     for each in found:
@@ -199,11 +199,8 @@ def _page(options: argparse.Namespace) -> int:
     values = not options.digests
     with progress_bar(options.quiet) as progress:
         report = write_page(options.path[0], options.html, against=options.against, values=values, progress=progress)
-    if options.json:
-        print_json(record(report))
-    elif not options.quiet:
-        against = "" if report.against is None else f", against {report.against}"
-        say(f"wrote {report.html}: {report.path} with {count(report.tensors, 'tensor')}{against}")
+    against = "" if report.against is None else f", against {report.against}"
+    show(options, report, [f"wrote {report.html}: {report.path} with {count(report.tensors, 'tensor')}{against}"])
     for name in () if options.json else report.damaged:
         say(f"DAMAGED  {name}", "red")
     return FOUND if report.damaged else FINE
@@ -238,7 +235,7 @@ def _print_description(found: CheckpointDescription, every: bool) -> None:
         (f.path, f"{f.size:,}", f.format or "unknown", count(f.tensors, "tensor") if f.tensors else "")
         for f in found.files
     ]
-    for line in columns(rows, frozenset({1})) if rows else ():
+    for line in columns(rows, frozenset({1})):
         say(f"    {line}")
     _print_unread(found, only_damaged=False)
     for tensor in found.tensors if every else ():
@@ -314,7 +311,7 @@ def _print_tensors(report: DiffReport) -> None:
         if each.relative is not None:
             numbers = f"relative {each.relative:.3g}, largest {each.largest:.3g}, {each.elements:,} elements"
         rows.append(("~", each.component, each.a.name, kind, numbers))
-    for line in columns(rows) if rows else ():
+    for line in columns(rows):
         say(line)
 
 

@@ -34,7 +34,7 @@ from shardwise.ops.optimizer_input import OptimizerInput, find_optimizer, states
 from shardwise.ops.side_content import side_files
 from shardwise.ops.tensors_to_write import TensorToWrite, as_saved, native_tensors_to_write, tensors_to_write
 from shardwise.ops.torchtitan_names import ROPES, Rope
-from shardwise.ops.verify import Progress
+from shardwise.ops.verify import Counted, Progress
 from shardwise.ops.write_dcp import write_dcp
 from shardwise.ops.write_shards import shards_of, write_shards
 from shardwise.sources.dcp_values import DcpValues, is_dcp
@@ -156,18 +156,6 @@ def convert(
             return (_to_dcp if to == "dcp" else _to_shards)(found, reader, place, wanted)
 
 
-def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
-    done = 0
-
-    def advance(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress is not None:
-            progress(done, total)
-
-    return advance
-
-
 def _nbytes(tensors: Mapping[str, TensorToWrite]) -> int:
     return sum(each.spec.nbytes for each in tensors.values())
 
@@ -190,7 +178,7 @@ def _to_dcp(found: ModelInput, reader: VerifyingReader, place: Path, wanted: _Wa
     _tell_left(found, None)
     with written_aside(place, store) as aside:
         store.check_space(aside, nbytes)
-        write_dcp(tensors, _aliases(found, tensors), aside, store, _counter(nbytes, wanted.progress))
+        write_dcp(tensors, _aliases(found, tensors), aside, store, Counted(nbytes, wanted.progress).add)
         found.ledger.settle(store)
     return ConvertReport(place, "dcp", len(tensors), nbytes, False, found.manifest, tuple(found.notes))
 
@@ -216,7 +204,7 @@ def _to_shards(found: ModelInput, reader: VerifyingReader, root: Path, wanted: _
     total = _nbytes(tensors)
     if optimizer is not None:
         total += sum(tensor.spec.nbytes for tensor in optimizer.source.tensors.values())
-    advance = _counter(total, wanted.progress)
+    advance = Counted(total, wanted.progress).add
     _tell_left(found, optimizer)
     with written_aside(root, store) as aside:
         store.check_space(aside, total)

@@ -23,7 +23,7 @@ from shardwise.errors import ShardwiseError
 from shardwise.format.manifest import AliasRecord, FileRecord, TensorRecord
 from shardwise.format.strict_json import JsonValue
 from shardwise.ops.aside import written_aside
-from shardwise.ops.verify import Progress
+from shardwise.ops.verify import Counted, Progress
 from shardwise.plan.layout import FileLayout, Layout
 
 #: A tensor's name, and its bytes as they are in the file.
@@ -148,12 +148,12 @@ class _Writing:
     def __init__(
         self, layout: Layout, directory: Path, kept: frozenset[int], storage: Storage, progress: Progress | None
     ) -> None:
-        self._layout, self._kept, self._storage, self._progress = layout, kept, storage, progress
+        self._layout, self._kept, self._storage = layout, kept, storage
         self._paths = [directory / file.name for file in layout.files]
         self._files = FileSet(storage, self._paths)
         self._specs = {entry.spec.name: entry.spec for file in layout.files for entry in file.entries}
         self._crcs: dict[str, int] = {}
-        self._total, self._done = layout.tensor_bytes, 0
+        self._counted = Counted(layout.tensor_bytes, progress)
         self._lock, self._failed = threading.Lock(), threading.Event()
 
     def all(self, batches: Sequence[Batch]) -> dict[str, int]:
@@ -199,6 +199,4 @@ class _Writing:
         check_written(self._specs[name], nbytes, self._paths[file])
         with self._lock:
             self._crcs[name] = crc
-            self._done += nbytes
-            if self._progress is not None:
-                self._progress(self._done, self._total)
+            self._counted.add(nbytes)

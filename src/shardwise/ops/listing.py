@@ -124,16 +124,12 @@ def list_checkpoints(root: str | os.PathLike[str], *, storage: Storage | None = 
 
 def _published(info: CheckpointInfo, leading: Mapping[str, str]) -> ListedCheckpoint:
     named = tuple(sorted(pointer for pointer, target in leading.items() if target == info.name))
-    problems: list[str] = []
     state: State = "published"
+    nbytes, problems = _compared(info.path) if info.verifiable else (_bytes_below(info.path), [])
     if not info.complete:
-        state, nbytes = "interrupted", _bytes_below(info.path)
-        problems.append("it has neither a manifest nor a model, and nothing resumes from it")
-    elif not info.verifiable:
-        nbytes = _bytes_below(info.path)
-    else:
-        nbytes, problems = _compared(info.path)
-        state = "damaged" if problems else state
+        state, problems = "interrupted", ["it has neither a manifest nor a model, and nothing resumes from it"]
+    elif problems:
+        state = "damaged"
     return ListedCheckpoint(
         info.name,
         info.path,

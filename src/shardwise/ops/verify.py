@@ -159,8 +159,7 @@ class _Job:
         if self.level == "digests":
             bad = {damage.file for damage in damages}
             extents = extents_of(manifest, [file for file in files if file.path not in bad])
-            total = sum(extent.nbytes for extent in extents)
-            counted = _Counted(total, self.progress)
+            counted = Counted(sum(extent.nbytes for extent in extents), self.progress)
             damages += check_extents(root, extents, self.storage, threads=self.threads, advance=counted.add)
             nbytes = counted.done
         return replace(
@@ -192,15 +191,14 @@ class _Job:
         )
 
 
-class _Counted:
-    """Adds up what was read and passes it on."""
+class Counted:
+    """Adds up bytes that were read or written, and passes the sum on."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
-        self.total = total
-        self.done = 0
-        self._progress = progress
+        self.total, self.done, self._progress = total, 0, progress
 
     def add(self, nbytes: int) -> None:
+        """Count bytes; one call at a time."""
         self.done += nbytes
         if self._progress is not None:
             self._progress(self.done, self.total)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -285,3 +286,49 @@ def test_names_that_are_no_text_are_printed(tmp_path: Path) -> None:
     assert b"a\\udcfe.json" in done.stdout
     command += ["--html", os.fsencode(tmp_path) + b"/page.html"]
     assert subprocess.run(command, capture_output=True, timeout=120, env=strict).returncode == 0
+
+
+def test_ls_says_who_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path)
+    (tmp_path / ".saving-epoch_0_step_5").mkdir()
+    (tmp_path / ".owner-epoch_0_step_5").write_text("another-machine 17 token\n")
+    assert main(["ls", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "claimed" in out
+    assert "process 17 on another-machine" in out
+    for wrong in (["--watch", "0"], ["--watch", "--json"]):
+        assert main(["ls", str(tmp_path), *wrong]) == 2
+        assert "--watch takes a number of seconds above 0" in capsys.readouterr().err
+
+
+def test_diff_prints_json_and_nothing_but_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        save_file({"w": torch.full((3,), value), "same": torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    files = [str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
+    assert main(["diff", "--json", *files]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert (report["differs"], report["tensors"][0]["relative"]) == (True, 1.0)
+    assert main(["diff", "--quiet", *files]) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert main(["diff", "--digests", *files]) == 3
+    assert "? model  w  no digests in common: not compared" in capsys.readouterr().out
+
+
+def test_verify_names_what_is_beside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = saved(tmp_path)
+    (path / "README.md").write_text("a note")
+    assert main(["verify", str(path)]) == 0
+    assert "extra    README.md" in capsys.readouterr().out.splitlines()
+
+
+def test_a_progress_bar_on_a_terminal(tmp_path: Path) -> None:
+    root = saved(tmp_path / "root").parent
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (25, 80))
+    command = [sys.executable, "-m", "shardwise", "verify", str(root)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=120)
+    shown = os.read(ours, 100_000)
+    os.close(theirs)
+    os.close(ours)
+    assert done.returncode == 0
+    assert b"B/s" in shown

@@ -404,3 +404,5 @@ def test_a_checkpoint_gets_no_file_that_its_manifest_lacks(tmp_path: Path) -> No
             convert(path, path / "new" / to, to)
     assert verify(path).status == "whole"
     assert not (path / "new").exists()
+    (tmp_path / "manifest.json").write_text('{"name": "of a web application"}')
+    assert consolidate(path, tmp_path / "made").tensors == 3

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.ops.checkpoints import model, saved
+from tests.ops.checkpoints import engine, model, optimizer, saved
 from tests.ops.damaged import gpt2, save_dcp, stepped
 from tests.ops.pages import data_of
 
@@ -174,3 +174,32 @@ def test_a_models_own_module_of_an_optimizers_name(tmp_path: Path) -> None:
     state = {"app": {"model": {"scaler": {"weight": torch.ones(2)}}, "optim": {"state": {"w": torch.ones(3)}}}}
     found = inspect(save_dcp(state, tmp_path / "dcp"))
     assert [(t.component, t.spec.shape) for t in found.tensors] == [("model", (2,)), ("optim", (3,))]
+
+
+def test_components_that_stand_alone_side_by_side(tmp_path: Path) -> None:
+    net = model()
+    steps = optimizer(net)
+    with engine(tmp_path / "unused") as made:
+        made.save_model(net, tmp_path / "alone")
+        made.save_optimizer(steps, net, tmp_path / "alone")
+    found = inspect(tmp_path / "alone")
+    assert (found.path, found.verifiable) == (tmp_path / "alone", True)
+    assert found.components == ("model", "optim")
+    for file in found.files:
+        assert (found.path / file.path).stat().st_size == file.size
+    [big] = [tensor for tensor in found.tensors if tensor.spec.name == "big"]
+    content = (found.path / big.pieces[0].file).read_bytes()[big.pieces[0].offset :][: big.pieces[0].nbytes]
+    assert content == bytes(net.big.detach().numpy().tobytes())
+    (found.path / big.files[0]).unlink()
+    assert inspect(tmp_path / "alone").damaged == big.files
+
+
+def test_pieces_of_one_tensor_are_put_together(tmp_path: Path) -> None:
+    for number, offset in enumerate((0, 2), start=1):
+        note = {"DCP_SHARDING_INFO": json.dumps({"w": {"saved_offsets": [offset, 0]}})}
+        name = f"shard-0000{number}-model-00001-of-00001.safetensors"
+        save_file({"w": torch.ones(2, 3)}, tmp_path / name, {"DCP_VERSION": "1.0", **note})
+    [tensor] = inspect(tmp_path).tensors
+    assert (tensor.spec.shape, len(tensor.pieces), len(tensor.files)) == ((4, 3), 2, 2)
+    save_file({"w": torch.ones(2)}, tmp_path / "other.safetensors")
+    assert inspect(tmp_path).damaged == ("shard-00001-model-00001-of-00001.safetensors",)

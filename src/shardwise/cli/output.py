@@ -72,12 +72,7 @@ def tell(text: str) -> None:
 
 
 def tell_error(error: Exception, about: str = "") -> None:
-    """Print an error on standard error: its message, and where the documentation has more.
-
-    Args:
-        error: The error.
-        about: What stands before it, such as the path of several that it is about.
-    """
+    """Print an error on standard error, behind what it is ``about``, and where the documentation has more."""
     if isinstance(error, ShardwiseError):
         error.rank = None  # commands are one process: "rank 0" would say nothing
     tell(f"shardwise: {about}{error}")
@@ -176,12 +171,7 @@ def age(seconds: float) -> str:
 
 
 def columns(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) -> list[str]:
-    """Lines with the cells of each column below each other.
-
-    Args:
-        rows: Cells, which are made `printable` before they are measured; all rows have the same number.
-        right: Numbers of the columns that are aligned at the right.
-    """
+    """Lines with the cells, made `printable`, of each column below each other, aligned left or ``right``."""
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
@@ -200,11 +190,7 @@ def _coloured(text: str, colour: str | None) -> str:
 
 @contextmanager
 def progress_bar(quiet: bool = False) -> Iterator[Progress | None]:
-    """A progress bar on standard error while the ``with`` block lasts, where that is a terminal.
-
-    Args:
-        quiet: Never show one.
-    """
+    """A progress bar on standard error while the ``with`` block lasts, where that is a terminal and it is not quiet."""
     if quiet or not _is_terminal(sys.stderr):
         yield None
         return

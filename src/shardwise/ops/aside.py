@@ -8,7 +8,8 @@ from pathlib import Path
 
 from shardwise.disk.names import exists, is_there, walk
 from shardwise.disk.storage import Storage, storage_errors
-from shardwise.errors import CheckpointExistsError, MisuseError, ShardwiseError
+from shardwise.engine.verify import load_manifest
+from shardwise.errors import CheckpointExistsError, ManifestError, MisuseError, ShardwiseError, StorageError
 from shardwise.format.manifest import MANIFEST_NAME
 from shardwise.lifecycle import temporary_name
 from shardwise.lifecycle.ownership import claim
@@ -17,7 +18,7 @@ from shardwise.lifecycle.ownership import claim
 EXPORTS = ("model/consolidated", "consolidated")
 
 
-def refuse_taken(target: Path) -> None:
+def refuse_existing(target: Path) -> None:
     """Raise `CheckpointExistsError` where something is at the place already, and see `refuse_inside`."""
     refuse_inside(target)
     if is_there(target):
@@ -31,12 +32,19 @@ def refuse_taken(target: Path) -> None:
 def refuse_inside(target: Path) -> None:
     """Raise `MisuseError` where the place is in a published checkpoint, which would be damaged by a file too many."""
     for directory in target.parents:
-        if target.relative_to(directory).as_posix() not in EXPORTS and is_there(directory / MANIFEST_NAME):
+        if target.relative_to(directory).as_posix() not in EXPORTS and _is_checkpoint(directory):
             raise MisuseError(
                 f"the place is in the checkpoint {str(directory)!r}, whose manifest does not have it",
                 path=target,
                 hint="Choose a place outside of it.",
             )
+
+
+def _is_checkpoint(directory: Path) -> bool:
+    try:
+        return is_there(directory / MANIFEST_NAME) and load_manifest(directory) is not None
+    except (ManifestError, StorageError):  # many things are called so
+        return False
 
 
 @contextmanager
@@ -51,7 +59,7 @@ def written_aside(target: Path, storage: Storage, *, resumes: bool = False) -> I
         CheckpointBusyError: Another process is writing it.
         StorageError: The file system refused.
     """
-    refuse_taken(target)
+    refuse_existing(target)
     aside = target.with_name(temporary_name(target.name))
     made = _absent_directories(target.parent)
     try:

@@ -22,10 +22,6 @@ _ANOTHER = "It is another model than the one that was trained. " + _HINT
 def carry_over(found: ModelInput, base: str | os.PathLike[str] | None) -> Source:
     """The tensors of the export: the model's, and those that the save recorded as carried over from its base.
 
-    Args:
-        found: The model.
-        base: Path of the base model; by default the path that the save recorded.
-
     Raises:
         CheckpointNotFoundError: The base model was not found.
         MissingTensorError: The base model lacks such a tensor.

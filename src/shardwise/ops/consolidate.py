@@ -28,7 +28,7 @@ from shardwise.format.manifest import AliasRecord, TensorRecord
 from shardwise.format.notes import APART, EXPORT, FILE_DTYPES, FILE_INDEX, KEPT_OUT, LOOSE_TIES, METADATA_DIR
 from shardwise.format.strict_json import JsonValue
 from shardwise.geometry import TensorSpec
-from shardwise.ops.aside import refuse_taken
+from shardwise.ops.aside import refuse_existing
 from shardwise.ops.carry_over import carry_over
 from shardwise.ops.collector import few_collections
 from shardwise.ops.consolidate_input import ModelInput, SourceHints, find_input
@@ -141,7 +141,7 @@ def consolidate(
     with using(storage or current()), parsed_once(), few_collections():
         found = find_input(Path(path).absolute(), current(), hints)
         target = found.directory / _CONSOLIDATED if output is None else Path(output).absolute()
-        refuse_taken(target)
+        refuse_existing(target)
         found = _exported_tensors(found, base)
         with closing(VerifyingReader(current(), found.source.files, found.ledger)) as reader:
             stem = _stem(found, diffusers_compatible)
@@ -185,7 +185,7 @@ def _recast(
 ) -> tuple[list[TensorSpec], dict[str, bytes], tuple[str, ...]]:
     """Give the floating tensors another dtype; also which these are. Configurations that say the dtype say it."""
     code = next(code for code, name in FLOATS.items() if name == dtype)
-    configs = {name: json.loads(plain[name]) for name in (CONFIG, CONFIG_V5) if name in plain}
+    configs = _configs(plain)
     quantized = [spec.name for spec in specs if spec.dtype.startswith("F8_")]
     if quantized or any(entries.get("quantization_config") for entries in configs.values()):
         raise MisuseError(
@@ -203,6 +203,10 @@ def _recast(
     made = [spec._replace(dtype=code) if spec.dtype in FLOATS else spec for spec in specs]
     texts = {name: as_text(with_dtype(entries, dtype)).encode() for name, entries in configs.items()}
     return made, {**plain, **texts}, recast
+
+
+def _configs(plain: Mapping[str, bytes]) -> dict[str, dict[str, JsonValue]]:
+    return {name: json.loads(plain[name]) for name in (CONFIG, CONFIG_V5) if name in plain}
 
 
 def _require_opens(planned: _Planned, verify_export: bool | None) -> None:
@@ -282,8 +286,8 @@ class _Planned:
         ties = {name: str(kept) for name, kept in _note(self.found, LOOSE_TIES).items()}
         if not differing_ties(ties, tensors):
             return self.plain
-        configs = {name: json.loads(self.plain[name]) for name in (CONFIG, CONFIG_V5) if name in self.plain}
-        return {**self.plain, **{name: as_text(untied(entries)).encode() for name, entries in configs.items()}}
+        configs = {name: as_text(untied(entries)).encode() for name, entries in _configs(self.plain).items()}
+        return {**self.plain, **configs}
 
     def _aliases(self) -> tuple[AliasRecord, ...]:
         """Aliases of the tensors, from the checkpoint's manifest."""

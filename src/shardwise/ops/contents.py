@@ -9,12 +9,16 @@ checked, since there are no digests.
 from __future__ import annotations
 
 import re
+import struct
+import zipfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Literal, NamedTuple
 
-from shardwise.disk.names import exists, is_file, names_in
+from shardwise.disk.guarded import open_regular
+from shardwise.disk.names import exists, is_file, names_in, status
 from shardwise.engine.verify import Damage, DamageKind
 from shardwise.errors import (
     CheckpointNotFoundError,
@@ -28,10 +32,15 @@ from shardwise.errors import (
 from shardwise.format.header import read_header
 from shardwise.format.index import read_index
 from shardwise.format.sharding import saved_offsets
-from shardwise.format.sniff import what_is_file
+from shardwise.format.sniff import Kind, what_is_file
 from shardwise.geometry import Box, covers_once
-from shardwise.ops.torch_archives import TORCH_SUFFIXES, check_torch_file
 
+#: Names of files of ``torch.save``.
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+#: Names under which libraries look for a model's weights, and nothing else stands.
+WEIGHTS = re.compile(r"(pytorch_model|diffusion_pytorch_model|adapter_model|model)([-.].*)?\.(bin|pt|pth|ckpt)")
+_ZIP = b"PK\x03\x04"
+_LOCAL_BYTES = 30
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,})-of-(?P<count>\d{5,})(?P<suffix>\.safetensors|\.bin)")
 _SHARD = re.compile(r"shard-\d{5,}-(?P<stem>.+)")
@@ -42,14 +51,10 @@ _SPLIT_NOTE = ".hf_metadata/fqn_to_file_index_mapping.json"
 
 @dataclass
 class Contents:
-    """Results of the checks.
+    """Results of the checks; see `VerifyReport`.
 
     Attributes:
-        files: Number of files.
         tensors: Number of tensors, pieces of one counted once.
-        damages: Damages found.
-        extra: Tensor files that no load reads.
-        unchecked: What could not be compared, one phrase each.
         names: Safetensors file -> its tensors; none of a file that cannot be read.
     """
 
@@ -83,13 +88,7 @@ class Contents:
 
 
 def check_contents(root: Path, listed: Sequence[str], *, alone: bool = False) -> Contents:
-    """Compare what is in files with what other files say of them.
-
-    Args:
-        root: The directory.
-        listed: Every file to look at, relative to it (POSIX).
-        alone: Whether a file was named, and not the directory that it is in.
-    """
+    """Compare what is in listed files with what others say of them; ``alone``: one was named, and no directory."""
     found = Contents(files=len(listed))
     below: dict[str, list[str]] = {}
     for relative in listed:
@@ -196,10 +195,7 @@ def absent_of_sets(root: Path, listed: Sequence[str]) -> Iterator[Damage]:
 def check_index(root: Path, relative: str, names: Mapping[str, Collection[str]]) -> Iterator[Damage]:
     """Compare a weight index with the files that it names; of ``.bin`` files their existence alone.
 
-    Args:
-        root: The directory.
-        relative: The index, relative to it.
-        names: File, relative to the directory -> the names of its tensors, where they are known already.
+    ``names`` has those of the tensors in a file, relative to ``root``, where they are known already.
     """
     directory = PurePosixPath(relative).parent
     try:
@@ -284,3 +280,60 @@ def _check_layout(root: Path, directory: str, found: Contents) -> None:
     for number, what in opened.checked:
         found.count(what, number)
     found.unchecked += opened.unchecked
+
+
+# --- files of torch.save ---------------------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """Result of the check: a damage, why the file could not be checked, or neither."""
+
+    damage: tuple[Literal["absent", "kind", "size", "header", "unreadable"], str] | None = None
+    unchecked: str | None = None
+
+
+def check_torch_file(path: Path) -> Outcome:
+    """Compare a file with its archive's directory, which ``torch.save`` writes last. Imports no torch."""
+    info = status(path)
+    if info is None:
+        return Outcome(damage=("absent", "the file is absent"))
+    if info.kind != "file":
+        return Outcome(damage=("kind", "not a regular file"))
+    try:
+        with open_regular(path, FormatError) as (stream, _):
+            if stream.read(4) != _ZIP:
+                return _no_archive(path)
+            with zipfile.ZipFile(stream) as archive:
+                return _check_entries(archive, stream)
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, struct.error, ValueError, NotImplementedError) as error:
+        message = (
+            f"the archive's directory, with which such a file ends, is absent or damaged ({error}): it was cut short"
+        )
+        return Outcome(damage=("size", message))
+    except ShardwiseError as error:
+        return Outcome(damage=("unreadable", error.message))
+
+
+def _no_archive(path: Path) -> Outcome:
+    what = what_is_file(path)
+    if what is not None and what.kind is Kind.TORCH:
+        return Outcome(unchecked="of torch before 1.6, which does not say how long it is")
+    if WEIGHTS.fullmatch(path.name) or (what is not None and what.kind is Kind.POINTER):
+        name = "of no known format" if what is None else what.name
+        return Outcome(damage=("header", f"the file is {name}; weights of torch were expected"))
+    return Outcome(unchecked="of no known format")
+
+
+def _check_entries(archive: zipfile.ZipFile, stream: BinaryIO) -> Outcome:
+    end = archive.start_dir
+    position = 0
+    for entry in sorted(archive.infolist(), key=lambda each: each.header_offset):
+        stream.seek(entry.header_offset)
+        local = stream.read(_LOCAL_BYTES)
+        if entry.header_offset < position or len(local) < _LOCAL_BYTES or local[:4] != _ZIP:
+            return Outcome(damage=("header", f"no entry begins where the archive's directory puts {entry.filename}"))
+        name, extra = struct.unpack("<HH", local[26:30])
+        position = entry.header_offset + _LOCAL_BYTES + name + extra + entry.compress_size
+        if position > end:
+            return Outcome(damage=("size", f"{entry.filename} reaches beyond the archive's content"))
+    return Outcome()

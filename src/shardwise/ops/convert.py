@@ -26,7 +26,7 @@ from shardwise.format.notes import ASIDE_DIR, METADATA_DIR, NOTES, PER_RANK_DIR
 from shardwise.format.strict_json import JsonValue
 from shardwise.lifecycle import LATEST, LINEAGE_NAME, METRICS_NAME, checkpoint_name, next_lineage, set_pointer
 from shardwise.lifecycle.names import foreign_numbers
-from shardwise.ops.aside import refuse_taken, written_aside
+from shardwise.ops.aside import refuse_existing, written_aside
 from shardwise.ops.computed_tensors import ComputingReader
 from shardwise.ops.consolidate import consolidate
 from shardwise.ops.consolidate_input import ModelInput, SourceHints, class_of, find_input
@@ -34,7 +34,7 @@ from shardwise.ops.optimizer_input import OptimizerInput, find_optimizer, states
 from shardwise.ops.side_content import side_files
 from shardwise.ops.tensors_to_write import TensorToWrite, as_saved, native_tensors_to_write, tensors_to_write
 from shardwise.ops.torchtitan_names import ROPES, Rope
-from shardwise.ops.verify import Counted, Progress
+from shardwise.ops.verify import Progress
 from shardwise.ops.write_dcp import write_dcp
 from shardwise.ops.write_shards import shards_of, write_shards
 from shardwise.sources.dcp_values import DcpValues, is_dcp
@@ -141,7 +141,7 @@ def convert(
         raise MisuseError("optimizer, epoch and step are for shards", hint="Leave them out, or convert to shards.")
     place = Path(target).absolute()
     with using(storage or current()):
-        refuse_taken(place)
+        refuse_existing(place)
         if to == "hf":
             made = consolidate(
                 source, place, progress=progress, prefix=prefix, assume_complete=assume_complete,
@@ -154,6 +154,18 @@ def convert(
         wanted = _Wanted(optimizer, epoch, step, progress)
         with closing(VerifyingReader(current(), found.source.files, found.ledger)) as reader:
             return (_to_dcp if to == "dcp" else _to_shards)(found, reader, place, wanted)
+
+
+def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
+    return advance
 
 
 def _nbytes(tensors: Mapping[str, TensorToWrite]) -> int:
@@ -178,7 +190,7 @@ def _to_dcp(found: ModelInput, reader: VerifyingReader, place: Path, wanted: _Wa
     _tell_left(found, None)
     with written_aside(place, store) as aside:
         store.check_space(aside, nbytes)
-        write_dcp(tensors, _aliases(found, tensors), aside, store, Counted(nbytes, wanted.progress).add)
+        write_dcp(tensors, _aliases(found, tensors), aside, store, _counter(nbytes, wanted.progress))
         found.ledger.settle(store)
     return ConvertReport(place, "dcp", len(tensors), nbytes, False, found.manifest, tuple(found.notes))
 
@@ -204,7 +216,7 @@ def _to_shards(found: ModelInput, reader: VerifyingReader, root: Path, wanted: _
     total = _nbytes(tensors)
     if optimizer is not None:
         total += sum(tensor.spec.nbytes for tensor in optimizer.source.tensors.values())
-    advance = Counted(total, wanted.progress).add
+    advance = _counter(total, wanted.progress)
     _tell_left(found, optimizer)
     with written_aside(root, store) as aside:
         store.check_space(aside, total)

@@ -21,10 +21,10 @@ from shardwise.format.json_file import MAX_JSON_BYTES, parse_json
 from shardwise.format.manifest import TensorRecord
 from shardwise.format.sniff import Kind, what_is_file
 from shardwise.geometry import TensorSpec
+from shardwise.ops.contents import TORCH_SUFFIXES
 from shardwise.ops.modules import layer_of
 from shardwise.ops.parts import Parts, find_parts
 from shardwise.ops.run_config import parse_yaml
-from shardwise.ops.torch_archives import TORCH_SUFFIXES
 from shardwise.ops.verify import Progress
 from shardwise.sources.directory_contents import natural
 from shardwise.sources.reader import Reader

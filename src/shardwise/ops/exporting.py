@@ -23,7 +23,7 @@ from shardwise.errors import ShardwiseError
 from shardwise.format.manifest import AliasRecord, FileRecord, TensorRecord
 from shardwise.format.strict_json import JsonValue
 from shardwise.ops.aside import written_aside
-from shardwise.ops.verify import Counted, Progress
+from shardwise.ops.verify import Progress
 from shardwise.plan.layout import FileLayout, Layout
 
 #: A tensor's name, and its bytes as they are in the file.
@@ -38,13 +38,7 @@ _BATCH_BYTES = 8 * 2**20
 
 
 def batches_of(layout: Layout, blocks: Callable[[str], Iterable[memoryview]], names: Iterable[str]) -> list[Batch]:
-    """Tensors that are made independently of each other as batches, in the order of the files.
-
-    Args:
-        layout: Of the export.
-        blocks: Gives a tensor's bytes, in any thread.
-        names: The tensors.
-    """
+    """Tensors that are made independently of each other, in the order of the files; any thread gets ``blocks``."""
     wanted = set(names)
     found: list[list[str]] = []
     for file in layout.files:
@@ -148,12 +142,12 @@ class _Writing:
     def __init__(
         self, layout: Layout, directory: Path, kept: frozenset[int], storage: Storage, progress: Progress | None
     ) -> None:
-        self._layout, self._kept, self._storage = layout, kept, storage
+        self._layout, self._kept, self._storage, self._progress = layout, kept, storage, progress
         self._paths = [directory / file.name for file in layout.files]
         self._files = FileSet(storage, self._paths)
         self._specs = {entry.spec.name: entry.spec for file in layout.files for entry in file.entries}
         self._crcs: dict[str, int] = {}
-        self._counted = Counted(layout.tensor_bytes, progress)
+        self._total, self._done = layout.tensor_bytes, 0
         self._lock, self._failed = threading.Lock(), threading.Event()
 
     def all(self, batches: Sequence[Batch]) -> dict[str, int]:
@@ -199,4 +193,6 @@ class _Writing:
         check_written(self._specs[name], nbytes, self._paths[file])
         with self._lock:
             self._crcs[name] = crc
-            self._counted.add(nbytes)
+            self._done += nbytes
+            if self._progress is not None:
+                self._progress(self._done, self._total)

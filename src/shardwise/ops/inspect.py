@@ -18,7 +18,6 @@ from shardwise.format.strict_json import JsonValue
 from shardwise.lifecycle.names import parse_checkpoint_name
 from shardwise.lifecycle.resolve import read_metrics
 from shardwise.ops.modules import ModuleDescription, describe_modules
-from shardwise.ops.origin import tools_named, writer_of
 from shardwise.ops.targets import Target, find_targets, is_unfinished, nothing_in
 from shardwise.ops.tensor_listing import (
     DCP_SUFFIX,
@@ -30,6 +29,8 @@ from shardwise.ops.tensor_listing import (
     add_dcp,
     format_name,
     read_contents,
+    tools_named,
+    writer_of,
 )
 
 __all__ = ["CheckpointDescription", "FileDescription", "Piece", "TensorDescription", "inspect"]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from shardwise.disk.guarded import MANIFEST_NAME
-from shardwise.disk.names import exists, file_size, is_directory, is_there, names_in, real_path, status, walk
+from shardwise.disk.names import exists, is_directory, is_there, names_in, real_path, status, walk
 from shardwise.disk.storage import Storage, current, storage_errors, using
 from shardwise.engine.verify import check_files
 from shardwise.errors import CheckpointNotFoundError, ManifestError, MisuseError, StorageError
@@ -166,15 +167,10 @@ def _unfinished(root: Path, entry: str, name: str, numbers: tuple[int, int]) -> 
 def _bytes_below(directory: Path) -> int:
     """Bytes of the files below a directory; of one that is written or deleted meanwhile, those seen."""
     total = 0
-    try:
+    with suppress(CheckpointNotFoundError, StorageError):  # a directory went while it was looked at
         for where, names in walk(directory):
-            for name in names:
-                try:
-                    total += file_size(where / name)
-                except CheckpointNotFoundError:
-                    continue
-    except (CheckpointNotFoundError, StorageError):
-        return total  # a directory went while it was looked at
+            found = (status(where / name) for name in names)
+            total += sum(each.size for each in found if each is not None)
     return total
 
 

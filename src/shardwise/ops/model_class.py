@@ -46,12 +46,7 @@ class ModelClass:
     state: HubState
 
     def compare(self, specs: Sequence[TensorSpec], path: Path, *, whole: bool) -> None:
-        """Compare tensors with those that the class has.
-
-        Args:
-            specs: Tensors, under the model's names or those of its files.
-            path: Where they are, for messages.
-            whole: Whether all of the class's tensors have to be there.
+        """Compare tensors, under the model's names or those of its files, with those of the class; ``whole``: with all.
 
         Raises:
             ShapeMismatchError: One has another shape.

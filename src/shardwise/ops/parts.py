@@ -12,13 +12,13 @@ from shardwise.engine.verify import load_manifest
 from shardwise.errors import IntegrityError
 from shardwise.format.manifest import TensorRecord
 from shardwise.format.notes import METADATA_DIR
+from shardwise.ops.run_config import CONFIG_NAME
 from shardwise.ops.targets import COMPONENTS, find_targets, with_nested
 from shardwise.sources.directory_contents import holds_model
 
 _COMPONENTS = (*COMPONENTS, "model_ema")
 _ADAPTER = "adapter_model.safetensors"
 _CONFIGS = ("config.json", "generation_config.json", "adapter_config.json", "model_index.json")
-_RUN_CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def find_parts(path: str | os.PathLike[str]) -> Parts:
             path=place / lost[0],
             hint="Restore the checkpoint from a copy.",
         )
-    configs = {} if not is_file(place / _RUN_CONFIG) else {_RUN_CONFIG: place / _RUN_CONFIG}
+    configs = {CONFIG_NAME: place / CONFIG_NAME} if is_file(place / CONFIG_NAME) else {}
     for component, where in places.items():
         below = "" if component == "model" else f"{component}/"
         configs |= {f"{below}{name}": found for name, found in _configs(where).items()}

@@ -108,17 +108,12 @@ def _wrong_pointers(root: Path) -> tuple[PointerRepair, ...]:
     last = newest(checkpoints)
     if last is None:
         return ()
-    leading = pointers(root)
     found = []
-    latest = leading.get(LATEST)
-    begun = publication_begun(root)
-    if begun is not None and begun != latest:
-        found.append(PointerRepair(LATEST, latest, begun))
-    elif latest is None and not is_directory(root / LATEST):
-        found.append(PointerRepair(LATEST, None, last.name))
-    elif latest is not None and not is_complete(root / latest):
-        found.append(PointerRepair(LATEST, latest, last.name))
-    best = leading.get(BEST)
+    leading, begun = pointers(root), publication_begun(root)
+    latest, best = leading.get(LATEST), leading.get(BEST)
+    leads = is_directory(root / LATEST) if latest is None else is_complete(root / latest)
+    if begun not in (None, latest) or not leads:
+        found.append(PointerRepair(LATEST, latest, begun or last.name))
     if best is not None and not is_complete(root / best):
         name = best_checkpoint(checkpoints, recorded_policy(root) or Retention())
         if name is not None:

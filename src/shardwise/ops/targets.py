@@ -89,11 +89,7 @@ def find_targets(path: str | os.PathLike[str]) -> tuple[Target, ...]:
 
 
 def nothing_at(given: Path) -> CheckpointNotFoundError:
-    """The error about a path at which nothing is, with the name that may have been meant, or the names that are there.
-
-    Args:
-        given: The path, absolute.
-    """
+    """The error about an absolute path at which nothing is, with the name that may have been meant, or those there."""
     if is_link(given):
         return CheckpointNotFoundError("the link leads to nothing", path=given, hint=f"It leads to {real_path(given)}.")
     missing = given
@@ -133,9 +129,7 @@ def where_to_look(directory: Path) -> str:
         return f"There are checkpoints in {_listed(roots)}."
     models = models_below(directory)
     if models:
-        return (
-            f"What another tool saved is in {_listed(models)}: `shardwise inspect`, verify, diff and convert take it."
-        )
+        return f"What another tool saved is in {_listed(models)}: `shardwise inspect` shows it."
     return ""
 
 

@@ -1,10 +1,10 @@
-"""Lists the tensors of files without a manifest, from headers, DCP's metadata and torch's archives."""
+"""Lists the tensors of files without a manifest, and who wrote them, from headers, DCP's metadata, torch's archives."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -12,18 +12,34 @@ from typing import NamedTuple
 from shardwise.disk.names import file_size, is_file
 from shardwise.errors import CheckpointNotFoundError, FormatError, ShardwiseError, TensorError, UnsafePickleError
 from shardwise.format.header import read_header
+from shardwise.format.json_file import read_json
 from shardwise.format.sharding import saved_offsets
 from shardwise.format.sniff import Kind, Recognised, what_is_file
 from shardwise.geometry import TensorSpec
-from shardwise.ops.contents import INDEX_SUFFIXES, absent_of_sets, check_index
-from shardwise.ops.origin import writer_of
-from shardwise.ops.torch_archives import TORCH_SUFFIXES, WEIGHTS, check_torch_file
+from shardwise.ops.contents import (
+    INDEX_SUFFIXES,
+    TORCH_SUFFIXES,
+    WEIGHTS,
+    absent_of_sets,
+    check_index,
+    check_torch_file,
+)
 from shardwise.sources.directory_contents import kept_beside_models
 
 #: Suffix of the name of DCP's metadata file.
 DCP_SUFFIX = ".metadata"
 #: The component of what nothing calls otherwise.
 MODEL = "model"
+
+#: File name -> entries that hold the release of the library that wrote it, by the library's name.
+_RELEASES = {
+    "config.json": {"transformers_version": "transformers", "_diffusers_version": "diffusers"},
+    "model_index.json": {"_diffusers_version": "diffusers"},
+}
+#: As `shardwise.plan.layout.shard_name` and torch's Hugging Face writer name them; numbers count from 1.
+_SHARD = re.compile(r"shard-(\d{5,})-.+")
+#: As torch's FileSystemWriter names them: the rank, and a count.
+_DCP_ITEM = re.compile(r"__(\d+)_\d+\.distcp")
 
 
 class Piece(NamedTuple):
@@ -140,7 +156,7 @@ def read_contents(found: Listing, root: Path, listed: Sequence[str], own: str, *
     Args:
         found: What they are added to.
         root: The directory.
-        listed: The files, relative to it (POSIX).
+        listed: The files.
         own: The component of tensors at the top; a folder is another component, or a pipeline's model.
         whole: Whether these are all files of a directory: those of other tools are looked for, files that others
             name are missed, and one that is damaged does not keep the others from being described.
@@ -325,3 +341,44 @@ def _joined(a: TensorSpec, b: TensorSpec) -> TensorSpec:
             hint="The directory mixes files of different checkpoints; separate them.",
         )
     return TensorSpec(a.name, tuple(max(m, n) for m, n in zip(a.shape, b.shape, strict=True)), a.dtype)
+
+
+# --- who wrote it -----------------------------------------------------------------------------------------------------
+
+
+def writer_of(path: str, world_size: int | None) -> str | None:
+    """Who wrote a file, as its name says: ``rank 3``, or ``shard 4`` where nothing tells how many ranks there were.
+
+    A rank whose pieces of one tensor do not touch puts the further ones into files that are numbered behind those of
+    all ranks, so that a shard's rank is known only with their number. ``None`` where the name does not tell.
+    """
+    name = PurePosixPath(path).name
+    item = _DCP_ITEM.fullmatch(name)
+    if item is not None:
+        return f"rank {int(item[1])}"
+    shard = _SHARD.fullmatch(name)
+    if shard is None:
+        return None
+    number = int(shard[1])
+    return f"shard {number}" if not world_size or not number else f"rank {(number - 1) % world_size}"
+
+
+def tools_named(root: Path, listed: Iterable[str]) -> Iterator[str]:
+    """The libraries that configurations say they were written by: ``transformers 5.13.0 (model/config.json)``.
+
+    Each release once, with the first file that names it.
+    """
+    seen: set[tuple[str, str]] = set()
+    for relative in listed:
+        entries = _RELEASES.get(PurePosixPath(relative).name)
+        if entries is None:
+            continue
+        try:
+            found = read_json(root / relative)
+        except ShardwiseError:
+            continue  # a damaged configuration says nothing; what is wrong with it, `verify` tells
+        for key, library in entries.items():
+            release = found.get(key) if isinstance(found, dict) else None
+            if isinstance(release, str) and (library, release) not in seen:
+                seen.add((library, release))
+                yield f"{library} {release} ({relative})"

@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tests.ops.checkpoints import saved
 
 from shardwise.cli import main
@@ -187,15 +190,59 @@ def test_what_was_meant(typed: list[str], meant: str, capsys: pytest.CaptureFixt
     assert f"Did you mean {meant}?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["ls", "repair", "prune"])
-def test_a_mistyped_root_names_the_one_beside_it(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "checkpoints").mkdir()
-    assert main([command, str(tmp_path / "chekpoints")]) == 2
-    assert f"Did you mean {str(tmp_path / 'checkpoints')!r}?" in capsys.readouterr().err
-    assert main([command, str(tmp_path / "else")]) == 2
-    assert "Did you mean" not in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "call",
+    [
+        *("ls PATH", "repair PATH", "prune PATH", "verify PATH", "inspect PATH", "consolidate PATH", "diff TOP PATH"),
+        *("diff PATH TOP", "convert PATH TOP/out --to hf", "push PATH org/name"),
+        *("merge-adapter PATH TOP TOP/out", "merge-adapter TOP PATH TOP/out"),
+    ],
+)
+def test_a_mistyped_path_names_the_one_beside_it(call: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "checkpoints"
+    saved(root)
+
+    def told(path: Path) -> str:
+        places = {"PATH": str(path), "TOP": str(root)}
+        assert main([places.get(word, word.replace("TOP", str(tmp_path))) for word in call.split()]) == 2
+        return capsys.readouterr().err
+
+    for wrong in (tmp_path / "chekpoints", tmp_path / "chekpoints" / "LATEST"):
+        meant = root / wrong.relative_to(tmp_path / "chekpoints")
+        assert f"there is nothing at this path [path {str(wrong)!r}] Did you mean {str(meant)!r}?" in told(wrong)
+    assert "Did you mean" not in told(tmp_path / "else")
+    there = told(root / "epoch_0_step_7")
+    assert f"There is nothing called epoch_0_step_7 in {root}. It has the checkpoints epoch_0_step_1." in there
+
+
+def test_what_others_saved_is_no_root_and_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (5, 10):
+        (tmp_path / "out" / f"checkpoint-{step}").mkdir(parents=True)
+        save_file({"w": torch.ones(2)}, tmp_path / "out" / f"checkpoint-{step}" / "model.safetensors")
+    before = sorted(tmp_path.rglob("*"))
+    nearest = f"What another tool saved is in {tmp_path / 'out' / 'checkpoint-10'}, {tmp_path / 'out' / 'checkpoint-5'}"
+    for arguments in (["ls"], ["repair"], ["repair", "--yes"], ["prune", "--keep-last", "1", "--yes"]):
+        assert main([*arguments, str(tmp_path / "out")]) == 0
+        out = capsys.readouterr().out
+        assert "holds no checkpoints, which are directories called epoch_E_step_S" in out
+        assert nearest in out
+        assert main([*arguments, str(tmp_path / "out" / "checkpoint-5")]) == 0
+        assert "a model's directory" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_roots_below(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path / "runs" / "a", (1, 2))
+    saved(tmp_path / "runs" / "b")
+    (tmp_path / "runs" / "config.json").write_text("{}")
+    assert main(["ls", str(tmp_path / "runs")]) == 0
+    assert f"There are checkpoints in {tmp_path / 'runs' / 'a'}, {tmp_path / 'runs' / 'b'}" in capsys.readouterr().out
+    for command in ("verify", "inspect", "consolidate"):
+        assert main([command, str(tmp_path / "runs")]) == 2
+        told = capsys.readouterr().err
+        assert "this is no checkpoint; there are some in" in told
+        assert str(tmp_path / "runs" / "b") in told
+    assert main(["verify", str(tmp_path / "runs" / "a")]) == 0
 
 
 def test_a_working_directory_that_is_gone_is_misuse(tmp_path: Path) -> None:
@@ -224,7 +271,7 @@ def test_an_error_of_the_program_is_no_damage(
 
 def test_an_empty_directory_is_misuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path)]) == 2
-    assert "there is nothing to verify" in capsys.readouterr().err
+    assert "the directory holds no file" in capsys.readouterr().err
 
 
 def test_names_that_are_no_text_are_printed(tmp_path: Path) -> None:
@@ -239,3 +286,49 @@ def test_names_that_are_no_text_are_printed(tmp_path: Path) -> None:
     assert b"a\\udcfe.json" in done.stdout
     command += ["--html", os.fsencode(tmp_path) + b"/page.html"]
     assert subprocess.run(command, capture_output=True, timeout=120, env=strict).returncode == 0
+
+
+def test_ls_says_who_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path)
+    (tmp_path / ".saving-epoch_0_step_5").mkdir()
+    (tmp_path / ".owner-epoch_0_step_5").write_text("another-machine 17 token\n")
+    assert main(["ls", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "claimed" in out
+    assert "process 17 on another-machine" in out
+    for wrong in (["--watch", "0"], ["--watch", "--json"]):
+        assert main(["ls", str(tmp_path), *wrong]) == 2
+        assert "--watch takes a number of seconds above 0" in capsys.readouterr().err
+
+
+def test_diff_prints_json_and_nothing_but_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        save_file({"w": torch.full((3,), value), "same": torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    files = [str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
+    assert main(["diff", "--json", *files]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert (report["differs"], report["tensors"][0]["relative"]) == (True, 1.0)
+    assert main(["diff", "--quiet", *files]) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert main(["diff", "--digests", *files]) == 3
+    assert "? model  w  no digests in common: not compared" in capsys.readouterr().out
+
+
+def test_verify_names_what_is_beside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = saved(tmp_path)
+    (path / "README.md").write_text("a note")
+    assert main(["verify", str(path)]) == 0
+    assert "extra    README.md" in capsys.readouterr().out.splitlines()
+
+
+def test_a_progress_bar_on_a_terminal(tmp_path: Path) -> None:
+    root = saved(tmp_path / "root").parent
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (25, 80))
+    command = [sys.executable, "-m", "shardwise", "verify", str(root)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=120)
+    shown = os.read(ours, 100_000)
+    os.close(theirs)
+    os.close(ours)
+    assert done.returncode == 0
+    assert b"B/s" in shown

@@ -5,6 +5,7 @@ Names of tensors, files and metrics, values of configurations and messages come 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from tests.ops.damaged import save_dcp
 
 from shardwise.cli import main
 from shardwise.cli.output import columns, printable
+from shardwise.ops.verify import Progress
 
 #: Sets a terminal's title, clears its screen, begins another line, turns the direction, and is not UTF-8.
 EVIL = "a\x1b]0;owned\x07\x1b[2J\n+ model  fake\r\u202e\u2028\x9b\udcffz"
@@ -96,6 +98,7 @@ def calls(top: Path) -> list[list[str]]:
         ["diff", model, other],
         ["diff", f"{model}/model.safetensors", f"{other}/model.safetensors"],
         ["diff", f"{root}/epoch_0_step_3", root],
+        *(["merge-adapter", model, each, out] for each in (other, dcp, root)),
         *(["consolidate", each, "--output", out] for each in (model, dcp, root, pt)),
         *(["convert", each, f"{out}-{to}", "--to", to] for each in (model, dcp, root, pt) for to in ("hf", "shards")),
         ["prune", root, "--keep-last", "1"],
@@ -179,7 +182,7 @@ def test_a_damaged_file_keeps_no_other_from_being_shown(tmp_path: Path, capsys: 
     assert main(["inspect", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert "DAMAGED: other.safetensors: " in out
-    assert "1 tensors, 8 bytes: 2 F32" in out
+    assert "1 tensor, 8 bytes: 2 F32" in out
     assert main(["inspect", "--json", str(tmp_path)]) == 1
     report = json.loads(capsys.readouterr().out)
     assert (report["damaged"], report["unread"][0][0]) == (["other.safetensors"], "other.safetensors")
@@ -286,14 +289,10 @@ def test_interrupted_while_it_writes(to: str, tmp_path: Path, monkeypatch: pytes
     def interrupts(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    class Bar:
-        progress = staticmethod(interrupts)
+    def bar(quiet: bool) -> contextlib.nullcontext[Progress]:
+        return contextlib.nullcontext(interrupts)
 
-        def __init__(self, quiet: bool = False) -> None: ...
-
-        def close(self) -> None: ...
-
-    monkeypatch.setattr("shardwise.cli.changing.Bar", Bar)  # where a signal arrives is left to no chance
+    monkeypatch.setattr("shardwise.cli.changing.progress_bar", bar)  # where a signal arrives is left to no chance
     assert main(["convert", str(source), str(tmp_path / "new" / "out"), "--to", to]) == 130
     assert sorted(tmp_path.rglob("*")) == before
     assert main(["consolidate", str(source)]) == 130

@@ -10,9 +10,9 @@ import pytest
 
 from shardwise.cli import main
 from shardwise.cli.completion import SHELLS
-from shardwise.cli.parsing import described
+from shardwise.cli.parsing import make_parser
 
-COMMANDS = [command.name for command in described() if command.name]
+COMMANDS = list(make_parser().commands)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_fish_completes(scripts: Path) -> None:
 def test_every_command_and_option_is_in_every_script(scripts: Path) -> None:
     for shell in SHELLS:
         script = (scripts / f"script.{shell}").read_text()
-        for command in described():
-            assert command.name in script
-            for flag in command.flags:
+        for name, command in make_parser().commands.items():
+            assert name in script
+            for flag in (flag for argument in command.arguments for flag in argument.option_strings):
                 assert (f" -l {flag[2:]} " if shell == "fish" and flag.startswith("--") else flag[2:]) in script

@@ -25,7 +25,8 @@ was also watched: nothing of what it was pointed at changes, what a command refu
 that is damaged is called whole, made into a model, or uploaded.
 
 `diff` compares the path with itself, `prune` is a dry run with `--keep-last 1`, `repair` one without `--yes`, `push` is
-given a hub that takes everything. `PATH` is what the command was pointed at, `OUT` where it was to write.
+given a hub that takes everything, `merge-adapter` an adapter for the path as its base, or a base for the path as an
+adapter. `PATH` is what the command was pointed at, `OUT` where it was to write.
 
 """
 

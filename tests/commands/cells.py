@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
-from tests.commands.formats import Row
+from tests.commands.formats import Row, a_model, an_adapter
 
 from shardwise.cli import main
 
@@ -26,12 +29,17 @@ COMMANDS: dict[str, Callable[[str, str], list[str]]] = {
     "convert --to hf": lambda path, out: ["convert", path, out, "--to", "hf"],
     "convert --to dcp": lambda path, out: ["convert", path, out, "--to", "dcp"],
     "convert --to shards": lambda path, out: ["convert", path, out, "--to", "shards"],
+    "merge-adapter PATH": lambda path, out: ["merge-adapter", path, str(adapter_and_base()[0]), out],
+    "merge-adapter BASE PATH": lambda path, out: ["merge-adapter", str(adapter_and_base()[1]), path, out],
     "prune": lambda path, out: ["prune", path, "--keep-last", "1"],
     "repair": lambda path, out: ["repair", path],
     "push": lambda path, out: ["push", path, "org/name"],
 }
 #: Commands that make something out of all that is there.
-_WRITING = ("consolidate", "convert --to hf", "convert --to dcp", "convert --to shards", "inspect --html")
+_WRITING = (
+    *("consolidate", "convert --to hf", "convert --to dcp", "convert --to shards"),
+    *("merge-adapter PATH", "merge-adapter BASE PATH", "inspect --html"),
+)
 #: Commands that must not end with 0 on damage.
 _TELLING = ("verify", "push", *_WRITING[:-1])
 _CODES = (0, 1, 2, 3)
@@ -52,6 +60,14 @@ class Outcome:
     wrong: str = ""
 
 
+@cache
+def adapter_and_base() -> tuple[Path, Path]:
+    """An adapter and the base model that it is of, which `merge-adapter` gets beside what is tried."""
+    place = Path(tempfile.mkdtemp(prefix="commands-"))
+    atexit.register(shutil.rmtree, place)
+    return an_adapter(place), a_model(place)
+
+
 class Hub:
     """Takes everything and keeps nothing."""
 
@@ -70,7 +86,7 @@ def outcome(row: Row, name: str, path: Path, scratch: Path) -> Outcome:
         scratch: A directory to write into, in which nothing stays.
     """
     scratch.mkdir(parents=True, exist_ok=True)
-    target = scratch / ("out.html" if name == "inspect --html" else "out")
+    target = (row.out or scratch) / ("out.html" if name == "inspect --html" else "out")
     top = path.parent.parent
     before = _tree(top)
     out, err = io.StringIO(), io.StringIO()
@@ -79,7 +95,8 @@ def outcome(row: Row, name: str, path: Path, scratch: Path) -> Outcome:
     left = sorted(each.name for each in scratch.iterdir())
     shutil.rmtree(scratch)
     line = _line(name, out.getvalue(), err.getvalue())
-    for place, word in ((target, "OUT"), (path, "PATH"), (path.parent, "PARENT"), (path.parent.parent, "TOP")):
+    others = ((scratch, "SCRATCH"), (adapter_and_base()[0], "ADAPTER"), (adapter_and_base()[1], "BASE"))
+    for place, word in ((target, "OUT"), (path, "PATH"), (path.parent, "PARENT"), (path.parent.parent, "TOP"), *others):
         line = line.replace(str(place), word)
     wrong = [] if _tree(top) == before else ["what it was pointed at was changed"]
     if code not in _CODES or "Traceback" in err.getvalue():
@@ -102,7 +119,7 @@ def _line(name: str, out: str, err: str) -> str:
         line = next((each for each in told if not each.startswith("shardwise: warning")), told[0])
         return line.removeprefix("shardwise: ")
     damaged = next((line for line in shown if "DAMAGED" in line), "")
-    if damaged or name in ("consolidate", "push", "diff", "prune", "repair") or name.startswith("convert"):
+    if damaged or name in ("consolidate", "push", "diff", "prune", "repair") or name.startswith(("convert", "merge")):
         line = damaged or shown[0 if name in ("prune", "repair") else -1]
     elif name == "inspect":
         line = next((each for each in shown if re.search(r"\d tensors, ", each)), shown[-1])

@@ -17,6 +17,8 @@ from tests.sources.per_rank import save_fsdp1, save_fsdp2, trainer_directory, ve
 from tests.support.ranks import run
 
 EXPORT = "model/consolidated/model.safetensors"
+#: Written by ``tests/interop/make_deepspeed.py``.
+DEEPSPEED = Path(__file__).parent.parent / "interop" / "deepspeed"
 VERL = "model_world_size_2_rank_{}.pt"
 Maker = Callable[[Path], Path]
 
@@ -30,12 +32,14 @@ class Row:
         make: Makes it below an empty directory, and gives its path.
         damaged: Part of it is lost: nothing may say that it is whole, or make a model of it.
         ranks: It takes processes of its own to make.
+        out: Where commands that write are to write, if not to a place that takes it.
     """
 
     name: str
     make: Maker
     damaged: bool = False
     ranks: bool = False
+    out: Path | None = None
 
 
 def _root(place: Path, **settings: object) -> Path:
@@ -46,7 +50,8 @@ def _checkpoint(place: Path, **settings: object) -> Path:
     return saved(place / "root", **settings)
 
 
-def _hf(place: Path, split: bool = False) -> Path:
+def a_model(place: Path, split: bool = False) -> Path:
+    """What transformers writes."""
     model = gpt2()
     model.config.architectures = ["GPT2LMHeadModel"]
     model.save_pretrained(place / "hf", max_shard_size="10kB" if split else "1GB")
@@ -54,14 +59,14 @@ def _hf(place: Path, split: bool = False) -> Path:
 
 
 def _split(place: Path) -> Path:
-    return _hf(place, split=True)
+    return a_model(place, split=True)
 
 
 def _snapshot(place: Path) -> Path:
     snapshot, blobs = place / "models--o--m" / "snapshots" / "abc", place / "models--o--m" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
-    for number, file in enumerate(sorted(_hf(place).iterdir())):
+    for number, file in enumerate(sorted(a_model(place).iterdir())):
         file.rename(blobs / str(number))
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
     (place / "hf").rmdir()
@@ -113,6 +118,14 @@ def _verl(place: Path) -> Path:
     return root
 
 
+def _deepspeed(place: Path, stage: int = 3) -> Path:
+    """What DeepSpeed itself wrote, with the configuration beside it."""
+    root = Path(shutil.copytree(DEEPSPEED / f"zero{stage}", place / "deepspeed"))
+    (root / "expected.safetensors").unlink()
+    describe(root, n_layer=1, n_embd=6, vocab_size=17, n_positions=9)
+    return root
+
+
 def _fsdp1(place: Path) -> Path:
     (place / "ranks").mkdir()
     run(2, save_fsdp1, str(place / "ranks"), 1, {}, False)
@@ -127,14 +140,20 @@ def _accelerate(place: Path) -> Path:
     return trainer_directory(_described(directory))
 
 
-def _adapter(place: Path) -> Path:
+def an_adapter(place: Path) -> Path:
     """What peft writes, by hand."""
     directory = place / "adapter"
     directory.mkdir()
     name = "base_model.model.transformer.h.0.attn.c_attn.lora_{}.weight"
     factors = {name.format("A"): torch.ones(2, 16), name.format("B"): torch.zeros(48, 2)}
     save_file(factors, directory / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["c_attn"], "task_type": "CAUSAL_LM"}
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["h.0.attn.c_attn"],
+        "task_type": "CAUSAL_LM",
+    }
     (directory / "adapter_config.json").write_text(json.dumps(config))
     return directory
 
@@ -149,6 +168,14 @@ def _pipeline(place: Path) -> Path:
     index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
     (top / "model_index.json").write_text(json.dumps(index))
     return top
+
+
+def _trainer(place: Path) -> Path:
+    """Directories as transformers' Trainer names them."""
+    for step in (500, 1000):
+        (place / "output").mkdir(exist_ok=True)
+        a_model(place).rename(place / "output" / f"checkpoint-{step}")
+    return place / "output"
 
 
 def _gguf(place: Path) -> Path:
@@ -184,6 +211,11 @@ def _header(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[8:12] = b"\xff\xff\xff\xff"
     path.write_bytes(content)
+
+
+def _without_rank(path: Path) -> None:
+    for file in path.rglob("*_rank_1_mp_rank_00_*_states.pt"):
+        file.unlink()
 
 
 # --- nothing of the kind ---------------------------------------------------------------------------------------------
@@ -251,10 +283,10 @@ ROWS = (
         lambda place: _checkpoint(place, save_consolidated="false", model_save_format="torch_save"),
     ),
     Row("its optim/", lambda place: _checkpoint(place) / "optim"),
-    Row("a Hugging Face directory", _hf),
+    Row("a Hugging Face directory", a_model),
     Row("a Hugging Face directory, several files", _split),
     Row("a hub cache's snapshot", _snapshot),
-    Row("a safetensors file", lambda place: _hf(place) / "model.safetensors"),
+    Row("a safetensors file", lambda place: a_model(place) / "model.safetensors"),
     Row("DCP, bare", _dcp),
     Row("DCP with an optimizer", lambda place: _dcp(place, optimizer=True)),
     Row("torch's sharded Hugging Face files", _sharded, ranks=True),
@@ -262,9 +294,11 @@ ROWS = (
     Row("a .pt, wrapped", _pt),
     Row("Lightning's .ckpt", _lightning),
     Row("verl's ranks", _verl, ranks=True),
+    Row("DeepSpeed, ZeRO-2", lambda place: _deepspeed(place, 2)),
+    Row("DeepSpeed, ZeRO-3", _deepspeed),
     Row("FSDP1's ranks", _fsdp1, ranks=True),
     Row("accelerate's FSDP directory", _accelerate),
-    Row("an adapter", _adapter),
+    Row("an adapter", an_adapter),
     Row("a diffusers pipeline", _pipeline),
     Row("a GGUF file", _gguf),
     Row("a directory of Keras", _foreign),
@@ -273,8 +307,12 @@ ROWS = (
     Row("export with one bit changed", _but(_checkpoint, lambda p: flip(p / EXPORT, 100_000)), damaged=True),
     Row("checkpoint without its model's files", _without_files, damaged=True),
     Row("manifest cut short", _but(_checkpoint, lambda p: cut(p / "manifest.json", 100)), damaged=True),
-    Row("Hugging Face file cut short", _but(_hf, lambda p: cut(p / "model.safetensors", 10)), damaged=True),
-    Row("Hugging Face file with a broken header", _but(_hf, lambda p: _header(p / "model.safetensors")), damaged=True),
+    Row("Hugging Face file cut short", _but(a_model, lambda p: cut(p / "model.safetensors", 10)), damaged=True),
+    Row(
+        "Hugging Face file with a broken header",
+        _but(a_model, lambda p: _header(p / "model.safetensors")),
+        damaged=True,
+    ),
     Row("one of several files absent", _but(_split, lambda p: next(p.glob("*-00002-of*")).unlink()), damaged=True),
     Row("DCP's file cut short", _but(_dcp, lambda p: cut(p / "__0_0.distcp", 3000)), damaged=True),
     Row("DCP's file absent", _but(_dcp, lambda p: (p / "__0_0.distcp").unlink()), damaged=True),
@@ -282,11 +320,15 @@ ROWS = (
     Row("DCP's .metadata absent", _but(_dcp, lambda p: (p / ".metadata").unlink()), damaged=True),
     Row(".bin cut short", _but(_bin, lambda p: cut(p / "pytorch_model.bin", 2000)), damaged=True),
     Row("a rank's file of verl absent", _but(_verl, lambda p: (p / VERL.format(1)).unlink()), damaged=True, ranks=True),
+    Row("a rank's file of DeepSpeed absent", _but(_deepspeed, _without_rank), damaged=True),
     Row("an empty .safetensors file", _nothing_in_it, damaged=True),
     Row("a header that claims to be huge", _huge, damaged=True),
     Row("an interrupted save", _interrupted, damaged=True),
     Row("a root of interrupted saves alone", lambda place: _interrupted(place).parent),
     Row("a directory of settings alone", lambda place: _described(place / "settings")),
+    Row("a directory of runs, with roots below", lambda place: _root(place / "runs").parent),
+    Row("a Trainer's directory", _trainer),
+    Row("a place that takes nothing", lambda place: _checkpoint(place, save_consolidated="false"), out=Path("/sys")),
     Row("an empty directory", _empty),
     Row("nothing", lambda place: place / "absent"),
     Row("a FIFO", _fifo),

@@ -31,6 +31,7 @@ from shardwise.errors import (
 )
 from shardwise.format.manifest import read_manifest
 from shardwise.ops.consolidate import consolidate
+from shardwise.ops.convert import convert
 from shardwise.ops.verify import verify
 
 
@@ -390,3 +391,18 @@ def test_shards_saved_in_the_background(tmp_path: Path) -> None:
     found = load_file(consolidate(tmp_path).path / "model.safetensors")
     assert all(torch.equal(found[name], value.detach()) for name, value in net.named_parameters())
     assert verify(tmp_path).status == "whole"
+
+
+def test_a_checkpoint_gets_no_file_that_its_manifest_lacks(tmp_path: Path) -> None:
+    path = saved(tmp_path / "root")
+    export = path / "model" / "consolidated"
+    for source, output in ((export, None), (path, path / "export"), (path, path / "model" / "consolidated" / "more")):
+        with pytest.raises(MisuseError, match="the place is in the checkpoint"):
+            consolidate(source, output)
+    for to in ("hf", "dcp", "shards"):
+        with pytest.raises(MisuseError, match="the place is in the checkpoint"):
+            convert(path, path / "new" / to, to)
+    assert verify(path).status == "whole"
+    assert not (path / "new").exists()
+    (tmp_path / "manifest.json").write_text('{"name": "of a web application"}')
+    assert consolidate(path, tmp_path / "made").tensors == 3

@@ -14,10 +14,11 @@ from tests.ops.damaged import save_dcp
 from tests.support.ranks import fresh
 
 from shardwise.disk.storage import Buffer, LocalStorage
-from shardwise.errors import CheckpointBusyError
+from shardwise.errors import CheckpointBusyError, StorageError
 from shardwise.lifecycle import temporary_name
 from shardwise.lifecycle.ownership import claim
 from shardwise.ops.consolidate import consolidate
+from shardwise.ops.convert import Format, convert
 from shardwise.ops.verify import verify
 
 _TENSOR = 64 * 64 * 4
@@ -124,10 +125,34 @@ def test_another_split_begins_anew(tmp_path: Path) -> None:
     assert verify(export).status == "whole"
 
 
-def test_two_at_a_time_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("to", ["hf", "dcp", "shards"])
+def test_two_at_a_time_are_refused(to: Format, tmp_path: Path) -> None:
     dcp = source(tmp_path / "dcp")
+    aside = tmp_path / temporary_name("export")
+    aside.mkdir()
+    (aside / "__0_0.distcp").write_text("what the other has written so far")
     mine = claim(tmp_path, "export")
     with pytest.raises(CheckpointBusyError, match="export"):
-        consolidate(dcp, tmp_path / "export")
+        convert(dcp, tmp_path / "export", to)
+    assert [path.name for path in aside.iterdir()] == ["__0_0.distcp"]
     mine.release()
-    assert consolidate(dcp, tmp_path / "export").tensors == 12
+    assert convert(dcp, tmp_path / "export", to).tensors == 12
+
+
+class Full(LocalStorage):
+    """Takes no tensor."""
+
+    def create(self, path: Path, size: int, head: Buffer) -> None:
+        raise StorageError.from_os(OSError(28, os.strerror(28)), path=path)
+
+
+@pytest.mark.parametrize("to", ["hf", "dcp", "shards"])
+def test_an_error_names_the_place_that_was_asked_for(to: Format, tmp_path: Path) -> None:
+    dcp = source(tmp_path / "dcp")
+    with pytest.raises(StorageError) as caught:
+        convert(dcp, tmp_path / "new" / "export", to, storage=Full())
+    assert Path(str(caught.value.path)).is_relative_to(tmp_path / "new" / "export")
+    assert [path.name for path in tmp_path.iterdir()] == ["dcp"]
+    with pytest.raises(StorageError) as caught:
+        convert(dcp, Path("/proc/self/task/export"), to)
+    assert caught.value.path == "/proc/self/task"

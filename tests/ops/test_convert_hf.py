@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.ops.damaged import cut, save_dcp, stepped
+from tests.ops.damaged import cut, gpt2, save_dcp, stepped
 from tests.ops.llamas import TOKENS, Titan, base, llama, opens_as
 from torch import nn
 from torch.distributed.checkpoint import save as dcp_save
@@ -386,3 +386,21 @@ def test_cut_files_and_several_files(net: LlamaForCausalLM, tmp_path: Path) -> N
     with pytest.raises((IntegrityError, FormatError)):
         convert(tmp_path / "a.ckpt", tmp_path / "out", "hf")
     assert left_of(tmp_path) == {"a.ckpt", "b.ckpt"}
+
+
+def test_folders_that_belong_to_a_model_go_along(tmp_path: Path) -> None:
+    """As sentence-transformers lays them out, by hand."""
+    source = tmp_path / "source"
+    gpt2().save_pretrained(source)
+    for folder in ("1_Pooling", "additional_chat_templates", "unrelated"):
+        (source / folder).mkdir()
+        (source / folder / "config.json").write_text("{}")
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "../outside"}, {"path": "/etc"}]
+    (source / "modules.json").write_text(json.dumps(modules))
+    convert(source, tmp_path / "made", "hf")
+    assert {path.name for path in (tmp_path / "made").iterdir() if path.is_dir()} == {
+        *("1_Pooling", "additional_chat_templates"),
+    }
+    (source / "modules.json").write_text("[1]")
+    convert(source, tmp_path / "again", "hf")
+    assert not (tmp_path / "again" / "1_Pooling").exists()

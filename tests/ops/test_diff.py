@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from tests.ops.checkpoints import engine, model, optimizer, saved
 
-from shardwise.errors import MisuseError
+from shardwise.cli import main
+from shardwise.errors import IntegrityError, MisuseError
 from shardwise.ops.diff import diff
 
 EXPORT = "model/consolidated/model.safetensors"
@@ -103,3 +105,38 @@ def test_what_has_nothing_in_common_is_refused(tmp_path: Path) -> None:
     assert not diff(pipeline, pipeline).differs
     with pytest.raises(MisuseError, match="nothing in common"):
         diff(saved(tmp_path / "root"), pipeline)
+
+
+def test_many_differences_are_shown_by_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"model.layers.{layer}.mlp.{part}.weight" for layer in range(12) for part in ("up", "down", "gate", "x")]
+    a = {name: torch.ones(4) for name in [*names, "model.norm.weight", "model.norm.bias", "lm_head.weight"]}
+    b = {name: torch.full((4,), 1.5) if ".0." not in name and "x" not in name else a[name] for name in a}
+    b["model.layers.1.mlp.up.weight"] = torch.ones(3)
+    b["model.layers.2.mlp.up.weight"] = torch.full((4,), 3.0)
+    b |= {f"model.layers.11.more.{number}": torch.ones(1) for number in range(20)}
+    del b["model.norm.bias"], b["lm_head.weight"]
+    save_file(a, tmp_path / "a.safetensors")
+    save_file(b, tmp_path / "b.safetensors")
+    files = [str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
+    layers = {each.layer: each for each in diff(*files).layers}
+    assert "model.layers.0" not in layers
+    assert list(layers)[-2:] == ["model.layers.11", "model.norm"]  # 10 and 11 come after 9
+    second, first, last = (layers[f"model.layers.{number}"] for number in (2, 1, 11))
+    assert (second.tensors, second.different, second.relative, second.largest) == (4, 3, 2.0, 2.0)
+    assert (first.different, first.relative) == (3, 0.5)
+    assert (last.different, last.only_a, last.only_b) == (3, 0, 20)
+    assert (layers["model.norm"].different, layers["model.norm"].only_a) == (1, 1)
+    assert main(["diff", *files]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == len(layers) + 1
+    assert "~  model  model.layers.2   3 of 4 tensors differ, relative at most 2, largest 2" in out
+    assert out[-1].endswith("--tensors lists each")
+    assert main(["diff", "--tensors", *files]) == 1
+    assert "+ model  model.layers.11.more.7" in capsys.readouterr().out.splitlines()
+
+
+def test_a_checkpoint_whose_model_is_gone_is_damaged(tmp_path: Path) -> None:
+    path = saved(tmp_path / "root")
+    shutil.rmtree(path / "model")
+    with pytest.raises(IntegrityError, match="model"):
+        diff(path, path)

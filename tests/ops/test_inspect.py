@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.ops.checkpoints import model, saved
-from tests.ops.damaged import gpt2, save_dcp
+from tests.ops.checkpoints import engine, model, optimizer, saved
+from tests.ops.damaged import gpt2, save_dcp, stepped
+from tests.ops.pages import data_of
 
+from shardwise.cli import main
 from shardwise.errors import CheckpointExistsError, CheckpointNotFoundError
 from shardwise.ops.consolidate import consolidate
 from shardwise.ops.inspect import inspect
+from shardwise.ops.page import write_page
+from shardwise.ops.page_data import EQUAL
 
 
 def test_a_checkpoint(tmp_path: Path) -> None:
@@ -115,3 +120,86 @@ def test_a_pipelines_models_are_told_apart(tmp_path: Path) -> None:
     found = inspect(tmp_path)
     assert [(tensor.component, tensor.spec.shape) for tensor in found.tensors] == [("unet", (1,)), ("vae", (2,))]
     assert found.components == ("unet", "vae")
+
+
+def test_files_that_others_name_and_that_are_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpt2().save_pretrained(tmp_path, max_shard_size="10kB")
+    assert inspect(tmp_path).damaged == ()
+    absent = min(tmp_path.glob("model-00002-*"))
+    absent.unlink()
+    found = inspect(tmp_path)
+    assert set(found.damaged) == {"model.safetensors.index.json", absent.name}
+    assert absent.name in dict(found.unread)["model.safetensors.index.json"]
+    assert found.tensors
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert f"DAMAGED: {absent.name}" in capsys.readouterr().out
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert inspect(tmp_path).damaged == (absent.name,)
+
+
+def test_an_index_that_names_what_a_file_does_not_have(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"w": "model.safetensors", "v": "model.safetensors"}}))
+    assert inspect(tmp_path).damaged == (index.name,)
+
+
+def test_a_file_of_dcp_that_is_absent(tmp_path: Path) -> None:
+    directory = save_dcp({"w": torch.ones(2)}, tmp_path / "dcp")
+    assert inspect(directory).damaged == ()
+    (directory / "__0_0.distcp").unlink()
+    assert inspect(directory).damaged == ("__0_0.distcp",)
+
+
+def test_an_optimizer_beside_the_model(tmp_path: Path) -> None:
+    net = gpt2()
+    state = {"model": net.state_dict(), "optimizer": stepped(net).state_dict(), "step": 3}
+    found = inspect(save_dcp(state, tmp_path / "dcp"))
+    assert found.components == ("model", "optimizer")
+    names = {component: {t.spec.name for t in found.tensors if t.component == component} for component in state}
+    assert names["model"] == {f"model.{name}" for name in net.state_dict()}
+    assert all(name.startswith("optimizer.state.") for name in names["optimizer"])
+    page = data_of(write_page(tmp_path / "dcp", tmp_path / "page.html", against=tmp_path / "dcp").html)
+    assert set(page["change"]["status"]) == {EQUAL}
+    torch.save(state, tmp_path / "run.pt")
+    ((path, why),) = inspect(tmp_path / "run.pt").unread
+    assert (path, "optimizer, step" in why) == ("run.pt", True)
+    torch.save(state["optimizer"], tmp_path / "weights.pt")
+    assert inspect(tmp_path / "weights.pt").unread == (
+        ("weights.pt", "it is an optimizer's state, whose tensors are not listed"),
+    )
+
+
+def test_a_models_own_module_of_an_optimizers_name(tmp_path: Path) -> None:
+    state = {"app": {"model": {"scaler": {"weight": torch.ones(2)}}, "optim": {"state": {"w": torch.ones(3)}}}}
+    found = inspect(save_dcp(state, tmp_path / "dcp"))
+    assert [(t.component, t.spec.shape) for t in found.tensors] == [("model", (2,)), ("optim", (3,))]
+
+
+def test_components_that_stand_alone_side_by_side(tmp_path: Path) -> None:
+    net = model()
+    steps = optimizer(net)
+    with engine(tmp_path / "unused") as made:
+        made.save_model(net, tmp_path / "alone")
+        made.save_optimizer(steps, net, tmp_path / "alone")
+    found = inspect(tmp_path / "alone")
+    assert (found.path, found.verifiable) == (tmp_path / "alone", True)
+    assert found.components == ("model", "optim")
+    for file in found.files:
+        assert (found.path / file.path).stat().st_size == file.size
+    [big] = [tensor for tensor in found.tensors if tensor.spec.name == "big"]
+    content = (found.path / big.pieces[0].file).read_bytes()[big.pieces[0].offset :][: big.pieces[0].nbytes]
+    assert content == bytes(net.big.detach().numpy().tobytes())
+    (found.path / big.files[0]).unlink()
+    assert inspect(tmp_path / "alone").damaged == big.files
+
+
+def test_pieces_of_one_tensor_are_put_together(tmp_path: Path) -> None:
+    for number, offset in enumerate((0, 2), start=1):
+        note = {"DCP_SHARDING_INFO": json.dumps({"w": {"saved_offsets": [offset, 0]}})}
+        name = f"shard-0000{number}-model-00001-of-00001.safetensors"
+        save_file({"w": torch.ones(2, 3)}, tmp_path / name, {"DCP_VERSION": "1.0", **note})
+    [tensor] = inspect(tmp_path).tensors
+    assert (tensor.spec.shape, len(tensor.pieces), len(tensor.files)) == ((4, 3), 2, 2)
+    save_file({"w": torch.ones(2)}, tmp_path / "other.safetensors")
+    assert inspect(tmp_path).damaged == ("shard-00001-model-00001-of-00001.safetensors",)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.base.support import edit_config
 from tests.base.test_quantized import FP8_CONFIG, _fp8_base
 from tests.clients.merged import ADAPTERS, OVER_QUANTIZED, adapted
+from tests.ops.damaged import save_dcp
 from tests.peft.models import causal, randomise
 from tests.support.peak import peak, reset_peak
 
@@ -256,6 +257,15 @@ def _cut_base(base: Path, adapter: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def _cut_dcp(base: Path, adapter: Path) -> None:
+    """The last item, which a tied head's is, and which nothing else reads."""
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    save_dcp({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}, base)
+    file = base / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
 def _cut_adapter(base: Path, adapter: Path) -> None:
     file = adapter / WEIGHTS
     file.write_bytes(file.read_bytes()[:-100])
@@ -291,6 +301,7 @@ WRONG: list[tuple[Any, type[ShardwiseError], str]] = [
     (_other_shape, AdapterError, "size mismatch"),
     (_other_names, AdapterError, "peft cannot put"),
     (_cut_base, FormatError, "model.safetensors"),
+    (_cut_dcp, IntegrityError, "cut short"),
     (_cut_adapter, FormatError, "damaged"),
     (_lacking, AdapterError, "not in its file"),
     (_prompt, AdapterError, "PROMPT_TUNING does not live in layers"),

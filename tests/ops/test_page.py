@@ -22,9 +22,9 @@ from shardwise.cli import main
 from shardwise.errors import MisuseError
 from shardwise.ops.inspect import inspect
 from shardwise.ops.modules import layer_of, module_of
-from shardwise.ops.origin import writer_of
 from shardwise.ops.page import write_page
 from shardwise.ops.page_data import ADDED, ANOTHER, CHANGED, DIFFERS, EQUAL, UNKNOWN
+from shardwise.ops.tensor_listing import writer_of
 
 EXPORT = "model/consolidated/model.safetensors"
 
@@ -205,7 +205,7 @@ def test_only_a_page_is_replaced(tmp_path: Path) -> None:
 def test_a_checkpoint_gets_no_file_that_its_manifest_lacks(tmp_path: Path) -> None:
     directory = saved(tmp_path)
     before = sorted(directory.rglob("*"))
-    with pytest.raises(MisuseError, match="would be a file of a checkpoint"):
+    with pytest.raises(MisuseError, match="the place is in the checkpoint"):
         write_page(directory, directory / "model" / "page.html")
     assert sorted(directory.rglob("*")) == before
 

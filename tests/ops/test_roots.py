@@ -8,11 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tests.ops.checkpoints import saved
 
 from shardwise.cli import main
-from shardwise.errors import ConfigError, IntegrityError, MisuseError, UnverifiableError
-from shardwise.lifecycle import claim, read_pointer
+from shardwise.errors import ConfigError, IntegrityError, MisuseError, StateFormatError, UnverifiableError
+from shardwise.lifecycle import claim, read_pointer, set_pointer
 from shardwise.ops.prune import Retention, prune_checkpoints, recorded_policy
 from shardwise.ops.push import push
 from shardwise.ops.repair import PointerRepair, repair
@@ -151,3 +153,45 @@ def test_push_refuses_what_verify_refuses(root: Path, tmp_path: Path) -> None:
         push(last / "optim", "org/model", api=hub)
     assert hub.repos == []
     assert not hub.place.exists()
+
+
+def test_push_leaves_the_checkpoints_beside_a_model(tmp_path: Path) -> None:
+    """As transformers' Trainer ends: the model, and beside it the checkpoints of the run, one of them half written."""
+    top, hub = tmp_path / "output", FakeHub(tmp_path / "hub")
+    for place in (top, top / "onnx", top / "checkpoint-500", top / "global_step7"):
+        place.mkdir(parents=True)
+        save_file({"w": torch.ones(2)}, place / "model.safetensors")
+    (top / "checkpoint-500" / "model.safetensors").write_bytes(b"cut")
+    (top / "checkpoint-500" / "optimizer.pt").touch()
+    report = push(top, "org/model", allow_unverified=True, api=hub)
+    assert report.left == ("checkpoint-500", "global_step7")
+    assert set(report.files) == {"model.safetensors", "onnx/model.safetensors"}
+    assert names(hub.place) == {"model.safetensors", "onnx"}
+    (top / "onnx" / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(IntegrityError, match="onnx/model.safetensors"):
+        push(top, "org/model", allow_unverified=True, api=hub)
+
+
+def test_repair_of_pointers_that_are_not_there(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "LATEST").unlink()
+    assert repair(root).pointers == (PointerRepair("LATEST", None, "epoch_0_step_4"),)
+    assert main(["repair", str(root)]) == 1
+    assert "would set  LATEST: nothing -> epoch_0_step_4" in capsys.readouterr().out
+    assert main(["repair", "--yes", "--json", str(root)]) == 0
+    assert json.loads(capsys.readouterr().out)["done"] is True
+    set_pointer(root, "LATEST", "epoch_0_step_2")
+    (root / ".publishing").write_text("epoch_0_step_3\n")  # a publication that was cut off
+    assert repair(root).pointers == (PointerRepair("LATEST", "epoch_0_step_2", "epoch_0_step_3"),)
+    (root / "epoch_0_step_9").mkdir()
+    assert [sentence.split()[0] for sentence in repair(root).left] == ["epoch_0_step_9"]
+
+
+def test_the_policy_of_a_run_whose_settings_are_damaged_or_absent(root: Path) -> None:
+    config = root / "epoch_0_step_4" / "config.yaml"
+    config.write_text("a: [")
+    with pytest.raises(StateFormatError, match="not YAML"):
+        recorded_policy(root)
+    config.write_text("other: 1")
+    assert recorded_policy(root) is None
+    config.unlink()
+    assert recorded_policy(root) is None

@@ -241,3 +241,12 @@ def test_restore_without_a_manifest_warns(root: Path, caplog: pytest.LogCaptureF
     with engine(root) as made, caplog.at_level("WARNING"):
         assert made.restore(model(), verify="digests") is not None
     assert "cannot be verified" in caplog.text
+
+
+def test_a_file_that_the_manifest_does_not_list_is_not_whole(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    (path / "notes.txt").write_text("a note")
+    report = verify(path / "notes.txt")
+    assert (report.status, report.files) == ("unverifiable", 1)
+    whole = verify(path / "manifest.json")
+    assert (whole.status, whole.path, whole.files) == ("whole", path, verify(path).files)

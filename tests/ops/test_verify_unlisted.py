@@ -13,6 +13,7 @@ from tests.ops.damaged import cut, flip, gpt2, save_dcp
 
 from shardwise.cli import main
 from shardwise.errors import IncompleteCheckpointError
+from shardwise.ops.inspect import inspect
 from shardwise.ops.verify import verify
 
 
@@ -116,6 +117,15 @@ def test_torch_files(by_pickle: Path) -> None:
     assert (damage.file, damage.kind) == (first.name, "absent")
 
 
+def test_an_index_of_a_form_that_was_not_downloaded(tmp_path: Path) -> None:
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"w": "pytorch_model-00001-of-00002.bin"}}))
+    assert [damage.file for damage in verify(tmp_path).damages] == [index.name]
+    save_file({"w": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert verify(tmp_path).status == "unverifiable"
+    assert inspect(tmp_path).damaged == ()
+
+
 def test_what_a_torch_file_does_not_tell_is_said(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(3)}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     report = verify(tmp_path)
@@ -167,3 +177,32 @@ def test_a_flipped_bit_of_anothers_file_cannot_be_found_and_that_is_said(by_dcp:
     flip(data(by_dcp), data(by_dcp).stat().st_size // 2)
     assert main(["verify", str(by_dcp)]) == 3
     assert "no manifest" in verify(by_dcp).unchecked[0]
+
+
+def test_entries_that_are_not_where_the_archive_says(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(300)}, tmp_path / "pytorch_model.bin")
+    content = (tmp_path / "pytorch_model.bin").read_bytes()
+    local = content.index(b"PK\x03\x04", 4)
+    (tmp_path / "pytorch_model.bin").write_bytes(content[:local] + b"PK__" + content[local + 4 :])
+    (damage,) = verify(tmp_path).damages
+    assert (damage.kind, "no entry begins where" in damage.message) == ("header", True)
+    central = content.index(b"PK\x01\x02")
+    longer = content[: central + 20] + (10**6).to_bytes(4, "little") + content[central + 24 :]
+    (tmp_path / "pytorch_model.bin").write_bytes(longer)
+    (damage,) = verify(tmp_path).damages
+    assert damage.kind in ("size", "header")
+
+
+def test_weights_that_are_no_file(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").symlink_to("absent")
+    (tmp_path / "model.pt").mkdir()
+    save_file({"w": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert [(damage.file, damage.kind) for damage in verify(tmp_path).damages] == [("pytorch_model.bin", "absent")]
+
+
+def test_pieces_of_other_dimensions(tmp_path: Path) -> None:
+    for number, shape in ((1, (2, 3)), (2, (2,))):
+        offsets = {"w": {"saved_offsets": [0] * len(shape)}}
+        note = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0"}
+        save_file({"w": torch.ones(shape)}, tmp_path / f"shard-0000{number}-model-00001-of-00001.safetensors", note)
+    assert "disagree about this tensor's dimensions" in verify(tmp_path).damages[0].message

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shardwise.cli.exits import FINE, FOUND
-from shardwise.cli.output import Bar, print_json, record, say, size, tell
+from shardwise.cli.output import count, progress_bar, say, show, size, tell
+from shardwise.cli.showing import no_root
 from shardwise.errors import MisuseError
 
 if TYPE_CHECKING:
@@ -16,76 +17,44 @@ if TYPE_CHECKING:
     from shardwise.ops.merge import MergeReport
 
 
+#: Options about a source that does not say it itself, as functions call them.
+_OF_SOURCE = ("config", "prefix", "rope", "assume_complete", "master_weights", "verify_export")
+
+
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Options that a function takes under their own names."""
+    return {name: getattr(options, name) for name in names}
+
+
 def consolidate(options: argparse.Namespace) -> int:
     """``shardwise consolidate``."""
     from shardwise.ops import consolidate as work
 
-    bar = Bar(options.quiet)
-    try:
-        report = work.consolidate(
-            options.path,
-            options.output,
-            max_file_bytes=options.max_file_size,
-            dtype=options.dtype,
-            progress=bar.progress,
-            prefix=options.prefix,
-            base=options.base,
-            diffusers_compatible=options.diffusers,
-            assume_complete=options.assume_complete,
-            master_weights=options.master_weights,
-            verify_export=options.verify_export,
-            config=options.config,
-            rope=options.rope,
-        )
-    finally:
-        bar.close()
-    return _tell_written(options, report, f"{report.tensors} tensors in {len(report.files)} files")
+    chosen = _given(options, "max_file_bytes", "dtype", "base", "diffusers_compatible", *_OF_SOURCE)
+    with progress_bar(options.quiet) as progress:
+        report = work.consolidate(options.path, options.output, progress=progress, **chosen)
+    return _tell_written(options, report, f"{count(report.tensors, 'tensor')} in {count(len(report.files), 'file')}")
 
 
 def convert(options: argparse.Namespace) -> int:
     """``shardwise convert``."""
     from shardwise.ops import convert as work
 
-    bar = Bar(options.quiet)
-    try:
-        report = work.convert(
-            options.source,
-            options.target,
-            options.to,
-            config=options.config,
-            prefix=options.prefix,
-            rope=options.rope,
-            master_weights=options.master_weights,
-            optimizer=options.optimizer,
-            epoch=options.epoch,
-            step=options.step,
-            assume_complete=options.assume_complete,
-            verify_export=options.verify_export,
-            progress=bar.progress,
-        )
-    finally:
-        bar.close()
+    chosen = _given(options, "optimizer", "epoch", "step", *_OF_SOURCE)
+    with progress_bar(options.quiet) as progress:
+        report = work.convert(options.source, options.target, options.to, progress=progress, **chosen)
     optimizer = " and the optimizer's state" if report.optimizer else ""
-    return _tell_written(options, report, f"{report.tensors} tensors{optimizer}")
+    return _tell_written(options, report, count(report.tensors, "tensor") + optimizer)
 
 
 def merge_adapter(options: argparse.Namespace) -> int:
     """``shardwise merge-adapter``."""
     from shardwise.ops import merge as work
 
-    bar = Bar(options.quiet)
-    try:
-        report = work.merge_adapter(
-            options.base,
-            options.adapter,
-            options.output,
-            max_file_bytes=options.max_file_size,
-            progress=bar.progress,
-            verify_export=options.verify_export,
-        )
-    finally:
-        bar.close()
-    return _tell_written(options, report, f"{report.tensors} tensors, {len(report.merged)} of them merged")
+    chosen = _given(options, "max_file_bytes", "verify_export")
+    with progress_bar(options.quiet) as progress:
+        report = work.merge_adapter(options.base, options.adapter, options.output, progress=progress, **chosen)
+    return _tell_written(options, report, f"{count(report.tensors, 'tensor')}, {len(report.merged):,} of them merged")
 
 
 def _tell_written(
@@ -94,10 +63,7 @@ def _tell_written(
     """Print what a command wrote, and the exit code."""
     for note in report.notes:
         tell(f"note  {note}")
-    if options.json:
-        print_json(record(report))
-    elif not options.quiet:
-        say(f"wrote {report.path}: {what}, {size(report.nbytes)}")
+    show(options, report, [f"wrote {report.path}: {what}, {size(report.nbytes)}"])
     return FINE
 
 
@@ -110,14 +76,11 @@ def prune(options: argparse.Namespace) -> int:
     if any(each is not None for each in asked):
         policy = work.Retention(*asked, options.metric_mode, options.metric)
     report = work.prune_checkpoints(options.root, policy, delete=options.yes)
-    if options.json:
-        print_json(record(report))
-    elif not options.quiet:
-        for name in report.names:
-            say(f"{'deleted' if report.deleted else 'would delete'}  {name}")
-        say(f"{len(report.kept)} kept in {report.root}")
-        if report.names and not report.deleted:
-            say("Nothing was changed; --yes deletes them.")
+    lines = [f"{'deleted' if report.deleted else 'would delete'}  {name}" for name in report.names]
+    lines.append(f"{len(report.kept)} kept in {report.root}" if report.names or report.kept else no_root(report.root))
+    if report.names and not report.deleted:
+        lines.append("Nothing was changed; --yes deletes them.")
+    show(options, report, lines)
     return FINE
 
 
@@ -126,22 +89,19 @@ def repair(options: argparse.Namespace) -> int:
     from shardwise.ops import repair as work
 
     report = work.repair(options.root, apply=options.yes)
-    if options.json:
-        print_json(record(report))
-    elif not options.quiet:
-        for name in report.leftovers:
-            say(f"{'removed' if report.done else 'would remove'}  {name}")
-        for each in report.pointers:
-            old = "nothing" if each.old is None else each.old
-            say(f"{'set' if report.done else 'would set'}  {each.name}: {old} -> {each.new}")
-    for sentence in () if options.json else report.left:
-        say(f"left     {sentence}")
-    found = report.leftovers or report.pointers
-    if not options.json and not options.quiet:
-        if not found and not report.left:
-            say(f"{report.root} is in order")
-        elif found and not report.done:
+    lines = [f"{'removed' if report.done else 'would remove'}  {name}" for name in report.leftovers]
+    for each in report.pointers:
+        old = "nothing" if each.old is None else each.old
+        lines.append(f"{'set' if report.done else 'would set'}  {each.name}: {old} -> {each.new}")
+    found = bool(lines)
+    show(options, report, lines)
+    if not options.json:
+        for sentence in report.left:
+            say(f"left     {sentence}")
+        if found and not report.done and not options.quiet:
             say("Nothing was changed; --yes does it.")
+        elif not found and not report.left and not options.quiet:
+            say(f"{report.root} is in order" if report.checkpoints else no_root(report.root))
     return FOUND if report.left or (found and not report.done) else FINE
 
 
@@ -151,17 +111,10 @@ def push(options: argparse.Namespace) -> int:
 
     from shardwise.ops import push as work
 
-    bar = Bar(options.quiet)
+    chosen = _given(options, "revision", "private", "message", "allow_unverified")
     try:
-        report = work.push(
-            options.path,
-            options.repo,
-            revision=options.revision,
-            private=options.private,
-            message=options.message,
-            allow_unverified=options.allow_unverified,
-            progress=bar.progress,
-        )
+        with progress_bar(options.quiet) as progress:
+            report = work.push(options.path, options.repo, progress=progress, **chosen)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
         raise MisuseError(
             f"the Hub refused: {error}", hint="Check the repository's name and `hf auth login`."
@@ -174,12 +127,8 @@ def push(options: argparse.Namespace) -> int:
             f"the Hub cannot be reached: {error}",
             hint="Check the network, and push again: nothing is shown until then.",
         ) from error
-    finally:
-        bar.close()
-    if options.json:
-        print_json(record(report))
-    elif not options.quiet:
-        say(
-            f"uploaded {len(report.files)} files, {size(report.nbytes)}, of {report.path} to {report.repo} {report.url}"
-        )
+    for name in report.left:
+        tell(f"note  {name} is a checkpoint and was not uploaded")
+    files = count(len(report.files), "file")
+    show(options, report, [f"uploaded {files}, {size(report.nbytes)}, of {report.path} to {report.repo} {report.url}"])
     return FINE

@@ -1,13 +1,12 @@
 """Scripts with which shells complete the command line; they start no program, so that completing takes no time.
 
-What is in them comes from the parser (`shardwise.cli.parsing.described`). Sources: the manuals of bash ("Programmable
+What is in them comes from the parser (`shardwise.cli.parsing`). Sources: the manuals of bash ("Programmable
 Completion"), zsh (zshcompsys, ``_arguments``) and fish (``complete``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from shardwise.cli.exits import FINE
@@ -16,67 +15,51 @@ from shardwise.cli.output import say
 if TYPE_CHECKING:
     import argparse
 
+    from shardwise.cli.parsing import Parser
+
 #: What comes behind an option or stands as an argument: a path, one of several words, something else, or nothing.
 Kind = Literal["path", "words", "text", "none"]
 SHELLS = ("bash", "zsh", "fish")
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
-    """An option.
-
-    Attributes:
-        names: ``-q``, ``--quiet``.
-        help: One line.
-        kind: What comes behind it.
-        words: Of the kind ``words``, these.
-        optional: Whether it may also stand alone.
-    """
-
-    names: tuple[str, ...]
-    help: str
-    kind: Kind = "none"
-    words: tuple[str, ...] = ()
-    optional: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A command.
-
-    Attributes:
-        name: Its name; empty for the program itself.
-        help: One line.
-        options: Its options.
-        kind: What its arguments are.
-        words: Of the kind ``words``, these.
-    """
-
-    name: str
-    help: str
-    options: tuple[Option, ...]
-    kind: Kind = "none"
-    words: tuple[str, ...] = ()
-
-    @property
-    def flags(self) -> list[str]:
-        """Every name of every option."""
-        return [name for option in self.options for name in option.names]
-
-
 def completion(options: argparse.Namespace) -> int:
     """``shardwise completion``."""
-    from shardwise.cli.parsing import described
+    from shardwise.cli.parsing import make_parser
 
-    program, *commands = described()
-    made = {"bash": _bash, "zsh": _zsh, "fish": _fish}[options.shell]
-    for line in made(program, commands):
+    for line in {"bash": _bash, "zsh": _zsh, "fish": _fish}[options.shell](make_parser()):
         say(line)
     return FINE
 
 
-def _bash(program: Command, commands: Sequence[Command]) -> Iterator[str]:
-    names = [command.name for command in commands]
+def _kind(argument: argparse.Action | None) -> Kind:
+    from shardwise.cli.parsing import path_of
+
+    if argument is None or argument.nargs == 0:
+        return "none"
+    if argument.choices:
+        return "words"
+    return "path" if argument.type is path_of else "text"
+
+
+def _words(argument: argparse.Action | None) -> list[str]:
+    return [] if argument is None else [str(choice) for choice in argument.choices or ()]
+
+
+def _options(parser: Parser) -> list[argparse.Action]:
+    return [argument for argument in parser.arguments if argument.option_strings]
+
+
+def _operand(parser: Parser) -> argparse.Action | None:
+    """The first argument that is no option; further ones are of the same kind, or nothing that can be completed."""
+    return next((argument for argument in parser.arguments if not argument.option_strings), None)
+
+
+def _help(option: argparse.Action) -> str:
+    return (option.help or "").replace("%%", "%")
+
+
+def _bash(program: Parser) -> Iterator[str]:
+    names = list(program.commands)
     yield from (
         "# shardwise completion bash > ~/.local/share/bash-completion/completions/shardwise",
         "_shardwise() {",
@@ -87,15 +70,16 @@ def _bash(program: Command, commands: Sequence[Command]) -> Iterator[str]:
         "    done",
         "    case $command in",
     )
-    for command in (program, *commands):
-        sets = _bash_sets(command.kind, command.words if command.name else names)
-        yield f"        '{command.name}') options='{' '.join(command.flags)}' {sets} ;;"
+    for name, command in (("", program), *program.commands.items()):
+        flags = " ".join(flag for option in _options(command) for flag in option.option_strings)
+        sets = _bash_sets(_kind(_operand(command)), _words(_operand(command)) if name else names)
+        yield f"        '{name}') options='{flags}' {sets} ;;"
     yield from ("    esac", "    case $command:$previous in")
-    for command in commands:
-        for option in command.options:
-            if option.kind != "none" and not option.optional:
-                place = "|".join(f"{command.name}:{name}" for name in option.names)
-                yield f"        {place}) options='' {_bash_sets(option.kind, option.words)} ;;"
+    for name, command in program.commands.items():
+        for option in _options(command):
+            if _kind(option) != "none" and option.nargs != "?":
+                place = "|".join(f"{name}:{flag}" for flag in option.option_strings)
+                yield f"        {place}) options='' {_bash_sets(_kind(option), _words(option))} ;;"
     yield from (
         "    esac",
         "    [[ $current == -* ]] && words=$options files=''",
@@ -116,7 +100,7 @@ def _bash_sets(kind: Kind, words: Sequence[str]) -> str:
     return f"words='{' '.join(words)}' files='{'yes' if kind == 'path' else ''}'"
 
 
-def _zsh(program: Command, commands: Sequence[Command]) -> Iterator[str]:
+def _zsh(program: Parser) -> Iterator[str]:
     yield from (
         "#compdef shardwise",
         '# shardwise completion zsh > "${fpath[1]}/_shardwise"',
@@ -124,59 +108,59 @@ def _zsh(program: Command, commands: Sequence[Command]) -> Iterator[str]:
         "    local context state state_descr line",
         "    typeset -A opt_args",
         "    local -a commands=(",
-        *(f"        {_quoted(f'{command.name}:{command.help}')}" for command in commands),
+        *(f"        {_quoted(f'{name}:{command.summary}')}" for name, command in program.commands.items()),
         "    )",
         "    _arguments -C \\",
-        *(f"        {_zsh_option(option)} \\" for option in program.options),
+        *(f"        {_zsh_option(option)} \\" for option in _options(program)),
         "        '1:command:->command' '*::argument:->argument'",
         "    case $state in",
         "        command) _describe command commands ;;",
         "        argument) case $line[1] in",
     )
-    for command in commands:
-        yield f"            {command.name}) _arguments \\"
-        yield from (f"                {_zsh_option(option)} \\" for option in command.options)
-        yield f"                {_quoted('*:argument:' + _zsh_action(command.kind, command.words))} ;;"
+    for name, command in program.commands.items():
+        yield f"            {name}) _arguments \\"
+        yield from (f"                {_zsh_option(option)} \\" for option in _options(command))
+        yield f"                {_quoted('*:argument:' + _zsh_action(_operand(command)))} ;;"
     yield from ("        esac ;;", "    esac", "}")
     # A file of $fpath is the function's body when it is called first; another is sourced.
     yield 'if [[ ${funcstack[1]} == _shardwise ]]; then _shardwise "$@"; else compdef _shardwise shardwise; fi'
 
 
-def _zsh_option(option: Option) -> str:
-    text = option.help.replace("\\", "\\\\").replace("[", "\\[").replace("]", "\\]").replace(":", "\\:")
+def _zsh_option(option: argparse.Action) -> str:
+    text = _help(option).replace("\\", "\\\\").replace("[", "\\[").replace("]", "\\]").replace(":", "\\:")
     value = ""
-    if option.kind != "none":
-        value = f"{'::' if option.optional else ':'}value:{_zsh_action(option.kind, option.words)}"
-    return " ".join(_quoted(f"{name}[{text}]{value}") for name in option.names)
+    if _kind(option) != "none":
+        value = f"{'::' if option.nargs == '?' else ':'}value:{_zsh_action(option)}"
+    return " ".join(_quoted(f"{name}[{text}]{value}") for name in option.option_strings)
 
 
-def _zsh_action(kind: Kind, words: Sequence[str]) -> str:
-    return {"path": "_files", "words": f"({' '.join(words)})"}.get(kind, " ")
+def _zsh_action(argument: argparse.Action | None) -> str:
+    return {"path": "_files", "words": f"({' '.join(_words(argument))})"}.get(_kind(argument), " ")
 
 
-def _fish(program: Command, commands: Sequence[Command]) -> Iterator[str]:
+def _fish(program: Parser) -> Iterator[str]:
     yield "# shardwise completion fish > ~/.config/fish/completions/shardwise.fish"
     yield "complete -c shardwise -f"
-    for option in program.options:
+    for option in _options(program):
         yield f"complete -c shardwise -n __fish_use_subcommand {_fish_option(option)}"
-    for command in commands:
-        yield f"complete -c shardwise -n __fish_use_subcommand -a {command.name} -d {_quoted(command.help)}"
-    for command in commands:
-        here = f"complete -c shardwise -n '__fish_seen_subcommand_from {command.name}'"
-        if command.kind != "none":
-            yield f"{here} {_fish_value(command.kind, command.words)}".rstrip()
-        for option in command.options:
+    for name, command in program.commands.items():
+        yield f"complete -c shardwise -n __fish_use_subcommand -a {name} -d {_quoted(command.summary)}"
+    for name, command in program.commands.items():
+        here, operand = f"complete -c shardwise -n '__fish_seen_subcommand_from {name}'", _operand(command)
+        if operand is not None:
+            yield f"{here} {_fish_value(operand)}".rstrip()
+        for option in _options(command):
             yield f"{here} {_fish_option(option)}"
 
 
-def _fish_option(option: Option) -> str:
-    names = [f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}" for name in option.names]
-    value = "" if option.kind == "none" or option.optional else f" -r {_fish_value(option.kind, option.words)}"
-    return f"{' '.join(names)}{value.rstrip()} -d {_quoted(option.help)}"
+def _fish_option(option: argparse.Action) -> str:
+    names = [f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}" for name in option.option_strings]
+    value = "" if _kind(option) == "none" or option.nargs == "?" else f" -r {_fish_value(option)}"
+    return f"{' '.join(names)}{value.rstrip()} -d {_quoted(_help(option))}"
 
 
-def _fish_value(kind: Kind, words: Sequence[str]) -> str:
-    return {"path": "-F", "words": f"-f -a {_quoted(' '.join(words))}"}.get(kind, "-f")
+def _fish_value(argument: argparse.Action) -> str:
+    return {"path": "-F", "words": f"-f -a {_quoted(' '.join(_words(argument)))}"}.get(_kind(argument), "-f")
 
 
 def _quoted(text: str) -> str:

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import PurePath
@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, TextIO
 from shardwise.errors import ShardwiseError
 
 if TYPE_CHECKING:
+    import argparse
+
     from _typeshed import DataclassInstance
 
     from shardwise.ops.verify import Progress
@@ -70,12 +72,7 @@ def tell(text: str) -> None:
 
 
 def tell_error(error: Exception, about: str = "") -> None:
-    """Print an error on standard error: its message, and where the documentation has more.
-
-    Args:
-        error: The error.
-        about: What stands before it, such as the path of several that it is about.
-    """
+    """Print an error on standard error, behind what it is ``about``, and where the documentation has more."""
     if isinstance(error, ShardwiseError):
         error.rank = None  # commands are one process: "rank 0" would say nothing
     tell(f"shardwise: {about}{error}")
@@ -142,6 +139,20 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=1))
 
 
+def show(options: argparse.Namespace, report: DataclassInstance, lines: Iterable[str]) -> None:
+    """Print a report as JSON where that was asked for; else, unless only what is wrong is wanted, these lines."""
+    if options.json:
+        print_json(record(report))
+    elif not options.quiet:
+        for line in lines:
+            say(line)
+
+
+def count(number: int, what: str) -> str:
+    """So many of something: ``1 file``, ``2 files``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def size(nbytes: float) -> str:
     """Bytes for people."""
     for unit in ("bytes", "kB", "MB", "GB"):
@@ -160,12 +171,7 @@ def age(seconds: float) -> str:
 
 
 def columns(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) -> list[str]:
-    """Lines with the cells of each column below each other.
-
-    Args:
-        rows: Cells, which are made `printable` before they are measured; all rows have the same number.
-        right: Numbers of the columns that are aligned at the right.
-    """
+    """Lines with the cells, made `printable`, of each column below each other, aligned left or ``right``."""
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
@@ -182,29 +188,18 @@ def _coloured(text: str, colour: str | None) -> str:
     return f"\033[{_COLOURS[colour]}m{text}\033[0m" if colour and shows else text
 
 
-class Bar:
-    """A progress bar on standard error, where that is a terminal.
+@contextmanager
+def progress_bar(quiet: bool = False) -> Iterator[Progress | None]:
+    """A progress bar on standard error while the ``with`` block lasts, where that is a terminal and it is not quiet."""
+    if quiet or not _is_terminal(sys.stderr):
+        yield None
+        return
+    from tqdm import tqdm
 
-    Args:
-        quiet: Never show one.
-    """
-
-    def __init__(self, quiet: bool = False) -> None:
-        self.progress: Progress | None = None
-        self._close: Callable[[], None] | None = None
-        if quiet or not _is_terminal(sys.stderr):
-            return
-        from tqdm import tqdm
-
-        bar = tqdm(unit="B", unit_scale=True, leave=False, file=sys.stderr)
+    with tqdm(unit="B", unit_scale=True, leave=False, file=sys.stderr) as bar:
 
         def advance(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        self.progress, self._close = advance, bar.close
-
-    def close(self) -> None:
-        """Remove the bar."""
-        if self._close is not None:
-            self._close()
+        yield advance

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from shardwise._version import __version__
 from shardwise.cli import changing, showing
-from shardwise.cli.completion import SHELLS, Command, Kind, Option, completion
+from shardwise.cli.completion import SHELLS, completion
 from shardwise.cli.output import printable, say
 
 _WORD = re.compile(r"invalid choice: '([^']*)'|unrecognized arguments: (\S+)")
@@ -27,25 +27,30 @@ _EXITS = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """A parser that suggests what was meant instead of an unknown word."""
 
     def __init__(self, **options: object) -> None:
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(**options)  # type: ignore[arg-type]
         self.words: set[str] = set()
-        #: What `described` tells of: each argument but ``--help``, one line about it, and the commands.
+        #: For `completion`: each argument, one line about the command, and of the program its commands.
         self.arguments: list[argparse.Action] = []
         self.summary = ""
-        self.commands: dict[str, _Parser] = {}
+        self.commands: dict[str, Parser] = {}
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**options)  # type: ignore[arg-type]
 
     def add_argument(self, *names: str, **options: object) -> argparse.Action:
         """Add an argument, and know its names."""
         added = super().add_argument(*names, **options)  # type: ignore[arg-type]
-        if hasattr(self, "words"):  # not yet when the base class adds --help
-            self.words.update(name for name in names if name.startswith("--"))
-            self.arguments.append(added)
+        self.words.update(name for name in names if name.startswith("--"))
+        self.arguments.append(added)
         return added
+
+    def add_path(self, name: str, text: str, **options: object) -> None:
+        """Add an argument or option that is a path, with its help."""
+        if not name.startswith("--"):
+            options.setdefault("metavar", name.upper())
+        self.add_argument(name, type=path_of, help=text, **options)
 
     def print_help(self, file: object = None) -> None:
         """Print the help; argparse itself would pass over a full disk."""
@@ -60,37 +65,33 @@ class _Parser(argparse.ArgumentParser):
         super().error(printable(f"{message}. Did you mean {near[0]}?" if near else message))
 
 
-def make_parser() -> _Parser:
+def make_parser() -> Parser:
     """The parser of the whole command line; each command leaves its function in ``command``."""
-    parser = _Parser(prog="shardwise", description=_DESCRIPTION, epilog=_EXITS)
+    parser = Parser(prog="shardwise", description=_DESCRIPTION, epilog=_EXITS)
     parser.add_argument("--version", action="version", version=f"shardwise {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
 
-    def add(name: str, command: Callable[[argparse.Namespace], int], text: str, more: str, examples: str) -> _Parser:
-        added = commands.add_parser(name, help=text, description=more, epilog=f"examples:\n{examples}\n\n{_EXITS}")
-        added.add_argument("--json", action="store_true", help="print one JSON object (of several paths: a list)")
-        added.add_argument("-q", "--quiet", action="store_true", help="print nothing but what is wrong")
+    def add(name: str, command: Callable[[argparse.Namespace], int], text: str, more: str, examples: str) -> Parser:
+        epilog = f"examples:\n{examples}" + ("" if name == "completion" else f"\n\n{_EXITS}")
+        added = parser.commands[name] = commands.add_parser(name, help=text, description=more, epilog=epilog)
+        if name != "completion":
+            added.add_argument("--json", action="store_true", help="print one JSON object (of several paths: a list)")
+            added.add_argument("-q", "--quiet", action="store_true", help="print nothing but what is wrong")
         added.set_defaults(command=command)
-        enter(name, text, added)
+        added.summary = text
         return added
 
-    def enter(name: str, text: str, added: _Parser) -> None:
-        added.summary = text
-        parser.words.add(name)
-        parser.commands[name] = added
-
     _add_reading(add)
-    _add_writing(add)
+    _add_consolidate(add)
     _add_convert(add)
-    _add_merging(add)
+    _add_merge(add)
     _add_roots(add)
-    _add_push(add)
-    enter("completion", *_add_completion(commands.add_parser))
-    parser.words.update(*(added.words for added in commands.choices.values()))
+    _add_others(add)
+    parser.words.update(parser.commands, *(added.words for added in parser.commands.values()))
     return parser
 
 
-_Add = Callable[[str, Callable[[argparse.Namespace], int], str, str, str], _Parser]
+_Add = Callable[[str, Callable[[argparse.Namespace], int], str, str, str], Parser]
 
 
 def _add_reading(add: _Add) -> None:
@@ -102,7 +103,7 @@ def _add_reading(add: _Add) -> None:
         "sizes show; `verify` reads every byte.",
         "  shardwise ls checkpoints/\n  shardwise ls --watch checkpoints/",
     )
-    ls.add_argument("root", type=_path, nargs="+", metavar="ROOT", help="the directory that holds the checkpoints")
+    ls.add_path("root", "the directory that holds the checkpoints", nargs="+")
     ls.add_argument(
         "--watch", type=float, nargs="?", const=2.0, metavar="SECONDS", help="list again every 2 seconds until Ctrl-C"
     )
@@ -114,13 +115,7 @@ def _add_reading(add: _Add) -> None:
         "Say whether a checkpoint is what was saved, and if not what is damaged, by file and tensor.",
         "  shardwise verify checkpoints/\n  shardwise verify --quick checkpoints/epoch_0_step_*",
     )
-    verify.add_argument(
-        "path",
-        type=_path,
-        nargs="+",
-        metavar="PATH",
-        help="a checkpoint, its model/ or optim/, or a root (its LATEST is verified)",
-    )
+    verify.add_path("path", "a checkpoint, its model/ or optim/, or a root (its LATEST is verified)", nargs="+")
     verify.add_argument("--quick", action="store_true", help="compare manifest, kinds and sizes; read no tensor")
     verify.add_argument("--threads", type=int, metavar="N", help="reads at once (default: the cores, at most 8)")
 
@@ -133,32 +128,28 @@ def _add_reading(add: _Add) -> None:
         "  shardwise inspect checkpoints/\n  shardwise inspect --tensors model.safetensors\n"
         "  shardwise inspect run/epoch_0_step_200 --html report.html --against run/epoch_0_step_100",
     )
-    inspect.add_argument(
-        "path",
-        type=_path,
-        nargs="+",
-        metavar="PATH",
-        help="a checkpoint, a part of one, or a root (its LATEST is shown)",
-    )
+    inspect.add_path("path", "a checkpoint, a part of one, or a root (its LATEST is shown)", nargs="+")
     inspect.add_argument("--tensors", action="store_true", help="list every tensor")
-    inspect.add_argument("--html", type=_path, metavar="FILE", help="write a page about it instead of text")
-    inspect.add_argument("--against", type=_path, metavar="OTHER", help="on the page: what changed since OTHER")
+    inspect.add_path("--html", "write a page about it instead of text", metavar="FILE")
+    inspect.add_path("--against", "on the page: what changed since OTHER", metavar="OTHER")
     inspect.add_argument("--digests", action="store_true", help="with --against: compare digests alone; read no tensor")
 
     diff = add(
         "diff",
         showing.diff,
         "compare two checkpoints or models",
-        "Names, shapes, dtypes, and of each tensor the relative difference and the largest; configurations too.\n"
-        "Tensors with the same digest in both manifests are not read. Exit code 1 where anything differs.",
+        "Names, shapes, dtypes, and of each tensor (of each layer, where many differ) the relative difference and the\n"
+        "largest; configurations too. Tensors with the same digest in both manifests are not read. Exit code 1 where\n"
+        "anything differs.",
         "  shardwise diff run/epoch_0_step_100 run/epoch_0_step_200\n  shardwise diff run/LATEST/model /models/base",
     )
-    diff.add_argument("a", type=_path, metavar="A", help="a checkpoint, a component, a model, a file, a DCP directory")
-    diff.add_argument("b", type=_path, metavar="B", help="likewise")
+    diff.add_path("a", "a checkpoint, a component, a model, a file, a DCP directory")
+    diff.add_path("b", "likewise")
+    diff.add_argument("--tensors", action="store_true", help="list every tensor that differs, however many there are")
     diff.add_argument("--digests", action="store_true", help="compare digests alone; read no tensor")
 
 
-def _add_writing(add: _Add) -> None:
+def _add_consolidate(add: _Add) -> None:
     consolidate = add(
         "consolidate",
         changing.consolidate,
@@ -168,17 +159,19 @@ def _add_writing(add: _Add) -> None:
         "refuses is refused. One process, bounded memory; the checkpoint stays.",
         "  shardwise consolidate checkpoints/\n  shardwise consolidate run/epoch_0_step_500 --output /data/export",
     )
-    consolidate.add_argument("path", type=_path, help="a checkpoint, its model/ directory, or a root (its LATEST)")
-    consolidate.add_argument("--output", type=_path, help="where the export goes (default: PATH/consolidated)")
+    consolidate.add_path("path", "a checkpoint, its model/ directory, or a root (its LATEST)")
+    consolidate.add_path("--output", "where the export goes (default: PATH/consolidated)")
     consolidate.add_argument(
         "--dtype", choices=("float64", "float32", "float16", "bfloat16"), help="cast the floating tensors to it"
     )
+    _add_max_file_size(consolidate, "as saved")
+    consolidate.add_path("--base", "the base model, for tensors that are carried over from it")
     consolidate.add_argument(
-        "--max-file-size", type=_size, metavar="SIZE", help="largest file, as 5GB or 500MiB (default: as saved)"
-    )
-    consolidate.add_argument("--base", type=_path, help="the base model, for tensors that are carried over from it")
-    consolidate.add_argument(
-        "--diffusers", action="store_true", default=None, help="name the files as diffusers expects (default: as saved)"
+        "--diffusers",
+        dest="diffusers_compatible",
+        action="store_true",
+        default=None,
+        help="name the files as diffusers expects (default: as saved)",
     )
     _add_source_options(consolidate)
 
@@ -195,8 +188,8 @@ def _add_convert(add: _Add) -> None:
         "  shardwise convert run/step-1000 checkpoints/ --to shards\n"
         "  shardwise convert last.ckpt model/ --to hf --config base/ --prefix net",
     )
-    convert.add_argument("source", type=_path, metavar="SRC", help="a directory, or a file of torch.save")
-    convert.add_argument("target", type=_path, metavar="DST", help="the directory to write, which must not exist")
+    convert.add_path("source", "a directory, or a file of torch.save", metavar="SRC")
+    convert.add_path("target", "the directory to write, which must not exist", metavar="DST")
     convert.add_argument(
         "--to",
         choices=("hf", "dcp", "shards"),
@@ -216,11 +209,9 @@ def _add_convert(add: _Add) -> None:
     _add_source_options(convert)
 
 
-def _add_source_options(command: _Parser) -> None:
+def _add_source_options(command: Parser) -> None:
     """What is to be known of a source that does not say it."""
-    command.add_argument(
-        "--config", type=_path, metavar="DIR", help="where config.json, the tokenizer and the like are"
-    )
+    command.add_path("--config", "where config.json, the tokenizer and the like are", metavar="DIR")
     command.add_argument(
         "--prefix", help="what the model's names begin with in the source, where that is not clear; '' for all names"
     )
@@ -235,16 +226,25 @@ def _add_source_options(command: _Parser) -> None:
     command.add_argument(
         "--master-weights", action="store_true", help="of DeepSpeed, the fp32 weights where 16-bit ones are there too"
     )
+    _add_no_class_check(command)
+
+
+def _add_no_class_check(command: Parser, default: bool | None = None) -> None:
     command.add_argument(
         "--no-class-check",
         dest="verify_export",
         action="store_false",
-        default=None,
+        default=default,
         help="write the model even if the class that config.json names would not load it",
     )
 
 
-def _add_merging(add: _Add) -> None:
+def _add_max_file_size(command: Parser, default: str) -> None:
+    text = f"largest file, as 5GB or 500MiB (default: {default})"
+    command.add_argument("--max-file-size", dest="max_file_bytes", type=_size, metavar="SIZE", help=text)
+
+
+def _add_merge(add: _Add) -> None:
     merge = add(
         "merge-adapter",
         changing.merge_adapter,
@@ -255,19 +255,10 @@ def _add_merging(add: _Add) -> None:
         "  shardwise merge-adapter org/model adapter/ merged/ --max-file-size 2GB",
     )
     merge.add_argument("base", metavar="BASE", help="the base model: a directory, a file, a hub id in the cache")
-    merge.add_argument(
-        "adapter", type=_path, metavar="ADAPTER", help="a directory of peft's, a checkpoint, a root (its LATEST)"
-    )
-    merge.add_argument("output", type=_path, metavar="OUT", help="the directory to write")
-    merge.add_argument(
-        "--max-file-size", type=_size, metavar="SIZE", help="largest file, as 5GB or 500MiB (default: as the base)"
-    )
-    merge.add_argument(
-        "--no-class-check",
-        dest="verify_export",
-        action="store_false",
-        help="write the model even if the class that config.json names would not load it",
-    )
+    merge.add_path("adapter", "a directory of peft's, a checkpoint, a root (its LATEST)")
+    merge.add_path("output", "the directory to write", metavar="OUT")
+    _add_max_file_size(merge, "as the base")
+    _add_no_class_check(merge, default=True)
 
 
 def _add_roots(add: _Add) -> None:
@@ -288,7 +279,7 @@ def _add_roots(add: _Add) -> None:
         "  shardwise repair checkpoints/\n  shardwise repair checkpoints/ --yes",
     )
     for each in (prune, repair):
-        each.add_argument("root", type=_path, metavar="ROOT", help="the directory that holds the checkpoints")
+        each.add_path("root", "the directory that holds the checkpoints")
         each.add_argument("--yes", action="store_true", help="do it; without this nothing is changed")
     prune.add_argument("--keep-last", type=int, metavar="N", help="keep the newest N")
     prune.add_argument("--keep-every", type=int, metavar="K", help="keep those whose step is a multiple of K")
@@ -297,7 +288,7 @@ def _add_roots(add: _Add) -> None:
     prune.add_argument("--metric-mode", choices=("min", "max"), default="min", help="whether lower is better or higher")
 
 
-def _add_push(add: _Add) -> None:
+def _add_others(add: _Add) -> None:
     push = add(
         "push",
         changing.push,
@@ -306,55 +297,22 @@ def _add_push(add: _Add) -> None:
         "refuses is refused.",
         "  shardwise push checkpoints/ my-org/my-model --private",
     )
-    push.add_argument("path", type=_path, metavar="PATH", help="a checkpoint, a root (its LATEST), a model's directory")
+    push.add_path("path", "a checkpoint, a root (its LATEST), a model's directory")
     push.add_argument("repo", metavar="REPO", help="organisation/name; made where it does not exist")
     push.add_argument("--revision", help="the branch (default: the repository's)")
     push.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     push.add_argument("--message", help="of the commit")
     push.add_argument("--allow-unverified", action="store_true", help="upload also what has no manifest")
 
-
-def _add_completion(add_parser: Callable[..., _Parser]) -> tuple[str, _Parser]:
-    text = "print a script with which a shell completes the command line"
-    added = add_parser(
+    script = add(
         "completion",
-        help=text,
-        description="The script knows commands and options and starts no program. Its first lines say where it goes.",
-        epilog="examples:\n  shardwise completion bash > ~/.local/share/bash-completion/completions/shardwise\n"
+        completion,
+        "print a script with which a shell completes the command line",
+        "The script knows commands and options and starts no program. Its first lines say where it goes.",
+        "  shardwise completion bash > ~/.local/share/bash-completion/completions/shardwise\n"
         "  shardwise completion fish > ~/.config/fish/completions/shardwise.fish",
     )
-    added.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
-    added.set_defaults(command=completion)
-    return text, added
-
-
-def described() -> tuple[Command, ...]:
-    """The program, and each of its commands, for shells that complete them."""
-    parser = make_parser()
-    return (_described("", parser), *(_described(name, each) for name, each in parser.commands.items()))
-
-
-def _described(name: str, parser: _Parser) -> Command:
-    options = [Option(("-h", "--help"), "show this help and end")]
-    kind = _kind(None)
-    words: tuple[str, ...] = ()
-    for argument in parser.arguments:
-        own = tuple(map(str, argument.choices or ()))
-        if argument.option_strings:
-            text = "" if argument.help is None else argument.help.replace("%%", "%")
-            takes = _kind(argument)
-            options.append(Option(tuple(argument.option_strings), text, takes, own, argument.nargs == "?"))
-        elif kind == "none":  # further ones are of the same kind, or nothing that can be completed
-            kind, words = _kind(argument), own
-    return Command(name, parser.summary, tuple(options), kind, words)
-
-
-def _kind(argument: argparse.Action | None) -> Kind:
-    if argument is None or argument.nargs == 0:
-        return "none"
-    if argument.choices:
-        return "words"
-    return "path" if argument.type is _path else "text"
+    script.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
@@ -371,7 +329,8 @@ def _size(text: str) -> int:
     return nbytes
 
 
-def _path(text: str) -> Path:
+def path_of(text: str) -> Path:
+    """An argument that is a path."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")  # an unset variable must not mean the working directory
     return Path(text)

@@ -8,17 +8,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardwise.cli.exits import FINE, FOUND, UNVERIFIABLE, code_of, gravest
-from shardwise.cli.output import Bar, age, clear_screen, columns, flush, print_json, record, say, size, tell_error
+from shardwise.cli.output import (
+    age,
+    clear_screen,
+    columns,
+    count,
+    flush,
+    print_json,
+    progress_bar,
+    record,
+    say,
+    show,
+    size,
+    tell_error,
+)
 from shardwise.errors import MisuseError, ShardwiseError
 
 if TYPE_CHECKING:
     import argparse
 
-    from shardwise.ops.diff import DiffReport
+    from shardwise.ops.diff import DiffReport, LayerDifference
     from shardwise.ops.inspect import CheckpointDescription
     from shardwise.ops.listing import ListedCheckpoint
     from shardwise.ops.verify import VerifyReport
 
+#: More tensors that differ are shown by layer.
+_MOST_LINES = 50
 _STATE_COLOURS = {
     "damaged": "red",
     "being written": "yellow",
@@ -76,16 +91,22 @@ def _list(root: Path, options: argparse.Namespace, titled: bool) -> tuple[int, o
     if titled:
         say(f"{root}:")
     shown = [each for each in found if not options.quiet or each.state == "damaged"]
-    for line, colour in _listed(shown):
+    for line, colour in _listed(shown) if shown else ():
         say(line, colour)
     if not found and not options.quiet:
-        say(f"{root} holds no checkpoints")
+        say(no_root(root))
     return code, None
 
 
+def no_root(directory: Path) -> str:
+    """A line that says that a directory holds no checkpoints, and where they are."""
+    from shardwise.ops.targets import where_to_look
+
+    kind = "which are directories called epoch_E_step_S"
+    return f"{directory} holds no checkpoints, {kind}. {where_to_look(directory)}".rstrip()
+
+
 def _listed(found: list[ListedCheckpoint]) -> list[tuple[str, str | None]]:
-    if not found:
-        return []
     now = time.time()
     rows = [("STEP", "EPOCH", "AGE", "SIZE", "STATE", "POINTERS", "METRICS")]
     for each in found:
@@ -112,11 +133,8 @@ def verify(options: argparse.Namespace) -> int:
     from shardwise.ops import verify as work
 
     def one(path: Path) -> tuple[int, object]:
-        bar = Bar(options.quiet)
-        try:
-            report = work.verify(path, threads=options.threads, progress=bar.progress, digests=not options.quick)
-        finally:
-            bar.close()
+        with progress_bar(options.quiet) as progress:
+            report = work.verify(path, threads=options.threads, progress=progress, digests=not options.quick)
         if not options.json:
             _print_report(report, options.quiet)
         code = {"whole": FINE, "damaged": FOUND, "unverifiable": UNVERIFIABLE}[report.status]
@@ -138,12 +156,13 @@ def _print_report(report: VerifyReport, quiet: bool) -> None:
         say(f"checked  {what}")
     for what in report.unchecked:
         say(f"unchecked  {what}")
-    counted = f"{report.files} files, {report.tensors} tensors"
+    # Of files of torch the tensors are not counted.
+    counted = count(report.files, "file") + (f", {count(report.tensors, 'tensor')}" if report.tensors else "")
     if report.status == "damaged":
         files = len({damage.file for damage in report.damages})
         say(f"{report.path} is damaged: {files} of {counted}")
     elif report.status == "unverifiable":
-        say(f"{report.path} has no manifest and cannot be verified; nothing contradicts itself in its {counted}")
+        say(f"{report.path} has no manifest and cannot be verified; nothing contradicts itself in {counted}")
     elif report.level == "sizes":
         say(f"{report.path} is complete: {counted}; sizes compared, digests not")
     else:
@@ -177,38 +196,23 @@ def _page(options: argparse.Namespace) -> int:
 
     if len(options.path) != 1 or options.tensors:
         raise MisuseError("--html takes one PATH and no --tensors", hint="Write a page for each path.")
-    bar = Bar(options.quiet)
-    try:
-        report = write_page(
-            options.path[0],
-            options.html,
-            against=options.against,
-            values=not options.digests,
-            progress=bar.progress,
-        )
-    finally:
-        bar.close()
-    if options.json:
-        print_json(record(report))
-    elif not options.quiet:
-        against = "" if report.against is None else f", against {report.against}"
-        say(f"wrote {report.html}: {report.path} with {report.tensors} tensors{against}")
+    values = not options.digests
+    with progress_bar(options.quiet) as progress:
+        report = write_page(options.path[0], options.html, against=options.against, values=values, progress=progress)
+    against = "" if report.against is None else f", against {report.against}"
+    show(options, report, [f"wrote {report.html}: {report.path} with {count(report.tensors, 'tensor')}{against}"])
     for name in () if options.json else report.damaged:
         say(f"DAMAGED  {name}", "red")
     return FOUND if report.damaged else FINE
 
 
-def _print_description(found: CheckpointDescription, tensors: bool) -> None:
+def _print_description(found: CheckpointDescription, every: bool) -> None:
     say(str(found.path))
-    saved_by = [] if found.version is None else [f"shardwise {found.version}"]
-    ranks = None if found.world_size is None else str(found.world_size)
-    if ranks is None and found.writers:
-        ranks = f"not recorded; writers by the files' names: {len(found.writers)}"
     facts = {
         "epoch": found.epoch,
         "step": found.step,
-        "ranks": ranks,
-        "saved by": ", ".join([*saved_by, *found.tools]) or None,
+        "ranks": found.ranks,
+        "saved by": found.saved_by,
         "format": ", ".join(found.formats) or None,
         "manifest": "yes" if found.verifiable else "no: cannot be verified",
         "metrics": ", ".join(f"{name} {value:g}" for name, value in found.metrics.items()) or None,
@@ -222,19 +226,19 @@ def _print_description(found: CheckpointDescription, tensors: bool) -> None:
         kinds = ", ".join(f"{count:,} {dtype}" for dtype, count in sorted(found.dtypes(component).items()))
         pieces = sum(len(tensor.pieces) > 1 for tensor in own)
         apart = f", {pieces} of them in pieces" if pieces else ""
-        say(
-            f"  {component:<{max(9, wide)}} {len(own)} tensors, {size(sum(t.spec.nbytes for t in own))}: {kinds}{apart}"
-        )
+        tensors = f"{count(len(own), 'tensor')}, {size(sum(tensor.spec.nbytes for tensor in own))}"
+        say(f"  {component:<{max(9, wide)}} {tensors}: {kinds}{apart}")
         for line in _modules(found, component):
             say(f"    {line}")
-    say(f"  {len(found.files)} files, {size(found.nbytes)}")
+    say(f"  {count(len(found.files), 'file')}, {size(found.nbytes)}")
     rows = [
-        (f.path, f"{f.size:,}", f.format or "unknown", f"{f.tensors} tensors" if f.tensors else "") for f in found.files
+        (f.path, f"{f.size:,}", f.format or "unknown", count(f.tensors, "tensor") if f.tensors else "")
+        for f in found.files
     ]
-    for line in columns(rows, frozenset({1})) if rows else ():
+    for line in columns(rows, frozenset({1})):
         say(f"    {line}")
     _print_unread(found, only_damaged=False)
-    for tensor in found.tensors if tensors else ():
+    for tensor in found.tensors if every else ():
         spec = tensor.spec
         say(f"    {tensor.component}  {spec.name}  {spec.dtype} {list(spec.shape)}  {', '.join(tensor.files)}")
 
@@ -258,21 +262,44 @@ def diff(options: argparse.Namespace) -> int:
     """``shardwise diff``."""
     from shardwise.ops import diff as work
 
-    bar = Bar(options.quiet)
-    try:
-        report = work.diff(options.a, options.b, values=not options.digests, progress=bar.progress)
-    finally:
-        bar.close()
+    with progress_bar(options.quiet) as progress:
+        report = work.diff(options.a, options.b, values=not options.digests, progress=progress)
     if options.json:
         print_json({"differs": report.differs, **record(report)})
     else:
-        _print_diff(report, options.quiet)
+        _print_diff(report, options.quiet, options.tensors)
     if report.differs:
         return FOUND
     return UNVERIFIABLE if report.uncompared else FINE
 
 
-def _print_diff(report: DiffReport, quiet: bool) -> None:
+def _print_diff(report: DiffReport, quiet: bool, tensors: bool) -> None:
+    many = len(report.only_a) + len(report.only_b) + len(report.tensors) > _MOST_LINES and not tensors
+    if many:
+        _print_layers(report.layers)
+    else:
+        _print_tensors(report)
+    for config in report.configs:
+        where = f"{config.file}: {config.key}" if config.key else config.file
+        say(f"~ {where}: {config.a!r} -> {config.b!r}")
+    for component, name in report.uncompared[: _MOST_LINES if many else None]:
+        say(f"? {component}  {name}  no digests in common: not compared")
+    if quiet:
+        return
+    for note in report.notes:
+        say(f"note  {note}")
+    apart = len(report.only_a) + len(report.only_b)
+    relative = [each.relative for each in report.tensors if each.relative is not None]
+    most = f", relative difference at most {max(relative):.3g}" if relative else ""
+    uncompared = f"{len(report.uncompared)} not compared, " if report.uncompared else ""
+    say(
+        f"{count(report.same, 'tensor')} equal ({report.by_digest} by digest), {len(report.tensors)} different{most}, "
+        f"{uncompared}{apart} in one alone, {len(report.configs)} differences of configuration"
+        f"{'; --tensors lists each' if many else ''}"
+    )
+
+
+def _print_tensors(report: DiffReport) -> None:
     for sign, colour, names in (("-", "red", report.only_a), ("+", "green", report.only_b)):
         for component, name in names:
             say(f"{sign} {component}  {name}", colour)
@@ -284,21 +311,17 @@ def _print_diff(report: DiffReport, quiet: bool) -> None:
         if each.relative is not None:
             numbers = f"relative {each.relative:.3g}, largest {each.largest:.3g}, {each.elements:,} elements"
         rows.append(("~", each.component, each.a.name, kind, numbers))
-    for line in columns(rows) if rows else ():
+    for line in columns(rows):
         say(line)
-    for config in report.configs:
-        where = f"{config.file}: {config.key}" if config.key else config.file
-        say(f"~ {where}: {config.a!r} -> {config.b!r}")
-    for component, name in report.uncompared:
-        say(f"? {component}  {name}  no digests in common: not compared")
-    if quiet:
-        return
-    for note in report.notes:
-        say(f"note  {note}")
-    apart = len(report.only_a) + len(report.only_b)
-    relative = [each.relative for each in report.tensors if each.relative is not None]
-    most = f", relative difference at most {max(relative):.3g}" if relative else ""
-    say(
-        f"{report.same} tensors equal ({report.by_digest} by digest), {len(report.tensors)} different{most}, "
-        f"{apart} in one alone, {len(report.configs)} differences of configuration"
-    )
+
+
+def _print_layers(layers: list[LayerDifference]) -> None:
+    rows = []
+    for each in layers:
+        numbers = [f"{each.different} of {each.tensors} tensors differ"] if each.different else []
+        if each.relative is not None:
+            numbers.append(f"relative at most {each.relative:.3g}, largest {each.largest:.3g}")
+        numbers += [f"{n} in {name} alone" for name, n in (("A", each.only_a), ("B", each.only_b)) if n]
+        rows.append(("~", each.component, each.layer or "(no module)", ", ".join(numbers)))
+    for line in columns(rows):
+        say(line)

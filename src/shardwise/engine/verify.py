@@ -84,7 +84,8 @@ class Damage:
         """One line: the file, its tensors, what is wrong."""
         shown = ", ".join(self.tensors[:4]) + (f" and {len(self.tensors) - 4} more" if len(self.tensors) > 4 else "")
         what = f" ({'tensor' if len(self.tensors) == 1 else 'tensors'} {shown} of {self.component})" if shown else ""
-        return f"{self.file}{what}: {self.message}"
+        file = "" if self.file == "." else f"{self.file}{what}: "  # the directory itself, which is named beside
+        return f"{file}{self.message}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from pathlib import Path
 from shardwise.disk.guarded import read_small_file
 from shardwise.disk.processes import process_exists
 from shardwise.disk.storage import LOCAL, local_path, storage_errors, using
-from shardwise.errors import CheckpointBusyError
+from shardwise.errors import CheckpointBusyError, StorageError
 from shardwise.lifecycle.names import owner_name
 
 _LIMIT = 4096
@@ -83,8 +83,10 @@ def claim(root: Path, name: str, token: str = "") -> Claim:
     if place is None:
         return Claim(path, None)
     while True:
-        with storage_errors(path):
+        try:
             handle = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        except OSError as error:
+            raise StorageError.from_os(error, path=root) from error  # nobody has given the lock file its name
         try:
             with storage_errors(path):
                 if not _locked(handle, place, name):

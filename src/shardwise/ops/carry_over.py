@@ -16,14 +16,11 @@ from shardwise.plan.reads import SourceTensor
 from shardwise.sources.sources import Source, open_source
 
 _HINT = "Say where the base model is: --base PATH (base=PATH)."
+_ANOTHER = "It is another model than the one that was trained. " + _HINT
 
 
 def carry_over(found: ModelInput, base: str | os.PathLike[str] | None) -> Source:
     """The tensors of the export: the model's, and those that the save recorded as carried over from its base.
-
-    Args:
-        found: The model.
-        base: Path of the base model; by default the path that the save recorded.
 
     Raises:
         CheckpointNotFoundError: The base model was not found.
@@ -45,20 +42,12 @@ def carry_over(found: ModelInput, base: str | os.PathLike[str] | None) -> Source
     for name in absent:
         known = source.tensors.get(name)
         if known is None:
-            raise MissingTensorError(
-                "the export carries this tensor over from the base model, which has none of this name",
-                path=path,
-                tensor=name,
-                hint="It is another model than the one that was trained. " + _HINT,
-            )
+            why = "the export carries this tensor over from the base model, which has none of this name"
+            raise MissingTensorError(why, path=path, tensor=name, hint=_ANOTHER)
         recorded = dtypes.get(name) if isinstance(dtypes, dict) else None
         if recorded is not None and recorded != known.spec.dtype:
-            raise DtypeMismatchError(
-                f"the base model has this tensor in {known.spec.dtype}; when the model was saved it was {recorded}",
-                path=path,
-                tensor=name,
-                hint="It is another model than the one that was trained. " + _HINT,
-            )
+            why = f"the base model has this tensor in {known.spec.dtype}; when the model was saved it was {recorded}"
+            raise DtypeMismatchError(why, path=path, tensor=name, hint=_ANOTHER)
         chunks = tuple(chunk._replace(file=chunk.file + first) for chunk in known.chunks)
         tensors[name] = SourceTensor(known.spec, chunks)
     return replace(found.source, files=(*found.source.files, *source.files), tensors=tensors)
@@ -68,20 +57,16 @@ def _base_path(found: ModelInput, base: str | os.PathLike[str] | None, tensor: s
     if base is not None:
         return find_base(None, os.fspath(base))
     note = found.read_json(found.directory / METADATA_DIR / EXPORT)
-    settings = run_settings(found)
-    tried: list[tuple[str | None, str]] = []
     noted = note.get("base") if isinstance(note, dict) else None
-    if isinstance(noted, str):
-        tried.append((None, noted))
-    name = settings.get("model_repo_id")
-    roots = [settings.get(key) for key in ("original_model_root_dir", "model_cache_dir")]
-    tried += [(str(root), str(name)) for root in roots if root and name]
-    tried += [(None, str(root)) for root in roots[:1] if root]
-    tried += [(None, str(name))] if name else []
+    tried: list[tuple[str | None, str]] = [(None, noted)] if isinstance(noted, str) else []
+    settings = run_settings(found)
+    name, root, cache = (settings.get(key) for key in ("model_repo_id", "original_model_root_dir", "model_cache_dir"))
+    tried += [(str(place), str(name)) for place in (root, cache) if place and name]
+    tried += [(None, str(place)) for place in (root, name) if place]
     failures = []
-    for root, model in tried:
+    for place, model in tried:
         try:
-            return find_base(root, model)
+            return find_base(place, model)
         except CheckpointNotFoundError as error:
             failures.append(error)
     raise CheckpointNotFoundError(

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -19,17 +19,17 @@ from shardwise.addons.files import as_text
 from shardwise.addons.hf_config import CONFIG, CONFIG_V5, untied, with_dtype
 from shardwise.checkpointing.saving.class_check import check_described
 from shardwise.checkpointing.shared_names import differing_ties
-from shardwise.disk.names import is_there
 from shardwise.disk.storage import Storage, current, using
 from shardwise.dtypes import FLOATS, torch_dtype
 from shardwise.engine.collector import without_collector
 from shardwise.engine.missing_files import saved_aliases
-from shardwise.errors import CheckpointExistsError, ConfigError, ConversionError, MisuseError
+from shardwise.errors import ConfigError, ConversionError, MisuseError
 from shardwise.format.dcp_metadata import parsed_once
 from shardwise.format.manifest import AliasRecord, TensorRecord
 from shardwise.format.notes import APART, EXPORT, FILE_DTYPES, FILE_INDEX, KEPT_OUT, LOOSE_TIES, METADATA_DIR
 from shardwise.format.strict_json import JsonValue
 from shardwise.geometry import TensorSpec
+from shardwise.ops.aside import refuse_existing
 from shardwise.ops.carry_over import carry_over
 from shardwise.ops.consolidate_input import ModelInput, SourceHints, find_input
 from shardwise.ops.exporting import Export, batches_of, publish
@@ -71,18 +71,6 @@ class ConsolidateReport:
     verified: bool = True
     notes: tuple[str, ...] = ()
     recast: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Options:
-    """What a caller set, see `consolidate`."""
-
-    max_file_bytes: int | None
-    progress: Progress | None
-    base: str | os.PathLike[str] | None
-    diffusers_compatible: bool | None
-    verify_export: bool | None
-    dtype: str | None
 
 
 def consolidate(
@@ -148,55 +136,48 @@ def consolidate(
     """
     if dtype is not None and dtype not in FLOATS.values():
         raise MisuseError(f"dtype is {dtype!r}", hint=f"Use one of {', '.join(FLOATS.values())}.")
-    place = Path(path).absolute()
-    target = None if output is None else Path(output).absolute()
     described = None if config is None else Path(config).absolute()
+    hints = SourceHints(prefix, assume_complete, described, rope, master_weights)
     with using(storage or current()), parsed_once(), without_collector():
-        found = find_input(place, current(), SourceHints(prefix, assume_complete, described, rope, master_weights))
-        options = _Options(max_file_bytes, progress, base, diffusers_compatible, verify_export, dtype)
-        return _write(found, target or found.directory / _CONSOLIDATED, options)
-
-
-def _write(found: ModelInput, target: Path, options: _Options) -> ConsolidateReport:
-    """Write the export. Local."""
-    store = current()
-    if is_there(target):
-        raise CheckpointExistsError(
-            "the export is already there", path=target, hint="Use it, delete it, or choose another output."
-        )
-    found = _exported_tensors(found, options.base)
-    reader = VerifyingReader(store, found.source.files, found.ledger)
-    try:
-        planned = _planned(found, reader, options)
-        _require_opens(planned, options.verify_export)
-        publish(planned.export(), target, store, options.progress)
-    finally:
-        reader.close()
+        found = find_input(Path(path).absolute(), current(), hints)
+        target = found.directory / _CONSOLIDATED if output is None else Path(output).absolute()
+        refuse_existing(target)
+        found = _exported_tensors(found, base)
+        with closing(VerifyingReader(current(), found.source.files, found.ledger)) as reader:
+            stem = _stem(found, diffusers_compatible)
+            planned = _planned(found, tensors_to_write(found, reader), stem, max_file_bytes, dtype)
+            _require_opens(planned, verify_export)
+            publish(planned.export(), target, current(), progress)
     names, nbytes = tuple(file.name for file in planned.layout.files), planned.layout.total_bytes
-    return ConsolidateReport(
-        target, names, len(planned.tensors), nbytes, found.manifest, tuple(found.notes), planned.recast
-    )
+    recast = tuple(name for name in planned.tensors if name in planned.recast)
+    return ConsolidateReport(target, names, len(planned.tensors), nbytes, found.manifest, tuple(found.notes), recast)
+
+
+def _note(found: ModelInput, name: str) -> Mapping[str, JsonValue]:
+    """A note that the save left beside the tensors; a list counts as its entries without values."""
+    content = found.read_json(found.directory / METADATA_DIR / name)
+    if isinstance(content, list):
+        return dict.fromkeys(map(str, content))
+    return content if isinstance(content, dict) else {}
 
 
 def _exported_tensors(found: ModelInput, base: str | os.PathLike[str] | None) -> ModelInput:
     """The input with the base model's tensors that are carried over, without those that are kept out of an export."""
-    found = replace(found, source=carry_over(found, base))
-    notes = [found.directory / METADATA_DIR / note for note in (KEPT_OUT, APART)]
-    return replace(found, source=found.source.without(name for note in notes for name in _names(found, note)))
+    source = carry_over(found, base)
+    return replace(found, source=source.without([*_note(found, KEPT_OUT), *_note(found, APART)]))
 
 
-def _planned(found: ModelInput, reader: VerifyingReader, options: _Options) -> _Planned:
-    plain = {name: found.read(place) for name, place in side_files(found.beside).items()}
-    tensors = tensors_to_write(found, reader)
-    note = _object(found, found.directory / METADATA_DIR / EXPORT)
-    stem = _stem(found, note.get("stem"), options.diffusers_compatible)
-    dtypes = _object(found, found.directory / METADATA_DIR / FILE_DTYPES)
+def _planned(
+    found: ModelInput, tensors: Mapping[str, TensorToWrite], stem: str, max_file_bytes: int | None, dtype: str | None
+) -> _Planned:
+    plain: Mapping[str, bytes] = {name: found.read(place) for name, place in side_files(found.beside).items()}
+    dtypes = _note(found, FILE_DTYPES)
     specs = [_exported(tensor.spec, dtypes.get(name)) for name, tensor in tensors.items()]
     recast: tuple[str, ...] = ()
-    if options.dtype is not None:
-        specs, plain, recast = _recast(found, specs, plain, options.dtype)
-    layout = _layout(found, specs, note, stem, options.max_file_bytes)
-    return _Planned(found, tensors, layout, {**plain, index_name(stem): layout.index}, recast)
+    if dtype is not None:
+        specs, plain, recast = _recast(found, specs, plain, dtype)
+    layout = _layout(found, specs, stem, max_file_bytes)
+    return _Planned(found, tensors, layout, {**plain, index_name(stem): layout.index}, frozenset(recast))
 
 
 def _recast(
@@ -204,7 +185,7 @@ def _recast(
 ) -> tuple[list[TensorSpec], dict[str, bytes], tuple[str, ...]]:
     """Give the floating tensors another dtype; also which these are. Configurations that say the dtype say it."""
     code = next(code for code, name in FLOATS.items() if name == dtype)
-    configs = {name: json.loads(plain[name]) for name in (CONFIG, CONFIG_V5) if name in plain}
+    configs = _configs(plain)
     quantized = [spec.name for spec in specs if spec.dtype.startswith("F8_")]
     if quantized or any(entries.get("quantization_config") for entries in configs.values()):
         raise MisuseError(
@@ -224,6 +205,10 @@ def _recast(
     return made, {**plain, **texts}, recast
 
 
+def _configs(plain: Mapping[str, bytes]) -> dict[str, dict[str, JsonValue]]:
+    return {name: json.loads(plain[name]) for name in (CONFIG, CONFIG_V5) if name in plain}
+
+
 def _require_opens(planned: _Planned, verify_export: bool | None) -> None:
     """Check the planned export against the class that its configuration names, before a tensor is written."""
     found, plain, specs = planned.found, planned.plain, [tensor.spec for tensor in planned.tensors.values()]
@@ -236,23 +221,15 @@ def _require_opens(planned: _Planned, verify_export: bool | None) -> None:
         found.notes.append(f"not compared with a model class: {why}")
 
 
-def _layout(
-    found: ModelInput,
-    specs: Sequence[TensorSpec],
-    export: Mapping[str, JsonValue],
-    stem: str,
-    max_file_bytes: int | None,
-) -> Layout:
+def _layout(found: ModelInput, specs: Sequence[TensorSpec], stem: str, max_file_bytes: int | None) -> Layout:
     if max_file_bytes is not None:
         return lay_out(specs, max_file_bytes=max_file_bytes, stem=stem)
-    numbers = {
-        n: i for n, i in _object(found, found.directory / METADATA_DIR / FILE_INDEX).items() if isinstance(i, int)
-    }
-    named = export.get("files")
+    export, numbers = _note(found, EXPORT), _note(found, FILE_INDEX)
+    named, recorded = export.get("files"), export.get("max_file_bytes")
     names = [str(name) for name in named] if isinstance(named, list) else []
-    count = max(numbers.values(), default=0)
-    files = {name: _file_name(number, count, names) for name, number in numbers.items()}
-    recorded = export.get("max_file_bytes")
+    split = {name: number for name, number in numbers.items() if isinstance(number, int)}
+    count = max(split.values(), default=0)
+    files = {name: _file_name(number, count, names) for name, number in split.items()}
     limit = recorded if type(recorded) is int else _MAX_FILE_BYTES
     return lay_out(specs, base_files=files, max_file_bytes=limit, stem=stem)
 
@@ -263,7 +240,8 @@ def _file_name(number: int, count: int, names: Sequence[str]) -> str:
     return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _stem(found: ModelInput, noted: JsonValue, diffusers: bool | None) -> str:
+def _stem(found: ModelInput, diffusers: bool | None) -> str:
+    noted = _note(found, EXPORT).get("stem")
     if diffusers is None and isinstance(noted, str):
         if os.sep in noted or noted.startswith("."):
             raise ConfigError(f"the recorded stem of file names is {noted!r}", path=found.directory)
@@ -279,16 +257,6 @@ def _exported(spec: TensorSpec, dtype: JsonValue) -> TensorSpec:
     return spec
 
 
-def _object(found: ModelInput, path: Path) -> Mapping[str, JsonValue]:
-    content = found.read_json(path)
-    return content if isinstance(content, dict) else {}
-
-
-def _names(found: ModelInput, path: Path) -> list[str]:
-    content = found.read_json(path)
-    return [str(name) for name in content] if isinstance(content, list) else []
-
-
 @dataclass(frozen=True)
 class _Planned:
     """An export that is planned: its tensors as saved, their places, the files beside them."""
@@ -297,11 +265,7 @@ class _Planned:
     tensors: Mapping[str, TensorToWrite]
     layout: Layout
     plain: Mapping[str, bytes]
-    recast: tuple[str, ...]
-
-    @cached_property
-    def _asked(self) -> frozenset[str]:
-        return frozenset(self.recast)
+    recast: frozenset[str]
 
     def export(self) -> Export:
         """The same, to be written."""
@@ -319,11 +283,11 @@ class _Planned:
 
     def _plain(self, tensors: Sequence[TensorRecord]) -> Mapping[str, bytes]:
         """The files beside the tensors; the configuration's ties are those that were written."""
-        note = _object(self.found, self.found.directory / METADATA_DIR / LOOSE_TIES)
-        if not differing_ties({name: str(kept) for name, kept in note.items()}, tensors):
+        ties = {name: str(kept) for name, kept in _note(self.found, LOOSE_TIES).items()}
+        if not differing_ties(ties, tensors):
             return self.plain
-        configs = {name: json.loads(self.plain[name]) for name in (CONFIG, CONFIG_V5) if name in self.plain}
-        return {**self.plain, **{name: as_text(untied(entries)).encode() for name, entries in configs.items()}}
+        configs = {name: as_text(untied(entries)).encode() for name, entries in _configs(self.plain).items()}
+        return {**self.plain, **configs}
 
     def _aliases(self) -> tuple[AliasRecord, ...]:
         """Aliases of the tensors, from the checkpoint's manifest."""
@@ -338,7 +302,7 @@ class _Planned:
         if saved.spec.dtype == spec.dtype:
             yield from saved.blocks()
             return
-        strict = spec.name in self._asked
+        strict = spec.name in self.recast
         memory = torch.empty(0, dtype=torch_dtype(spec.dtype))
         for block in saved.blocks():
             values = torch.frombuffer(block, dtype=torch_dtype(saved.spec.dtype))

@@ -251,8 +251,8 @@ def _refuse_others(directory: Path) -> None:
         raise MisuseError(
             "this is an adapter, which is saved in its final form: there is nothing to consolidate",
             path=directory,
-            hint="Open it as it is: with PEFT, or a LoRA file of diffusers with load_lora_weights of a pipeline; there "
-            "it can be merged into its base model as well (merge_and_unload, fuse_lora).",
+            hint="Open it as it is: with PEFT, or a LoRA file of diffusers with load_lora_weights of a pipeline. "
+            "`shardwise merge-adapter` merges it into its base model (one of diffusers: fuse_lora).",
         )
     if _OPTIMIZER_STATE in names or (directory.name == "optim" and not is_file(directory / CONFIG_NAME)):
         raise _optimizer(directory)

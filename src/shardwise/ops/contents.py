@@ -9,12 +9,16 @@ checked, since there are no digests.
 from __future__ import annotations
 
 import re
+import struct
+import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Literal, NamedTuple
 
-from shardwise.disk.names import exists, is_file
+from shardwise.disk.guarded import open_regular
+from shardwise.disk.names import exists, is_file, names_in, status
 from shardwise.engine.verify import Damage, DamageKind
 from shardwise.errors import (
     CheckpointNotFoundError,
@@ -28,11 +32,16 @@ from shardwise.errors import (
 from shardwise.format.header import read_header
 from shardwise.format.index import read_index
 from shardwise.format.sharding import saved_offsets
-from shardwise.format.sniff import what_is_file
+from shardwise.format.sniff import Kind, what_is_file
 from shardwise.geometry import Box, covers_once
-from shardwise.ops.torch_archives import TORCH_SUFFIXES, check_torch_file
 
-_INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+#: Names of files of ``torch.save``.
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+#: Names under which libraries look for a model's weights, and nothing else stands.
+WEIGHTS = re.compile(r"(pytorch_model|diffusion_pytorch_model|adapter_model|model)([-.].*)?\.(bin|pt|pth|ckpt)")
+_ZIP = b"PK\x03\x04"
+_LOCAL_BYTES = 30
+INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,})-of-(?P<count>\d{5,})(?P<suffix>\.safetensors|\.bin)")
 _SHARD = re.compile(r"shard-\d{5,}-(?P<stem>.+)")
 _MOST_NUMBERED = 100_000
@@ -42,15 +51,11 @@ _SPLIT_NOTE = ".hf_metadata/fqn_to_file_index_mapping.json"
 
 @dataclass
 class Contents:
-    """Results of the checks.
+    """Results of the checks; see `VerifyReport`.
 
     Attributes:
-        files: Number of files.
         tensors: Number of tensors, pieces of one counted once.
-        damages: Damages found.
-        extra: Tensor files that no load reads.
-        checked: What was compared, one phrase for each kind of file.
-        unchecked: What could not be compared, one phrase each.
+        names: Safetensors file -> its tensors; none of a file that cannot be read.
     """
 
     files: int = 0
@@ -58,11 +63,12 @@ class Contents:
     damages: list[Damage] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
+    names: dict[str, frozenset[str]] = field(default_factory=dict)
     _counts: Counter[str] = field(default_factory=Counter)
 
     @property
     def checked(self) -> tuple[str, ...]:
-        """The tensors and files that were compared."""
+        """What was compared, one phrase for each kind of file."""
         return tuple(f"{count} {what}" for what, count in self._counts.items())
 
     def count(self, what: str, number: int = 1) -> None:
@@ -70,19 +76,19 @@ class Contents:
         if number:
             self._counts[what] += number
 
-    def merge(self, damages: Sequence[Damage]) -> None:
-        """Add damages."""
-        self.damages += damages
+    def add(self, file: str, kind: DamageKind, message: str, tensors: Sequence[str] = ()) -> None:
+        """Add a damage."""
+        self.damages.append(Damage(file, kind, message, "model" if tensors else None, tuple(tensors)))
+
+    def add_error(self, file: str, error: ShardwiseError, kind: DamageKind = "header") -> None:
+        """Add a damage that a reader has found."""
+        if isinstance(error, CheckpointNotFoundError):
+            kind = "absent"
+        self.add(file, kind, error.message, () if error.tensor is None else (error.tensor,))
 
 
 def check_contents(root: Path, listed: Sequence[str], *, alone: bool = False) -> Contents:
-    """Compare what is in files with what other files say of them.
-
-    Args:
-        root: The directory.
-        listed: Every file to look at, relative to it (POSIX).
-        alone: Whether a file was named, and not the directory that it is in.
-    """
+    """Compare what is in listed files with what others say of them; ``alone``: one was named, and no directory."""
     found = Contents(files=len(listed))
     below: dict[str, list[str]] = {}
     for relative in listed:
@@ -92,8 +98,9 @@ def check_contents(root: Path, listed: Sequence[str], *, alone: bool = False) ->
         _check_directory(root, directory, names, found)
         others = any(PurePosixPath(name).suffix in TORCH_SUFFIXES for name in names)
         if others and not alone and len(found.damages) == before:
-            check_layout(root, directory, found)
-    if not any(what for what in found.checked):
+            _check_layout(root, directory, found)
+    found.damages += absent_of_sets(root, listed)
+    if not found.checked:
         found.unchecked.append("no file of a format that says how long it is")
     return found
 
@@ -101,48 +108,41 @@ def check_contents(root: Path, listed: Sequence[str], *, alone: bool = False) ->
 def _check_directory(root: Path, directory: str, names: Sequence[str], found: Contents) -> None:
     pieces: dict[str, list[tuple[Box, str]]] = {}
     whole: set[str] = set()
-    is_dcp = any(PurePosixPath(name).name == ".metadata" for name in names)
+    described = any(PurePosixPath(name).name == ".metadata" for name in names)
     for relative in names:
-        path = root / relative
-        if relative.endswith(".safetensors"):
+        path = PurePosixPath(relative)
+        if path.suffix == ".safetensors":
             _check_safetensors(root, relative, pieces, whole, found)
-        elif relative.endswith(_INDEX_SUFFIXES):
-            found.merge(check_index(root, relative))
-            found.count("weight indices")
-        elif PurePosixPath(relative).name == ".metadata":
+        elif path.name == ".metadata":
             _check_dcp(root, relative, names, found)
-        elif relative.endswith(".distcp") and not is_dcp:
-            found.damages.append(
-                Damage(
-                    (PurePosixPath(directory) / ".metadata").as_posix(),
-                    "absent",
-                    f"the file is absent, and without it {PurePosixPath(relative).name} and its like cannot be read",
-                )
-            )
-            is_dcp = True  # said once
+        elif path.suffix == ".distcp" and not described:
+            message = f"the file is absent, and without it {path.name} and its like cannot be read"
+            found.add((path.parent / ".metadata").as_posix(), "absent", message)
+            described = True  # said once
         elif path.suffix in TORCH_SUFFIXES:
             _check_torch(root, relative, found)
+    indices = [name for name in names if name.endswith(INDEX_SUFFIXES)]
+    for relative in indices:
+        found.damages += check_index(root, relative, found.names)
+    found.count("weight indices", len(indices))
     found.tensors += len(whole | pieces.keys())
-    _check_pieces(pieces, any(name.endswith(_INDEX_SUFFIXES) for name in names), found)
-    found.merge(list(_absent_of_sets(root, directory, names)))
+    _check_pieces(pieces, bool(indices), found)
 
 
 def _check_safetensors(
     root: Path, relative: str, pieces: dict[str, list[tuple[Box, str]]], whole: set[str], found: Contents
 ) -> None:
+    found.names[relative] = frozenset()
     try:
         header = read_header(root / relative)
         offsets = saved_offsets(header)
-    except CheckpointNotFoundError as error:
-        found.damages.append(Damage(relative, "absent", error.message))
-        return
     except ShardwiseError as error:
-        names = () if error.tensor is None else (error.tensor,)
-        found.damages.append(Damage(relative, "header", error.message, "model" if names else None, names))
+        found.add_error(relative, error)
         return
     found.count("safetensors files: headers, and sizes against them")
+    found.names[relative] = frozenset(header.names)
     if offsets is None:
-        whole.update(entry.spec.name for entry in header.entries)
+        whole.update(header.names)
         return
     for entry in header.entries:
         box = Box(offsets[entry.spec.name], entry.spec.shape)
@@ -154,18 +154,15 @@ def _check_pieces(pieces: dict[str, list[tuple[Box, str]]], indexed: bool, found
     lost: dict[str, list[str]] = {}
     for name, held in pieces.items():
         boxes = list({box: None for box, _ in held})
-        dims = {len(box.sizes) for box in boxes}
-        if len(dims) > 1:
-            found.damages.append(
-                Damage(held[0][1], "header", "files disagree about this tensor's dimensions", "model", (name,))
-            )
+        if len({len(box.sizes) for box in boxes}) > 1:
+            found.add(held[0][1], "header", "files disagree about this tensor's dimensions", (name,))
             continue
         shape = tuple(max(ends) for ends in zip(*(box.ends for box in boxes), strict=True))
         if not covers_once(shape, boxes):
             lost.setdefault(held[0][1], []).append(name)
     for file, names in lost.items():
         message = "the pieces in this file and those beside it do not make up the tensor: a file is absent"
-        found.damages.append(Damage(file, "incomplete", message, "model", tuple(names)))
+        found.add(file, "incomplete", message, names)
     found.count("tensors in pieces: whether these fit together", len(pieces))
     if pieces and not indexed:
         found.unchecked.append(
@@ -174,54 +171,58 @@ def _check_pieces(pieces: dict[str, list[tuple[Box, str]]], indexed: bool, found
         )
 
 
-def _absent_of_sets(root: Path, directory: str, names: Sequence[str]) -> Iterator[Damage]:
+def absent_of_sets(root: Path, listed: Sequence[str]) -> Iterator[Damage]:
     """Absent files whose existence follows from the names of others (``-00001-of-00003``)."""
-    sets: dict[tuple[str, str, int], set[int]] = {}
-    for relative in names:
-        name = _NUMBERED.fullmatch(PurePosixPath(relative).name)
+    sets: dict[tuple[PurePosixPath, str, str, int], set[int]] = {}
+    for relative in listed:
+        path = PurePosixPath(relative)
+        name = _NUMBERED.fullmatch(path.name)
         if name is None:
             continue
         shard = _SHARD.fullmatch(name["stem"])
-        if shard is not None and exists(root / directory / _SPLIT_NOTE):
+        if shard is not None and exists(root / path.parent / _SPLIT_NOTE):
             continue
         stem = name["stem"] if shard is None else f"shard-*-{shard['stem']}"
-        sets.setdefault((stem, name["suffix"], int(name["count"])), set()).add(int(name["number"]))
-    for (stem, suffix, count), numbers in sets.items():
-        missing = count if count > _MOST_NUMBERED else sorted(set(range(1, count + 1)) - numbers)
-        if isinstance(missing, int) or not missing:
-            continue
-        file = (PurePosixPath(directory) / f"{stem}-{missing[0]:05d}-of-{count:05d}{suffix}").as_posix()
-        more = f", and so are {len(missing) - 1} more" if len(missing) > 1 else ""
-        yield Damage(file, "absent", f"the names of the files beside it say that it exists; it is absent{more}")
+        sets.setdefault((path.parent, stem, name["suffix"], int(name["count"])), set()).add(int(name["number"]))
+    for (directory, stem, suffix, count), numbers in sets.items():
+        missing = [] if count > _MOST_NUMBERED else sorted(set(range(1, count + 1)) - numbers)
+        if missing:
+            file = (directory / f"{stem}-{missing[0]:05d}-of-{count:05d}{suffix}").as_posix()
+            more = f", and so are {len(missing) - 1} more" if len(missing) > 1 else ""
+            yield Damage(file, "absent", f"the names of the files beside it say that it exists; it is absent{more}")
 
 
-def check_index(root: Path, relative: str) -> list[Damage]:
-    """Compare a weight index with the files that it names; of ``.bin`` files their existence alone."""
-    directory = (root / relative).parent
+def check_index(root: Path, relative: str, names: Mapping[str, Collection[str]]) -> Iterator[Damage]:
+    """Compare a weight index with the files that it names; of ``.bin`` files their existence alone.
+
+    ``names`` has those of the tensors in a file, relative to ``root``, where they are known already.
+    """
+    directory = PurePosixPath(relative).parent
     try:
         weight_map = read_index(root / relative).weight_map
-    except CheckpointNotFoundError as error:
-        return [Damage(relative, "absent", error.message)]
     except ShardwiseError as error:
-        return [Damage(relative, "index", error.message)]
-    lost: dict[str, list[str]] = {}
-    held: dict[str, frozenset[str] | None] = {}
+        yield Damage(relative, "absent" if isinstance(error, CheckpointNotFoundError) else "index", error.message)
+        return
+    by_file: dict[str, list[str]] = {}
     for tensor, file in weight_map.items():
-        if file not in held:
-            held[file] = _names_in(directory / file)
-        names = held[file]
-        if names is not None and tensor not in names:
-            lost.setdefault(file, []).append(tensor)
-    return [
-        Damage(relative, "index", f"{file} does not hold what the index says", "model", tuple(names))
-        for file, names in lost.items()
-    ]
+        by_file.setdefault(file, []).append(tensor)
+    other = ".safetensors" if ".bin." in relative else ".bin"
+    if not any(is_file(root / directory / file) for file in by_file) and any(
+        name.endswith(other) for name in names_in(root / directory)
+    ):
+        return  # a download that left one of two forms out brings the index of both
+    for file, tensors in by_file.items():
+        place = (directory / file).as_posix()
+        if not is_file(root / place):
+            yield Damage(relative, "index", f"{file}, which it names, is absent", "model", tuple(tensors))
+        elif place.endswith(".safetensors"):
+            held = names[place] if place in names else _names_in(root / place)
+            lost = tuple(tensor for tensor in tensors if tensor not in held)
+            if lost:
+                yield Damage(relative, "index", f"{file} does not hold what the index says", "model", lost)
 
 
-def _names_in(path: Path) -> frozenset[str] | None:
-    """Names of a file's tensors; empty for an unreadable file, ``None`` for a sound one that does not list them."""
-    if path.suffix != ".safetensors":
-        return None if is_file(path) else frozenset()
+def _names_in(path: Path) -> frozenset[str]:
     try:
         return frozenset(read_header(path).names)
     except ShardwiseError:
@@ -233,18 +234,13 @@ def _check_dcp(root: Path, relative: str, names: Sequence[str], found: Contents)
 
     try:
         extents = check_dcp_extents((root / relative).parent)
-    except CheckpointNotFoundError as error:
-        found.damages.append(Damage(relative, "absent", error.message))
-        return
-    except FormatError as error:
-        tensors = () if error.tensor is None else (error.tensor,)
-        found.damages.append(Damage(relative, "header", error.message, "model" if tensors else None, tensors))
+    except (CheckpointNotFoundError, FormatError) as error:
+        found.add_error(relative, error)
         return
     directory = PurePosixPath(relative).parent
     found.tensors += extents.tensors
     for wrong in extents.wrong:
-        file = (directory / (wrong.file or ".metadata")).as_posix()
-        found.damages.append(Damage(file, wrong.kind, wrong.message, "model" if wrong.tensors else None, wrong.tensors))
+        found.add((directory / (wrong.file or ".metadata")).as_posix(), wrong.kind, wrong.message, wrong.tensors)
     found.count("DCP directories: .metadata, and where each item lies in the .distcp files")
     found.count("items of .distcp files: extent, first and last bytes", extents.items)
     known = {(directory / file).as_posix() for file in extents.files}
@@ -252,30 +248,25 @@ def _check_dcp(root: Path, relative: str, names: Sequence[str], found: Contents)
 
 
 def _check_torch(root: Path, relative: str, found: Contents) -> None:
-    outcome = check_torch_file(root / relative)
-    if outcome.damage is not None:
-        kind, message = outcome.damage
-        found.damages.append(Damage(relative, kind, message))
-    elif outcome.unchecked is not None:
+    damage, unchecked = check_torch_file(root / relative)
+    if damage is not None:
+        found.add(relative, *damage)
+    elif unchecked is not None:
         what = what_is_file(root / relative)
-        found.unchecked.append(f"{relative}: {outcome.unchecked if what is None else what.name}")
+        found.unchecked.append(f"{relative}: {unchecked if what is None else what.name}")
     else:
         found.count("torch archives: the directory at the end, and every entry's extent")
 
 
-def check_layout(root: Path, directory: str, found: Contents) -> None:
+def _check_layout(root: Path, directory: str, found: Contents) -> None:
     """Check that the files of another tool in a directory make up a model: all ranks', and all of each tensor."""
     from shardwise.sources.others.recognise import recognise  # imports torch
 
     place = root / directory
     try:
         layout = recognise(place)
-    except MisuseError as error:
-        found.unchecked.append(error.message)
-        return
-    if layout is None or layout.dcp is not None or layout.directory != place:
-        return
-    try:
+        if layout is None or layout.dcp is not None or layout.directory != place:
+            return
         opened = layout.open()
     except (MisuseError, UnsafePickleError, UnverifiableError) as error:
         found.unchecked.append(f"{directory}: {error.message}")
@@ -283,13 +274,66 @@ def check_layout(root: Path, directory: str, found: Contents) -> None:
     except (CheckpointNotFoundError, FormatError, TensorError) as error:
         file = Path(error.path or place)
         relative = file.relative_to(root).as_posix() if file.is_relative_to(root) else directory
-        kind: DamageKind = "incomplete" if isinstance(error, TensorError) else "header"
-        if isinstance(error, CheckpointNotFoundError):
-            kind = "absent"
-        tensors = () if error.tensor is None else (error.tensor,)
-        found.damages.append(Damage(relative, kind, error.message, "model" if tensors else None, tensors))
+        found.add_error(relative, error, "incomplete" if isinstance(error, TensorError) else "header")
         return
     found.tensors += len(opened.source.tensors)
     for number, what in opened.checked:
         found.count(what, number)
     found.unchecked += opened.unchecked
+
+
+# --- files of torch.save ---------------------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """Result of the check: a damage, why the file could not be checked, or neither."""
+
+    damage: tuple[Literal["absent", "kind", "size", "header", "unreadable"], str] | None = None
+    unchecked: str | None = None
+
+
+def check_torch_file(path: Path) -> Outcome:
+    """Compare a file with its archive's directory, which ``torch.save`` writes last. Imports no torch."""
+    info = status(path)
+    if info is None:
+        return Outcome(damage=("absent", "the file is absent"))
+    if info.kind != "file":
+        return Outcome(damage=("kind", "not a regular file"))
+    try:
+        with open_regular(path, FormatError) as (stream, _):
+            if stream.read(4) != _ZIP:
+                return _no_archive(path)
+            with zipfile.ZipFile(stream) as archive:
+                return _check_entries(archive, stream)
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, struct.error, ValueError, NotImplementedError) as error:
+        message = (
+            f"the archive's directory, with which such a file ends, is absent or damaged ({error}): it was cut short"
+        )
+        return Outcome(damage=("size", message))
+    except ShardwiseError as error:
+        return Outcome(damage=("unreadable", error.message))
+
+
+def _no_archive(path: Path) -> Outcome:
+    what = what_is_file(path)
+    if what is not None and what.kind is Kind.TORCH:
+        return Outcome(unchecked="of torch before 1.6, which does not say how long it is")
+    if WEIGHTS.fullmatch(path.name) or (what is not None and what.kind is Kind.POINTER):
+        name = "of no known format" if what is None else what.name
+        return Outcome(damage=("header", f"the file is {name}; weights of torch were expected"))
+    return Outcome(unchecked="of no known format")
+
+
+def _check_entries(archive: zipfile.ZipFile, stream: BinaryIO) -> Outcome:
+    end = archive.start_dir
+    position = 0
+    for entry in sorted(archive.infolist(), key=lambda each: each.header_offset):
+        stream.seek(entry.header_offset)
+        local = stream.read(_LOCAL_BYTES)
+        if entry.header_offset < position or len(local) < _LOCAL_BYTES or local[:4] != _ZIP:
+            return Outcome(damage=("header", f"no entry begins where the archive's directory puts {entry.filename}"))
+        name, extra = struct.unpack("<HH", local[26:30])
+        position = entry.header_offset + _LOCAL_BYTES + name + extra + entry.compress_size
+        if position > end:
+            return Outcome(damage=("size", f"{entry.filename} reaches beyond the archive's content"))
+    return Outcome()

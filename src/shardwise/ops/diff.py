@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -21,9 +21,12 @@ from shardwise.format.json_file import MAX_JSON_BYTES, parse_json
 from shardwise.format.manifest import TensorRecord
 from shardwise.format.sniff import Kind, what_is_file
 from shardwise.geometry import TensorSpec
+from shardwise.ops.contents import TORCH_SUFFIXES
+from shardwise.ops.modules import layer_of
 from shardwise.ops.parts import Parts, find_parts
-from shardwise.ops.torch_archives import TORCH_SUFFIXES
+from shardwise.ops.run_config import parse_yaml
 from shardwise.ops.verify import Progress
+from shardwise.sources.directory_contents import natural
 from shardwise.sources.reader import Reader
 from shardwise.sources.sources import Source, open_source
 from shardwise.sources.stream import tensor_blocks
@@ -31,7 +34,7 @@ from shardwise.sources.stream import tensor_blocks
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ConfigDifference", "DiffReport", "TensorDifference", "diff"]
+__all__ = ["ConfigDifference", "DiffReport", "LayerDifference", "TensorDifference", "diff"]
 
 #: Elements of each tensor that are compared at a time: with everything that is computed from them about 64 MiB.
 _ELEMENTS = 2**20
@@ -76,6 +79,31 @@ class ConfigDifference:
     b: object
 
 
+@dataclass(slots=True)
+class LayerDifference:
+    """How the tensors of a layer differ; outside of layers those of a module.
+
+    Attributes:
+        component: As in `TensorDifference`.
+        layer: ``model.layers.7``.
+        tensors: How many tensors it has in both.
+        different: How many of these differ.
+        only_a: How many the first alone has.
+        only_b: Likewise the second.
+        relative: The largest relative difference of one of its tensors; ``None`` where none was computed.
+        largest: The largest difference of two elements; likewise.
+    """
+
+    component: str
+    layer: str
+    tensors: int = 0
+    different: int = 0
+    only_a: int = 0
+    only_b: int = 0
+    relative: float | None = None
+    largest: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class DiffReport:
     """How two checkpoints differ.
@@ -112,6 +140,31 @@ class DiffReport:
         """Whether anything differs."""
         return bool(self.tensors or self.only_a or self.only_b or self.configs)
 
+    @property
+    def layers(self) -> list[LayerDifference]:
+        """The layers in which anything differs, by component and name."""
+        found: dict[tuple[str, str], LayerDifference] = {}
+
+        def of(component: str, name: str) -> LayerDifference:
+            key = (component, layer_of(name))
+            return found.setdefault(key, LayerDifference(*key))
+
+        for each in self.tensors:
+            layer = of(each.component, each.a.name)
+            layer.tensors += 1
+            layer.different += 1
+            if each.relative is not None and each.largest is not None:
+                layer.relative = max(each.relative, layer.relative or 0.0)
+                layer.largest = max(each.largest, layer.largest or 0.0)
+        for key in self.only_a:
+            of(*key).only_a += 1
+        for key in self.only_b:
+            of(*key).only_b += 1
+        differing = list(found.values())
+        for key in (*self.equal, *self.uncompared):
+            of(*key).tensors += 1
+        return sorted(differing, key=lambda each: (each.component, natural(each.layer)))
+
 
 def diff(
     a: str | os.PathLike[str],
@@ -143,7 +196,6 @@ def diff(
     """
     with using(storage or current()):
         first, second = find_parts(a), find_parts(b)
-        report = DiffReport(first.path, second.path)
         shared, apart = _components(first, second)
         whole = first.is_checkpoint and second.is_checkpoint
         notes = [] if whole else [f"{name} is in one of them alone, and was not compared" for name in apart]
@@ -154,8 +206,7 @@ def diff(
             compared.open(name, first.places.get(name), second.places.get(name))
         if compared.has_dcp:
             notes.append("what DCP holds besides tensors was not compared")
-        configs = tuple(_config_differences(first, second))
-        return replace(compared.run(report), configs=configs, notes=tuple(notes))
+        return compared.report(notes)
 
 
 def _components(first: Parts, second: Parts) -> tuple[list[tuple[str, Path, Path]], list[str]]:
@@ -197,16 +248,20 @@ def _opened(place: Path) -> Source:
         raise MisuseError(f"this is {what.name}, which is not compared", path=place, hint=hint) from None
 
 
+#: Component, both sources and the name of a tensor that both have.
+_Pair = tuple[str, Source, Source, str]
+
+
 class _Comparison:
     """The tensors of both, and what is found of them."""
 
     def __init__(self, first: Parts, second: Parts, values: bool, progress: Progress | None) -> None:
         self._first, self._second = first, second
-        self._values = values
-        self._progress = progress
+        self._values, self._progress = values, progress
         self.has_dcp = False
-        self._pairs: list[tuple[str, Source, Source, str]] = []
-        self._only: tuple[list[tuple[str, str]], list[tuple[str, str]]] = ([], [])
+        self._pairs: list[_Pair] = []
+        self._only_a: list[tuple[str, str]] = []
+        self._only_b: list[tuple[str, str]] = []
 
     def open(self, component: str, mine: Path | None, theirs: Path | None) -> None:
         """Look at the tensors of a component."""
@@ -214,58 +269,55 @@ class _Comparison:
         b = None if theirs is None else _opened(theirs)
         self.has_dcp |= any(each is not None and each.dcp for each in (a, b))
         names_a, names_b = ({} if each is None else each.tensors for each in (a, b))
-        self._only[0].extend((component, name) for name in names_a if name not in names_b)
-        self._only[1].extend((component, name) for name in names_b if name not in names_a)
+        self._only_a += [(component, name) for name in names_a if name not in names_b]
+        self._only_b += [(component, name) for name in names_b if name not in names_a]
         if a is not None and b is not None:
             self._pairs += [(component, a, b, name) for name in names_a if name in names_b]
 
-    def run(self, report: DiffReport) -> DiffReport:
-        """Compare the tensors that both have."""
+    def report(self, notes: list[str]) -> DiffReport:
+        """Compare the tensors that both have, and the configurations."""
         found: list[TensorDifference] = []
         unread: list[tuple[str, str]] = []
-        to_read: list[tuple[str, Source, Source, str]] = []
         equal: list[tuple[str, str]] = []
+        to_read: list[_Pair] = []
         for component, a, b, name in self._pairs:
             mine, theirs = a.tensors[name].spec, b.tensors[name].spec
-            if mine.shape != theirs.shape:
-                found.append(TensorDifference(component, mine, theirs))
-                continue
-            same = self._by_digest(component, mine, theirs)
+            same = self._by_digest(component, mine) if mine == theirs else None
             if same:
                 equal.append((component, name))
-            elif self._values:
+            elif self._values and mine.shape == theirs.shape:
                 to_read.append((component, a, b, name))
-            elif same is None and mine.dtype == theirs.dtype:
+            elif same is None and mine == theirs:
                 unread.append((component, name))
             else:
                 found.append(TensorDifference(component, mine, theirs))
         by_digest = len(equal)
         differing = list(self._read(to_read))
         apart = {(each.component, each.a.name) for each in differing}
-        equal += [(component, name) for component, _, _, name in to_read if (component, name) not in apart]
-        return replace(
-            report,
-            same=len(equal),
-            by_digest=by_digest,
-            equal=tuple(sorted(equal)),
-            tensors=tuple(sorted([*found, *differing], key=lambda each: (each.component, each.a.name))),
-            only_a=tuple(sorted(self._only[0])),
-            only_b=tuple(sorted(self._only[1])),
-            uncompared=tuple(unread),
+        equal += [key for component, _, _, name in to_read if (key := (component, name)) not in apart]
+        return DiffReport(
+            self._first.path,
+            self._second.path,
+            len(equal),
+            by_digest,
+            tuple(sorted([*found, *differing], key=lambda each: (each.component, each.a.name))),
+            tuple(sorted(self._only_a)),
+            tuple(sorted(self._only_b)),
+            tuple(_config_differences(self._first, self._second)),
+            tuple(sorted(equal)),
+            tuple(unread),
+            tuple(notes),
         )
 
-    def _by_digest(self, component: str, a: TensorSpec, b: TensorSpec) -> bool | None:
+    def _by_digest(self, component: str, spec: TensorSpec) -> bool | None:
         """Whether the digests are equal; ``None`` where there are none that can be compared."""
-        if a.dtype != b.dtype:
-            return None
-        mine = _digest(self._first.recorded.get((component, a.name), ()), a)
-        theirs = _digest(self._second.recorded.get((component, b.name), ()), b)
-        if mine is None or theirs is None or mine.keys() != theirs.keys():
-            return None
-        return mine == theirs
+        mine, theirs = (
+            _digest(parts.recorded.get((component, spec.name), ()), spec) for parts in (self._first, self._second)
+        )
+        return None if mine is None or theirs is None or mine.keys() != theirs.keys() else mine == theirs
 
-    def _read(self, pairs: list[tuple[str, Source, Source, str]]) -> Iterator[TensorDifference]:
-        total = sum(s.tensors[name].spec.nbytes for _, a, b, name in pairs for s in (a, b))
+    def _read(self, pairs: list[_Pair]) -> Iterator[TensorDifference]:
+        total = sum(source.tensors[name].spec.nbytes for _, a, b, name in pairs for source in (a, b))
         done = 0
         readers: dict[int, Reader] = {}
         try:
@@ -362,15 +414,7 @@ def _config_differences(first: Parts, second: Parts) -> Iterator[ConfigDifferenc
 
 def _content(path: Path) -> object:
     data = read_whole(path, MAX_JSON_BYTES, FormatError)
-    if path.suffix == ".json":
-        return parse_json(data, path)
-    import yaml
-
-    try:
-        content: object = yaml.safe_load(data)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FormatError(f"not YAML: {error}", path=path, hint="Restore the file.") from error
-    return content
+    return parse_json(data, path) if path.suffix == ".json" else parse_yaml(data, path)
 
 
 def _flat(value: object, key: str = "") -> dict[str, object]:

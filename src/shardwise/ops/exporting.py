@@ -16,20 +16,20 @@ from pathlib import Path
 
 from shardwise.disk.crc import crc32c
 from shardwise.disk.sequential import write_file
-from shardwise.disk.storage import Storage, located, locating, storage_errors
+from shardwise.disk.storage import Storage, located, locating
 from shardwise.engine.records import ComponentRecord, check_written, layout_record, write_manifest
 from shardwise.engine.writer import FileSet
 from shardwise.errors import ShardwiseError
 from shardwise.format.manifest import AliasRecord, FileRecord, TensorRecord
 from shardwise.format.strict_json import JsonValue
-from shardwise.lifecycle import temporary_name
-from shardwise.lifecycle.ownership import claim
-from shardwise.ops.aside import absent_directories
+from shardwise.ops.aside import written_aside
 from shardwise.ops.verify import Progress
 from shardwise.plan.layout import FileLayout, Layout
 
 #: A tensor's name, and its bytes as they are in the file.
 Piece = tuple[str, Iterable[memoryview]]
+#: Tensors that one thread makes and writes, one after the other; called when the thread has come to them.
+Batch = Callable[[], Iterator[Piece]]
 
 #: Each has a few blocks in memory.
 _MOST_THREADS = 8
@@ -37,45 +37,24 @@ _MOST_THREADS = 8
 _BATCH_BYTES = 8 * 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Tensors that one thread makes and writes, one after the other.
-
-    Attributes:
-        pieces: Gives them when the thread has come to them.
-    """
-
-    pieces: Callable[[], Iterator[Piece]]
-
-
 def batches_of(layout: Layout, blocks: Callable[[str], Iterable[memoryview]], names: Iterable[str]) -> list[Batch]:
-    """Tensors that are made independently of each other as batches, in the order of the files.
-
-    Args:
-        layout: Of the export.
-        blocks: Gives a tensor's bytes, in any thread.
-        names: The tensors.
-    """
+    """Tensors that are made independently of each other, in the order of the files; any thread gets ``blocks``."""
     wanted = set(names)
-    found: list[Batch] = []
+    found: list[list[str]] = []
     for file in layout.files:
-        own: list[str] = []
-        size = 0
+        size = _BATCH_BYTES + 1  # no batch has tensors of two files
         for spec, _, _ in file.entries:
-            if spec.name not in wanted:
-                continue
-            if own and size + spec.nbytes > _BATCH_BYTES:
-                found.append(_batch(own, blocks))
-                own, size = [], 0
-            own.append(spec.name)
-            size += spec.nbytes
-        if own:
-            found.append(_batch(own, blocks))
-    return found
+            if spec.name in wanted:
+                size += spec.nbytes
+                if size > _BATCH_BYTES:
+                    found.append([])
+                    size = spec.nbytes
+                found[-1].append(spec.name)
+    return [_batch(own, blocks) for own in found]
 
 
 def _batch(names: Sequence[str], blocks: Callable[[str], Iterable[memoryview]]) -> Batch:
-    return Batch(lambda: ((name, blocks(name)) for name in names))
+    return lambda: ((name, blocks(name)) for name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,43 +88,12 @@ def publish(export: Export, target: Path, storage: Storage, progress: Progress |
         CheckpointBusyError: Another process is writing it.
         ShardwiseError: Reading or writing failed.
     """
-    made = absent_directories(target.parent)
-    try:
-        storage.make_directory(target.parent)
-        mine = claim(target.parent, target.name)
-        try:
-            _publish(export, target, storage, progress)
-        finally:
-            mine.release()
-    except BaseException:
-        with storage_errors(target):
-            for directory in made:
-                storage.remove_empty(directory)
-        raise
-
-
-def _publish(export: Export, target: Path, storage: Storage, progress: Progress | None) -> None:
-    aside = target.with_name(temporary_name(target.name))
-    try:
-        with storage_errors(aside):
-            kept = _kept(export.layout, aside, storage)
-        storage.make_directory(aside)
-        _write(export, aside, kept, storage, progress)
-        with storage_errors(target):
-            storage.rename_new(aside, target)
-            storage.sync_directory(target.parent)
-    except BaseException:
-        with storage_errors(aside):
-            storage.remove_tree(aside)
-        raise
+    with written_aside(target, storage, resumes=True) as aside:
+        _write(export, aside, _kept(export.layout, aside, storage), storage, progress)
 
 
 def _kept(layout: Layout, aside: Path, storage: Storage) -> frozenset[int]:
     """Numbers of the files that an interrupted run began, with this very header; all else is removed."""
-    info = storage.status(aside, follows=False)
-    if info is None or info.kind != "directory":
-        storage.remove_tree(aside)
-        return frozenset()
     files = {file.name: number for number, file in enumerate(layout.files)}
     kept = set()
     for name, kind in storage.entries(aside):
@@ -183,7 +131,6 @@ def _write(export: Export, aside: Path, kept: frozenset[int], storage: Storage, 
     for name, content in export.plain(record.tensors).items():
         storage.make_directory((aside / name).parent)
         write_file(storage, aside / name, content)
-        storage.sync_directory((aside / name).parent)
         files.append(FileRecord.plain(name, content))
     record += ComponentRecord(tuple(files), aliases=export.aliases)
     write_manifest(storage, aside, record, dict(export.notes))
@@ -226,7 +173,7 @@ class _Writing:
         return self._crcs
 
     def _batch(self, batch: Batch) -> None:
-        for name, blocks in batch.pieces():
+        for name, blocks in batch():
             self._tensor(name, blocks)
 
     def _tensor(self, name: str, blocks: Iterable[memoryview]) -> None:

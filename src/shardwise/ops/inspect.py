@@ -4,69 +4,36 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from shardwise.disk.guarded import is_followed, is_made_of_links, resolve_inside
 from shardwise.disk.names import files_under, is_directory, is_file
 from shardwise.disk.storage import Storage, current, using
-from shardwise.engine.verify import files_below, load_manifest
-from shardwise.errors import CheckpointNotFoundError, ShardwiseError
+from shardwise.engine.verify import check_files, files_below, load_manifest
+from shardwise.errors import FormatError
 from shardwise.format.manifest import Manifest
 from shardwise.format.sniff import what_is_file
-from shardwise.geometry import TensorSpec
+from shardwise.format.strict_json import JsonValue
 from shardwise.lifecycle.names import parse_checkpoint_name
 from shardwise.lifecycle.resolve import read_metrics
 from shardwise.ops.modules import ModuleDescription, describe_modules
-from shardwise.ops.origin import tools_named, writer_of
-from shardwise.ops.targets import Target, find_targets, is_unfinished
-from shardwise.ops.tensor_listing import DCP_SUFFIX, Piece, format_name, read_contents
+from shardwise.ops.targets import Target, find_targets, is_unfinished, nothing_in
+from shardwise.ops.tensor_listing import (
+    DCP_SUFFIX,
+    MODEL,
+    FileDescription,
+    Listing,
+    Piece,
+    TensorDescription,
+    add_dcp,
+    format_name,
+    read_contents,
+    tools_named,
+    writer_of,
+)
 
 __all__ = ["CheckpointDescription", "FileDescription", "Piece", "TensorDescription", "inspect"]
-
-
-@dataclass(frozen=True, slots=True)
-class FileDescription:
-    """A file.
-
-    Attributes:
-        path: Relative to the checkpoint.
-        size: Its bytes.
-        tensors: How many tensors have a part in it.
-        format: What it is, by its first bytes; ``None`` for an unknown format and for a file that is absent.
-        header_bytes: Bytes before the first tensor, where that is known.
-        writer: Who wrote it, where its name says so: ``rank 0``, or ``shard 1`` where nothing tells how many ranks
-            there were.
-        crc32c: Of the header of a tensor file, else of the whole file; where a manifest has it.
-    """
-
-    path: str
-    size: int
-    tensors: int
-    format: str | None = None
-    header_bytes: int | None = None
-    writer: str | None = None
-    crc32c: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TensorDescription:
-    """A tensor.
-
-    Attributes:
-        component: What it belongs to.
-        spec: What it is.
-        files: The files that hold it.
-        pieces: Where it lies in them, as far as that is known.
-        crc32c: CRC-32C of the whole tensor, where a manifest has it.
-    """
-
-    component: str
-    spec: TensorSpec
-    files: tuple[str, ...]
-    pieces: tuple[Piece, ...] = ()
-    crc32c: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +98,18 @@ class CheckpointDescription:
         return tuple(dict.fromkeys(file.writer for file in self.files if file.writer))
 
     @property
+    def ranks(self) -> str | None:
+        """How many ranks saved it, for people; ``None`` where nothing tells."""
+        if self.world_size is not None:
+            return str(self.world_size)
+        return f"not recorded; writers by the files' names: {len(self.writers)}" if self.writers else None
+
+    @property
+    def saved_by(self) -> str | None:
+        """What wrote it, for people; ``None`` where nothing tells."""
+        return ", ".join([*([] if self.version is None else [f"shardwise {self.version}"]), *self.tools]) or None
+
+    @property
     def components(self) -> tuple[str, ...]:
         """Components that have tensors, in order of appearance."""
         return tuple(dict.fromkeys(tensor.component for tensor in self.tensors))
@@ -149,159 +128,92 @@ def inspect(path: str | os.PathLike[str], *, storage: Storage | None = None) -> 
             ``damaged``.
     """
     with using(storage or current()):
-        return _inspect(path)
+        targets = find_targets(path)
+        root = targets[0].directory if len(targets) == 1 else targets[0].directory.parent
+        found, info = Listing(), dict[str, JsonValue]()
+        manifests = [load_manifest(target.directory) for target in targets]
+        for target, manifest in zip(targets, manifests, strict=True):
+            if manifest is None:
+                _from_headers(found, root, target)
+            else:
+                _from_manifest(found, root, target, manifest)
+                info = info or dict(manifest.info)
+        return _description(found, root, targets, info, all(manifest is not None for manifest in manifests))
 
 
-def _inspect(path: str | os.PathLike[str]) -> CheckpointDescription:
-    targets = find_targets(path)
-    parts = [_describe(target) for target in targets]
-    if len(parts) == 1:
-        return parts[0]
-    names = [target.directory.name for target in targets]
-    return CheckpointDescription(
-        targets[0].directory.parent,
-        all(part.verifiable for part in parts),
-        None,
-        None,
-        parts[0].world_size,
-        parts[0].version,
-        {},
-        tuple(
-            replace(file, path=f"{name}/{file.path}")
-            for name, part in zip(names, parts, strict=True)
-            for file in part.files
-        ),
-        tuple(_below(tensor, name) for name, part in zip(names, parts, strict=True) for tensor in part.tensors),
-        tuple((f"{name}/{file}", why) for name, part in zip(names, parts, strict=True) for file, why in part.unread),
-        tuple(dict.fromkeys(tool for part in parts for tool in part.tools)),
-        tuple(f"{name}/{file}" for name, part in zip(names, parts, strict=True) for file in part.damaged),
-    )
-
-
-def _below(tensor: TensorDescription, name: str) -> TensorDescription:
-    return replace(
-        tensor,
-        files=tuple(f"{name}/{file}" for file in tensor.files),
-        pieces=tuple(piece._replace(file=f"{name}/{piece.file}") for piece in tensor.pieces),
-    )
-
-
-def _describe(target: Target) -> CheckpointDescription:
-    manifest = load_manifest(target.directory)
-    if manifest is None:
-        return _from_headers(target)
-    return _from_manifest(target, manifest)
-
-
-def _from_manifest(target: Target, manifest: Manifest) -> CheckpointDescription:
-    root = target.directory
-    files = files_below(manifest, (target.under,) if target.under else ())
-    wanted = {file.path for file in files}
-    linked = is_made_of_links(root)
-    own = [file.path for file in files if _is_own(root, file.path, linked)]
-    formats = {path: what for path in own if (what := what_is_file(root / path)) is not None}
-    tensors = []
-    counts: Counter[str] = Counter()
-    for component, spec, crc, chunks in manifest.tensors:
-        pieces = tuple([Piece(c.file, c.offset, c.nbytes, c.crc32c) for c in chunks if c.file in wanted])
-        places = tuple(dict.fromkeys(piece.file for piece in pieces))
-        if places or not target.under:
-            tensors.append(TensorDescription(component, spec, places, pieces, crc))
-            counts.update(places)
-    # A manifest has the bytes of DCP's files; their tensors are in DCP's own metadata.
-    described = read_contents(root, [f.path for f in files if f.path.endswith(DCP_SUFFIX)], root.name, whole=True)
-    for (component, name), (spec, held) in described.tensors.items():
-        found = tuple(described.pieces.get((component, name), ()))
-        tensors.append(TensorDescription(component, spec, tuple(held), found))
-        counts.update(held)
-    named = parse_checkpoint_name(root.name) or (None, None)
-    info = manifest.info
+def _description(
+    found: Listing, root: Path, targets: Sequence[Target], info: Mapping[str, JsonValue], verifiable: bool
+) -> CheckpointDescription:
+    epoch, step = parse_checkpoint_name(root.name) or (_count(info.get("epoch")), _count(info.get("step")))
     version, ranks = info.get("shardwise"), _count(info.get("world_size"))
     return CheckpointDescription(
-        root / target.under,
-        True,
-        named[0] if named[0] is not None else _count(info.get("epoch")),
-        named[1] if named[1] is not None else _count(info.get("step")),
-        ranks,
+        root / targets[0].under,
+        verifiable,
+        epoch,
+        step,
+        ranks if verifiable else found.world_size,
         version if isinstance(version, str) else None,
         read_metrics(root),
-        tuple(
-            FileDescription(
-                file.path,
-                file.size,
-                counts[file.path],
-                format_name(file.path, formats[file.path]) if file.path in formats else None,
-                file.header_bytes,
-                writer_of(file.path, ranks),
-                file.crc32c,
-            )
-            for file in files
-        ),
-        tuple(tensors),
-        tuple(described.unread.items()),
-        tuple(tools_named(root, own)),
-        tuple(described.damaged),
+        tuple(replace(file, tensors=found.counts[path]) for path, file in found.files.items()),
+        tuple(found.tensors.values()),
+        tuple(found.unread.items()),
+        tuple(found.tools),
+        tuple(found.damaged),
     )
 
 
-def _is_own(root: Path, relative: str, linked: bool) -> bool:
-    """Whether a file may be looked into: a link leads out of a checkpoint only where all are links, or into a store."""
-    try:
-        resolve_inside(root, relative)
-    except ShardwiseError:
-        return is_followed(root / relative, linked)
-    return True
+def _from_manifest(found: Listing, root: Path, target: Target, manifest: Manifest) -> None:
+    below = "" if target.directory == root else f"{target.directory.relative_to(root).as_posix()}/"
+    files = files_below(manifest, (target.under,) if target.under else ())
+    wanted = {file.path for file in files}
+    damages = check_files(target.directory, files, {})
+    for damage in damages:
+        found.leave_out(below + damage.file, damage.message, damaged=True)
+    # A link that leads out of the checkpoint is not looked behind.
+    apart = {damage.file for damage in damages if damage.kind != "size"}
+    own = [file.path for file in files if file.path not in apart]
+    ranks = _count(manifest.info.get("world_size"))
+    for file in files:
+        what = what_is_file(target.directory / file.path) if file.path not in apart else None
+        found.files[below + file.path] = FileDescription(
+            below + file.path,
+            file.size,
+            0,
+            format_name(file.path, what),
+            file.header_bytes,
+            writer_of(file.path, ranks),
+            file.crc32c,
+        )
+    for component, spec, crc, chunks in manifest.tensors:
+        pieces = tuple([Piece(below + c.file, c.offset, c.nbytes, c.crc32c) for c in chunks if c.file in wanted])
+        if pieces or not target.under:
+            found.add(component, spec, pieces, crc=crc)
+    # A manifest has the bytes of DCP's files; their tensors are in DCP's own metadata.
+    for path in own:
+        if path.endswith(DCP_SUFFIX):
+            try:
+                component = PurePosixPath(below + path).parent.as_posix()
+                add_dcp(root, below + path, MODEL if component == "." else component, found)
+            except FormatError as error:
+                found.leave_out(below + path, error, damaged=True)
+    found.tools |= dict.fromkeys(tools_named(root, [below + path for path in own]))
 
 
 def _count(value: object) -> int | None:
     return value if type(value) is int else None
 
 
-def _from_headers(target: Target) -> CheckpointDescription:
+def _from_headers(found: Listing, root: Path, target: Target) -> None:
     top = target.directory / target.under
-    listed = _listed(target.directory, top)
-    found = read_contents(target.directory, listed, target.directory.name, whole=not is_file(top))
-    if not found.files:
-        raise CheckpointNotFoundError(
-            "the directory holds no file, or those of interrupted saves alone",
-            path=top,
-            hint="Name a checkpoint's directory.",
-        )
-    epoch, step = parse_checkpoint_name(target.directory.name) or (None, None)
-    return CheckpointDescription(
-        top,
-        False,
-        epoch,
-        step,
-        found.world_size,
-        None,
-        read_metrics(target.directory),
-        tuple(
-            FileDescription(
-                path,
-                size,
-                found.counts[path],
-                found.formats.get(path),
-                found.headers.get(path),
-                writer_of(path, None),
-            )
-            for path, size in found.files.items()
-        ),
-        tuple(
-            TensorDescription(key[0], spec, tuple(files), tuple(found.pieces.get(key, ())))
-            for key, (spec, files) in found.tensors.items()
-        ),
-        tuple(found.unread.items()),
-        (*found.tools, *tools_named(target.directory, found.files)),
-        tuple(found.damaged),
-    )
-
-
-def _listed(root: Path, top: Path) -> list[str]:
-    """Every file and link to a file, such as those of a hub cache's snapshots; none of an interrupted save."""
     if is_file(top):
-        return [top.relative_to(root).as_posix()]
-    # Of a hub cache the snapshots' links are listed, and not their targets.
-    files = files_under(top, lambda where: where.name != "blobs" or not is_directory(where.with_name("snapshots")))
-    listed = [path.relative_to(root).as_posix() for path in files]
-    return [each for each in listed if not is_unfinished(each)]
+        listed = [top.relative_to(root).as_posix()]
+    else:
+        # Of a hub cache the snapshots' links are listed, and not their targets.
+        files = files_under(top, lambda where: where.name != "blobs" or not is_directory(where.with_name("snapshots")))
+        listed = [each for path in files if not is_unfinished(each := path.relative_to(root).as_posix())]
+    if not listed:
+        raise nothing_in(top)
+    # The name of a component that stands alone says what its tensors are.
+    own = root.name if root.name == "optim" else MODEL
+    read_contents(found, root, listed, own, whole=not is_file(top))
+    found.tools |= dict.fromkeys(tools_named(root, found.files))

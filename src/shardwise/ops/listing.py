@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
 from shardwise.disk.guarded import MANIFEST_NAME
-from shardwise.disk.names import exists, file_size, is_directory, is_there, names_in, real_path, status, walk
+from shardwise.disk.names import exists, is_directory, is_there, names_in, real_path, status, walk
 from shardwise.disk.storage import Storage, current, storage_errors, using
 from shardwise.engine.verify import check_files
 from shardwise.errors import CheckpointNotFoundError, ManifestError, MisuseError, StorageError
@@ -22,6 +22,7 @@ from shardwise.lifecycle import LATEST, CheckpointInfo, Writer, parse_checkpoint
 from shardwise.lifecycle import list_checkpoints as checkpoints_by_name
 from shardwise.lifecycle.names import is_temporary, leftover_of
 from shardwise.lifecycle.resolve import publication_begun
+from shardwise.ops.targets import nothing_at
 
 __all__ = ["ListedCheckpoint", "State", "list_checkpoints"]
 
@@ -71,29 +72,24 @@ def real_root(given: Path) -> Path:
 
     Raises:
         CheckpointNotFoundError: There is nothing at the path.
-        MisuseError: It is a checkpoint itself.
+        MisuseError: It is a checkpoint itself, or no directory.
         StorageError: Links lead in a circle.
     """
     place = real_path(given)
     if not exists(place):
-        hint = "Check the path and that the file system is mounted."
-        raise CheckpointNotFoundError("there is nothing at this path", path=given, hint=_name_beside(given) or hint)
+        raise nothing_at(given)
+    if not is_directory(place):
+        raise MisuseError(
+            "this is no directory of checkpoints", path=given, hint="`shardwise inspect` shows what is in a file."
+        )
     if is_there(place / MANIFEST_NAME):
+        shown = "" if leftover_of(place.name) else "`shardwise inspect` shows it; "
         raise MisuseError(
             "this is a checkpoint and no directory of checkpoints",
             path=place,
-            hint=f"`shardwise inspect` shows it; `shardwise ls {place.parent}` lists those beside it.",
+            hint=f"{shown}`shardwise ls {place.parent}` lists those beside it.",
         )
     return place
-
-
-def _name_beside(given: Path) -> str:
-    """A sentence that names the directory beside a path that was probably meant; empty where there is none."""
-    try:
-        alike = get_close_matches(given.name, names_in(given.parent), n=1, cutoff=0.8)
-    except OSError:  # absent or unreadable: a suggestion must not replace the error it belongs to
-        return ""
-    return f"Did you mean {str(given.parent / alike[0])!r}?" if alike else ""
 
 
 def list_checkpoints(root: str | os.PathLike[str], *, storage: Storage | None = None) -> tuple[ListedCheckpoint, ...]:
@@ -108,8 +104,8 @@ def list_checkpoints(root: str | os.PathLike[str], *, storage: Storage | None = 
 
     Raises:
         CheckpointNotFoundError: There is nothing at the path.
-        MisuseError: It is a checkpoint itself.
-        StorageError: It is a file, or cannot be read.
+        MisuseError: It is a checkpoint itself, or no directory.
+        StorageError: It cannot be read.
     """
     given = Path(root).absolute()
     with using(storage or current()), storage_errors(given):
@@ -129,16 +125,12 @@ def list_checkpoints(root: str | os.PathLike[str], *, storage: Storage | None = 
 
 def _published(info: CheckpointInfo, leading: Mapping[str, str]) -> ListedCheckpoint:
     named = tuple(sorted(pointer for pointer, target in leading.items() if target == info.name))
-    problems: list[str] = []
     state: State = "published"
+    nbytes, problems = _compared(info.path) if info.verifiable else (_bytes_below(info.path), [])
     if not info.complete:
-        state, nbytes = "interrupted", _bytes_below(info.path)
-        problems.append("it has neither a manifest nor a model, and nothing resumes from it")
-    elif not info.verifiable:
-        nbytes = _bytes_below(info.path)
-    else:
-        nbytes, problems = _compared(info.path)
-        state = "damaged" if problems else state
+        state, problems = "interrupted", ["it has neither a manifest nor a model, and nothing resumes from it"]
+    elif problems:
+        state = "damaged"
     return ListedCheckpoint(
         info.name,
         info.path,
@@ -175,15 +167,10 @@ def _unfinished(root: Path, entry: str, name: str, numbers: tuple[int, int]) -> 
 def _bytes_below(directory: Path) -> int:
     """Bytes of the files below a directory; of one that is written or deleted meanwhile, those seen."""
     total = 0
-    try:
+    with suppress(CheckpointNotFoundError, StorageError):  # a directory went while it was looked at
         for where, names in walk(directory):
-            for name in names:
-                try:
-                    total += file_size(where / name)
-                except CheckpointNotFoundError:
-                    continue
-    except (CheckpointNotFoundError, StorageError):
-        return total  # a directory went while it was looked at
+            found = (status(where / name) for name in names)
+            total += sum(each.size for each in found if each is not None)
     return total
 
 

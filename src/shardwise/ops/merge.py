@@ -37,7 +37,7 @@ from shardwise.errors import AdapterError, CheckpointExistsError, ConversionErro
 from shardwise.format.manifest import AliasRecord
 from shardwise.geometry import TensorSpec
 from shardwise.ops.attach import attach
-from shardwise.ops.exporting import Batch, Export, Piece, batches_of, publish
+from shardwise.ops.exporting import Export, Piece, batches_of, publish
 from shardwise.ops.merge_input import MergeInput, find_merge, take_extra
 from shardwise.ops.verify import Progress
 from shardwise.peft.merge import MergedPart, merged_parts
@@ -286,7 +286,7 @@ class _Planned:
         aliases = [AliasRecord("model", name, kept) for name, kept in self.hub.unwritten_aliases.items()]
         return Export(
             self.layout,
-            [Batch(self._computed), *copied],
+            [self._computed, *copied],
             lambda _: {**self.plain, index_name("model"): self.layout.index},
             lambda: None,
             tuple(aliases),

@@ -17,14 +17,15 @@ from shardwise.base.class_of_config import build_on_meta, named_classes
 from shardwise.base.files import base_config, base_dtype, find_base
 from shardwise.base.initialise import slots_of
 from shardwise.comm import Group
-from shardwise.disk.names import is_directory, is_file, names_in
+from shardwise.disk.names import is_directory, is_file, is_there, names_in
 from shardwise.disk.storage import current
 from shardwise.engine.sharing import PlannedReads
 from shardwise.errors import AdapterError, IntegrityError, MisuseError
+from shardwise.format.dcp_metadata import DCP_METADATA_NAME
 from shardwise.format.strict_json import JsonValue
 from shardwise.ops.attach import place_tensor
 from shardwise.ops.side_content import side_files
-from shardwise.ops.targets import find_targets
+from shardwise.ops.targets import find_targets, nothing_at
 from shardwise.ops.verify import verify
 from shardwise.peft.config import read_adapter_config
 from shardwise.peft.extra import base_tensors
@@ -73,8 +74,10 @@ def find_merge(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) ->
         MisuseError: The adapter is none, or the base's configuration names no class of transformers'.
         AdapterError: The adapter's configuration is damaged.
     """
-    place = find_base(None, os.fspath(base))
+    if Path(base).is_absolute() and not is_there(Path(base)):  # a hub id is not
+        raise nothing_at(Path(base))
     directory = _adapter_directory(Path(adapter).absolute())
+    place = find_base(None, os.fspath(base))
     settings = read_adapter_config(directory)
     _require_whole(directory)
     _require_whole(place)
@@ -97,7 +100,7 @@ def _adapter_directory(path: Path) -> Path:
     if is_file(path / ADAPTER_CONFIG_NAME):
         return path
     places = [path]
-    if is_directory(path):
+    if not is_file(path):
         places += [target.directory / target.under for target in find_targets(path)]
     for place in places:
         for directory in (place, place / "model"):
@@ -108,8 +111,8 @@ def _adapter_directory(path: Path) -> Path:
 
 
 def _require_whole(path: Path) -> None:
-    """Compare digests where a manifest has them; of other files the headers are compared when they are opened."""
-    if not find_targets(path)[0].has_manifest:
+    """Compare digests where a manifest has them, of DCP extents; of others the headers, when they are opened."""
+    if not find_targets(path)[0].has_manifest and not is_file(path / DCP_METADATA_NAME):
         return
     report = verify(path)
     if report.damages:

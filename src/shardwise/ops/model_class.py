@@ -19,6 +19,7 @@ from shardwise.stateful_wrappers import ModelState
 from shardwise.upstream.diffusers import CLASS_NAME
 
 CONFIG_NAME = "config.json"
+_WRONG = "A file is absent, or the configuration is another model's: restore the right one."
 _SHOWN = 5
 
 
@@ -45,12 +46,7 @@ class ModelClass:
     state: HubState
 
     def compare(self, specs: Sequence[TensorSpec], path: Path, *, whole: bool) -> None:
-        """Compare tensors with those that the class has.
-
-        Args:
-            specs: Tensors, under the model's names or those of its files.
-            path: Where they are, for messages.
-            whole: Whether all of the class's tensors have to be there.
+        """Compare tensors, under the model's names or those of its files, with those of the class; ``whole``: with all.
 
         Raises:
             ShapeMismatchError: One has another shape.
@@ -59,14 +55,14 @@ class ModelClass:
         names = {spec.name for spec in specs}
         known = self._nearest(names)
         for spec in specs:
-            shape = known.get(spec.name)
-            if shape is not None and shape != spec.shape:
+            shape = known.get(spec.name, spec.shape)
+            if shape != spec.shape:
                 raise ShapeMismatchError(
                     f"the files make up a tensor of {list(spec.shape)}; by {self.config.name} that of a {self.name} "
                     f"has {list(shape)}",
                     path=path,
                     tensor=spec.name,
-                    hint="A file is absent, or the configuration is another model's: restore the right one.",
+                    hint=_WRONG,
                 )
         missing = [name for name in known if name not in names] if whole else []
         if missing:
@@ -75,16 +71,15 @@ class ModelClass:
                 f"there: {', '.join(missing[:_SHOWN])}{', ...' if len(missing) > _SHOWN else ''}",
                 path=path,
                 tensor=missing[0],
-                hint="A file is absent, or the configuration is another model's: restore the right one.",
+                hint=_WRONG,
             )
 
     def _nearest(self, names: set[str]) -> Mapping[str, tuple[int, ...]]:
         """The class's tensors under the names in use: its own or its files', with its prefix or without."""
         prefix = f"{self.prefix}." if self.prefix else ""
         ways = [self.hub, self.native]
-        if prefix:
-            ways.append({name.removeprefix(prefix): shape for name, shape in self.hub.items()})
-            ways.append({prefix + name: shape for name, shape in self.hub.items()})
+        ways.append({name.removeprefix(prefix): shape for name, shape in self.hub.items()})
+        ways.append({prefix + name: shape for name, shape in self.hub.items()})
         return max(ways, key=lambda way: len(names & way.keys()))
 
 
@@ -99,9 +94,7 @@ def model_class(directory: Path) -> ModelClass | None:
         FormatError: The configuration is damaged, or the class refuses it.
     """
     path = directory / CONFIG_NAME
-    if not is_file(path):
-        return None
-    found = read_json(path)
+    found = read_json(path) if is_file(path) else None
     if not isinstance(found, dict) or found.get("quantization_config"):
         return None
     config: dict[str, object] = dict(found)
@@ -109,7 +102,11 @@ def model_class(directory: Path) -> ModelClass | None:
     if kind is None:
         return None
     try:
-        model = _build(kind, config)
+        if CLASS_NAME in config:
+            model = build_on_meta(kind, config)
+        else:
+            model = build_on_meta(kind, configuration(cast(Any, kind).config_class, config))
+            cast(Any, model).tie_weights()
     except Exception as error:
         raise FormatError(
             f"{kind.__name__} cannot be built from the configuration: {type(error).__name__}: {error}",
@@ -137,11 +134,3 @@ def _class_of(config: Mapping[str, object]) -> type[nn.Module] | None:
     if CLASS_NAME not in config and (config.get("auto_map") or not isinstance(named, list) or len(named) != 1):
         return None
     return next(iter(named_classes(config)), None)
-
-
-def _build(kind: type[nn.Module], config: Mapping[str, object]) -> nn.Module:
-    if CLASS_NAME in config:
-        return build_on_meta(kind, config)
-    model = build_on_meta(kind, configuration(cast(Any, kind).config_class, config))
-    cast(Any, model).tie_weights()
-    return model

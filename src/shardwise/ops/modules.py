@@ -32,26 +32,21 @@ class ModuleDescription:
 
 def module_of(name: str) -> str:
     """The kind of module: ``model.layers.*.mlp`` of ``model.layers.7.mlp.up_proj.weight``."""
-    path = _path(name)
-    for at, part in enumerate(path):
-        if part.isdecimal():
-            return ".".join([*path[:at], "*", *path[at + 1 : at + 2]])
-    return ".".join(path[:_DEPTH])
+    path, at = _path(name)
+    return ".".join(path[:_DEPTH] if at is None else [*path[:at], "*", *path[at + 1 : at + 2]])
 
 
 def layer_of(name: str) -> str:
     """The layer: ``model.layers.7`` of ``model.layers.7.mlp.up_proj.weight``; outside of layers the module."""
-    path = _path(name)
-    for at, part in enumerate(path):
-        if part.isdecimal():
-            return ".".join(path[: at + 1])
-    return ".".join(path[:_DEPTH])
+    path, at = _path(name)
+    return ".".join(path[: _DEPTH if at is None else at + 1])
 
 
-def _path(name: str) -> list[str]:
-    """The module's name in parts. Of an optimizer's state, ``state.PARAMETER.KEY``, a parameter's name is no module."""
+def _path(name: str) -> tuple[list[str], int | None]:
+    """The module's name in parts, and which is the layer's number; ``state.PARAMETER.KEY`` is an optimizer's state."""
     *path, _ = name.split(".")
-    return path[:-1] if path[:1] == ["state"] and len(path) > 2 else path
+    path = path[:-1] if path[:1] == ["state"] and len(path) > 2 else path
+    return path, next((at for at, part in enumerate(path) if part.isdecimal()), None)
 
 
 def describe_modules(specs: Iterable[TensorSpec]) -> tuple[ModuleDescription, ...]:

@@ -21,8 +21,8 @@ from shardwise.disk.names import is_directory, is_there
 from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import Storage, current, storage_errors, using
 from shardwise.errors import MisuseError, ShardwiseError
-from shardwise.format.manifest import MANIFEST_NAME
 from shardwise.format.sniff import what_is_file
+from shardwise.ops.aside import refuse_inside
 from shardwise.ops.inspect import inspect
 from shardwise.ops.page_data import page_data
 
@@ -109,11 +109,7 @@ def _check_target(target: Path) -> None:
         there = what_is_file(target)
         if there is None or there.name != _PAGE:
             raise MisuseError("the page would replace a file that is no page", path=target, hint=hint)
-    for directory in target.parents:
-        if is_there(directory / MANIFEST_NAME):
-            raise MisuseError(
-                "the page would be a file of a checkpoint, whose manifest lacks it", path=target, hint=hint
-            )
+    refuse_inside(target)
 
 
 def _write(target: Path, content: bytes) -> None:
@@ -123,9 +119,10 @@ def _write(target: Path, content: bytes) -> None:
         try:
             write_file(storage, beside, content)
             storage.rename(beside, target)
-        except (OSError, ShardwiseError):
-            if is_there(beside):
-                storage.remove_file(beside)
+        except (OSError, ShardwiseError) as error:
+            storage.remove_file(beside)
+            if isinstance(error, ShardwiseError):
+                error.path = str(target)  # the file beside it is gone
             raise
 
 

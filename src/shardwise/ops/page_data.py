@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING
 
-from shardwise.format.strict_json import JsonValue
 from shardwise.geometry import DTYPE_BYTES
 from shardwise.ops.modules import layer_of, module_of
 
@@ -42,22 +41,14 @@ class _Table:
 
 
 def page_data(found: CheckpointDescription, change: DiffReport | None = None) -> str:
-    """The page's data.
-
-    Args:
-        found: What is shown.
-        change: How it differs from something else, which is the first of both in the report.
-
-    Returns:
-        JSON without a ``<``, ``>`` or ``&``.
-    """
-    data: dict[str, JsonValue] = {
+    """The page's data, as JSON without a ``<``, ``>`` or ``&``; of a change, what is shown is the second of both."""
+    data = {
         "name": found.path.name or str(found.path),
         "path": str(found.path),
-        "facts": cast(JsonValue, _facts(found)),
+        "facts": _facts(found),
         "manifest": found.verifiable,
-        "files": cast(JsonValue, [[f.path, f.size, f.header_bytes, f.format, f.writer, f.crc32c] for f in found.files]),
-        "unread": cast(JsonValue, [list(each) for each in found.unread]),
+        "files": [[f.path, f.size, f.header_bytes, f.format, f.writer, f.crc32c] for f in found.files],
+        "unread": found.unread,
         **_columns(found),
         "change": None if change is None else _change(found, change),
     }
@@ -65,12 +56,11 @@ def page_data(found: CheckpointDescription, change: DiffReport | None = None) ->
 
 
 def _facts(found: CheckpointDescription) -> list[tuple[str, str]]:
-    saved_by = [] if found.version is None else [f"shardwise {found.version}"]
     facts = {
         "Step": found.step,
         "Epoch": found.epoch,
-        "Ranks": _ranks(found),
-        "Written by": ", ".join([*saved_by, *found.tools]) or "not recorded",
+        "Ranks": found.ranks or "not recorded",
+        "Written by": found.saved_by or "not recorded",
         "Format": ", ".join(found.formats) or None,
         "Manifest": "yes, with digests" if found.verifiable else "none: no digests",
     }
@@ -78,50 +68,35 @@ def _facts(found: CheckpointDescription) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in facts.items() if value is not None]
 
 
-def _ranks(found: CheckpointDescription) -> str:
-    if found.world_size is not None:
-        return str(found.world_size)
-    return f"not recorded; writers by the files' names: {len(found.writers)}" if found.writers else "not recorded"
-
-
-def _columns(found: CheckpointDescription) -> dict[str, JsonValue]:
+def _columns(found: CheckpointDescription) -> dict[str, object]:
     dtypes, shapes, components, modules, layers = (_Table() for _ in range(5))
     numbers = {file.path: number for number, file in enumerate(found.files)}
-    tensors: dict[str, list[JsonValue]] = {
-        key: [] for key in ("name", "component", "module", "layer", "dtype", "shape", "crc")
-    }
-    pieces: dict[str, list[JsonValue]] = {key: [] for key in ("tensor", "file", "offset", "nbytes", "crc")}
+    tensors: list[tuple[object, ...]] = []
+    pieces: list[tuple[object, ...]] = []
     for number, tensor in enumerate(found.tensors):
         name, shape, dtype = tensor.spec
         component = components.number(tensor.component)
-        row = (
-            name,
-            component,
-            modules.number(module_of(name)),
-            layers.number((component, layer_of(name))),
-            dtypes.number(dtype),
-            shapes.number(shape),
-            tensor.crc32c,
-        )
-        for column, value in zip(tensors.values(), row, strict=True):
-            column.append(value)
-        for piece in tensor.pieces:
-            if piece.file in numbers:
-                place = (number, numbers[piece.file], piece.offset, piece.nbytes, piece.crc32c)
-                for column, value in zip(pieces.values(), place, strict=True):
-                    column.append(value)
+        module, layer = modules.number(module_of(name)), layers.number((component, layer_of(name)))
+        tensors.append((name, component, module, layer, dtypes.number(dtype), shapes.number(shape), tensor.crc32c))
+        for file, offset, nbytes, crc in tensor.pieces:
+            if file in numbers:
+                pieces.append((number, numbers[file], offset, nbytes, crc))
     return {
-        "dtypes": [[code, DTYPE_BYTES[str(code)]] for code in cast("list[str]", dtypes.values)],
-        "shapes": cast(JsonValue, shapes.values),
-        "components": cast(JsonValue, components.values),
-        "modules": cast(JsonValue, modules.values),
-        "layers": cast(JsonValue, layers.values),
-        "tensors": cast(JsonValue, tensors),
-        "pieces": cast(JsonValue, pieces),
+        "dtypes": [[code, DTYPE_BYTES[str(code)]] for code in dtypes.values],
+        "shapes": shapes.values,
+        "components": components.values,
+        "modules": modules.values,
+        "layers": layers.values,
+        "tensors": _by_column(("name", "component", "module", "layer", "dtype", "shape", "crc"), tensors),
+        "pieces": _by_column(("tensor", "file", "offset", "nbytes", "crc"), pieces),
     }
 
 
-def _change(found: CheckpointDescription, change: DiffReport) -> JsonValue:
+def _by_column(names: Sequence[str], rows: Sequence[tuple[object, ...]]) -> dict[str, list[object]]:
+    return {name: [row[at] for row in rows] for at, name in enumerate(names)}
+
+
+def _change(found: CheckpointDescription, change: DiffReport) -> dict[str, object]:
     place = _component_of(found, change)
     equal, added, unread = set(change.equal), set(change.only_b), set(change.uncompared)
     differing = {(each.component, each.b.name): each for each in change.tensors}
@@ -143,9 +118,9 @@ def _change(found: CheckpointDescription, change: DiffReport) -> JsonValue:
         "largest": [_number(each.largest) for _, each in rows],
         "elements": [each.elements for _, each in rows],
         "was": [f"{each.a.dtype} {list(each.a.shape)}" for _, each in rows],
-        "gone": cast(JsonValue, [list(each) for each in change.only_a]),
+        "gone": change.only_a,
         "configs": [[each.file, each.key, _shown(each.a), _shown(each.b)] for each in change.configs],
-        "notes": list(change.notes),
+        "notes": change.notes,
     }
 
 
@@ -159,7 +134,8 @@ def _component_of(found: CheckpointDescription, change: DiffReport) -> Callable[
     """The component under which a report has a tensor: of a directory without a manifest, folders are components."""
     known = {name for name, _ in (*change.equal, *change.only_b, *change.uncompared)}
     known |= {each.component for each in change.tensors}
-    alone = next(iter(known)) if len(known) == 1 and len(found.components) == 1 else None
+    one = len(found.components) == 1 or any(file.path == ".metadata" for file in found.files)  # DCP is compared whole
+    alone = next(iter(known)) if len(known) == 1 and one else None
 
     def place(tensor: TensorDescription) -> str:
         own = tensor.component
@@ -170,7 +146,7 @@ def _component_of(found: CheckpointDescription, change: DiffReport) -> Callable[
     return place
 
 
-def _number(value: float | None) -> JsonValue:
+def _number(value: float | None) -> float | str | None:
     """JSON has no infinity."""
     return value if value is None or math.isfinite(value) else "infinite"
 

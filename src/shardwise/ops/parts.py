@@ -9,15 +9,16 @@ from pathlib import Path
 
 from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.engine.verify import load_manifest
+from shardwise.errors import IntegrityError
 from shardwise.format.manifest import TensorRecord
 from shardwise.format.notes import METADATA_DIR
+from shardwise.ops.run_config import CONFIG_NAME
 from shardwise.ops.targets import COMPONENTS, find_targets, with_nested
 from shardwise.sources.directory_contents import holds_model
 
 _COMPONENTS = (*COMPONENTS, "model_ema")
 _ADAPTER = "adapter_model.safetensors"
 _CONFIGS = ("config.json", "generation_config.json", "adapter_config.json", "model_index.json")
-_RUN_CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ def find_parts(path: str | os.PathLike[str]) -> Parts:
     Raises:
         CheckpointNotFoundError: Nothing is there.
         IncompleteCheckpointError: An interrupted save.
+        IntegrityError: A directory is absent that a manifest lists files of.
         ManifestError: A manifest is damaged.
         StorageError: The file system refused.
     """
@@ -61,7 +63,14 @@ def find_parts(path: str | os.PathLike[str]) -> Parts:
             key = (tensor.component, tensor.spec.name)
             recorded[key] = (*recorded.get(key, ()), tensor)
     places = _places(place, whole)
-    configs = {} if not is_file(place / _RUN_CONFIG) else {_RUN_CONFIG: place / _RUN_CONFIG}
+    lost = sorted({component for component, _ in recorded} & set(_COMPONENTS) - places.keys()) if whole else ()
+    if lost:
+        raise IntegrityError(
+            f"the checkpoint is damaged: its manifest lists files of {lost[0]}, and that directory is absent",
+            path=place / lost[0],
+            hint="Restore the checkpoint from a copy.",
+        )
+    configs = {CONFIG_NAME: place / CONFIG_NAME} if is_file(place / CONFIG_NAME) else {}
     for component, where in places.items():
         below = "" if component == "model" else f"{component}/"
         configs |= {f"{below}{name}": found for name, found in _configs(where).items()}

@@ -6,18 +6,16 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from shardwise.disk.guarded import read_note
 from shardwise.disk.storage import Storage, current, storage_errors, using
-from shardwise.errors import ConfigError, StateFormatError
+from shardwise.errors import ConfigError
 from shardwise.lifecycle import Retention, list_checkpoints, prunable, prune, publishing
 from shardwise.lifecycle.resolve import newest
 from shardwise.ops.listing import real_root
+from shardwise.ops.run_config import CONFIG_NAME, settings_in
 
 __all__ = ["PruneReport", "Retention", "prune_checkpoints", "recorded_policy"]
 
-_CONFIG_NAME = "config.yaml"
 _CONFIG_LIMIT = 2**24
 
 
@@ -71,10 +69,8 @@ def prune_checkpoints(
         chosen = policy or recorded_policy(place)
         if chosen is None or chosen.max_recent is None:
             raise ConfigError(
-                "no policy says how many of the newest checkpoints to keep: "
-                + (
-                    "the newest checkpoint was saved without max_recent_checkpoints" if policy is None else "max_recent"
-                ),
+                "no policy says how many of the newest checkpoints to keep"
+                + ("" if policy else ": the newest one was saved without max_recent_checkpoints"),
                 path=place,
                 hint="Pass --keep-last N (max_recent).",
             )
@@ -95,16 +91,9 @@ def recorded_policy(root: Path) -> Retention | None:
         StateFormatError: The file is damaged.
     """
     last = newest(list_checkpoints(root))
-    data = None if last is None else read_note(last.path, _CONFIG_NAME, _CONFIG_LIMIT)
-    if last is None or data is None:
-        return None
-    try:
-        content: object = yaml.safe_load(data)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        path = last.path / _CONFIG_NAME
-        raise StateFormatError(f"not YAML: {error}", path=path, hint="Pass a policy (--keep-last N).") from error
-    settings = content.get("checkpoint") if isinstance(content, dict) else None
-    if not isinstance(settings, dict):
+    data = None if last is None else read_note(last.path, CONFIG_NAME, _CONFIG_LIMIT)
+    settings = None if last is None or data is None else settings_in(data, last.path / CONFIG_NAME)
+    if settings is None:
         return None
     return Retention(
         settings.get("max_recent_checkpoints"),

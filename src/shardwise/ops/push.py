@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -10,9 +11,10 @@ from typing import Protocol
 from shardwise.disk.names import file_size, files_under, is_directory, is_file
 from shardwise.errors import IntegrityError, MisuseError, UnverifiableError
 from shardwise.format.manifest import MANIFEST_NAME
+from shardwise.lifecycle.names import foreign_numbers, parse_checkpoint_name
+from shardwise.ops.contents import TORCH_SUFFIXES
 from shardwise.ops.targets import find_targets
-from shardwise.ops.torch_archives import TORCH_SUFFIXES
-from shardwise.ops.verify import Progress, verify
+from shardwise.ops.verify import Damage, Progress, VerifyReport, verify
 from shardwise.sources.directory_contents import holds_model
 
 __all__ = ["HubApi", "PushReport", "push"]
@@ -50,6 +52,7 @@ class PushReport:
         files: Its files, relative to the directory.
         nbytes: Bytes of these.
         url: Where the commit is, as the Hub says it.
+        left: Directories of checkpoints in it (``checkpoint-500``), which were not uploaded.
     """
 
     path: Path
@@ -57,6 +60,7 @@ class PushReport:
     files: tuple[str, ...]
     nbytes: int
     url: str
+    left: tuple[str, ...] = ()
 
 
 def push(
@@ -94,27 +98,23 @@ def push(
     """
     directory = _model_of(path)
     report = verify(directory, progress=progress)
-    if report.damages:
-        raise IntegrityError(
-            f"the model is damaged and was not uploaded: {report.damages[0].describe()}",
-            path=directory,
-            hint="`shardwise verify` lists everything; restore the file from a copy.",
-        )
+    _refuse_damaged(report, [damage for damage in report.damages if _checkpoint_of(Path(damage.file)) is None])
     if not report.verifiable and not allow_unverified:
         raise UnverifiableError(
             "the model has no manifest, so nobody can say whether it is whole; it was not uploaded",
             path=directory,
             hint="Pass --allow-unverified (allow_unverified=True) if you know that it is.",
         )
-    places = [place for place in files_under(directory) if _belongs(place.relative_to(directory))]
-    names = tuple(place.relative_to(directory).as_posix() for place in places)
+    every = {place.relative_to(directory): place for place in files_under(directory)}
+    places = {relative.as_posix(): place for relative, place in every.items() if _belongs(relative)}
+    left = dict.fromkeys(name for relative in every if (name := _checkpoint_of(relative)) is not None)
     if api is None:
         from huggingface_hub import HfApi
 
         api = HfApi()
     api.create_repo(repo, private=private, exist_ok=True)
     # Patterns are names here: a name with a bracket in it has to stand for itself.
-    allowed = [name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]") for name in names]
+    allowed = [name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]") for name in places]
     commit = api.upload_folder(
         repo_id=repo,
         folder_path=directory,
@@ -122,8 +122,8 @@ def push(
         commit_message=message or f"Upload {directory.name}",
         allow_patterns=allowed,
     )
-    nbytes = sum(file_size(place) for place in places)
-    return PushReport(directory, repo, names, nbytes, str(getattr(commit, "commit_url", "")))
+    nbytes = sum(file_size(place) for place in places.values())
+    return PushReport(directory, repo, tuple(places), nbytes, str(getattr(commit, "commit_url", "")), tuple(left))
 
 
 def _model_of(path: str | os.PathLike[str]) -> Path:
@@ -136,11 +136,22 @@ def _model_of(path: str | os.PathLike[str]) -> Path:
         own = candidate != place or not is_directory(place / "model")
         if final and own and not is_file(candidate / ".metadata") and not _in_pieces(candidate):
             return candidate
+    report = verify(place, digests=False)
+    _refuse_damaged(report, report.damages)  # its model may be what is lost
     raise MisuseError(
         "there is no model here in the form that others open",
         path=place,
         hint="Make its export with `shardwise consolidate`, or name a model's directory.",
     )
+
+
+def _refuse_damaged(report: VerifyReport, damages: Sequence[Damage]) -> None:
+    if damages:
+        raise IntegrityError(
+            f"the model is damaged and was not uploaded: {damages[0].describe()}",
+            path=report.path,
+            hint="`shardwise verify` lists everything; restore the file from a copy.",
+        )
 
 
 def _in_pieces(directory: Path) -> bool:
@@ -156,4 +167,11 @@ def _in_pieces(directory: Path) -> bool:
 
 
 def _belongs(relative: Path) -> bool:
-    return relative.name != MANIFEST_NAME and not any(part.startswith(".") for part in relative.parts)
+    hidden = any(part.startswith(".") for part in relative.parts)
+    return relative.name != MANIFEST_NAME and not hidden and _checkpoint_of(relative) is None
+
+
+def _checkpoint_of(relative: Path) -> str | None:
+    """The directory of a checkpoint that a file is in: training loops put these beside the model that they end with."""
+    top, *below = relative.parts
+    return top if below and (parse_checkpoint_name(top) or foreign_numbers(top)[1] is not None) else None

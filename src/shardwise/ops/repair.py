@@ -52,6 +52,7 @@ class RepairReport:
         pointers: Pointers that were set, or are to be.
         left: What a person has to decide, one sentence each; nothing is done about it.
         done: Whether it was done; else nothing was changed.
+        checkpoints: How many checkpoints there are, or what there is of some.
     """
 
     root: Path
@@ -59,6 +60,7 @@ class RepairReport:
     pointers: tuple[PointerRepair, ...] = ()
     left: tuple[str, ...] = ()
     done: bool = False
+    checkpoints: int = 0
 
 
 def repair(root: str | os.PathLike[str], *, apply: bool = False, storage: Storage | None = None) -> RepairReport:
@@ -84,14 +86,15 @@ def repair(root: str | os.PathLike[str], *, apply: bool = False, storage: Storag
         if not apply:
             gone = tuple(each.path.name for each in listed if _is_leftover(each))
             wrong = _wrong_pointers(place)
-            return RepairReport(place, gone, wrong, _left(place, listed, wrong))
+            return RepairReport(place, gone, wrong, _left(place, listed, wrong), checkpoints=len(listed))
         # Of a claim of another machine nobody here knows whether its lock could be seen.
         gone = remove_leftovers(place, active=[each.path for each in listed if each.state == "claimed"])
         with publishing(place):
             wrong = _wrong_pointers(place)
             for each in wrong:
                 set_pointer(place, each.name, each.new)
-        return RepairReport(place, gone, wrong, _left(place, list_checkpoints(place), wrong), done=True)
+        listed = list_checkpoints(place)
+        return RepairReport(place, gone, wrong, _left(place, listed, wrong), done=True, checkpoints=len(listed))
 
 
 def _is_leftover(each: ListedCheckpoint) -> bool:
@@ -105,17 +108,12 @@ def _wrong_pointers(root: Path) -> tuple[PointerRepair, ...]:
     last = newest(checkpoints)
     if last is None:
         return ()
-    leading = pointers(root)
     found = []
-    latest = leading.get(LATEST)
-    begun = publication_begun(root)
-    if begun is not None and begun != latest:
-        found.append(PointerRepair(LATEST, latest, begun))
-    elif latest is None and not is_directory(root / LATEST):
-        found.append(PointerRepair(LATEST, None, last.name))
-    elif latest is not None and not is_complete(root / latest):
-        found.append(PointerRepair(LATEST, latest, last.name))
-    best = leading.get(BEST)
+    leading, begun = pointers(root), publication_begun(root)
+    latest, best = leading.get(LATEST), leading.get(BEST)
+    leads = is_directory(root / LATEST) if latest is None else is_complete(root / latest)
+    if begun not in (None, latest) or not leads:
+        found.append(PointerRepair(LATEST, latest, begun or last.name))
     if best is not None and not is_complete(root / best):
         name = best_checkpoint(checkpoints, recorded_policy(root) or Retention())
         if name is not None:

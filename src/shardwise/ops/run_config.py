@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from shardwise.disk.names import is_file
 from shardwise.errors import StateFormatError
-from shardwise.ops.consolidate_input import ModelInput
 
-_CONFIG_NAME = "config.yaml"
+if TYPE_CHECKING:
+    from shardwise.ops.consolidate_input import ModelInput
+
+CONFIG_NAME = "config.yaml"
 
 
 def run_settings(found: ModelInput) -> Mapping[str, object]:
@@ -22,14 +25,32 @@ def run_settings(found: ModelInput) -> Mapping[str, object]:
         IntegrityError: It has changed since the save.
     """
     for directory in dict.fromkeys((found.checkpoint, found.directory.parent)):
-        path = directory / _CONFIG_NAME
-        if not is_file(path):
-            continue
-        try:
-            content: object = yaml.safe_load(found.read(path))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise StateFormatError(f"not YAML: {error}", path=path, hint="Restore the file.") from error
-        settings = content.get("checkpoint") if isinstance(content, dict) else None
-        if isinstance(settings, dict):
-            return cast(Mapping[str, object], settings)
+        path = directory / CONFIG_NAME
+        settings = settings_in(found.read(path), path) if is_file(path) else None
+        if settings is not None:
+            return settings
     return {}
+
+
+def settings_in(data: bytes, path: Path) -> Mapping[str, Any] | None:
+    """The settings in the content of such a file; ``None`` where it has none.
+
+    Raises:
+        StateFormatError: It is damaged.
+    """
+    content = parse_yaml(data, path)
+    settings = content.get("checkpoint") if isinstance(content, dict) else None
+    return settings if isinstance(settings, dict) else None
+
+
+def parse_yaml(data: bytes, path: Path) -> object:
+    """The content of a file of YAML.
+
+    Raises:
+        StateFormatError: It is none.
+    """
+    try:
+        content: object = yaml.safe_load(data)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StateFormatError(f"not YAML: {error}", path=path, hint="Restore the file.") from error
+    return content

@@ -13,21 +13,8 @@ from shardwise.format.manifest import MANIFEST_NAME
 from shardwise.format.notes import METADATA_DIR, NOTES
 
 _WEIGHTS = (
-    *(
-        ".safetensors",
-        ".bin",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".pkl",
-        ".distcp",
-        ".gguf",
-        ".h5",
-        ".msgpack",
-        ".onnx",
-        ".tensors",
-    ),
-    *(".safetensors.index.json", ".bin.index.json", ".h5.index.json", ".msgpack.index.json"),
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".distcp", ".gguf", ".h5", ".msgpack", ".onnx"),
+    *(".tensors", ".safetensors.index.json", ".bin.index.json", ".h5.index.json", ".msgpack.index.json"),
 )
 #: Files that saves and tools leave in such a directory and that no reader of the model opens.
 _OTHERS = frozenset(
@@ -46,15 +33,13 @@ def side_files(directory: Path) -> dict[str, Path]:
     """
     noted = directory / METADATA_DIR
     if is_directory(noted):
-        places = files_under(noted)
-        named = {path.relative_to(noted).as_posix(): path for path in places}
+        named = {path.relative_to(noted).as_posix(): path for path in files_under(noted)}
         return {name: path for name, path in named.items() if name not in NOTES}
     if not is_directory(directory):
         return {}
     found = {name: directory / name for name in names_in(directory) if _belongs(directory, name)}
     for folder in _folders(directory):
-        places = files_under(directory / folder)
-        found |= {path.relative_to(directory).as_posix(): path for path in places}
+        found |= {path.relative_to(directory).as_posix(): path for path in files_under(directory / folder)}
     return found
 
 

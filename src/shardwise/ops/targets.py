@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
-from shardwise.disk.names import is_link, is_there, names_in, real_path, status
+from shardwise.disk.names import exists, is_directory, is_link, is_there, names_in, real_path, status
 from shardwise.disk.storage import storage_errors
-from shardwise.errors import CheckpointNotFoundError, IncompleteCheckpointError, ManifestError, MisuseError
+from shardwise.errors import (
+    CheckpointNotFoundError,
+    IncompleteCheckpointError,
+    ManifestError,
+    MisuseError,
+    ShardwiseError,
+)
 from shardwise.format.manifest import MANIFEST_NAME
 from shardwise.lifecycle import LATEST, list_checkpoints, read_pointer, resolve
-from shardwise.lifecycle.names import is_doomed, is_temporary
+from shardwise.lifecycle.names import is_doomed, is_temporary, parse_checkpoint_name
+from shardwise.ops.aside import EXPORTS
+from shardwise.sources.directory_contents import found_instead, holds_model, models_below
 
 #: Directories of a checkpoint that may exist alone, each with a manifest of its own.
 COMPONENTS = ("model", "optim")
-_EXPORTS = ("model/consolidated", "consolidated")
 _CLIMB = 4
+_SHOWN, _MOST_DIRECTORIES = 5, 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +63,7 @@ def find_targets(path: str | os.PathLike[str]) -> tuple[Target, ...]:
     """
     given = Path(path).absolute()
     with storage_errors(given):
-        if not is_there(given):
+        if not is_there(given) and read_pointer(given.parent, given.name) is not None:  # without links it is a file
             found = resolve(given.parent, given)
             assert found is not None  # only LATEST of an empty root resolves to nothing
             return find_targets(found.path)
@@ -61,13 +71,15 @@ def find_targets(path: str | os.PathLike[str]) -> tuple[Target, ...]:
         _refuse_unfinished(real)
         there = status(real)
         if there is None:
-            raise CheckpointNotFoundError("the link leads to nothing", path=given, hint=f"It leads to {real}.")
+            raise nothing_at(given)
         if there.kind not in ("file", "directory"):
             raise MisuseError(
                 f"this is a {there.kind}, and neither a directory nor a file",
                 path=real,
                 hint="Name a checkpoint or a model.",
             )
+        if real.name == MANIFEST_NAME:
+            return _in_directory(real.parent)
         if there.kind == "file":
             # A hub cache's snapshot consists of links to files whose names say nothing.
             named = given if is_link(given) and _above(real) is None else real
@@ -76,13 +88,86 @@ def find_targets(path: str | os.PathLike[str]) -> tuple[Target, ...]:
         return _in_directory(real)
 
 
+def nothing_at(given: Path) -> CheckpointNotFoundError:
+    """The error about an absolute path at which nothing is, with the name that may have been meant, or those there."""
+    if is_link(given):
+        return CheckpointNotFoundError("the link leads to nothing", path=given, hint=f"It leads to {real_path(given)}.")
+    missing = given
+    while not exists(missing.parent):
+        missing = missing.parent
+    names = _names(missing.parent)
+    there = [info.name for info in list_checkpoints(missing.parent)] if names else []
+    numbered = parse_checkpoint_name(missing.name) is not None  # the most alike number is not the one that was meant
+    alike = [] if numbered else get_close_matches(missing.name, names, n=1, cutoff=0.8)
+    hint = f"There is nothing called {missing.name} in {missing.parent}. "
+    if alike:
+        hint = f"Did you mean {str(missing.with_name(alike[0]) / given.relative_to(missing))!r}?"
+    elif there:
+        hint += (
+            f"It has the checkpoints {', '.join(reversed(there[-_SHOWN:]))}{', ...' if len(there) > _SHOWN else ''}."
+        )
+    else:
+        hint += "Check the path and that the file system is mounted."
+    return CheckpointNotFoundError("there is nothing at this path", path=given, hint=hint)
+
+
+def nothing_in(directory: Path) -> CheckpointNotFoundError:
+    """The error about a directory in which no file is."""
+    return CheckpointNotFoundError(
+        "the directory holds no file, or those of interrupted saves alone",
+        path=directory,
+        hint="Name a checkpoint, a part of one, or a directory of checkpoints; `shardwise ls` lists interrupted saves.",
+    )
+
+
+def where_to_look(directory: Path) -> str:
+    """A sentence about what a directory holds that is no root of checkpoints; empty where that is no model."""
+    if holds_model(directory):
+        return "It is a model's directory, or another tool's checkpoint: `shardwise inspect` shows it."
+    roots = _roots_below(directory)
+    if roots:
+        return f"There are checkpoints in {_listed(roots)}."
+    models = models_below(directory)
+    if models:
+        return f"What another tool saved is in {_listed(models)}: `shardwise inspect` shows it."
+    return ""
+
+
+def _roots_below(directory: Path) -> list[Path]:
+    """Directories one or two levels below that hold checkpoints by their names."""
+    found: list[Path] = []
+    level = [directory]
+    for _ in range(2):
+        level = [
+            parent / name
+            for parent in level
+            for name in _names(parent)
+            if not name.startswith(".") and is_directory(parent / name, follows=False)
+        ][:_MOST_DIRECTORIES]
+        found += [each for each in level if any(map(parse_checkpoint_name, _names(each)))]
+    return found
+
+
+def _names(directory: Path) -> list[str]:
+    """The names in a directory; none of one that cannot be read: a suggestion must not replace the error it is for."""
+    try:
+        return names_in(directory)
+    except (ShardwiseError, OSError):
+        return []
+
+
+def _listed(places: Sequence[Path]) -> str:
+    shown = ", ".join(str(place) for place in places[:_SHOWN])
+    return shown + (f" and {len(places) - _SHOWN} more directories" if len(places) > _SHOWN else "")
+
+
 def with_nested(targets: tuple[Target, ...]) -> tuple[Target, ...]:
     """The targets, and exports that `consolidate` put inside them later, which have manifests of their own."""
     found: list[Target] = []
     for target in targets:
         own = [
             Target(target.directory / name)
-            for name in _EXPORTS
+            for name in EXPORTS
             if not target.under and target.has_manifest and Target(target.directory / name).has_manifest
         ]
         names = tuple(each.directory.relative_to(target.directory).as_posix() for each in own)
@@ -124,6 +209,13 @@ def _in_directory(real: Path) -> tuple[Target, ...]:
                 "no checkpoint was published in this root", path=real, hint="Name a checkpoint's directory."
             )
         return (Target(found.path),)
+    below = () if found_instead(real) else _roots_below(real)
+    if below:
+        raise CheckpointNotFoundError(
+            f"this is no checkpoint; there are some in {_listed(below)}",
+            path=real,
+            hint="Name one of these directories, whose newest checkpoint is taken, or a checkpoint in it.",
+        )
     return (Target(real),)
 
 

@@ -22,10 +22,10 @@ from shardwise.engine.verify import (
     load_manifest,
     tensors_by_file,
 )
-from shardwise.errors import CheckpointNotFoundError, ManifestError, MisuseError, StorageError
+from shardwise.errors import ManifestError, MisuseError, StorageError
 from shardwise.format.manifest import MANIFEST_NAME, Manifest
 from shardwise.ops.contents import check_contents
-from shardwise.ops.targets import Target, find_targets, is_unfinished, with_nested
+from shardwise.ops.targets import Target, find_targets, is_unfinished, nothing_in, with_nested
 
 __all__ = ["Damage", "Progress", "VerifyReport", "verify"]
 
@@ -117,9 +117,7 @@ def verify(
         targets = with_nested(find_targets(path))
         job = _Job(level, threads or min(8, os.cpu_count() or 1), progress, current())
         reports = [job.run(Path(path), target) for target in targets]
-    whole = reports[0]
-    if len(reports) > 1:
-        whole = _merged(Path(path), targets, reports)
+    whole = reports[0] if len(reports) == 1 else _merged(targets, reports)
     return replace(whole, seconds=time.monotonic() - started)
 
 
@@ -132,10 +130,8 @@ class _Job:
 
     def run(self, requested: Path, target: Target) -> VerifyReport:
         report = VerifyReport(requested, target.directory / target.under, self.level, target.has_manifest)
-        if not target.has_manifest:
-            return self._without_manifest(report, target)
         try:
-            manifest = load_manifest(target.directory)
+            manifest = load_manifest(target.directory) if target.has_manifest else None
         except ManifestError as error:
             # Checks that need no manifest are made all the same.
             found = self._without_manifest(report, target)
@@ -148,14 +144,14 @@ class _Job:
     def _with_manifest(self, report: VerifyReport, target: Target, manifest: Manifest) -> VerifyReport:
         root = target.directory
         files = files_below(manifest, (target.under,) if target.under else ())
+        if target.under and not files:  # a file that somebody put there
+            return self._without_manifest(replace(report, verifiable=False), target)
         tensors = tensors_by_file(manifest)
         damages = check_files(root, files, tensors)
         extra: list[str] = []
         known = {file.path for file in manifest.files} | {MANIFEST_NAME}
-        for relative, problem in _walk(root, target.under, skip=target.nested):
-            if problem is not None:
-                damages.append(problem)
-            elif relative not in known and _is_read(relative):
+        for relative in _walk(root, target.under, damages, target.nested):
+            if relative not in known and _is_read(relative):
                 damages.append(Damage(relative, "unexpected", "no save wrote this file, and a load would read it"))
             elif relative not in known:
                 extra.append(relative)
@@ -163,8 +159,7 @@ class _Job:
         if self.level == "digests":
             bad = {damage.file for damage in damages}
             extents = extents_of(manifest, [file for file in files if file.path not in bad])
-            total = sum(extent.nbytes for extent in extents)
-            counted = _Counted(total, self.progress)
+            counted = _Counted(sum(extent.nbytes for extent in extents), self.progress)
             damages += check_extents(root, extents, self.storage, threads=self.threads, advance=counted.add)
             nbytes = counted.done
         return replace(
@@ -179,19 +174,11 @@ class _Job:
 
     def _without_manifest(self, report: VerifyReport, target: Target) -> VerifyReport:
         damages: list[Damage] = []
-        listed: list[str] = []
         single = is_file(target.directory / target.under)
-        for relative, problem in iter([(target.under, None)]) if single else _walk(target.directory, target.under):
-            if problem is not None:
-                damages.append(problem)
-            elif relative != MANIFEST_NAME and not is_unfinished(relative):
-                listed.append(relative)
+        below = [target.under] if single else _walk(target.directory, target.under, damages)
+        listed = [relative for relative in below if relative != MANIFEST_NAME and not is_unfinished(relative)]
         if not listed and not damages and not target.has_manifest:
-            raise CheckpointNotFoundError(
-                "there is nothing to verify: the directory has no files, or those of interrupted saves alone",
-                path=target.directory / target.under,
-                hint="Name a checkpoint, a part of one, or the directory of checkpoints.",
-            )
+            raise nothing_in(target.directory / target.under)
         found = check_contents(target.directory, listed, alone=single)
         return replace(
             report,
@@ -205,34 +192,33 @@ class _Job:
 
 
 class _Counted:
-    """Adds up what was read and passes it on."""
+    """Adds up bytes that were read or written, and passes the sum on."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
-        self.total = total
-        self.done = 0
-        self._progress = progress
+        self.total, self.done, self._progress = total, 0, progress
 
     def add(self, nbytes: int) -> None:
+        """Count bytes; one call at a time."""
         self.done += nbytes
         if self._progress is not None:
             self._progress(self.done, self.total)
 
 
-def _walk(root: Path, under: str, skip: tuple[str, ...] = ()) -> Iterator[tuple[str, Damage | None]]:
+def _walk(root: Path, under: str, damages: list[Damage], skip: tuple[str, ...] = ()) -> Iterator[str]:
     """Every entry below ``root/under`` that is not a directory, relative to ``root``; links are not followed."""
     if not is_directory(root / under, follows=False):
         return
     try:
         entries = current().entries(root / under)
     except StorageError as error:
-        yield under, Damage(under, "unreadable", error.message)
+        damages.append(Damage(under, "unreadable", error.message))
         return
     for name, kind in sorted(entries, key=lambda entry: (entry.kind == "directory", entry.name)):
         relative = (PurePosixPath(under) / name).as_posix()
         if kind != "directory":
-            yield relative, None
+            yield relative
         elif relative not in skip:
-            yield from _walk(root, relative, skip)
+            yield from _walk(root, relative, damages, skip)
 
 
 def _is_read(relative: str) -> bool:
@@ -246,29 +232,24 @@ def _is_read(relative: str) -> bool:
     return top in _STATE_DIRS and path.suffix == ".json"
 
 
-def _merged(requested: Path, targets: tuple[Target, ...], reports: list[VerifyReport]) -> VerifyReport:
+def _merged(targets: tuple[Target, ...], reports: list[VerifyReport]) -> VerifyReport:
     """One report on directories that have manifests of their own: components, or an export made later."""
     top = Path(os.path.commonpath([target.directory for target in targets]))
-    damages: list[Damage] = []
-    extra: list[str] = []
-    undigested: list[str] = []
-    for target, report in zip(targets, reports, strict=True):
-        below = target.directory.relative_to(top)
-        damages += [replace(damage, file=(below / damage.file).as_posix()) for damage in report.damages]
-        extra += [(below / name).as_posix() for name in report.extra]
-        undigested += [(below / name).as_posix() for name in report.undigested]
-    return VerifyReport(
-        requested,
-        top,
-        reports[0].level,
-        all(report.verifiable for report in reports),
-        sum(report.files for report in reports),
-        sum(report.tensors for report in reports),
-        sum(report.bytes_read for report in reports),
-        0.0,
-        tuple(damages),
-        tuple(extra),
-        tuple(undigested),
-        tuple(dict.fromkeys(each for report in reports for each in report.checked)),
-        tuple(dict.fromkeys(each for report in reports for each in report.unchecked)),
+    pairs = [(target.directory.relative_to(top), report) for target, report in zip(targets, reports, strict=True)]
+    return replace(
+        reports[0],
+        path=top,
+        verifiable=all(report.verifiable for report in reports),
+        files=sum(report.files for report in reports),
+        tensors=sum(report.tensors for report in reports),
+        bytes_read=sum(report.bytes_read for report in reports),
+        damages=tuple(
+            replace(damage, file=(below / damage.file).as_posix())
+            for below, report in pairs
+            for damage in report.damages
+        ),
+        extra=tuple((below / name).as_posix() for below, report in pairs for name in report.extra),
+        undigested=tuple((below / name).as_posix() for below, report in pairs for name in report.undigested),
+        checked=tuple(dict.fromkeys(each for report in reports for each in report.checked)),
+        unchecked=tuple(dict.fromkeys(each for report in reports for each in report.unchecked)),
     )

@@ -146,6 +146,14 @@ def is_no_model(key: object) -> bool:
     return key in _OTHER_KEYS or (isinstance(key, str) and _NUMBERED.fullmatch(key) is not None)
 
 
+def mapping_beside(name: str, path: DcpPath) -> str | None:
+    """The mapping beside the model that an item belongs to, by its name; ``None`` of the model's, or of one unknown."""
+    first = name.split(".", maxsplit=1)[0]
+    flat = (first,) if len(path) == 1 and first.startswith("optim") else ()  # some tools use whole paths as names
+    found = next((part for part in (*path[:-1], *flat) if part in MODEL_KEYS or is_no_model(part)), None)
+    return None if found is None or found in MODEL_KEYS else str(found)
+
+
 def item_paths(metadata: Metadata) -> dict[str, DcpPath]:
     """The path of each item; a name without a record belongs to a state dict that is not nested."""
     known = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}

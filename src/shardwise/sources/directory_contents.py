@@ -132,7 +132,7 @@ def _holds_safely(directory: Path) -> bool:
 
 
 def _children(directory: Path) -> Sequence[Path]:
-    return sorted(_directories(directory), key=lambda path: _natural(path.name), reverse=True)
+    return sorted(_directories(directory), key=lambda path: natural(path.name), reverse=True)
 
 
 def _directories(directory: Path) -> Iterator[Path]:
@@ -143,7 +143,7 @@ def _directories(directory: Path) -> Iterator[Path]:
         return
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
+def natural(name: str) -> list[tuple[int, int, str]]:
     """Names in an order in which step_10 comes after step_9."""
     parts = re.findall(r"\d+|\D+", name)
     return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]

@@ -75,6 +75,9 @@ def save(run: Run, layout: str, directory: Path) -> None:
     elif layout == "apart":
         save_dcp(dict(model), directory / "model")
         save_dcp({"optim": optim, "sched": {"last": 3}}, directory / "optim")
+    elif layout == "trainer":
+        save_dcp({"model": model}, directory / "pytorch_model_fsdp_0")
+        save_dcp({"optimizer": optim}, directory / "optimizer_0")
     elif layout == "lightning":
         inside = {f"net.{name}": value for name, value in model.items()}
         state = {f"net.{name}": value for name, value in cast("dict[str, object]", optim["state"]).items()}
@@ -101,7 +104,7 @@ def test_tied_parameters_go_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
 def test_training_goes_on_as_in_torch(kind: type[torch.optim.Optimizer], tmp_path: Path) -> None:
-    for layout in ("named", "flat", "app", "apart", "lightning"):
+    for layout in ("named", "flat", "app", "apart", "lightning", "trainer"):
         run = Run(1, kind)
         run.steps(0, 3)
         source = tmp_path / layout / "step-3"
@@ -197,6 +200,18 @@ def test_an_optimizer_that_cannot_go_on_is_refused_unless_left_out(choice: bool 
                 convert(source, tmp_path / "root", "shards", optimizer=choice)
             assert "--no-optimizer" in str(caught.value)
             assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "optimizer.bin", "optimizer_0_rank1.bin", "bf16_x_optim_states.pt"])
+def test_an_optimizer_in_a_file_beside_the_model_is_not_passed_over(name: str, tmp_path: Path) -> None:
+    run = Run(1)
+    run.net.save_pretrained(tmp_path / "checkpoint-1")
+    torch.save({}, tmp_path / "checkpoint-1" / name)
+    with pytest.raises(MisuseError, match=name) as caught:
+        convert(tmp_path / "checkpoint-1", tmp_path / "root", "shards")
+    assert "--no-optimizer" in str(caught.value)
+    assert not (tmp_path / "root").exists()
+    convert(tmp_path / "checkpoint-1", tmp_path / "root", "shards", optimizer=False)
 
 
 def test_an_optimizer_of_other_parameters_or_none(tmp_path: Path) -> None:

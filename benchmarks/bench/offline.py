@@ -10,6 +10,8 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from bench.measure import MIB, Row, Samples, measure, tree_bytes
 from bench.models import llama_like
 from bench.ranks import Settings
 from shardwise.ops.consolidate import consolidate
+from shardwise.ops.convert import convert
 from shardwise.ops.verify import verify
 
 #: Layers of 9 tensors each, and 3 more: 40,008 tensors.
@@ -55,6 +58,14 @@ def large(directory: Path, gigabytes: float) -> Path:
     return directory
 
 
+#: The commands that write, each from a directory to another.
+_WRITERS: dict[str, Callable[[Path, Path], object]] = {
+    "consolidate": consolidate,
+    "convert --to dcp": lambda source, target: convert(source, target, "dcp"),
+    "convert --to shards": lambda source, target: convert(source, target, "shards"),
+}
+
+
 def _save(state: dict[str, torch.Tensor], directory: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -73,34 +84,33 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def offline(settings: Settings) -> list[Row]:
-    """``verify`` and ``consolidate`` in one process that may use all cores."""
+    """``verify``, ``consolidate`` and ``convert`` in one process that may use all cores."""
     rows = []
-    place = many(settings.directory / "many")
+    place, target = many(settings.directory / "many"), settings.directory / "made"
     count = 9 * _LAYERS + 3
-    for name, work in (
-        ("verify", lambda: verify(place)),
-        ("consolidate", lambda: consolidate(place, settings.directory / "export")),
-    ):
-        measure(lambda: verify(place))  # imports
-        sample = measure(work)
-        limit = 5 if name == "verify" else 20
-        rows.append(Row(f"{name}, {count:,} tensors", sample.seconds, peak_mib=sample.peak, note=f"limit {limit} s"))
-    shutil.rmtree(settings.directory / "export")
-    shutil.rmtree(place)
-    place = large(settings.directory / "large", settings.size)
-    target, raw, samples = settings.directory / "export", settings.directory / "raw", Samples()
-    nbytes = tree_bytes(place)
-    for turn in range(settings.repeats + 1):
-        reference = measure(lambda: _copy(place, raw), nbytes)
-        shutil.rmtree(raw)
-        sample = measure(lambda: consolidate(place, target), nbytes)
+    measure(lambda: verify(place))  # imports
+    sample = measure(lambda: verify(place))
+    rows.append(Row(f"verify, {count:,} tensors", sample.seconds, peak_mib=sample.peak, note="limit 5 s"))
+    for name, write in _WRITERS.items():
+        sample = measure(partial(write, place, target))
+        rows.append(Row(f"{name}, {count:,} tensors", sample.seconds, peak_mib=sample.peak, note="limit 20 s"))
         shutil.rmtree(target)
-        if turn:
-            samples.measured.append(sample)
-            samples.reference.append(reference)
-        else:
-            samples.first = sample
-    rows.append(samples.row(f"consolidate, {settings.size:g} GB of DCP", "raw copy", 1.5, nbytes))
+    shutil.rmtree(place)
+    place, raw = large(settings.directory / "large", settings.size), settings.directory / "raw"
+    nbytes = tree_bytes(place)
+    found = {name: Samples() for name in _WRITERS}
+    for turn in range(settings.repeats + 1):
+        for name, write in _WRITERS.items():
+            reference = measure(lambda: _copy(place, raw), nbytes)
+            shutil.rmtree(raw)
+            sample = measure(partial(write, place, target), nbytes)
+            shutil.rmtree(target)
+            if turn:
+                found[name].measured.append(sample)
+                found[name].reference.append(reference)
+            else:
+                found[name].first = sample
+    rows += [s.row(f"{name}, {settings.size:g} GB of DCP", "raw copy", 1.5, nbytes) for name, s in found.items()]
     return rows
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from io import BytesIO
 from pathlib import Path
 from typing import cast
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from tests.support.faults import NamedHandles
 from tests.support.peak import peak, reset_peak
 from tests.support.ranks import run as ranks
 from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -72,6 +75,9 @@ def save(run: Run, layout: str, directory: Path) -> None:
     elif layout == "apart":
         save_dcp(dict(model), directory / "model")
         save_dcp({"optim": optim, "sched": {"last": 3}}, directory / "optim")
+    elif layout == "trainer":
+        save_dcp({"model": model}, directory / "pytorch_model_fsdp_0")
+        save_dcp({"optimizer": optim}, directory / "optimizer_0")
     elif layout == "lightning":
         inside = {f"net.{name}": value for name, value in model.items()}
         state = {f"net.{name}": value for name, value in cast("dict[str, object]", optim["state"]).items()}
@@ -98,7 +104,7 @@ def test_tied_parameters_go_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
 def test_training_goes_on_as_in_torch(kind: type[torch.optim.Optimizer], tmp_path: Path) -> None:
-    for layout in ("named", "flat", "app", "apart", "lightning"):
+    for layout in ("named", "flat", "app", "apart", "lightning", "trainer"):
         run = Run(1, kind)
         run.steps(0, 3)
         source = tmp_path / layout / "step-3"
@@ -194,6 +200,18 @@ def test_an_optimizer_that_cannot_go_on_is_refused_unless_left_out(choice: bool 
                 convert(source, tmp_path / "root", "shards", optimizer=choice)
             assert "--no-optimizer" in str(caught.value)
             assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "optimizer.bin", "optimizer_0_rank1.bin", "bf16_x_optim_states.pt"])
+def test_an_optimizer_in_a_file_beside_the_model_is_not_passed_over(name: str, tmp_path: Path) -> None:
+    run = Run(1)
+    run.net.save_pretrained(tmp_path / "checkpoint-1")
+    torch.save({}, tmp_path / "checkpoint-1" / name)
+    with pytest.raises(MisuseError, match=name) as caught:
+        convert(tmp_path / "checkpoint-1", tmp_path / "root", "shards")
+    assert "--no-optimizer" in str(caught.value)
+    assert not (tmp_path / "root").exists()
+    convert(tmp_path / "checkpoint-1", tmp_path / "root", "shards", optimizer=False)
 
 
 def test_an_optimizer_of_other_parameters_or_none(tmp_path: Path) -> None:
@@ -412,6 +430,30 @@ def test_the_dtypes_and_shapes_of_a_model_of_ones_own(tmp_path: Path) -> None:
         torch.equal(found[name].flatten().view(torch.uint8), value.flatten().view(torch.uint8))
         for name, value in state.items()
     )
+
+
+def test_items_are_archives_whose_checksums_are_right(tmp_path: Path) -> None:
+    save_file({"a": torch.randn(5, 3), "b": torch.empty(0, 4), "c": torch.tensor(7)}, tmp_path / "model.safetensors")
+    convert(tmp_path, tmp_path / "out", "dcp")
+    items = FileSystemReader(tmp_path / "out").read_metadata().storage_data
+    content = (tmp_path / "out" / "__0_0.distcp").read_bytes()
+    assert sorted(item.offset for item in items.values())[0] == 0
+    assert sum(item.length for item in items.values()) == len(content)
+    for item in items.values():
+        with ZipFile(BytesIO(content[item.offset : item.offset + item.length])) as archive:
+            assert archive.testzip() is None
+            assert archive.read("archive/byteorder") == b"little"
+
+
+@pytest.mark.slow
+def test_a_large_model_is_in_several_files_of_dcp(tmp_path: Path) -> None:
+    state = {name: torch.full((180, 2**20), number, dtype=torch.uint8) for number, name in enumerate("abc")}
+    save_file(state, tmp_path / "model.safetensors")
+    convert(tmp_path, tmp_path / "out", "dcp")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".metadata", *(f"__0_{n}.distcp" for n in range(3))}
+    found = {name: torch.zeros_like(value) for name, value in state.items()}
+    dcp.load({"model": found}, checkpoint_id=str(tmp_path / "out"))
+    assert all(torch.equal(found[name], value) for name, value in state.items())
 
 
 # --- failures --------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Converts a checkpoint that another tool wrote: to a Hugging Face model, to DCP, or to a checkpoint to go on from.
 
-One process, a constant amount of memory and the largest tensor; the source is never changed. What is not understood is
-refused before anything is written, and a failure leaves nothing.
+One process that uses all cores, and memory that does not grow with the model; the source is never changed. What is not
+understood is refused before anything is written, and a failure leaves nothing.
 """
 
 from __future__ import annotations
@@ -19,24 +19,29 @@ from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import Storage, current, using
 from shardwise.engine.missing_files import saved_aliases
-from shardwise.engine.records import ComponentRecord, write_manifest
+from shardwise.engine.records import ComponentRecord, layout_record, write_manifest
 from shardwise.errors import MisuseError
+from shardwise.format.dcp_metadata import parsed_once
+from shardwise.format.header import encode_header
 from shardwise.format.manifest import AliasRecord, FileRecord
 from shardwise.format.notes import ASIDE_DIR, METADATA_DIR, NOTES, PER_RANK_DIR
+from shardwise.format.sharding import encode_sharding_metadata
 from shardwise.format.strict_json import JsonValue
 from shardwise.lifecycle import LATEST, LINEAGE_NAME, METRICS_NAME, checkpoint_name, next_lineage, set_pointer
 from shardwise.lifecycle.names import foreign_numbers
 from shardwise.ops.aside import refuse_existing, written_aside
+from shardwise.ops.collector import few_collections
 from shardwise.ops.computed_tensors import ComputingReader
 from shardwise.ops.consolidate import consolidate
 from shardwise.ops.consolidate_input import ModelInput, SourceHints, class_of, find_input
+from shardwise.ops.exporting import batches_of, counter, write_tensors
 from shardwise.ops.optimizer_input import OptimizerInput, find_optimizer, states_beside
 from shardwise.ops.side_content import side_files
 from shardwise.ops.tensors_to_write import TensorToWrite, as_saved, native_tensors_to_write, tensors_to_write
 from shardwise.ops.torchtitan_names import ROPES, Rope
 from shardwise.ops.verify import Progress
 from shardwise.ops.write_dcp import write_dcp
-from shardwise.ops.write_shards import shards_of, write_shards
+from shardwise.plan.layout import FileLayout, Layout, lay_out, shard_name
 from shardwise.sources.dcp_values import DcpValues, is_dcp
 from shardwise.sources.verifying_reader import VerifyingReader
 
@@ -140,7 +145,7 @@ def convert(
     if to != "shards" and (optimizer or epoch is not None or step is not None):
         raise MisuseError("optimizer, epoch and step are for shards", hint="Leave them out, or convert to shards.")
     place = Path(target).absolute()
-    with using(storage or current()):
+    with using(storage or current()), parsed_once(), few_collections():
         refuse_existing(place)
         if to == "hf":
             made = consolidate(
@@ -154,18 +159,6 @@ def convert(
         wanted = _Wanted(optimizer, epoch, step, progress)
         with closing(VerifyingReader(current(), found.source.files, found.ledger)) as reader:
             return (_to_dcp if to == "dcp" else _to_shards)(found, reader, place, wanted)
-
-
-def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
-    done = 0
-
-    def advance(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress is not None:
-            progress(done, total)
-
-    return advance
 
 
 def _nbytes(tensors: Mapping[str, TensorToWrite]) -> int:
@@ -190,7 +183,7 @@ def _to_dcp(found: ModelInput, reader: VerifyingReader, place: Path, wanted: _Wa
     _tell_left(found, None)
     with written_aside(place, store) as aside:
         store.check_space(aside, nbytes)
-        write_dcp(tensors, _aliases(found, tensors), aside, store, _counter(nbytes, wanted.progress))
+        write_dcp(tensors, _aliases(found, tensors), aside, store, counter(nbytes, wanted.progress))
         found.ledger.settle(store)
     return ConvertReport(place, "dcp", len(tensors), nbytes, False, found.manifest, tuple(found.notes))
 
@@ -216,7 +209,7 @@ def _to_shards(found: ModelInput, reader: VerifyingReader, root: Path, wanted: _
     total = _nbytes(tensors)
     if optimizer is not None:
         total += sum(tensor.spec.nbytes for tensor in optimizer.source.tensors.values())
-    advance = _counter(total, wanted.progress)
+    advance = counter(total, wanted.progress)
     _tell_left(found, optimizer)
     with written_aside(root, store) as aside:
         store.check_space(aside, total)
@@ -265,7 +258,7 @@ def _model(
 ) -> ComponentRecord:
     store = current()
     store.make_directory(directory)
-    record = write_shards(shards_of(tensors, _MODEL), tensors, directory, store, advance)
+    record = _shards(tensors, directory, advance)
     files = []
     beside = {name: found.directory / METADATA_DIR / name for name in NOTES}
     beside = {name: path for name, path in beside.items() if is_file(path)}
@@ -293,8 +286,22 @@ def _optimizer(
         files.append(FileRecord.plain(f"{_OPTIM}/{name}", content))
     with closing(VerifyingReader(store, optimizer.source.files, found.ledger)) as reader:
         tensors = as_saved(optimizer.source.tensors, ComputingReader(reader, optimizer.computed))
-        record = write_shards(shards_of(tensors, _OPTIM), tensors, directory, store, advance)
+        record = _shards(tensors, directory, advance)
     return record + ComponentRecord(tuple(files))
+
+
+def _shards(tensors: Mapping[str, TensorToWrite], directory: Path, advance: Callable[[int], None]) -> ComponentRecord:
+    """Write the shard files that a save by one rank would have into a component's directory, durably."""
+    plain = lay_out([each.spec for each in tensors.values()])
+    files = []
+    for number, file in enumerate(plain.files, start=1):
+        starts = encode_sharding_metadata({spec.name: (0,) * len(spec.shape) for spec, _, _ in file.entries})
+        name = shard_name(1, number, len(plain.files), directory.name)
+        files.append(FileLayout(name, encode_header(file.entries, starts), file.entries))
+    layout = Layout(tuple(files))
+    batches = batches_of(layout, lambda name: tensors[name].blocks(), tensors)
+    crcs = write_tensors(layout, directory, batches, current(), advance)
+    return layout_record(layout, crcs, directory.name, f"{directory.name}/")
 
 
 def _tell_left(found: ModelInput, optimizer: OptimizerInput | None) -> None:

@@ -1,4 +1,4 @@
-"""Writes a planned export with all cores, beside its directory, and renames it into place.
+"""Writes tensors with all cores; of an export beside its directory, which is renamed into place.
 
 Every tensor's place is known beforehand, so that several are written at a time: each by one thread, block by block, at
 its offset.
@@ -17,9 +17,9 @@ from pathlib import Path
 from shardwise.disk.crc import crc32c
 from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import Storage, located, locating
-from shardwise.engine.records import ComponentRecord, check_written, layout_record, write_manifest
+from shardwise.engine.records import ComponentRecord, layout_record, write_manifest
 from shardwise.engine.writer import FileSet
-from shardwise.errors import ShardwiseError
+from shardwise.errors import IncompleteTensorError, ShardwiseError
 from shardwise.format.manifest import AliasRecord, FileRecord, TensorRecord
 from shardwise.format.strict_json import JsonValue
 from shardwise.ops.aside import written_aside
@@ -124,7 +124,8 @@ def _write(export: Export, aside: Path, kept: frozenset[int], storage: Storage, 
     """Write all files into the existing directory, the manifest last."""
     files_ahead = [file for number, file in enumerate(export.layout.files) if number not in kept]
     storage.check_space(aside, sum(file.size for file in files_ahead))
-    crcs = _Writing(export.layout, aside, kept, storage, progress).all(export.batches)
+    advance = counter(export.layout.tensor_bytes, progress)
+    crcs = write_tensors(export.layout, aside, export.batches, storage, advance, kept)
     export.settle()
     record = layout_record(export.layout, crcs)
     files = []
@@ -136,18 +137,62 @@ def _write(export: Export, aside: Path, kept: frozenset[int], storage: Storage, 
     write_manifest(storage, aside, record, dict(export.notes))
 
 
+def counter(total: int, progress: Progress | None) -> Callable[[int], None]:
+    """What is called with bytes that were written, and calls ``progress`` with their sum and the total."""
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
+    return advance
+
+
+def write_tensors(
+    layout: Layout,
+    directory: Path,
+    batches: Sequence[Batch],
+    storage: Storage,
+    advance: Callable[[int], None],
+    kept: frozenset[int] = frozenset(),
+) -> dict[str, int]:
+    """Write tensor files into an existing directory, durably.
+
+    Args:
+        layout: The files.
+        directory: Where to.
+        batches: Their tensors, each once.
+        storage: Through what.
+        advance: Called with the bytes of each tensor that was written, by one thread at a time.
+        kept: Numbers of files that are there; only what they do not have yet is written.
+
+    Returns:
+        The CRC-32C of each tensor.
+
+    Raises:
+        ShardwiseError: Reading or writing failed; names the file and the tensor.
+    """
+    return _Writing(layout, directory, kept, storage, advance).all(batches)
+
+
 class _Writing:
-    """Writes the tensor files of one export; of those that are ``kept`` what they do not have yet."""
+    """Writes the tensor files of one layout, see `write_tensors`."""
 
     def __init__(
-        self, layout: Layout, directory: Path, kept: frozenset[int], storage: Storage, progress: Progress | None
+        self,
+        layout: Layout,
+        directory: Path,
+        kept: frozenset[int],
+        storage: Storage,
+        advance: Callable[[int], None],
     ) -> None:
-        self._layout, self._kept, self._storage, self._progress = layout, kept, storage, progress
+        self._layout, self._kept, self._storage, self._advance = layout, kept, storage, advance
         self._paths = [directory / file.name for file in layout.files]
         self._files = FileSet(storage, self._paths)
-        self._specs = {entry.spec.name: entry.spec for file in layout.files for entry in file.entries}
+        self._entries = {entry.spec.name: entry for file in layout.files for entry in file.entries}
         self._crcs: dict[str, int] = {}
-        self._total, self._done = layout.tensor_bytes, 0
         self._lock, self._failed = threading.Lock(), threading.Event()
 
     def all(self, batches: Sequence[Batch]) -> dict[str, int]:
@@ -190,9 +235,11 @@ class _Writing:
                 nbytes += len(block)
         except ShardwiseError as error:
             raise located(error, self._paths[file], name) from None
-        check_written(self._specs[name], nbytes, self._paths[file])
+        spec, start, end = self._entries[name]
+        if nbytes != end - start:
+            raise IncompleteTensorError(
+                f"{nbytes} bytes were made of the {end - start} that it has", path=self._paths[file], tensor=name
+            )
         with self._lock:
             self._crcs[name] = crc
-            self._done += nbytes
-            if self._progress is not None:
-                self._progress(self._done, self._total)
+            self._advance(spec.nbytes)

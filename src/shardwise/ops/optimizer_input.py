@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from shardwise.checkpointing.loading.foreign_optimizers import ForeignOptimizers
 from shardwise.comm import Group
-from shardwise.disk.names import is_directory, is_file
+from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.errors import MisuseError, UnsafePickleError
 from shardwise.format.notes import PER_RANK_DIR
 from shardwise.ops.computed_tensors import Computed
@@ -19,12 +20,15 @@ from shardwise.sources.dcp_model import is_no_model
 from shardwise.sources.dcp_optimizers import DcpOptimizer, optimizer_places, read_optimizers
 from shardwise.sources.dcp_records import RECORD_TENSORS, has_record
 from shardwise.sources.dcp_values import DcpValues, is_dcp
+from shardwise.sources.others.accelerate import optimizer_beside
 from shardwise.sources.sources import Source, open_source
 from shardwise.sources.state_files import pack_state
 from shardwise.stateful_wrappers.wrapping import plain_name
 
 _LEAVE = "Or leave it out with --no-optimizer (optimizer=False): training then starts with a fresh one."
 _RECORDS = ("optimizer", "scheduler")
+#: Files of ``torch.save`` that Trainer, accelerate, verl and DeepSpeed keep an optimizer's state in.
+_OPTIMIZER_FILE = re.compile(r"(^|_)optim(izer)?(_.*)?\.(bin|pt|pth)$")
 _SHOWN = 5
 
 
@@ -74,7 +78,20 @@ def find_optimizer(found: ModelInput) -> OptimizerInput | None:
                 error.hint = f"{error.hint or ''} {_LEAVE}".strip()
                 raise
             return _foreign(found, values, optimizers) if optimizers else None
+    _refuse_files(found)
     return None
+
+
+def _refuse_files(found: ModelInput) -> None:
+    """Refuse optimizers' states in files of ``torch.save`` beside the model, which are not read."""
+    for directory in {found.directory: None, **{file.parent: None for file in found.source.files}}:
+        for name in names_in(directory) if is_directory(found.source.path) else []:
+            if _OPTIMIZER_FILE.search(name):
+                raise MisuseError(
+                    "the optimizer's state is in a file of torch.save beside the model, which is not carried over",
+                    path=directory / name,
+                    hint=_LEAVE,
+                )
 
 
 def states_beside(values: DcpValues, found: ModelInput, *, carried: bool) -> list[str]:
@@ -103,6 +120,9 @@ def _places(found: ModelInput) -> list[Path]:
     beside = [found.checkpoint / "optim"]
     if found.directory.name == "model":
         beside.append(found.directory.parent / "optim")
+    trainers = optimizer_beside(found.source.path)
+    if trainers is not None:
+        beside.append(trainers)
     return list(dict.fromkeys([found.directory, *beside]))
 
 

@@ -2,7 +2,8 @@
 
 Source: accelerate's ``save_fsdp_model``. ``pytorch_model_fsdp_0/`` is a DCP directory, ``pytorch_model_fsdp.bin`` the
 full state dict, ``pytorch_model_fsdp_0_rank1.bin`` one rank's shards, and ``pytorch_model_fsdp_rank1.bin`` one rank's
-flat pieces (LOCAL_STATE_DICT). A number other than 0 is that of a further model.
+flat pieces (LOCAL_STATE_DICT). A number other than 0 is that of a further model. ``save_fsdp_optimizer`` writes the DCP
+directory ``optimizer_0/`` beside.
 """
 
 from __future__ import annotations
@@ -75,3 +76,9 @@ def accelerates(directory: Path, names: Sequence[str]) -> FsdpDirectory | RankFi
         return FsdpDirectory(directory, directory / sharded[0])
     files = full or [name for group in by_model.values() for name in group]
     return RankFiles(directory, dict(enumerate(files)), None, _TOOL) if files else None
+
+
+def optimizer_beside(model: Path) -> Path | None:
+    """Where the optimizer of a model in such a DCP directory is; ``None`` for any other path."""
+    match = _DIRECTORY.fullmatch(model.name)
+    return None if match is None else model.with_name(f"optimizer_{match[1]}")

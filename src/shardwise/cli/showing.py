@@ -79,8 +79,19 @@ def _list(root: Path, options: argparse.Namespace, titled: bool) -> tuple[int, o
     for line, colour in _listed(shown):
         say(line, colour)
     if not found and not options.quiet:
-        say(f"{root} holds no checkpoints")
+        inside = [path.name for path in sorted(root.iterdir()) if _is_root(path)]
+        say(f"{root} holds no checkpoints" + (f"; directories in it do: {', '.join(inside[:8])}" if inside else ""))
     return code, None
+
+
+def _is_root(path: Path) -> bool:
+    """Whether checkpoints are in a directory; what cannot be listed is not one, since nobody asked for it."""
+    from shardwise.ops.listing import list_checkpoints
+
+    try:
+        return path.is_dir() and bool(list_checkpoints(path))
+    except ShardwiseError:
+        return False
 
 
 def _listed(found: list[ListedCheckpoint]) -> list[tuple[str, str | None]]:

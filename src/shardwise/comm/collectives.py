@@ -11,6 +11,7 @@ still at its end: seen with torch 2.13, see https://github.com/pytorch/pytorch/i
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -18,9 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from shardwise.upstream.torch_distributed import owner_count
-
-#: Whatever else may own a tensor, nobody waits for it longer than this.
+#: Should anything else keep a tensor, nobody waits for it longer than this.
 _RELEASE_SECONDS = 1.0
 _PAUSE_SECONDS = 0.0001
 
@@ -79,10 +78,17 @@ def receive(group: dist.ProcessGroup, tensor: torch.Tensor, source: int) -> dist
 
 def _complete(begin: Callable[[], dist.Work], tensors: Sequence[torch.Tensor]) -> None:
     """Run a collective, and return when gloo has let go of its tensors."""
-    before = [owner_count(tensor) for tensor in tensors]
+    before = [_references(tensors, number) for number in range(len(tensors))]
     begin().wait()
     limit = time.monotonic() + _RELEASE_SECONDS
-    for tensor, count in zip(tensors, before, strict=True):
-        # Of an accelerator's tensors the backend keeps some until their stream is done, and has no thread like gloo's.
-        while tensor.device.type == "cpu" and owner_count(tensor) > count and time.monotonic() < limit:
+    for number, count in enumerate(before):
+        while _references(tensors, number) > count and time.monotonic() < limit:
             time.sleep(_PAUSE_SECONDS)
+
+
+def _references(tensors: Sequence[torch.Tensor], number: int) -> int:
+    """How often a tensor's Python object is referred to: once more for as long as anything below Python has it too.
+
+    Of an accelerator's tensors a backend keeps some until their stream is done, and it has no thread like gloo's.
+    """
+    return sys.getrefcount(tensors[number]) if tensors[number].device.type == "cpu" else 0

@@ -173,12 +173,6 @@ TORCH_DISTRIBUTED = (
         "function",
     ),
     Name("torch._C._distributed_c10d.Store", "the type of that store", "type"),
-    Name(
-        "torch.Tensor._use_count",
-        "whether gloo's thread has let go of a tensor shows nowhere else",
-        "method_descriptor",
-        optional=True,
-    ),
     *(
         Name(
             f"torch.distributed.ProcessGroup.{method}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -338,3 +339,27 @@ def test_a_question_travels_with_the_status() -> None:
     assert run(3, vote_of, (2,), False) == [True] * 3
     assert run(3, vote_of, (), False) == [False] * 3
     assert isinstance(failure(3, vote_of, (2,), True), StorageError)
+
+
+def end_in_a_reducer(turns: int) -> int:
+    """Destroy the default group where DDP's reducer is its last owner, right behind an exchange in it."""
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(60)  # another thread gets Python's lock only where this one gives it up
+    try:
+        for turn in range(turns):
+            meeting = f"file://{Path.cwd() / f'turn-{turn}'}"
+            dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+            model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+            Group.current().agree(None, "ending")
+            dist.destroy_process_group()
+            del model
+    finally:
+        sys.setswitchinterval(before)
+    return turns
+
+
+def test_no_thread_of_an_exchange_is_left_when_the_group_ends() -> None:
+    """Without that the process stood still at its end: https://github.com/pytorch/pytorch/issues/56297."""
+    assert run(2, end_in_a_reducer, 20) == [20, 20]

@@ -144,7 +144,8 @@ def summary(record: CallRecord) -> str:
     what = f"step {record.step}" if record.step is not None else record.call.partition("_")[2].replace("_", " ")
     known = record.nbytes if record.total_bytes is None else record.total_bytes
     whose = "" if record.total_bytes is not None else " on rank 0"
-    text = f"{verb} {what}: {size_text(known)}{whose} in {record.seconds:.2f} s ({record.gb_per_second:.2f} GB/s)"
+    rate = size_text(int(record.gb_per_second * 1e9))
+    text = f"{verb} {what}: {size_text(known)}{whose} in {record.seconds:.2f} s ({rate}/s)"
     if record.seconds - record.stall > 0.005:
         text += f", training waited {record.stall:.2f} s"
     text += f", {'to' if verb == 'saved' else 'from'} {record.path}"

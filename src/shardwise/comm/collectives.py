@@ -3,20 +3,30 @@
 ``torch.distributed``'s functions look a group up in torch's registry first, which ``destroy_process_group()`` empties.
 A group's own methods need no registry: a save that is still being written in the background when a training script
 destroys its groups goes on to its end, since the connections live as long as the group does.
+
+Each ends when gloo's thread has let go of the tensors, for which that thread needs Python's global lock. Whoever ends
+the group waits for a thread that is not yet done. DDP's reducer does so while it holds the lock, and the process stands
+still at its end: seen with torch 2.13, see https://github.com/pytorch/pytorch/issues/56297.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+#: Should anything else keep a tensor, nobody waits for it longer than this.
+_RELEASE_SECONDS = 1.0
+_PAUSE_SECONDS = 0.0001
+
 
 def all_gather(group: dist.ProcessGroup, gathered: Sequence[torch.Tensor], own: torch.Tensor) -> None:
     """Fill ``gathered`` with every rank's tensor, in rank order."""
-    group.allgather([list(gathered)], [own]).wait()
+    _complete(lambda: group.allgather([list(gathered)], [own]), [*gathered, own])
 
 
 def broadcast(group: dist.ProcessGroup, tensor: torch.Tensor, source: int) -> None:
@@ -24,7 +34,7 @@ def broadcast(group: dist.ProcessGroup, tensor: torch.Tensor, source: int) -> No
     options = dist.BroadcastOptions()
     options.rootRank = source
     options.rootTensor = 0
-    group.broadcast([tensor], options).wait()
+    _complete(lambda: group.broadcast([tensor], options), [tensor])
 
 
 def all_reduce(
@@ -35,7 +45,7 @@ def all_reduce(
     options.reduceOp = dist.ReduceOp(how)
     if seconds is not None:
         options.timeout = timedelta(seconds=seconds)
-    group.allreduce([tensor], options).wait()
+    _complete(lambda: group.allreduce([tensor], options), [tensor])
 
 
 def all_to_all(
@@ -46,7 +56,7 @@ def all_to_all(
     sent_counts: Sequence[int] = (),
 ) -> None:
     """Give each rank a part of this rank's tensor, in rank order; equal parts where no counts are given."""
-    group.alltoall_base(received, sent, list(received_counts), list(sent_counts)).wait()
+    _complete(lambda: group.alltoall_base(received, sent, list(received_counts), list(sent_counts)), [received, sent])
 
 
 def send(group: dist.ProcessGroup, tensor: torch.Tensor, to: int) -> dist.Work:
@@ -87,3 +97,21 @@ def to_tensor(data: bytes, size: int, device: torch.device) -> torch.Tensor:
 def to_bytes(buffer: torch.Tensor) -> bytes:
     """The bytes of a tensor of ``uint8``."""
     return buffer.cpu().numpy().tobytes()
+
+
+def _complete(begin: Callable[[], dist.Work], tensors: Sequence[torch.Tensor]) -> None:
+    """Run a collective, and return when gloo has let go of its tensors."""
+    before = [_references(tensors, number) for number in range(len(tensors))]
+    begin().wait()
+    limit = time.monotonic() + _RELEASE_SECONDS
+    for number, count in enumerate(before):
+        while _references(tensors, number) > count and time.monotonic() < limit:
+            time.sleep(_PAUSE_SECONDS)
+
+
+def _references(tensors: Sequence[torch.Tensor], number: int) -> int:
+    """How often a tensor's Python object is referred to: once more for as long as anything below Python has it too.
+
+    Of an accelerator's tensors a backend keeps some until their stream is done, and it has no thread like gloo's.
+    """
+    return sys.getrefcount(tensors[number]) if tensors[number].device.type == "cpu" else 0

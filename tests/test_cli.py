@@ -171,16 +171,6 @@ def test_ls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ls", str(tmp_path / "LATEST")]) == 2
 
 
-def test_ls_of_what_holds_roots_names_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    saved(tmp_path / "last.ckpt", (1,))
-    (tmp_path / "logs").mkdir()
-    assert main(["ls", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"{tmp_path} holds no checkpoints; directories in it do: last.ckpt\n"
-    (tmp_path / "last.ckpt" / "epoch_0_step_1").rename(tmp_path / "mine")  # a checkpoint, and no root
-    assert main(["ls", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"{tmp_path} holds no checkpoints\n"
-
-
 def test_several_paths_are_all_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = saved(tmp_path)
     paths = [str(tmp_path / "nowhere"), str(directory)]

@@ -18,6 +18,7 @@ from shardwise.addons.hf_config import CONFIG
 from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import Storage, current, using
+from shardwise.engine.collector import without_collector
 from shardwise.engine.missing_files import saved_aliases
 from shardwise.engine.records import ComponentRecord, layout_record, write_manifest
 from shardwise.errors import MisuseError
@@ -30,7 +31,6 @@ from shardwise.format.strict_json import JsonValue
 from shardwise.lifecycle import LATEST, LINEAGE_NAME, METRICS_NAME, checkpoint_name, next_lineage, set_pointer
 from shardwise.lifecycle.names import foreign_numbers
 from shardwise.ops.aside import refuse_existing, written_aside
-from shardwise.ops.collector import few_collections
 from shardwise.ops.computed_tensors import ComputingReader
 from shardwise.ops.consolidate import consolidate
 from shardwise.ops.consolidate_input import ModelInput, SourceHints, class_of, find_input
@@ -145,7 +145,7 @@ def convert(
     if to != "shards" and (optimizer or epoch is not None or step is not None):
         raise MisuseError("optimizer, epoch and step are for shards", hint="Leave them out, or convert to shards.")
     place = Path(target).absolute()
-    with using(storage or current()), parsed_once(), few_collections():
+    with using(storage or current()), parsed_once(), without_collector():
         refuse_existing(place)
         if to == "hf":
             made = consolidate(

@@ -147,10 +147,16 @@ def whole_number(value: int) -> int:
         return value
 
 
-def check_mapping(key: str, value: object) -> None:
+def check_mapping(key: str, value: object, kind: type = Mapping) -> None:
     """Raise `MisuseError` unless an argument is a mapping or not given."""
-    if value is not None and not isinstance(value, Mapping):
+    if value is not None and not isinstance(value, kind):
         raise _not(key, value, "a dictionary")
+
+
+def check_tokenizer(value: object) -> None:
+    """Raise `MisuseError` unless what is passed as tokenizer can be saved, or nothing is."""
+    if value is not None and not hasattr(value, "save_pretrained"):
+        raise _not("tokenizer", value, "a tokenizer or processor, which has save_pretrained()")
 
 
 def check_stateful(value: object) -> str:

@@ -549,10 +549,7 @@ class Checkpointer:
 
     @public_call
     def asked_to_stop(self, guard: PreemptionGuard) -> bool:
-        """Whether any rank has been asked to leave; call at every step boundary. All ranks call.
-
-        `PreemptionGuard` has an example.
-        """
+        """Whether any rank has been asked to leave, for every step boundary; see `PreemptionGuard`. All ranks call."""
         session = self._life.begin(call := "asked_to_stop()")
 
         def ask(asked: bool) -> bool:

@@ -115,17 +115,8 @@ def _capture(
 ) -> tuple[list[Step], list[Callable[[Group], None]]]:
     """Capture everything now; returns the steps that write it, and the local work at their end. All ranks call."""
     optimizer, scheduler = what.optimizer, what.scheduler
-    request = ModelRequest(
-        life.session,
-        what.model,
-        temp / "model",
-        life.addons,
-        what.tokenizer,
-        what.peft_config,
-        what.is_final_checkpoint,
-        reserve,
-        optimizer,
-    )
+    beside = what.tokenizer, what.peft_config, what.is_final_checkpoint
+    request = ModelRequest(life.session, what.model, temp / "model", life.addons, *beside, reserve, optimizer)
     save = model_save(request)
     steps = below("model", save.steps())
     closing = [*save.closing]

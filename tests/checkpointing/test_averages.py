@@ -249,6 +249,7 @@ def test_sharded_extra_state_comes_back_on_any_number_of_ranks(
 
 
 def other_extra(root: Path, what: str) -> None:
+    torch.manual_seed(0)  # other tests may have left the ranks different generators
     model, extra = nn.Linear(2, 2), extras(0)
     with engine(root) as checkpointer:
         checkpointer.save(0, 1, model, extra_state=extra)

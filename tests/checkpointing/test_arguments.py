@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -40,6 +41,7 @@ def training() -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_schedul
         ("scheduler", [3]),
         ("metrics", [1.0]),
         ("extra_state", "loader"),
+        ("tokenizer", "gpt2"),
     ],
 )
 def test_what_is_no_model_optimizer_or_scheduler(tmp_path: Path, key: str, value: object) -> None:
@@ -57,6 +59,9 @@ def test_what_is_no_model_optimizer_or_scheduler(tmp_path: Path, key: str, value
             checkpointer.save_model(value, tmp_path)  # type: ignore[arg-type]
         with pytest.raises(MisuseError, match="model is a "):
             checkpointer.load_model(value, tmp_path)  # type: ignore[arg-type]
+    if key == "tokenizer":
+        with pytest.raises(MisuseError, match="tokenizer is a str.*save_pretrained"):
+            checkpointer.save_model(model, tmp_path, tokenizer=value)  # type: ignore[arg-type]
     if key == "optimizer":
         with pytest.raises(MisuseError, match="optimizer is a "):
             checkpointer.save_optimizer(value, model, tmp_path)  # type: ignore[arg-type]
@@ -236,6 +241,13 @@ def test_processes_that_do_not_know_of_each_other(tmp_path: Path, monkeypatch: p
 
 def test_nothing_said_is_not_a_mistake(tmp_path: Path) -> None:
     assert run(2, save_nothing, tmp_path) == [None, None]
+
+
+def test_extra_state_that_cannot_be_replaced(tmp_path: Path) -> None:
+    model, _, _ = training()
+    engine(tmp_path).save(0, 1, model, extra_state={"count": 1})
+    with pytest.raises(MisuseError, match="extra_state is a mappingproxy"):
+        engine(tmp_path).restore(model, extra_state=MappingProxyType({"count": 0}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", ["low", None, torch.ones(2), 10**400])

@@ -125,6 +125,26 @@ def test_names_of_an_average_are_mapped_as_the_models_are(tmp_path: Path) -> Non
         assert torch.equal(before["old"].weight, after["new"].weight)  # type: ignore[arg-type]
 
 
+def parts_of_one_rank(seed: int) -> tuple[list[nn.Module], list[AveragedModel]]:
+    torch.manual_seed(seed)
+    parts: list[nn.Module] = [nn.ModuleDict({name: nn.Linear(3, 2)}) for name in ("first", "second")]
+    return parts, [AveragedModel(part) for part in parts]
+
+
+def test_the_count_of_each_part_comes_back(tmp_path: Path) -> None:
+    (model, averages), (other, again) = parts_of_one_rank(0), parts_of_one_rank(1)
+    with engine(tmp_path) as checkpointer:
+        for _ in range(3):
+            for average, part in zip(averages, model, strict=True):
+                average.update_parameters(part)
+        checkpointer.save(step=1, model=model, ema=averages)
+        checkpointer.restore(other, ema=again)
+        assert [average.n_averaged.item() for average in again] == [3, 3]
+        averages[1].update_parameters(model[1])
+        with pytest.raises(MisuseError, match="different values of n_averaged"):
+            checkpointer.save(step=2, model=model, ema=averages)
+
+
 def test_an_average_that_was_not_saved(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     averaged = AveragedModel(model)
@@ -229,6 +249,7 @@ def test_sharded_extra_state_comes_back_on_any_number_of_ranks(
 
 
 def other_extra(root: Path, what: str) -> None:
+    torch.manual_seed(0)  # other tests may have left the ranks different generators
     model, extra = nn.Linear(2, 2), extras(0)
     with engine(root) as checkpointer:
         checkpointer.save(0, 1, model, extra_state=extra)

@@ -298,6 +298,21 @@ def test_one_device_each_is_the_same_state_whatever_its_number() -> None:
     assert [int(each) for each in devices.states] == [0, 1, 2, 10]
 
 
+@pytest.mark.parametrize("name", ["train", "validation"])
+def test_two_loaders_of_one_name_in_an_epoch(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    with engine(tmp_path) as checkpointer, caplog.at_level("WARNING"):
+        training = checkpointer.batches(DataLoader(range(4)), 0)
+        next(training)
+        assert len([*checkpointer.batches(DataLoader(range(2)), 0, name=name)]) == 2
+        assert len([*training]) == 3
+        assert len([*checkpointer.batches(DataLoader(range(2)), 0)]) == 2  # the first has no batches left to lose
+    said = [
+        "two loaders of epoch 0 are called 'train': the position of the first is not saved any more" in each
+        for each in caplog.messages
+    ]
+    assert said == [True] * (name == "train")
+
+
 def test_states_of_older_releases() -> None:
     state = RandomState(None).state_dict() | {"cuda": torch.tensor([5], dtype=torch.uint8)}
     devices = Devices((), 1)

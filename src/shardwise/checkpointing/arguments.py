@@ -147,10 +147,16 @@ def whole_number(value: int) -> int:
         return value
 
 
-def check_mapping(key: str, value: object) -> None:
+def check_mapping(key: str, value: object, kind: type = Mapping) -> None:
     """Raise `MisuseError` unless an argument is a mapping or not given."""
-    if value is not None and not isinstance(value, Mapping):
+    if value is not None and not isinstance(value, kind):
         raise _not(key, value, "a dictionary")
+
+
+def check_tokenizer(value: object) -> None:
+    """Raise `MisuseError` unless what is passed as tokenizer can be saved, or nothing is."""
+    if value is not None and not hasattr(value, "save_pretrained"):
+        raise _not("tokenizer", value, "a tokenizer or processor, which has save_pretrained()")
 
 
 def check_stateful(value: object) -> str:
@@ -173,8 +179,8 @@ _LOG = logging.getLogger(__name__)
 TRACE_VARIABLE = "SHARDWISE_TRACE"
 
 
-def check_building(config: Settings, storage: Storage | None, trace_dir: Path | None) -> None:
-    """Check when a checkpointer is built that it may write, and where: not after an hour of training. Local.
+def check_building(config: Settings, storage: Storage | None) -> Path | None:
+    """Check when a checkpointer is built that it may write: not after an hour of training; returns where traces go.
 
     Nothing is made. A storage that keeps its files elsewhere is not asked. A ``checkpoint_dir`` with checkpoints may be
     there to be restored from, so that this is only a warning.
@@ -204,10 +210,13 @@ def check_building(config: Settings, storage: Storage | None, trace_dir: Path | 
             if not is_directory(local) or not any(parse_checkpoint_name(name) for name in names_in(local)):
                 raise unwritable
             _LOG.warning("no checkpoint can be saved: %s", unwritable)
+    trace = config.trace or os.environ.get(TRACE_VARIABLE)
+    trace_dir = Path(trace).absolute() if trace else None
     if trace_dir is not None:
         hint = f"Name another directory in the setting trace or in {TRACE_VARIABLE}."
         if (no_trace := _refusal("trace", trace_dir, hint)) is not None:
             raise no_trace
+    return trace_dir
 
 
 def _refusal(setting: str, directory: Path, hint: str) -> StorageError | None:

@@ -31,16 +31,16 @@ _INSIDE = "module."
 
 @dataclass(frozen=True, slots=True)
 class Average:
-    """An averaged model without its wrapper; ``beside`` has views of the wrapper's own tensors by name."""
+    """An averaged model without its wrapper; ``beside`` has views of its parts' wrappers' tensors."""
 
     model: nn.Module | list[nn.Module]
-    beside: Mapping[str, torch.Tensor]
+    beside: Mapping[str, Sequence[torch.Tensor]]
 
     @staticmethod
     def of(ema: nn.Module | Sequence[nn.Module]) -> Average:
         """Take the wrappers off; `MisuseError` if a wrapper has state that is not a plain tensor. Local."""
         parts = [ema] if isinstance(ema, nn.Module) else list(ema)
-        beside: dict[str, torch.Tensor] = {}
+        beside: dict[str, list[torch.Tensor]] = {}
         models = []
         for part in parts:
             wrapper = unwrap(part)
@@ -56,12 +56,18 @@ class Average:
                         f"the wrapper of the averaged model keeps {name!r} as {type(value).__name__}",
                         hint="Pass the averaged model itself as ema, and the rest as extra_state.",
                     )
-                beside[name] = value.detach()
+                beside.setdefault(name, []).append(value.detach())
         return Average(models[0] if isinstance(ema, nn.Module) else models, beside)
 
     def capture(self, directory: Path, storage: Storage) -> list[Step]:
         """Capture the wrappers' tensors now and return the steps that write them below ``directory``. Local."""
-        packed = pack_state(dict(self.beside)) if self.beside else {}
+        for name, values in self.beside.items():
+            if not all(torch.equal(values[0], other) for other in values):
+                raise MisuseError(
+                    f"the wrappers of the averaged model's parts have different values of {name}",
+                    hint="Update the averages of all parts together.",
+                )
+        packed = pack_state({name: values[0] for name, values in self.beside.items()}) if self.beside else {}
 
         def write() -> ComponentRecord:
             if not packed:
@@ -94,8 +100,8 @@ class Average:
         saved = read_state(stem)
         if not isinstance(saved, dict) or not all(isinstance(each, torch.Tensor) for each in saved.values()):
             raise StateFormatError("this is not what an averaged model keeps", path=f"{stem}.json")
-        for name, value in self.beside.items():
-            if name not in saved or saved[name].shape != value.shape:
+        for name, values in self.beside.items():
+            if name not in saved or any(saved[name].shape != value.shape for value in values):
                 raise StateFormatError(
                     f"the checkpoint's {name} is not what the averaged model has",
                     path=f"{stem}.json",
@@ -105,12 +111,13 @@ class Average:
 
     def take_in(self, saved: Mapping[str, torch.Tensor], undos: Undos) -> None:
         """Put saved values into the wrappers' tensors. Local."""
-        had = {name: value.clone() for name, value in self.beside.items()}
+        had = {name: [value.clone() for value in values] for name, values in self.beside.items()}
 
-        def put(values: Mapping[str, torch.Tensor]) -> None:
+        def put(found: Mapping[str, Sequence[torch.Tensor]]) -> None:
             with torch.no_grad():
-                for name, value in self.beside.items():
-                    value.copy_(values[name])
+                for name, values in self.beside.items():
+                    for value, new in zip(values, found[name], strict=True):
+                        value.copy_(new)
 
         undos.add("the averaged model's count", lambda: put(had))
-        put(saved)
+        put({name: [saved[name]] * len(values) for name, values in self.beside.items()})

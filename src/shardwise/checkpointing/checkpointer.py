@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardwise.addons import CheckpointAddon
 from shardwise.addons.base import SavesPretrained
-from shardwise.checkpointing.arguments import TRACE_VARIABLE, check_building
+from shardwise.checkpointing.arguments import check_building
 from shardwise.checkpointing.lifetime import Lifetime, check_same_call, public_call, undisturbed
 from shardwise.checkpointing.loading import base_model
 from shardwise.checkpointing.loading import whole as loading
@@ -90,9 +89,7 @@ class Checkpointer:
         self.config = config
         self.dp_rank, self.tp_rank, self.pp_rank = dp_rank, tp_rank, pp_rank
         self.moe_mesh, self.pp_group = moe_mesh, pp_group
-        trace = config.trace or os.environ.get(TRACE_VARIABLE)
-        trace_dir = None if not trace else Path(trace).absolute()
-        check_building(config, storage, trace_dir)
+        trace_dir = check_building(config, storage)
         self._life = Lifetime(
             config,
             ParallelRanks(dp_rank, tp_rank, pp_rank, pp_group),
@@ -552,10 +549,7 @@ class Checkpointer:
 
     @public_call
     def asked_to_stop(self, guard: PreemptionGuard) -> bool:
-        """Whether any rank has been asked to leave; call at every step boundary. All ranks call.
-
-        `PreemptionGuard` has an example.
-        """
+        """Whether any rank has been asked to leave, for every step boundary; see `PreemptionGuard`. All ranks call."""
         session = self._life.begin(call := "asked_to_stop()")
 
         def ask(asked: bool) -> bool:

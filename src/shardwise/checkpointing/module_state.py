@@ -133,11 +133,6 @@ def find_module_state(path: Path) -> list[str]:
     return []
 
 
-def is_own_module_state(path: Path, stems: Sequence[str]) -> bool:
-    """Whether the files that `find_module_state` found belong to this directory, not to the one around an export."""
-    return bool(stems) and Path(stems[0]).parent.parent == path
-
-
 def read_module_state(stems: Sequence[str]) -> SavedModuleState | None:
     """Read what `module_state_step` wrote, if anything; `StateFormatError` if a file is damaged. Local."""
     if not stems:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -222,7 +222,8 @@ def open_optimizer(
         compared.append((plan, found, own))
         return [bool(plan.targets), sorted(found.used), list(found.chosen), bool(found.schedules)]
 
-    rows = cast(list[_Compared], group.gather(compare, f"comparing the optimizer with {directory}"))
+    gathered = group.gather(compare, f"comparing the optimizer with {directory}")
+    rows = cast(list[tuple[bool, list[int], list[str], bool]], gathered)
     [(plan, found, own)] = compared
     if plan.fresh:
         _LOG.warning(
@@ -246,9 +247,6 @@ def open_optimizer(
     if foreign is not None:
         count_in_tensors(plan)
     return OpenedOptimizer(session, plan, found, tensors, own, buffered.any)
-
-
-_Compared = tuple[bool, list[int], list[str], bool]
 
 
 def _warn_of_chosen(group: Group, directory: Path, keys: Sequence[str]) -> None:
@@ -291,7 +289,8 @@ def _compared(
     record = OptimizerRecord.from_state(read_state(directory / OPTIMIZER_STATE))
     try:
         if changes.key_mapping:
-            record = _renamed(record, changes.key_mapping)
+            names = list(dict.fromkeys(name for group in record.groups for name in group.params))
+            record = record.under(dict(zip(names, rename(names, changes.key_mapping), strict=True)))
         plan = plan_restore(state, record, allow_new=changes.allow_new, aside=is_buffered)
     except ShardwiseError as error:
         error.path = error.path or str(directory)
@@ -314,8 +313,3 @@ def _compared(
     own = attached(schedulers, model)
     found = saved_schedules(schedulers, own, renamed, record.schedulers, directory, group.rank, group.world_size)
     return plan, found
-
-
-def _renamed(record: OptimizerRecord, key_mapping: Mapping[str, str]) -> OptimizerRecord:
-    names = list(dict.fromkeys([name for group in record.groups for name in group.params]))
-    return record.under(dict(zip(names, rename(names, key_mapping), strict=True)))

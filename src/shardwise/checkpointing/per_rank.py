@@ -138,14 +138,13 @@ def find_model(session: Session, state: ModelState, directory: Path, ranks: int)
     check_patterns(session, state)
     if not _is_for(session, directory, ranks):
         return None
-    with session.group.together("looking for each rank's own tensors"):
-        return _find(session, directory, lambda: _by_name(state))
 
+    def by_name() -> dict[str, HeldTensor]:
+        tensors = state.listing(values=False).tensors
+        found = zip(tensors, held_tensors(((each.name, each.tensor) for each in tensors), MeshRegister()), strict=True)
+        return {name: tensor for each, tensor in found for name in (each.name, *each.aliases)}
 
-def _by_name(state: ModelState) -> dict[str, HeldTensor]:
-    tensors = state.listing(values=False).tensors
-    held = held_tensors(((named.name, named.tensor) for named in tensors), MeshRegister())
-    return {name: tensor for named, tensor in zip(tensors, held, strict=True) for name in (named.name, *named.aliases)}
+    return session.group.attempt(lambda: _find(session, directory, by_name), "looking for each rank's own tensors")
 
 
 def find_optimizer(session: Session, plan: OptimizerRestore, directory: Path) -> OwnRead | None:

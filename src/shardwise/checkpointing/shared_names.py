@@ -34,6 +34,7 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import wrapping
 from shardwise.stateful_wrappers.names import NamedTensor, declared_ties, is_lm_head, loaders_ties
 from shardwise.stateful_wrappers.wrapping import Inner, inner_model, is_pretrained, plain_name, unwrap
+from shardwise.upstream.torch_modules import unsaved_buffers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -261,3 +262,11 @@ def check_outside(outside: Iterable[HeldTensor], held: Iterable[HeldTensor], abs
             tensor=twice[0],
             hint="Rename it in the module, or save the model inside by itself.",
         )
+
+
+def recomputed_buffers(module: nn.Module) -> set[str]:
+    """Names of buffers that are in no file, each with its module's name alone: releases move such modules about."""
+    found: set[str] = set()
+    for name, inner in module.named_modules():
+        found |= {f"{name.rpartition('.')[2]}.{buffer}".removeprefix(".") for buffer in unsaved_buffers(inner)}
+    return found

@@ -25,7 +25,6 @@ from shardwise.checkpointing.module_state import (
     ModuleLoad,
     as_modules_load,
     find_module_state,
-    is_own_module_state,
     open_module_load,
     steps_of,
     with_extra_in_files,
@@ -130,7 +129,8 @@ def open_model(
     stems = opened.metadata.module_state
     module_load = ModuleLoad((), None, options, 0)
     if load.asked or stems:
-        module_load = open_module_load(steps, stems, group, options, is_strict=is_own_module_state(path, stems))
+        is_own = bool(stems) and Path(stems[0]).parent.parent == path  # and not of the directory around an export
+        module_load = open_module_load(steps, stems, group, options, is_strict=is_own)
     return OpenedModel(session, load, there, module_load, own)
 
 

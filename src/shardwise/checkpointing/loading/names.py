@@ -17,7 +17,7 @@ from torch import nn
 
 from shardwise.base.names import names_in_files, names_of_ties, under_names_of_files
 from shardwise.checkpointing.hub import HubState
-from shardwise.checkpointing.shared_names import file_name
+from shardwise.checkpointing.shared_names import file_name, recomputed_buffers
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup, rename
 from shardwise.disk.storage import Storage
@@ -35,7 +35,6 @@ from shardwise.sources.sources import Source
 from shardwise.sources.stream import tensor_blocks
 from shardwise.stateful_wrappers.names import promised_ties
 from shardwise.stateful_wrappers.wrapping import is_pretrained, plain_name, unwrap
-from shardwise.upstream.torch_modules import unsaved_buffers
 from shardwise.upstream.transformers import may_be_unexpected
 
 
@@ -84,19 +83,11 @@ def expected_unused(parts: Sequence[nn.Module], names: Iterable[str]) -> list[st
         patterns += may_be_unexpected(module)
         if is_pretrained(module):
             # Releases place the module that recomputes them differently, but do not rename it.
-            patterns += [rf"(^|\.){re.escape(tail)}$" for tail in sorted(_recomputed(module))]
+            patterns += [rf"(^|\.){re.escape(tail)}$" for tail in sorted(recomputed_buffers(module))]
     if not patterns:
         return []
     search = re.compile("|".join(f"(?:{pattern})" for pattern in patterns)).search
     return [name for name in names if search(name)]
-
-
-def _recomputed(module: nn.Module) -> set[str]:
-    """Names of buffers that are in no file, each with its module's name."""
-    found: set[str] = set()
-    for name, inner in module.named_modules():
-        found |= {f"{name.rpartition('.')[2]}.{buffer}".removeprefix(".") for buffer in unsaved_buffers(inner)}
-    return found
 
 
 def _ties_in_files(module: nn.Module, ties: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:

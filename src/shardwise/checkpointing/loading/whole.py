@@ -125,7 +125,7 @@ def _restore(life: Lifetime, what: WhatToRestore, told: Call) -> RestoreRecord |
 
     def look() -> str:
         nonlocal what
-        check_mapping("extra_state", what.extra_state)
+        check_mapping("extra_state", what.extra_state, MutableMapping)
         check_mapping("key_mapping", what.key_mapping)
         given_state = what.extra_state if what.extra_state is not None else {}
         what = replace(what, extra_state=with_loader(given_state, what.dataloader, session.group.world_size))

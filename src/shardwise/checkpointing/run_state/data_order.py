@@ -176,6 +176,14 @@ class DataOrder:
         """The remaining batches of an epoch; see `Checkpointer.batches`."""
         if name == TRAIN:
             self.epoch = epoch
+        before, other = self._positions.get(name, (None, loader))
+        if before is not None and other is not loader and before.epoch == epoch and not before.is_over:
+            _LOG.warning(
+                "two loaders of epoch %d are called %r: the position of the first is not saved any more. Call batches "
+                "with another name for one of them",
+                epoch,
+                name,
+            )
         saved = self._saved.pop(name, None)
         if saved is None or saved.epoch != epoch:
             if saved is not None and not saved.is_over and saved.count != length_hint(loader, -1):

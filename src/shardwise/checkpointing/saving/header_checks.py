@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 
 from shardwise.base.files import BaseModel, base_config
-from shardwise.checkpointing.shared_names import exported_modules
+from shardwise.checkpointing.shared_names import exported_modules, recomputed_buffers
 from shardwise.comm import Group, JsonValue
 from shardwise.disk.guarded import open_regular, read_exactly
 from shardwise.disk.names import names_in
@@ -26,7 +26,6 @@ from shardwise.geometry import TensorSpec
 from shardwise.plan.layout import FileLayout, index_name
 from shardwise.stateful_wrappers.model_parts import config_of
 from shardwise.stateful_wrappers.wrapping import original_class, unwrap
-from shardwise.upstream.torch_modules import unsaved_buffers
 from shardwise.upstream.transformers import may_be_unexpected
 
 _SHOWN = 10
@@ -69,7 +68,7 @@ def expectation_of(parts: Sequence[nn.Module], absent: Iterable[str], keys: Coll
     return own._replace(
         aliases=list(absent),
         unloaded=sorted(may_be_unexpected(module)),
-        computed=sorted({_tail(name) for part in parts for name in _computed_buffers(unwrap(part))}),
+        computed=sorted({name for part in parts for name in recomputed_buffers(unwrap(part))}),
         prefix=str(getattr(module, "base_model_prefix", "") or ""),
         architectures=[original_class(module).__name__],
         vocab_size=size if isinstance(size, int) else None,
@@ -86,12 +85,6 @@ def _merged(rows: Sequence[Expectation]) -> Expectation:
         next((row.vocab_size for row in rows if row.vocab_size is not None), None),
         tuple(dict.fromkeys(key for row in rows for key in row.keys)),
     )
-
-
-def _computed_buffers(module: nn.Module) -> Iterable[str]:
-    for path, each in module.named_modules():
-        for leaf in unsaved_buffers(each):
-            yield f"{path}.{leaf}"
 
 
 def _tail(name: str) -> str:

@@ -18,7 +18,7 @@ from torch import nn
 
 from shardwise._version import __version__
 from shardwise.addons.base import SavesPretrained
-from shardwise.checkpointing.arguments import check_mapping, whole_number
+from shardwise.checkpointing.arguments import check_mapping, check_tokenizer, whole_number
 from shardwise.checkpointing.averages import MODEL_EMA, Average
 from shardwise.checkpointing.lifetime import Lifetime, Turn
 from shardwise.checkpointing.optimizers import Optimizers, Schedulers, as_list, capture_optimizer
@@ -68,6 +68,7 @@ def _save(life: Lifetime, what: WhatToSave, mistake: MisuseError | None, told: C
         if mistake is not None:
             raise mistake
         life.looked(what.model, what.optimizer, what.scheduler, saves=True)
+        check_tokenizer(what.tokenizer)
         check_mapping("metrics", what.metrics)
         check_mapping("extra_state", what.extra_state)
         extra_state = with_loader(dict(what.extra_state or {}), what.dataloader, session.group.world_size)
@@ -114,17 +115,8 @@ def _capture(
 ) -> tuple[list[Step], list[Callable[[Group], None]]]:
     """Capture everything now; returns the steps that write it, and the local work at their end. All ranks call."""
     optimizer, scheduler = what.optimizer, what.scheduler
-    request = ModelRequest(
-        life.session,
-        what.model,
-        temp / "model",
-        life.addons,
-        what.tokenizer,
-        what.peft_config,
-        what.is_final_checkpoint,
-        reserve,
-        optimizer,
-    )
+    beside = what.tokenizer, what.peft_config, what.is_final_checkpoint
+    request = ModelRequest(life.session, what.model, temp / "model", life.addons, *beside, reserve, optimizer)
     save = model_save(request)
     steps = below("model", save.steps())
     closing = [*save.closing]
@@ -246,13 +238,17 @@ def save_model(
     """See `Checkpointer.save_model`. All ranks call."""
     life.ends = life.ends or is_final
 
+    def look() -> str:
+        check_tokenizer(tokenizer)
+        return life.looked(model, saves=True)
+
     def capture(target: Replacement) -> tuple[Sequence[Step], Closing]:
         parts = life.session, model, target.temp, life.addons, tokenizer, peft_config, is_final, target.reserve
         save = model_save(ModelRequest(*parts))
         return save.steps(), save.closing
 
     given = {"is_final_checkpoint=True": is_final} | passed_addons(life.addons)
-    _save_component(life, "model", weights_path, lambda: life.looked(model, saves=True), given, capture)
+    _save_component(life, "model", weights_path, look, given, capture)
 
 
 def save_optimizer(

@@ -184,7 +184,7 @@ def write_final(
             total = 0
             for first, count, index in runs(box, spec.shape):
                 start = first * spec.itemsize
-                run = WriteRun(place.file, place.offset + start, 0, spec, start, data[index])
+                run = WriteRun(place.file, place.offset + start, spec, start, data[index])
                 total ^= shift(write_run(run, files, storage), spec.nbytes - start - count * spec.itemsize)
             nbytes = box.numel * spec.itemsize
             results.append(WriteResult(item.index, nbytes, Written(nbytes, total)))
@@ -197,7 +197,7 @@ def write_shards(
 ) -> list[WriteResult]:
     """Make this rank's shard files, write its items into them and make them durable."""
     by_box = {(item.index.fqn, box_of(item)): item for item in items}
-    pieces = [ShardPiece(0, spec_of(i), box_of(i), resolve(i, planner, box_of(i))) for i in items]
+    pieces = [ShardPiece(spec_of(i), box_of(i), resolve(i, planner, box_of(i))) for i in items]
     planned = shard_files(pieces, task.rank, task.world_size, None, stem)
     storage.check_space(directory, sum(file.layout.size for file in planned))
     results = []

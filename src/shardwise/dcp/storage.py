@@ -70,7 +70,6 @@ from shardwise.errors import (
     ShardwiseError,
     StateFormatError,
 )
-from shardwise.format.index import encode_index
 from shardwise.format.manifest import MANIFEST_NAME, FileRecord
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import Fragment, HeldTensor
@@ -201,9 +200,8 @@ class SafetensorsWriter(StorageWriter):
         plain = write_values(self._storage, self._path, merge_values(totals.values))
         record = ComponentRecord(tuple(totals.files.values()), totals.tensors(self._specs))
         if self._layout is not None:
-            index = encode_index(self._layout.weight_map, self._layout.tensor_bytes)
-            write_file(self._storage, self._path / index_name(self._stem), index)
-            plain.append(FileRecord.plain(index_name(self._stem), index))
+            write_file(self._storage, self._path / index_name(self._stem), self._layout.index)
+            plain.append(FileRecord.plain(index_name(self._stem), self._layout.index))
             record = layout_record(self._layout, totals.crcs)
         self._remove_stale({file.path for file in record.files})
         write_manifest(self._storage, self._path, record + ComponentRecord(tuple(plain)), {})

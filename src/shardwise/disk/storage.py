@@ -328,13 +328,10 @@ class LocalStorage:
         ``target`` in between; and a non-empty directory would not be replaced even then.
         """
         code = _rename_with(_RENAME_NOREPLACE, source, target)
-        if code in _NO_FLAG:
-            if os.path.lexists(target):
-                code = errno.EEXIST
-            else:
-                os.rename(source, target)
-                return
-        if code:
+        if code in _NO_FLAG and not os.path.lexists(target):
+            os.rename(source, target)
+        elif code:
+            code = errno.EEXIST if code in _NO_FLAG else code
             raise OSError(code, os.strerror(code), str(source), None, str(target))
 
     def exchange(self, one: Path, other: Path) -> bool:
@@ -482,13 +479,7 @@ def _rename_with(flag: int, source: Path, target: Path) -> int:
     call = _renameat2()
     if call is None:
         return errno.ENOSYS
-    failed = call(
-        ctypes.c_int(_AT_FDCWD),
-        ctypes.c_char_p(os.fsencode(source)),
-        ctypes.c_int(_AT_FDCWD),
-        ctypes.c_char_p(os.fsencode(target)),
-        ctypes.c_uint(flag),
-    )
+    failed = call(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag)
     return ctypes.get_errno() if failed else 0
 
 

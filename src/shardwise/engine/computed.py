@@ -115,7 +115,7 @@ def _write_group(
             place = layout.places[spec.name]
             # The rule may compute in another dtype; the run casts to the file's.
             written = next(e.spec for e in layout.files[place.file].entries if e.spec.name == spec.name)
-            write(WriteRun(place.file, place.offset, -1, written, 0, tensor))
+            write(WriteRun(place.file, place.offset, written, 0, tensor))
 
 
 def _require_round_trip(held: HeldGroup, natives: dict[str, torch.Tensor], made: Mapping[str, torch.Tensor]) -> None:

@@ -212,7 +212,7 @@ def _copy(plan: ExportPlan, group: Group, storage: Storage, write: Callable[[Wri
             place, start = plan.layout.places[tensor.spec.name], 0
             for block in tensor_blocks(tensor, reader):
                 data = torch.frombuffer(block, dtype=torch.uint8).view(torch_dtype(tensor.spec.dtype))
-                write(WriteRun(place.file, place.offset + start, -1, tensor.spec, start, data))
+                write(WriteRun(place.file, place.offset + start, tensor.spec, start, data))
                 start += len(block)
 
 

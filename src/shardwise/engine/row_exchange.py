@@ -101,7 +101,7 @@ def _round(
             position += box.numel
     place = layout.places[tensor.spec.name]
     offset = start * math.prod(exchange.row_shape) * tensor.spec.itemsize
-    return WriteRun(place.file, place.offset + offset, exchange.tensor, tensor.spec, offset, rows)
+    return WriteRun(place.file, place.offset + offset, tensor.spec, offset, rows)
 
 
 def _incoming(

@@ -109,7 +109,7 @@ def _write(plan: ShardPlan, storage: Storage, progress: Progress) -> list[list[C
             files.handle(number)  # a file without a tensor's bytes has a header to be synced all the same
             for spec, begin, end in file.layout.entries:
                 piece = file.pieces[spec.name]
-                run = WriteRun(number, head + begin, piece.tensor, spec, 0, piece.data)
+                run = WriteRun(number, head + begin, spec, 0, piece.data)
                 crc = write_run(run, files, storage, digest)
                 progress.add(end - begin)
                 chunks.append(ChunkRecord(file.layout.name, head + begin, end - begin, piece.box, crc))

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from shardwise.comm import collectives
 from shardwise.comm.collectives import PACKET_BYTES, packet, to_bytes, to_tensor, unpacked
 from shardwise.comm.lost_ranks import RankProcess, TimeoutBudget, find_lost
-from shardwise.comm.waiting import ABSENT_SECONDS, Waiting, meeting
+from shardwise.comm.waiting import ABSENT_SECONDS, Waiting, meeting_name
 from shardwise.errors import PeerError, RemoteError, ShardwiseError
 from shardwise.format.strict_json import JsonValue
 
@@ -111,7 +111,8 @@ class Group:
         few = len(ranks) < dist.get_world_size()
         budget = TimeoutBudget.within(timeout_seconds)
         try:
-            with meeting(ranks, ranks.index(dist.get_rank()), what, absent_seconds, timeout_seconds):
+            rank = ranks.index(dist.get_rank())
+            with Waiting(meeting_name(ranks), rank, ranks, absent_seconds, timeout_seconds).during(what):
                 made = dist.new_group(
                     ranks=ranks,
                     backend="gloo",
@@ -129,15 +130,12 @@ class Group:
         group._owned = True
         group._report_seconds = budget.report
         group._waiting = Waiting(group._name, group.rank, ranks, absent_seconds, timeout_seconds)
-        own = RankProcess.own()
-        processes = group._gather_bytes(json.dumps([own.host, own.pid]).encode(), "meeting the other ranks")
-        group._processes = tuple(RankProcess(*json.loads(process)) for process in processes)
+        processes = group.gather_json(RankProcess.own(), "meeting the other ranks")
+        group._processes = tuple(RankProcess(*cast(tuple[str, int], process)) for process in processes)
         return group
 
     def close(self) -> None:
         """Release the process group if this object made it. Safe to call twice."""
-        if self._waiting is not None:
-            self._waiting.close()
         if self._owned and self._pg is not None:
             self._owned = False
             if dist.is_initialized():
@@ -169,14 +167,11 @@ class Group:
         """Whether an exchange broke, so that every later one is refused."""
         return self._broken is not None
 
-    @contextlib.contextmanager
-    def coming(self, what: str) -> Iterator[None]:
+    def coming(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Around the first exchange of the call ``what``: a warning names the absent ranks if it takes long."""
         if self._waiting is None or self.world_size == 1:
-            yield
-            return
-        with self._waiting.during(what):
-            yield
+            return contextlib.nullcontext()
+        return self._waiting.during(what)
 
     @property
     def _alive(self) -> dist.ProcessGroup:

@@ -161,17 +161,6 @@ def spare_memory() -> torch.Tensor:
     return torch.empty(LIMITS.largest * _ALIGNMENT, dtype=torch.uint8)
 
 
-def rehearse(shared: Mapping[tuple[int, ...], Wanted]) -> None:
-    """Go through the rounds of `read_shared` without reading. Local.
-
-    A rank that cannot compute the sizes of its rounds could not take part in them; here its failure still reaches all
-    ranks.
-    """
-    for members in sorted(shared):
-        for _ in _rounds(members, shared[members], LIMITS):
-            pass
-
-
 @phase("exchange")
 def read_shared(
     shared: Mapping[tuple[int, ...], Wanted], reader: Reader, group: Group, spare: torch.Tensor, limits: Limits = LIMITS
@@ -455,8 +444,13 @@ class PlannedReads:
         return tensor._replace(parts=tuple(alone))
 
     def rehearse(self) -> None:
-        """Check that this rank can plan the rounds, at a point where a failure reaches all ranks. Local."""
-        rehearse(self.shared)
+        """Go through the rounds without reading, at a point where a failure still reaches all ranks. Local.
+
+        A rank that cannot compute the sizes of its rounds could not take part in them.
+        """
+        for members in sorted(self.shared):
+            for _ in _rounds(members, self.shared[members], LIMITS):
+                pass
 
     def execute(self, reader: Reader, group: Group, limits: Limits = LIMITS) -> None:
         """Carry out the reads, inside ``group.together``, since replicas pass on what they read.

@@ -151,8 +151,6 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     Memory is bounded by a small multiple of the header, which is never longer than the file or `MAX_HEADER_BYTES`.
 
     Raises:
-        CheckpointNotFoundError: Nothing is there.
-        StorageError: The file system refused.
         HeaderError: The path is not a regular file, or the header is malformed or contradicts the file.
     """
     with open_regular(path, HeaderError) as (stream, size):

@@ -1,5 +1,7 @@
 """Names, publication, pointers, retention, resolving, preemption: policies and local files, no tensors, no collectives.
 
+What touches a root raises ``StorageError`` where the file system refuses.
+
 A save, on the coordinating rank::
 
     make_root(root)

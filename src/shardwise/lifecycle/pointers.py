@@ -38,7 +38,6 @@ def set_pointer(root: Path, name: str, target: str) -> None:
     Raises:
         MisuseError: ``name`` cannot be a pointer's, or ``target`` is not a plain name.
         CheckpointNotFoundError: There is no directory ``target`` in the root.
-        StorageError: The file system refused.
     """
     if not is_plain(name) or name.endswith(".txt") or parse_checkpoint_name(name) is not None:
         raise MisuseError(f"{name!r} cannot be the name of a pointer", hint="Use letters, digits and underscores.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
@@ -62,10 +62,6 @@ class Deferred:
         tensor = torch.empty(self.shape, dtype=self.dtype, device="meta")
         setattr(tensor.untyped_storage(), _ATTRIBUTE, self)
         return tensor
-
-    def of_shape(self, shape: tuple[int, ...]) -> Deferred:
-        """The same in another shape."""
-        return replace(self, shape=shape)
 
 
 def deferred(tensor: torch.Tensor) -> Deferred | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -85,7 +85,7 @@ def in_shapes_of(held: Iterable[HeldTensor], specs: Mapping[str, TensorSpec]) ->
             yield tensor
         elif saved is not None:
             spec = tensor.spec._replace(shape=saved.shape)
-            yield tensor if spec == tensor.spec else held_whole(spec, what.of_shape(spec.shape))
+            yield tensor if spec == tensor.spec else held_whole(spec, replace(what, shape=spec.shape))
 
 
 def _is_below(name: str, taker: Taker) -> bool:

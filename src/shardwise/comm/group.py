@@ -49,6 +49,25 @@ class Vote:
     any: bool = False
 
 
+class FirstFailure:
+    """Keeps what failed first on this rank in its ``with`` blocks, so that the rank goes on while its peers wait.
+
+    It is raised where all ranks learn of it. A `PeerError` passes: nobody waits any more.
+    """
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, Exception) or isinstance(error, PeerError):
+            return False
+        self.error = self.error or error
+        return True
+
+
 class Group:
     """The ranks that save or load together: what they agree on, and the values that they exchange.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from shardwise.comm import Group
+from shardwise.comm import FirstFailure, Group
 from shardwise.disk.crc import crc32c
 from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import Storage
@@ -135,14 +135,11 @@ def write_export(plan: ExportPlan, group: Group, storage: Storage, digest: Diges
     progress = Progress(f"saving {plan.options.component}", plan.schedule.nbytes, group.is_main)
     digests = Digests(advance=progress.add)
     seen: list[Digested] = []
-    failure: Exception | None = None
-    try:
-        with progress:
-            _write(plan, group, storage, digests, digest, spare)
+    kept = FirstFailure()
+    with kept, progress:
+        _write(plan, group, storage, digests, digest, spare)
         seen = look_at(plan.replicas, plan.options.threads)
-    except Exception as error:  # noqa: BLE001 - raised on every rank where digests are combined
-        failure = error
-    return _fold(plan, group, digests, seen, failure)
+    return _fold(plan, group, digests, seen, kept.error)
 
 
 def make_room(plan: ExportPlan, storage: Storage) -> None:
@@ -185,14 +182,12 @@ def _write(
         def write_rows(run: WriteRun) -> None:
             digests.take(run, write_run(run, files, storage, digest))
 
-        failure: Exception | None = None
-        try:
+        kept = FirstFailure()
+        with kept:
             write_all(plan.schedule.runs, files, storage, plan.options.threads, digests, digest)
-        except Exception as error:  # noqa: BLE001 - raised once no peer waits
-            failure = error
         # Peers count on this rank's rows even if its own writing has failed.
         exchanges = plan.schedule.exchanges
-        failure = exchange_rows(exchanges, plan.held, plan.layout, group, write_rows, failure=failure, spare=spare)
+        failure = exchange_rows(exchanges, plan.held, plan.layout, group, write_rows, failure=kept.error, spare=spare)
         failure = write_computed(plan.computed, plan.layout, group, write_rows, failure)
         if failure is not None:
             raise failure

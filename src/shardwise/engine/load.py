@@ -12,7 +12,7 @@ from typing import NoReturn, Protocol, Self
 
 import torch
 
-from shardwise.comm import Group
+from shardwise.comm import FirstFailure, Group
 from shardwise.disk.storage import Storage
 from shardwise.engine.missing_files import missing_files_named
 from shardwise.engine.name_suggestions import listed, nearest
@@ -307,16 +307,14 @@ def _described(
     names = sorted(source.names())
     held: Sequence[HeldTensor] = ()
     wants, remote, asked = [0] * len(names), False, False
-    failure: Exception | None = None
-    try:
+    kept = FirstFailure()
+    with kept:
         held = describe()
         own = {tensor.spec.name for tensor in held}
         wants = [int(name in own) for name in names]
         remote = finds_remote(source.plain, group, storage, options.sharing)
         asked = asks()
-    except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
-        failure = error
-    _, (*wanted, remotes, asks_any) = group.fold([], [*wants, int(remote), int(asked)], "comparing names", failure)
+    _, (*wanted, remotes, asks_any) = group.fold([], [*wants, int(remote), int(asked)], "comparing names", kept.error)
     unwanted = [name for name, count in zip(names, wanted, strict=True) if not count]
     return held, source.unexpected(unwanted, options), bool(remotes), bool(asks_any)
 

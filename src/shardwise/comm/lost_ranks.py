@@ -67,9 +67,8 @@ def find_lost(
 
     Returns when every rank has either reported or died, or when ``seconds`` are over, so that a rank that notices late
     still finds the reports of the others and names the same rank. ``processes`` are those of the ranks, empty if they
-    are not known; ``host`` is the rank whose process holds the store, if it is a member.
-
-    Returns ranks of the group, and what is known of them: "died" or "did not answer".
+    are not known; ``host`` is the rank whose process holds the store, if it is a member. What is returned with the
+    ranks is known of them: "died" or "did not answer".
     """
     deadline = time.monotonic() + seconds
     # With the processes in the key, since a restarted job may meet in the store that the last one reported to.

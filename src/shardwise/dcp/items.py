@@ -156,11 +156,7 @@ def union(plans: Sequence[SavePlan]) -> tuple[TensorSpec, ...]:
 
 
 def refuse_packed(planner: SavePlanner) -> None:
-    """Refuse tensors that DCP's own hooks describe wrongly.
-
-    Raises:
-        MisuseError: There is one; names it.
-    """
+    """Raise `MisuseError` where there is a tensor that DCP's own hooks describe wrongly."""
     state = getattr(planner, "state_dict", None)
     for name, value in state.items() if isinstance(state, Mapping) else ():
         if is_packed(value):

@@ -27,27 +27,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    LoadItemType,
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
 from shardwise.comm import Group
-from shardwise.dcp.items import (
-    Task,
-    Totals,
-    refuse_packed,
-    tensors_and_values,
-    union,
-    write_final,
-    write_shards,
-)
+from shardwise.dcp.items import Task, Totals, refuse_packed, tensors_and_values, union, write_final, write_shards
 from shardwise.dcp.values import (
     VALUES_NAME,
     as_stream,
@@ -63,13 +48,7 @@ from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import LocalStorage, Storage, using
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.records import ComponentRecord, check_written, layout_record, write_manifest
-from shardwise.errors import (
-    CheckpointNotFoundError,
-    MissingTensorError,
-    MisuseError,
-    ShardwiseError,
-    StateFormatError,
-)
+from shardwise.errors import CheckpointNotFoundError, MissingTensorError, MisuseError, ShardwiseError, StateFormatError
 from shardwise.format.manifest import MANIFEST_NAME, FileRecord
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import Fragment, HeldTensor

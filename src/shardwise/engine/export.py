@@ -33,16 +33,12 @@ from shardwise.timing import count_bytes, phase, timed
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """The options of an export's layout.
+    """The options of an export's layout, for which see `lay_out`.
 
     Attributes:
-        base_files: File of each tensor in the base model, or empty.
-        max_file_bytes: Largest file without a base split; ``None`` for one file, whatever its size.
-        stem: What file names start with (``model``, ``diffusion_pytorch_model``).
         component: Name of the component in the manifest.
         threads: Writers on this rank.
         index: Whether a weight index is written beside the files.
-        metadata: ``__metadata__`` of every file; ``{"format": "pt"}`` if not given.
     """
 
     base_files: Mapping[str, str] = field(default_factory=dict)

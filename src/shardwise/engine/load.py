@@ -18,12 +18,7 @@ from shardwise.engine.missing_files import missing_files_named
 from shardwise.engine.name_suggestions import listed, nearest
 from shardwise.engine.progress import Progress
 from shardwise.engine.sharing import NO_SHARING, PlannedReads, Sharing, find_replicas, finds_remote
-from shardwise.errors import (
-    DtypeMismatchError,
-    MissingTensorError,
-    ShapeMismatchError,
-    UnexpectedTensorError,
-)
+from shardwise.errors import DtypeMismatchError, MissingTensorError, ShapeMismatchError, UnexpectedTensorError
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.deferred import Buffers, split
 from shardwise.plan.fragments import HeldTensor
@@ -61,7 +56,7 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load did: names that the checkpoint lacked, names that the model lacked, and bytes."""
+    """What a load did: names that the checkpoint lacked, and that the model lacked, and bytes."""
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
@@ -71,8 +66,8 @@ class LoadReport:
 class LoadSource(Protocol):
     """What a load reads from: a checkpoint, or a base model (`shardwise.base.source.BaseSource`).
 
-    They differ in which tensors there are beside those that are stored, in which differences from the model they let
-    pass, and in the words of their errors. Nothing here communicates or reads.
+    They differ in the tensors that they have beside stored ones, in the differences from the model that they let pass,
+    and in the words of their errors. Nothing here communicates or reads.
     """
 
     @property

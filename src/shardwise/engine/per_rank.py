@@ -89,9 +89,7 @@ def write_own(held: Sequence[HeldTensor], path: Path, storage: Storage, metadata
 
 
 def match_own(path: Path, held: Mapping[str, HeldTensor]) -> tuple[list[Pair], Mapping[str, str]]:
-    """Compare a rank's file with what the rank holds, before anything is overwritten. Local.
-
-    Returns the reads into the rank's tensors, and the file's metadata.
+    """The reads from a rank's file into its tensors, which are compared first, and the file's metadata. Local.
 
     Raises:
         TensorError: They do not fit.

@@ -117,7 +117,6 @@ def load_manifest(directory: Path) -> Manifest | None:
 
     Raises:
         ManifestError: It is damaged, forged, not a regular file, or of another version.
-        StorageError: The file system refused.
     """
     try:
         return parse_manifest(manifest_bytes(directory), str(directory / MANIFEST_NAME))
@@ -131,7 +130,6 @@ def manifest_bytes(directory: Path) -> bytes:
     Raises:
         CheckpointNotFoundError: There is none.
         ManifestError: Something else stands in its place.
-        StorageError: The file system refused.
     """
     path = directory / MANIFEST_NAME
     if is_link(path) and not is_made_of_links(directory):

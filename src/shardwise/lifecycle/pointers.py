@@ -17,13 +17,7 @@ from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import current, storage_errors
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StorageError
 from shardwise.lifecycle.lineage import Origin
-from shardwise.lifecycle.names import (
-    ANNOUNCEMENT_NAME,
-    LATEST,
-    draft_name,
-    is_plain,
-    parse_checkpoint_name,
-)
+from shardwise.lifecycle.names import ANNOUNCEMENT_NAME, LATEST, draft_name, is_plain, parse_checkpoint_name
 
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _TEXT_LIMIT = 4096
@@ -66,9 +60,7 @@ def set_pointer(root: Path, name: str, target: str) -> None:
 
 
 def read_pointer(root: Path, name: str) -> str | None:
-    """Name of the directory in the root that the pointer ``name`` leads to; ``None`` where there is no such pointer.
-
-    The directory need not exist.
+    """Name of the directory, which need not exist, in the root that a pointer leads to; ``None`` for no pointer.
 
     Raises:
         CheckpointNotFoundError: The pointer leads outside the root, in a circle, or is unreadable.

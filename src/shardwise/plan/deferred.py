@@ -144,11 +144,7 @@ def _only(tensor: HeldTensor, owner: object | None) -> HeldTensor:
 
 
 def refuse_stand_ins(tensors: Iterable[HeldTensor]) -> None:
-    """Check that tensors are in memory that values can be copied into.
-
-    Raises:
-        ModuleStateError: One is taken by its module, by a method of its own.
-    """
+    """Raise `ModuleStateError` for a tensor that has no memory: its module takes it, by a method of its own."""
     for tensor in tensors:
         for fragment in tensor.fragments:
             if (what := deferred(fragment.data)) is not None:

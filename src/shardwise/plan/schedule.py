@@ -46,11 +46,9 @@ class WriteRun(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """One rank's work for an export.
+    """What one rank writes of an export from its own memory, in order.
 
-    Attributes:
-        runs: What it writes from its own memory, in order.
-        exchanges: Tensors that it first turns into rows with their other holders, in an order common to all.
+    Other tensors it first turns into rows with their other holders: ``exchanges``, in an order common to all.
     """
 
     runs: tuple[WriteRun, ...]

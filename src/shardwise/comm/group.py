@@ -129,15 +129,11 @@ class Group:
         # Every rank of the default group has to take part in making a group, unless local synchronization is chosen.
         few = len(ranks) < dist.get_world_size()
         budget = TimeoutBudget.within(timeout_seconds)
+        timeout = timedelta(seconds=budget.collective)
         try:
             rank = ranks.index(dist.get_rank())
             with Waiting(meeting_name(ranks), rank, ranks, absent_seconds, timeout_seconds).during(what):
-                made = dist.new_group(
-                    ranks=ranks,
-                    backend="gloo",
-                    timeout=timedelta(seconds=budget.collective),
-                    use_local_synchronization=few,
-                )
+                made = dist.new_group(ranks, timeout, "gloo", use_local_synchronization=few)
         except RuntimeError as error:
             raise PeerError(
                 f"not every rank of {len(ranks)} came to {what} within {timeout_seconds:.0f} s, while meeting for the "

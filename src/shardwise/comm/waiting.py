@@ -93,15 +93,9 @@ class Waiting:
         for number, call in sorted(here.items()):
             doing.setdefault(call, []).append(number)
         waits = "; ".join(f"{self._named(numbers)} in {call}" for call, numbers in doing.items())
-        _LOG.warning(
-            "%s %s not come for %.0f s. Waiting: %s. Every rank has to make the call, not only some; an error follows "
-            "after %.0f s.",
-            self._named(absent),
-            "has" if len(absent) == 1 else "have",
-            self._seconds,
-            waits,
-            self._limit,
-        )
+        what = f"{self._named(absent)} {'has' if len(absent) == 1 else 'have'}"
+        text = "%s not come for %.0f s. Waiting: %s. Every rank has to make the call, not only some; an error follows "
+        _LOG.warning(text + "after %.0f s.", what, self._seconds, waits, self._limit)
 
     def _named(self, numbers: Sequence[int]) -> str:
         ranks = [str(self._ranks[number]) for number in numbers]

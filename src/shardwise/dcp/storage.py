@@ -121,11 +121,8 @@ class SafetensorsWriter(StorageWriter):
         """
         if not plan.usable:
             # Files are laid out again for each save, from all ranks' plans; without them all files would be removed.
-            raise MisuseError(
-                "the planner left its plan out, since it is the same as for an earlier save",
-                path=self._path,
-                hint="Use a save planner without enable_plan_caching.",
-            )
+            what = "the planner left its plan out, since it is the same as for an earlier save"
+            raise MisuseError(what, path=self._path, hint="Use a save planner without enable_plan_caching.")
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -359,11 +356,9 @@ class SafetensorsReader(StorageReader):
                 planner.load_bytes(item, as_stream(self._pickled.value(name)))
             return
         if name not in self._values:
+            hint = "Leave it out of the state dict, or allow partial loads in the planner."
             raise MissingTensorError(
-                "the checkpoint has no value of this name",
-                path=self._path,
-                tensor=name,
-                hint="Leave it out of the state dict, or allow partial loads in the planner.",
+                "the checkpoint has no value of this name", path=self._path, tensor=name, hint=hint
             )
         planner.load_bytes(item, as_stream(self._values[name]))
 

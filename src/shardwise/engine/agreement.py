@@ -197,9 +197,7 @@ def coordinates_of(held: Iterable[HeldTensor]) -> dict[MeshKey, tuple[int, ...]]
             seen[id(part.part)] = part.coordinate
             mesh = part.part.mesh
             if mesh is not None and found.setdefault(mesh, part.coordinate) != part.coordinate:
-                raise MisuseError(
-                    f"two meshes {mesh} with different coordinates cannot be distinguished",
-                    tensor=tensor.spec.name,
-                    hint="Give the mesh dimensions names (init_device_mesh(..., mesh_dim_names=...)).",
-                )
+                what = f"two meshes {mesh} with different coordinates cannot be distinguished"
+                hint = "Give the mesh dimensions names (init_device_mesh(..., mesh_dim_names=...))."
+                raise MisuseError(what, tensor=tensor.spec.name, hint=hint)
     return found

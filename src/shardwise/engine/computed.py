@@ -93,11 +93,9 @@ def _write_group(
     for spec in held.computed.hub:
         tensor = made.get(spec.name)
         if tensor is None or tuple(tensor.shape) != spec.shape:
-            raise ConversionError(
-                "the conversion did not give the tensor that it announced",
-                tensor=spec.name,
-                hint="Report the model type; its conversion depends on values.",
-            )
+            what = "the conversion did not give the tensor that it announced"
+            hint = "Report the model type; its conversion depends on values."
+            raise ConversionError(what, tensor=spec.name, hint=hint)
     if held.computed.has_inverse:
         _require_round_trip(held, natives, made)
     for spec in held.computed.hub:
@@ -116,9 +114,9 @@ def _require_round_trip(held: HeldGroup, natives: dict[str, torch.Tensor], made:
     for name, native in natives.items():
         found = back.get(name)
         if found is None or found.numel() != native.numel() or not _same_bytes(found.reshape(native.shape), native):
+            effect = "lack it" if found is None else "give other values"
             raise ConversionError(
-                "the conversion of this tensor cannot be undone: loading it again would "
-                + ("lack it" if found is None else "give other values"),
+                f"the conversion of this tensor cannot be undone: loading it again would {effect}",
                 tensor=name,
                 hint="Correct the model's state_dict_adapter, or save without the export (save_consolidated='false'): "
                 "shards hold tensors as they are in memory.",

@@ -330,21 +330,15 @@ def _compare(spec: TensorSpec, saved: SourceTensor, source: Source, options: Loa
     if saved.spec.shape != spec.shape:
         pieces = saved.remote is not None or any(chunk.box.sizes != saved.spec.shape for chunk in saved.chunks)
         pieces = pieces or where.name.startswith("shard-")
-        raise ShapeMismatchError(
-            f"the model's shape is {list(spec.shape)}, the checkpoint's {list(saved.spec.shape)}",
-            path=where,
-            tensor=spec.name,
-            hint=("A file of the checkpoint's shards may be missing; otherwise build" if pieces else "Build")
-            + " the model from the checkpoint's own config.json.",
-        )
+        what = f"the model's shape is {list(spec.shape)}, the checkpoint's {list(saved.spec.shape)}"
+        build = "A file of the checkpoint's shards may be missing; otherwise build" if pieces else "Build"
+        hint = f"{build} the model from the checkpoint's own config.json."
+        raise ShapeMismatchError(what, path=where, tensor=spec.name, hint=hint)
     exact = options.exact.get(spec.name) == spec.dtype
     if dtypes and saved.spec.dtype != spec.dtype and not options.allow_cast and not exact:
-        raise DtypeMismatchError(
-            f"the model's dtype is {spec.dtype}, the checkpoint's {saved.spec.dtype}",
-            path=where,
-            tensor=spec.name,
-            hint="Build the model in the checkpoint's dtype, or load it as a base model, which casts.",
-        )
+        what = f"the model's dtype is {spec.dtype}, the checkpoint's {saved.spec.dtype}"
+        hint = "Build the model in the checkpoint's dtype, or load it as a base model, which casts."
+        raise DtypeMismatchError(what, path=where, tensor=spec.name, hint=hint)
 
 
 def _refuse_names(

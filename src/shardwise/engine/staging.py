@@ -243,11 +243,8 @@ def _local(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor, as memory that can be copied byte by byte."""
     local = arrived(local_part(tensor).detach())
     if local.layout != torch.strided or type(local).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        raise MisuseError(
-            f"a {type(local).__name__} of layout {local.layout} cannot be staged as it is",
-            tensor=name,
-            hint='Set model_save_format to "safetensors", or is_async to false.',
-        )
+        what = f"a {type(local).__name__} of layout {local.layout} cannot be staged as it is"
+        raise MisuseError(what, tensor=name, hint='Set model_save_format to "safetensors", or is_async to false.')
     return local
 
 

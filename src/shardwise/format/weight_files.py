@@ -174,11 +174,9 @@ def _without_index(directory: Path, candidates: Sequence[_Candidate], naming: Na
         return None
     (only,) = candidates
     if only.total is not None and len(only.files) != only.total:
-        raise CheckpointNotFoundError(
-            f"of the {only.total} files of {only.label} only {len(only.files)} are there, and no index lists them",
-            path=directory,
-            hint="Fetch or restore the missing files; the model is not whole without them.",
-        )
+        what = f"of the {only.total} files of {only.label} only {len(only.files)} are there, and no index lists them"
+        hint = "Fetch or restore the missing files; the model is not whole without them."
+        raise CheckpointNotFoundError(what, path=directory, hint=hint)
     return WeightFiles(only.files)
 
 

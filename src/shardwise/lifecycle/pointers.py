@@ -7,6 +7,7 @@ case the pointer changes in a single step.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -90,18 +91,13 @@ def pointers(root: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     with storage_errors(root):
         entries = current().entries(root) if is_directory(root) else []
-        for entry in entries:
-            name = entry.name.removesuffix(".txt")
-            is_pointer = entry.kind == "symbolic link" or entry.name.endswith(".txt")
-            if not is_pointer or name in found:
-                continue
-            try:
+        links = [each.name for each in entries if each.kind == "symbolic link" or each.name.endswith(".txt")]
+        for name in dict.fromkeys(name.removesuffix(".txt") for name in links):
+            # One that cannot be read protects nothing in this root; naming it to resolve() is what reports it.
+            with contextlib.suppress(CheckpointNotFoundError):
                 target = read_pointer(root, name)
-            except CheckpointNotFoundError:
-                # It protects nothing in this root; naming it to resolve() is what reports it.
-                continue
-            if target is not None:
-                found[name] = target
+                if target is not None:
+                    found[name] = target
     return found
 
 

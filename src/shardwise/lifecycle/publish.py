@@ -231,8 +231,6 @@ def _refuse_published(final: Path) -> None:
 
 
 def _refuse(final: Path) -> None:
-    raise CheckpointExistsError(
-        f"{final.name} is already there and is never overwritten",
-        path=final,
-        hint="Resume from it, delete it, or choose another checkpoint_dir.",
-    )
+    what = f"{final.name} is already there and is never overwritten"
+    hint = "Resume from it, delete it, or choose another checkpoint_dir."
+    raise CheckpointExistsError(what, path=final, hint=hint)

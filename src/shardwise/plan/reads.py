@@ -126,17 +126,13 @@ def _pieces(source: SourceTensor, fragment: Fragment, grid: tuple[int, ...]) -> 
     # As many elements as belong there may be some twice and some not at all.
     is_once = covered < fragment.box.numel or len(regions) == 1 or covers_once(fragment.box.sizes, regions)
     if not is_once:
-        raise MissingTensorError(
-            "pieces of this tensor overlap: the files hold some of its elements twice",
-            tensor=source.spec.name,
-            hint="The directory mixes files of different checkpoints, or of one and its copy; separate them.",
-        )
+        what = "pieces of this tensor overlap: the files hold some of its elements twice"
+        hint = "The directory mixes files of different checkpoints, or of one and its copy; separate them."
+        raise MissingTensorError(what, tensor=source.spec.name, hint=hint)
     if covered != fragment.box.numel:
-        raise MissingTensorError(
-            f"the checkpoint holds {covered} of the {fragment.box.numel} elements needed of this tensor",
-            tensor=source.spec.name,
-            hint="A shard file is missing; restore all files of the checkpoint, or choose another one.",
-        )
+        what = f"the checkpoint holds {covered} of the {fragment.box.numel} elements needed of this tensor"
+        hint = "A shard file is missing; restore all files of the checkpoint, or choose another one."
+        raise MissingTensorError(what, tensor=source.spec.name, hint=hint)
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from tests.support.streams import FakeStreams
 
 from shardwise.dtypes import dtype_code
-from shardwise.engine.device_streams import CopyEvent, DeviceStreams
+from shardwise.engine.device_streams import DeviceStreams
 from shardwise.engine.staging import Stager
 from shardwise.errors import MisuseError
 from shardwise.geometry import TensorSpec
@@ -252,11 +252,11 @@ class Stream:
     def wait_stream(self, other: Stream) -> None:
         self.log.append(f"{self.name} waits for {other.name}")
 
-    def record_event(self) -> CopyEvent:
+    def record_event(self) -> Event:
         self.log.append(f"{self.name} records")
         return Event(self.log)
 
-    def wait_event(self, event: CopyEvent) -> None:
+    def wait_event(self, event: Event) -> None:
         self.log.append(f"{self.name} waits for the event")
 
     def synchronize(self) -> None:

@@ -65,7 +65,7 @@ def test_written_runs_make_up_the_file_and_the_digest(
     for box in cut_up(data, Box.whole(shape)):
         for first, _, index in runs(box, shape):
             start = first * spec.itemsize
-            todo.append(WriteRun(0, 10 + start, 0, spec, start, part_of(whole, box)[index]))
+            todo.append(WriteRun(0, 10 + start, spec, start, part_of(whole, box)[index]))
     storage = MemoryStorage({Path("/f"): bytearray(10 + spec.nbytes)})
     files, digests = FileSet(storage, [Path("/f")]), Digests()
     write_all(todo, files, storage, threads, digests)
@@ -84,7 +84,7 @@ def test_a_run_larger_than_one_thread_takes_is_cut() -> None:
     spec = TensorSpec("w", (9, 10_000_000), "U8")
     storage = MemoryStorage({Path("/f"): bytearray(spec.nbytes)})
     files, digests = FileSet(storage, [Path("/f")]), Digests()
-    write_all([WriteRun(0, 0, 0, spec, 0, big)], files, storage, 2, digests)
+    write_all([WriteRun(0, 0, spec, 0, big)], files, storage, 2, digests)
     assert storage.files[Path("/f")] == raw(big)
     assert digests.crcs == {"w": crc32c(raw(big))}
 
@@ -93,7 +93,7 @@ def test_a_run_larger_than_one_thread_takes_is_cut() -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_full_disk_is_an_error_that_names_the_file(operation: str, threads: int) -> None:
     spec = TensorSpec("w", (4, 4), "F32")
-    todo = [WriteRun(0, 16 * row, 0, spec, 16 * row, torch.zeros(4)) for row in range(4)]
+    todo = [WriteRun(0, 16 * row, spec, 16 * row, torch.zeros(4)) for row in range(4)]
     storage = MemoryStorage({Path("/d/f"): bytearray(64)}, fail=operation)
     files = FileSet(storage, [Path("/d/f")])
 

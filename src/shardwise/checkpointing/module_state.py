@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -210,7 +210,7 @@ def in_shapes_of(held: Iterable[HeldTensor], specs: Mapping[str, TensorSpec]) ->
             yield tensor
         elif saved is not None:
             spec = tensor.spec._replace(shape=saved.shape)
-            yield tensor if spec == tensor.spec else held_whole(spec, what.of_shape(spec.shape))
+            yield tensor if spec == tensor.spec else held_whole(spec, replace(what, shape=spec.shape))
 
 
 def _is_below(name: str, taker: Taker) -> bool:

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from shardwise.comm import collectives
 from shardwise.comm.collectives import PACKET_BYTES, packet, to_bytes, to_tensor, unpacked
 from shardwise.comm.lost_ranks import RankProcess, TimeoutBudget, find_lost
-from shardwise.comm.waiting import ABSENT_SECONDS, Waiting, meeting
+from shardwise.comm.waiting import ABSENT_SECONDS, Waiting, meeting_name
 from shardwise.errors import PeerError, RemoteError, ShardwiseError
 from shardwise.format.strict_json import JsonValue
 
@@ -47,6 +47,25 @@ class Vote:
 
     flag: bool = False
     any: bool = False
+
+
+class FirstFailure:
+    """Keeps what failed first on this rank in its ``with`` blocks, so that the rank goes on while its peers wait.
+
+    It is raised where all ranks learn of it. A `PeerError` passes: nobody waits any more.
+    """
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, Exception) or isinstance(error, PeerError):
+            return False
+        self.error = self.error or error
+        return True
 
 
 class Group:
@@ -110,14 +129,11 @@ class Group:
         # Every rank of the default group has to take part in making a group, unless local synchronization is chosen.
         few = len(ranks) < dist.get_world_size()
         budget = TimeoutBudget.within(timeout_seconds)
+        timeout = timedelta(seconds=budget.collective)
         try:
-            with meeting(ranks, ranks.index(dist.get_rank()), what, absent_seconds, timeout_seconds):
-                made = dist.new_group(
-                    ranks=ranks,
-                    backend="gloo",
-                    timeout=timedelta(seconds=budget.collective),
-                    use_local_synchronization=few,
-                )
+            rank = ranks.index(dist.get_rank())
+            with Waiting(meeting_name(ranks), rank, ranks, absent_seconds, timeout_seconds).during(what):
+                made = dist.new_group(ranks, timeout, "gloo", use_local_synchronization=few)
         except RuntimeError as error:
             raise PeerError(
                 f"not every rank of {len(ranks)} came to {what} within {timeout_seconds:.0f} s, while meeting for the "
@@ -129,15 +145,12 @@ class Group:
         group._owned = True
         group._report_seconds = budget.report
         group._waiting = Waiting(group._name, group.rank, ranks, absent_seconds, timeout_seconds)
-        own = RankProcess.own()
-        processes = group._gather_bytes(json.dumps([own.host, own.pid]).encode(), "meeting the other ranks")
-        group._processes = tuple(RankProcess(*json.loads(process)) for process in processes)
+        processes = group.gather_json(RankProcess.own(), "meeting the other ranks")
+        group._processes = tuple(RankProcess(*cast(tuple[str, int], process)) for process in processes)
         return group
 
     def close(self) -> None:
         """Release the process group if this object made it. Safe to call twice."""
-        if self._waiting is not None:
-            self._waiting.close()
         if self._owned and self._pg is not None:
             self._owned = False
             if dist.is_initialized():
@@ -169,14 +182,11 @@ class Group:
         """Whether an exchange broke, so that every later one is refused."""
         return self._broken is not None
 
-    @contextlib.contextmanager
-    def coming(self, what: str) -> Iterator[None]:
+    def coming(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Around the first exchange of the call ``what``: a warning names the absent ranks if it takes long."""
         if self._waiting is None or self.world_size == 1:
-            yield
-            return
-        with self._waiting.during(what):
-            yield
+            return contextlib.nullcontext()
+        return self._waiting.during(what)
 
     @property
     def _alive(self) -> dist.ProcessGroup:

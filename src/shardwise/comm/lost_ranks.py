@@ -15,9 +15,8 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from shardwise.disk.processes import process_exists
 from shardwise.upstream.torch_distributed import default_store
@@ -26,8 +25,7 @@ from shardwise.upstream.torch_distributed import default_store
 _POLL_SECONDS = 0.1
 
 
-@dataclass(frozen=True, slots=True)
-class TimeoutBudget:
+class TimeoutBudget(NamedTuple):
     """The seconds that a collective may wait for its peers, and that finding out who is missing may take after it."""
 
     collective: float
@@ -40,8 +38,7 @@ class TimeoutBudget:
         return TimeoutBudget(seconds - report - spare, report)
 
 
-@dataclass(frozen=True, slots=True)
-class RankProcess:
+class RankProcess(NamedTuple):
     """Where a rank runs: its machine and process."""
 
     host: str
@@ -70,17 +67,15 @@ def find_lost(
 
     Returns when every rank has either reported or died, or when ``seconds`` are over, so that a rank that notices late
     still finds the reports of the others and names the same rank. ``processes`` are those of the ranks, empty if they
-    are not known; ``host`` is the rank whose process holds the store, if it is a member.
-
-    Returns ranks of the group, and what is known of them: "died" or "did not answer".
+    are not known; ``host`` is the rank whose process holds the store, if it is a member. What is returned with the
+    ranks is known of them: "died" or "did not answer".
     """
     deadline = time.monotonic() + seconds
     # With the processes in the key, since a restarted job may meet in the store that the last one reported to.
     keys = [
         f"shardwise/broken/{name}/{number}/{process.host}/{process.pid}" for number, process in enumerate(processes)
     ]
-    with _Reports(keys) as reports:
-        reports.report(rank)
+    with _Reports(keys, rank) as reports:
         while True:
             left = deadline - time.monotonic()
             refused, silent = reports.refused, reports.silent
@@ -103,29 +98,26 @@ def find_lost(
 class _Reports:
     """Reports in the job's key-value store, followed by a thread: a store whose process has stopped never answers."""
 
-    def __init__(self, keys: Sequence[str]) -> None:
+    def __init__(self, keys: Sequence[str], rank: int) -> None:
         #: Ranks that have not reported; ``None`` as long as the store has not answered.
         self.silent: tuple[int, ...] | None = None if keys else ()
         #: Whether the store has failed, and nothing more will come.
         self.refused = False
         self._keys = keys
         self._over = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._follow, args=(rank,), name="shardwise-lost", daemon=True)
 
     def __enter__(self) -> Self:
+        """Report for this rank, and follow the others' reports from now on."""
+        if self._keys:
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        if self._thread is not None:
+        if self._keys:
             # A thread in the middle of a call would be torn down with the interpreter; one that never returns may be.
             self._thread.join(_POLL_SECONDS)
-
-    def report(self, rank: int) -> None:
-        """Report for ``rank``, and follow the others' reports from now on."""
-        if self._keys:
-            self._thread = threading.Thread(target=self._follow, args=(rank,), name="shardwise-lost", daemon=True)
-            self._thread.start()
 
     def _follow(self, rank: int) -> None:
         try:

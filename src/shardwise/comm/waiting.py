@@ -39,7 +39,7 @@ class _Store(Protocol):
 
 
 class Waiting:
-    """A thread that warns when this rank has waited ``seconds`` for others. It sleeps unless the rank is waiting.
+    """Warns when this rank has waited ``seconds`` for others, by a thread for each wait.
 
     ``name`` is the group's, ``rank`` this rank in it, and ``ranks`` are the global ranks of all in order; after
     ``limit`` seconds the wait ends in an error, which the message says.
@@ -49,70 +49,37 @@ class Waiting:
         self._keys = [f"shardwise/waiting/{name}/{number}" for number in range(len(ranks))]
         self._rank, self._ranks = rank, tuple(ranks)
         self._seconds, self._limit = seconds, limit
-        self._changed = threading.Condition()
-        self._what: str | None = None
-        self._turn = 0
-        self._closed = False
-        self._thread: threading.Thread | None = None
-        self._store: _Store | None = None
+        self._watching: threading.Thread | None = None
 
     @contextlib.contextmanager
     def during(self, what: str) -> Iterator[None]:
         """Watch over the exchange that begins the call ``what``: ``save(epoch_0_step_1)``."""
-        with self._changed:
-            self._turn += 1
-            self._what = what
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._follow, name="shardwise-waiting", daemon=True)
-                self._thread.start()
-            self._changed.notify()
+        over, before = threading.Event(), self._watching
+        self._watching = threading.Thread(
+            target=self._watch, args=(what, over, before), name="shardwise-waiting", daemon=True
+        )
+        self._watching.start()
         try:
             yield
         finally:
-            with self._changed:
-                self._what = None
-                self._changed.notify()
+            over.set()
 
-    def close(self) -> None:
-        """End the thread. Safe to call twice."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-
-    def _follow(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._what is not None or self._closed)
-                what, turn = self._what, self._turn
-            if what is None:
-                return
-            with contextlib.suppress(RuntimeError, ValueError):  # no store to report to, or its process has ended
-                self._watch(what, turn)
-            self._over(turn, None)
-
-    def _watch(self, what: str, turn: int) -> None:
+    def _watch(self, what: str, over: threading.Event, before: threading.Thread | None) -> None:
         early = self._seconds / _REPORTED
-        if self._over(turn, early):
+        if over.wait(early):
             return
-        store = self._opened()
-        store.set(self._keys[self._rank], what)
-        try:
-            if not self._over(turn, self._seconds - early):
-                self._warn(store, what)
-                self._over(turn, None)
-        finally:
-            store.delete_key(self._keys[self._rank])
-
-    def _over(self, turn: int, seconds: float | None) -> bool:
-        """Wait until the exchange is over; returns whether it is."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self._what is None or self._turn != turn or self._closed, seconds)
-
-    def _opened(self) -> _Store:
-        if self._store is None:
+        if before is not None:
+            before.join()  # it takes back what it reported under the same key
+        with contextlib.suppress(RuntimeError, ValueError):  # no store to report to, or its process has ended
             # A connection of its own: the default store's is taken as long as another thread waits for a key.
-            self._store = cast(_Store, default_store()).clone()
-        return self._store
+            store = cast(_Store, default_store()).clone()
+            store.set(self._keys[self._rank], what)
+            try:
+                if not over.wait(self._seconds - early):
+                    self._warn(store, what)
+                    over.wait()
+            finally:
+                store.delete_key(self._keys[self._rank])
 
     def _warn(self, store: _Store, what: str) -> None:
         here = {self._rank: what}
@@ -126,15 +93,9 @@ class Waiting:
         for number, call in sorted(here.items()):
             doing.setdefault(call, []).append(number)
         waits = "; ".join(f"{self._named(numbers)} in {call}" for call, numbers in doing.items())
-        _LOG.warning(
-            "%s %s not come for %.0f s. Waiting: %s. Every rank has to make the call, not only some; an error follows "
-            "after %.0f s.",
-            self._named(absent),
-            "has" if len(absent) == 1 else "have",
-            self._seconds,
-            waits,
-            self._limit,
-        )
+        what = f"{self._named(absent)} {'has' if len(absent) == 1 else 'have'}"
+        text = "%s not come for %.0f s. Waiting: %s. Every rank has to make the call, not only some; an error follows "
+        _LOG.warning(text + "after %.0f s.", what, self._seconds, waits, self._limit)
 
     def _named(self, numbers: Sequence[int]) -> str:
         ranks = [str(self._ranks[number]) for number in numbers]
@@ -142,12 +103,6 @@ class Waiting:
         return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks[:_LISTED])}{more}"
 
 
-@contextlib.contextmanager
-def meeting(ranks: Sequence[int], rank: int, what: str, seconds: float, limit: float) -> Iterator[None]:
-    """Watch over the creation of a group, which has no name yet, in the call ``what``; others as in `Waiting`."""
-    waiting = Waiting("meeting-" + "-".join(map(str, ranks[:4])) + f"-{len(ranks)}", rank, ranks, seconds, limit)
-    try:
-        with waiting.during(what):
-            yield
-    finally:
-        waiting.close()
+def meeting_name(ranks: Sequence[int]) -> str:
+    """What stands for the name of a group that has none yet, since its ranks are about to make it."""
+    return f"meeting-{'-'.join(map(str, ranks[:4]))}-{len(ranks)}"

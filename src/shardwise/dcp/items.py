@@ -118,11 +118,9 @@ def resolve(item: WriteItem, planner: SavePlanner, box: Box) -> torch.Tensor:
     assert isinstance(data, torch.Tensor)
     local = plain_memory(item.index.fqn, local_part(data))
     if tuple(local.shape) != box.sizes:
-        raise IncompleteTensorError(
-            f"the plan describes a region of {list(box.sizes)}, the tensor has {list(local.shape)}",
-            tensor=item.index.fqn,
-            hint="Wrap the state dict with shardwise.dcp.regions.as_regions.",
-        )
+        what = f"the plan describes a region of {list(box.sizes)}, the tensor has {list(local.shape)}"
+        hint = "Wrap the state dict with shardwise.dcp.regions.as_regions."
+        raise IncompleteTensorError(what, tensor=item.index.fqn, hint=hint)
     return local
 
 
@@ -140,35 +138,25 @@ def union(plans: Sequence[SavePlan]) -> tuple[TensorSpec, ...]:
         for item in tensors:
             spec = spec_of(item)
             if found.setdefault(spec.name, spec) != spec:
-                raise NameCollisionError(
-                    f"ranks disagree about this tensor: {found[spec.name]} and {spec}",
-                    tensor=spec.name,
-                    hint="Give each stage's modules the names that they have in the whole model.",
-                )
+                what = f"ranks disagree about this tensor: {found[spec.name]} and {spec}"
+                hint = "Give each stage's modules the names that they have in the whole model."
+                raise NameCollisionError(what, tensor=spec.name, hint=hint)
     both = others & found.keys()
     if both:
-        raise NameCollisionError(
-            "one rank has a tensor under this name and another a value that is none",
-            tensor=min(both),
-            hint="Give every rank the same kinds of values under the same names.",
-        )
+        what = "one rank has a tensor under this name and another a value that is none"
+        hint = "Give every rank the same kinds of values under the same names."
+        raise NameCollisionError(what, tensor=min(both), hint=hint)
     return tuple(found.values())
 
 
 def refuse_packed(planner: SavePlanner) -> None:
-    """Refuse tensors that DCP's own hooks describe wrongly.
-
-    Raises:
-        MisuseError: There is one; names it.
-    """
+    """Raise `MisuseError` where there is a tensor that DCP's own hooks describe wrongly."""
     state = getattr(planner, "state_dict", None)
     for name, value in state.items() if isinstance(state, Mapping) else ():
         if is_packed(value):
-            raise MisuseError(
-                "this rank holds several disjoint regions of the tensor, which DCP describes as one",
-                tensor=str(name),
-                hint="Pass shardwise.dcp.regions.as_regions(state_dict) to dcp.save and dcp.load.",
-            )
+            what = "this rank holds several disjoint regions of the tensor, which DCP describes as one"
+            hint = "Pass shardwise.dcp.regions.as_regions(state_dict) to dcp.save and dcp.load."
+            raise MisuseError(what, tensor=str(name), hint=hint)
 
 
 def write_final(
@@ -184,7 +172,7 @@ def write_final(
             total = 0
             for first, count, index in runs(box, spec.shape):
                 start = first * spec.itemsize
-                run = WriteRun(place.file, place.offset + start, 0, spec, start, data[index])
+                run = WriteRun(place.file, place.offset + start, spec, start, data[index])
                 total ^= shift(write_run(run, files, storage), spec.nbytes - start - count * spec.itemsize)
             nbytes = box.numel * spec.itemsize
             results.append(WriteResult(item.index, nbytes, Written(nbytes, total)))
@@ -197,7 +185,7 @@ def write_shards(
 ) -> list[WriteResult]:
     """Make this rank's shard files, write its items into them and make them durable."""
     by_box = {(item.index.fqn, box_of(item)): item for item in items}
-    pieces = [ShardPiece(0, spec_of(i), box_of(i), resolve(i, planner, box_of(i))) for i in items]
+    pieces = [ShardPiece(spec_of(i), box_of(i), resolve(i, planner, box_of(i))) for i in items]
     planned = shard_files(pieces, task.rank, task.world_size, None, stem)
     storage.check_space(directory, sum(file.layout.size for file in planned))
     results = []

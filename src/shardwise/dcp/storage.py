@@ -27,27 +27,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    LoadItemType,
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
 from shardwise.comm import Group
-from shardwise.dcp.items import (
-    Task,
-    Totals,
-    refuse_packed,
-    tensors_and_values,
-    union,
-    write_final,
-    write_shards,
-)
+from shardwise.dcp.items import Task, Totals, refuse_packed, tensors_and_values, union, write_final, write_shards
 from shardwise.dcp.values import (
     VALUES_NAME,
     as_stream,
@@ -63,14 +48,7 @@ from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import LocalStorage, Storage, using
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.records import ComponentRecord, check_written, layout_record, write_manifest
-from shardwise.errors import (
-    CheckpointNotFoundError,
-    MissingTensorError,
-    MisuseError,
-    ShardwiseError,
-    StateFormatError,
-)
-from shardwise.format.index import encode_index
+from shardwise.errors import CheckpointNotFoundError, MissingTensorError, MisuseError, ShardwiseError, StateFormatError
 from shardwise.format.manifest import MANIFEST_NAME, FileRecord
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import Fragment, HeldTensor
@@ -143,11 +121,8 @@ class SafetensorsWriter(StorageWriter):
         """
         if not plan.usable:
             # Files are laid out again for each save, from all ranks' plans; without them all files would be removed.
-            raise MisuseError(
-                "the planner left its plan out, since it is the same as for an earlier save",
-                path=self._path,
-                hint="Use a save planner without enable_plan_caching.",
-            )
+            what = "the planner left its plan out, since it is the same as for an earlier save"
+            raise MisuseError(what, path=self._path, hint="Use a save planner without enable_plan_caching.")
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -201,9 +176,8 @@ class SafetensorsWriter(StorageWriter):
         plain = write_values(self._storage, self._path, merge_values(totals.values))
         record = ComponentRecord(tuple(totals.files.values()), totals.tensors(self._specs))
         if self._layout is not None:
-            index = encode_index(self._layout.weight_map, self._layout.tensor_bytes)
-            write_file(self._storage, self._path / index_name(self._stem), index)
-            plain.append(FileRecord.plain(index_name(self._stem), index))
+            write_file(self._storage, self._path / index_name(self._stem), self._layout.index)
+            plain.append(FileRecord.plain(index_name(self._stem), self._layout.index))
             record = layout_record(self._layout, totals.crcs)
         self._remove_stale({file.path for file in record.files})
         write_manifest(self._storage, self._path, record + ComponentRecord(tuple(plain)), {})
@@ -382,11 +356,9 @@ class SafetensorsReader(StorageReader):
                 planner.load_bytes(item, as_stream(self._pickled.value(name)))
             return
         if name not in self._values:
+            hint = "Leave it out of the state dict, or allow partial loads in the planner."
             raise MissingTensorError(
-                "the checkpoint has no value of this name",
-                path=self._path,
-                tensor=name,
-                hint="Leave it out of the state dict, or allow partial loads in the planner.",
+                "the checkpoint has no value of this name", path=self._path, tensor=name, hint=hint
             )
         planner.load_bytes(item, as_stream(self._values[name]))
 

@@ -53,11 +53,9 @@ def pack_value(item: WriteItem, planner: SavePlanner) -> PackedValue:
     name = item.index.fqn
     look_up: Callable[[MetadataIndex], object] | None = getattr(planner, "lookup_object", None)
     if look_up is None:
-        raise MisuseError(
-            f"{type(planner).__name__} has no lookup_object, so that this value is to be had as a pickle only",
-            tensor=name,
-            hint="Derive the planner from DCP's DefaultSavePlanner, or keep the value out of the state dict.",
-        )
+        what = f"{type(planner).__name__} has no lookup_object, so that this value is to be had as a pickle only"
+        hint = "Derive the planner from DCP's DefaultSavePlanner, or keep the value out of the state dict."
+        raise MisuseError(what, tensor=name, hint=hint)
     try:
         return PackedValue(pack_state({name: look_up(item.index)}))
     except StateFormatError as error:
@@ -74,11 +72,8 @@ def merge_values(parts: Iterable[tuple[str, PackedValue]]) -> dict[str, object]:
     seen: dict[str, PackedValue] = {}
     for name, part in parts:
         if seen.setdefault(name, part) != part:
-            raise NameCollisionError(
-                "ranks saved different values under this name",
-                tensor=name,
-                hint="Put the rank into the name, or keep what differs between ranks out of the state dict.",
-            )
+            hint = "Put the rank into the name, or keep what differs between ranks out of the state dict."
+            raise NameCollisionError("ranks saved different values under this name", tensor=name, hint=hint)
     return {name: _table(unpack_state(dict(part.packed)))[name] for name, part in seen.items()}
 
 

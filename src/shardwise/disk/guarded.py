@@ -213,11 +213,8 @@ def resolve_inside(root: str | os.PathLike[str], relative: str, error: type[Shar
     real_root = real_path(Path(root))
     real = real_path(real_root / relative)
     if not real.is_relative_to(real_root):
-        raise error(
-            f"the path {relative!r} leads through a symbolic link to {str(real)!r}, outside the checkpoint",
-            path=root,
-            hint="Replace the link by the file that it points at, if you trust it.",
-        )
+        what = f"the path {relative!r} leads through a symbolic link to {str(real)!r}, outside the checkpoint"
+        raise error(what, path=root, hint="Replace the link by the file that it points at, if you trust it.")
     return real
 
 

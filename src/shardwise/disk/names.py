@@ -34,11 +34,7 @@ def is_file(path: Path) -> bool:
 
 
 def file_size(path: Path) -> int:
-    """The bytes of a file, behind links.
-
-    Raises:
-        CheckpointNotFoundError: Nothing is there.
-    """
+    """The bytes of a file, behind links; `CheckpointNotFoundError` where nothing is there."""
     found = status(path)
     if found is None:
         raise CheckpointNotFoundError(

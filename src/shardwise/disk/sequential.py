@@ -82,7 +82,7 @@ def copy_file(source: Path, target: Path, storage: Storage, origin: Storage | No
     """
     storage.make_directory(target.parent)
     storage.create(target, 0, b"")
-    with _opened(storage, target, writable=True) as handle:
+    with opened(storage, target, writable=True) as handle:
         offset = 0
         for block in blocks_of(origin or storage, source):
             storage.write(handle, block, offset)
@@ -91,14 +91,14 @@ def copy_file(source: Path, target: Path, storage: Storage, origin: Storage | No
 
 def sync_file(storage: Storage, path: Path, *, writable: bool = False) -> None:
     """Make the bytes of a file durable, which may be another's, and read-only. Local."""
-    with _opened(storage, path, writable=writable) as handle:
+    with opened(storage, path, writable=writable) as handle:
         storage.sync(handle)
 
 
 def blocks_of(storage: Storage, path: Path) -> Iterator[memoryview]:
     """The bytes of a file, in blocks that are valid until the next is asked for. Local."""
     buffer = memoryview(bytearray(_BLOCK_BYTES))
-    with _opened(storage, path, writable=False) as handle:
+    with opened(storage, path) as handle:
         offset = 0
         while got := storage.read(handle, buffer, offset):
             yield buffer[:got]
@@ -106,7 +106,8 @@ def blocks_of(storage: Storage, path: Path) -> Iterator[memoryview]:
 
 
 @contextmanager
-def _opened(storage: Storage, path: Path, *, writable: bool) -> Iterator[int]:
+def opened(storage: Storage, path: Path, *, writable: bool = False) -> Iterator[int]:
+    """Open a file and close it in the end; errors of the handle name the path. Local."""
     handle = storage.open(path, writable=writable)
     with locating(path):
         try:

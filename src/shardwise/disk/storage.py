@@ -328,13 +328,10 @@ class LocalStorage:
         ``target`` in between; and a non-empty directory would not be replaced even then.
         """
         code = _rename_with(_RENAME_NOREPLACE, source, target)
-        if code in _NO_FLAG:
-            if os.path.lexists(target):
-                code = errno.EEXIST
-            else:
-                os.rename(source, target)
-                return
-        if code:
+        if code in _NO_FLAG and not os.path.lexists(target):
+            os.rename(source, target)
+        elif code:
+            code = errno.EEXIST if code in _NO_FLAG else code
             raise OSError(code, os.strerror(code), str(source), None, str(target))
 
     def exchange(self, one: Path, other: Path) -> bool:
@@ -417,14 +414,12 @@ def why_not_writable(directory: Path) -> OSError | None:
     """
     there = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
     if not os.path.isdir(there):
-        code, text = errno.ENOTDIR, f"{there} is not a directory"
-    elif os.access(there, os.W_OK | os.X_OK):
+        return OSError(errno.ENOTDIR, f"{there} is not a directory")
+    if os.access(there, os.W_OK | os.X_OK):
         return None
-    elif os.statvfs(there).f_flag & os.ST_RDONLY:
-        code, text = errno.EROFS, f"{there} is on a read-only file system"
-    else:
-        code, text = errno.EACCES, f"this process may not write to {there}"
-    return OSError(code, text)
+    if os.statvfs(there).f_flag & os.ST_RDONLY:
+        return OSError(errno.EROFS, f"{there} is on a read-only file system")
+    return OSError(errno.EACCES, f"this process may not write to {there}")
 
 
 _current: contextvars.ContextVar[Storage] = contextvars.ContextVar("shardwise_storage", default=LOCAL)
@@ -482,13 +477,7 @@ def _rename_with(flag: int, source: Path, target: Path) -> int:
     call = _renameat2()
     if call is None:
         return errno.ENOSYS
-    failed = call(
-        ctypes.c_int(_AT_FDCWD),
-        ctypes.c_char_p(os.fsencode(source)),
-        ctypes.c_int(_AT_FDCWD),
-        ctypes.c_char_p(os.fsencode(target)),
-        ctypes.c_uint(flag),
-    )
+    failed = call(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag)
     return ctypes.get_errno() if failed else 0
 
 
@@ -523,19 +512,14 @@ def _reserves_cheaply(device: int, directory: Path) -> bool:
 
 def file_system_type(path: Path) -> str:
     """Name of the file system that holds ``path`` ("ext4", "tmpfs"), or "" where the system does not report it."""
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
-            lines = mounts.readlines()
-    except OSError:
-        return ""
-    target = os.path.realpath(path)
-    best, kind = "", ""
-    for line in lines:
-        left, _, right = line.partition(" - ")
-        point = left.split()[4].replace("\\040", " ")
-        inside = target == point or target.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):
-            best, kind = point, right.split()[0]
+    target, best, kind = os.path.realpath(path), "", ""
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+        for line in mounts:
+            left, _, right = line.partition(" - ")
+            point = left.split()[4].replace("\\040", " ")
+            inside = target == point or target.startswith(point.rstrip("/") + "/")
+            if inside and len(point) >= len(best):
+                best, kind = point, right.split()[0]
     return kind
 
 

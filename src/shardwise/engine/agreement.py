@@ -130,11 +130,8 @@ class _Kind:
 
     def encoded(self) -> JsonValue:
         """The statement as it is broadcast."""
-        declared: list[JsonValue] = [
-            [each.stage, each.digest, [[s.name, list(s.shape), s.dtype] for s in each.specs]]
-            for each in self.declarations
-        ]
-        return [declared, list(map(_mesh, self.meshes)), self.note, self.digest]
+        declared = [(each.stage, each.digest, each.specs) for each in self.declarations]
+        return cast(JsonValue, [declared, self.meshes, self.note, self.digest])  # tuples are arrays in JSON
 
     @staticmethod
     def decoded(value: JsonValue) -> _Kind:
@@ -152,7 +149,7 @@ def _describe(statement: Statement, stage: int) -> tuple[_Kind, JsonValue]:
     """The statement of this rank's kind, and the rank's own row. Local."""
     declarations = tuple([Declaration.of(held, stage) for held in statement.held])
     found = coordinates_of(chain(*statement.held))
-    text = json.dumps([[each.digest for each in declarations], list(map(_mesh, found)), statement.note])
+    text = json.dumps([[each.digest for each in declarations], list(found), statement.note])
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     return _Kind(declarations, tuple(found), statement.note, digest), [digest, list(map(list, found.values()))]
 
@@ -160,10 +157,6 @@ def _describe(statement: Statement, stage: int) -> tuple[_Kind, JsonValue]:
 _Encoded = tuple[
     list[tuple[int, str, list[tuple[str, list[int], str]]]], list[tuple[list[str], list[int], int]], JsonValue, str
 ]
-
-
-def _mesh(mesh: MeshKey) -> JsonValue:
-    return [list(mesh.names), list(mesh.shape), mesh.ordinal]
 
 
 def roster_of_kind(held: Sequence[HeldTensor], group: Group, stage: int) -> Roster | None:
@@ -204,9 +197,7 @@ def coordinates_of(held: Iterable[HeldTensor]) -> dict[MeshKey, tuple[int, ...]]
             seen[id(part.part)] = part.coordinate
             mesh = part.part.mesh
             if mesh is not None and found.setdefault(mesh, part.coordinate) != part.coordinate:
-                raise MisuseError(
-                    f"two meshes {mesh} with different coordinates cannot be distinguished",
-                    tensor=tensor.spec.name,
-                    hint="Give the mesh dimensions names (init_device_mesh(..., mesh_dim_names=...)).",
-                )
+                what = f"two meshes {mesh} with different coordinates cannot be distinguished"
+                hint = "Give the mesh dimensions names (init_device_mesh(..., mesh_dim_names=...))."
+                raise MisuseError(what, tensor=tensor.spec.name, hint=hint)
     return found

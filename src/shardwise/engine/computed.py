@@ -10,13 +10,13 @@ from zlib import crc32
 
 import torch
 
-from shardwise.comm import Group
+from shardwise.comm import FirstFailure, Group
 from shardwise.convert import HeldGroup
 from shardwise.disk.storage import Storage
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.load import LoadOptions, LoadSource
 from shardwise.engine.sharing import PlannedReads
-from shardwise.errors import ConversionError, PeerError
+from shardwise.errors import ConversionError
 from shardwise.geometry import Box
 from shardwise.plan.deferred import refuse_stand_ins, resolve
 from shardwise.plan.fragments import Fragment, HeldTensor, copy_whole, part_in_box
@@ -49,13 +49,13 @@ def write_computed(
 ) -> Exception | None:
     """Convert and write the groups, holding one at a time in memory. The ranks that hold natives of a group swap.
 
-    A rank that has a ``failure`` already takes part and writes nothing.
-
-    Returns what failed locally first; the remaining groups are still swapped, so that no peer waits.
+    A rank that has a ``failure`` already takes part and writes nothing. Returns what failed locally first; the
+    remaining groups are still swapped, so that no peer waits.
 
     Raises:
         PeerError: A peer left.
     """
+    kept = FirstFailure(failure)
     if plan.roster is None:
         return failure
     # In one order and by one owner for all who hold a group, whatever other groups they hold.
@@ -71,23 +71,14 @@ def write_computed(
         owner = members[crc32(_name(held).encode()) % len(members)]
         whole: dict[str, torch.Tensor] = {}
         for tensor in held.natives:
-            try:
-                with group.keeping(failure):
-                    found = gather(tensor, plan.roster, group, owner)
-            except PeerError:
-                raise
-            except Exception as error:  # noqa: BLE001 - raised once no peer waits
-                failure = failure or error
-                continue
-            if found is not None:
-                whole[tensor.spec.name] = found
-        if group.rank != owner or failure is not None or len(whole) < len(held.natives):
-            continue
-        try:
-            _write_group(held, whole, layout, write)
-        except Exception as error:  # noqa: BLE001 - raised once no peer waits
-            failure = error
-    return failure
+            with kept, group.keeping(kept.error):
+                found = gather(tensor, plan.roster, group, owner)
+                if found is not None:
+                    whole[tensor.spec.name] = found
+        if group.rank == owner and kept.error is None and len(whole) == len(held.natives):
+            with kept:
+                _write_group(held, whole, layout, write)
+    return kept.error
 
 
 def _name(held: HeldGroup) -> str:
@@ -102,11 +93,9 @@ def _write_group(
     for spec in held.computed.hub:
         tensor = made.get(spec.name)
         if tensor is None or tuple(tensor.shape) != spec.shape:
-            raise ConversionError(
-                "the conversion did not give the tensor that it announced",
-                tensor=spec.name,
-                hint="Report the model type; its conversion depends on values.",
-            )
+            what = "the conversion did not give the tensor that it announced"
+            hint = "Report the model type; its conversion depends on values."
+            raise ConversionError(what, tensor=spec.name, hint=hint)
     if held.computed.has_inverse:
         _require_round_trip(held, natives, made)
     for spec in held.computed.hub:
@@ -115,7 +104,7 @@ def _write_group(
             place = layout.places[spec.name]
             # The rule may compute in another dtype; the run casts to the file's.
             written = next(e.spec for e in layout.files[place.file].entries if e.spec.name == spec.name)
-            write(WriteRun(place.file, place.offset, -1, written, 0, tensor))
+            write(WriteRun(place.file, place.offset, written, 0, tensor))
 
 
 def _require_round_trip(held: HeldGroup, natives: dict[str, torch.Tensor], made: Mapping[str, torch.Tensor]) -> None:
@@ -125,9 +114,9 @@ def _require_round_trip(held: HeldGroup, natives: dict[str, torch.Tensor], made:
     for name, native in natives.items():
         found = back.get(name)
         if found is None or found.numel() != native.numel() or not _same_bytes(found.reshape(native.shape), native):
+            effect = "lack it" if found is None else "give other values"
             raise ConversionError(
-                "the conversion of this tensor cannot be undone: loading it again would "
-                + ("lack it" if found is None else "give other values"),
+                f"the conversion of this tensor cannot be undone: loading it again would {effect}",
                 tensor=name,
                 hint="Correct the model's state_dict_adapter, or save without the export (save_consolidated='false'): "
                 "shards hold tensors as they are in memory.",
@@ -149,17 +138,15 @@ def gather(tensor: HeldTensor, roster: Roster, group: Group, owner: int) -> torc
     sources = sorted({source for source, _ in pieces} - {owner})
     partners = sources if group.rank == owner else [owner] if group.rank in sources else []
     prepared: _Prepared | None = None
-    failure: Exception | None = None
-    try:
+    kept = FirstFailure()
+    with kept:
         prepared = _prepare(tensor, pieces, group.rank, owner)
-    except Exception as error:  # noqa: BLE001 - raised once the peers know
-        failure = error
-    mine = torch.tensor([failure is None], dtype=torch.uint8)
+    mine = torch.tensor([prepared is not None], dtype=torch.uint8)
     theirs = {partner: torch.zeros(1, dtype=torch.uint8) for partner in partners}
     what = f"gathering {tensor.spec.name}"
     group.swap([(partner, mine) for partner in partners], list(theirs.items()), what)
-    if failure is not None:
-        raise failure
+    if kept.error is not None:
+        raise kept.error
     assert prepared is not None
     ready = {partner for partner, flag in theirs.items() if flag.item()}
     group.swap(

@@ -14,36 +14,17 @@ from typing import Protocol, cast, runtime_checkable
 import torch
 
 
-class CopyEvent(Protocol):
-    """A point on a stream of copies: reached when all copies before it are done."""
-
-    def synchronize(self) -> None:
-        """Return when the point is reached; blocks the host. Any thread calls."""
-
-
-class _Stream(Protocol):
-    """A stream of a device module."""
-
-    def wait_stream(self, stream: _Stream, /) -> None: ...
-
-    def record_event(self) -> CopyEvent: ...
-
-    def wait_event(self, event: CopyEvent, /) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-
 @runtime_checkable
 class DeviceModule(Protocol):
     """What ``torch.cuda``, ``torch.xpu`` and the modules of other accelerators with streams have in common."""
 
-    def Stream(self, device: torch.device) -> _Stream:  # noqa: N802 - torch's name
+    def Stream(self, device: torch.device) -> torch.Stream:  # noqa: N802 - torch's name
         """A new stream."""
 
-    def current_stream(self, device: torch.device) -> _Stream:
+    def current_stream(self, device: torch.device) -> torch.Stream:
         """The stream that this thread's work goes to."""
 
-    def stream(self, stream: _Stream) -> AbstractContextManager[object]:
+    def stream(self, stream: torch.Stream) -> AbstractContextManager[object]:
         """Makes another stream the current one."""
 
 
@@ -57,7 +38,7 @@ class DeviceStreams:
 
     def __init__(self, module_of: Callable[[torch.device], object] = torch.get_device_module) -> None:
         self._module_of = module_of
-        self._sides: dict[torch.device, _Stream] = {}
+        self._sides: dict[torch.device, torch.Stream] = {}
         self._known: dict[torch.device, bool] = {}
 
     def has_streams(self, device: torch.device) -> bool:
@@ -86,13 +67,13 @@ class DeviceStreams:
         with module.stream(side):
             buffer.copy_(source, non_blocking=True)
             # The allocator knows only the stream that the memory was allocated on: record this one with it.
-            source.record_stream(cast(torch.Stream, side))
+            source.record_stream(side)
 
-    def mark(self, device: torch.device) -> CopyEvent:
+    def mark(self, device: torch.device) -> torch.Event:
         """The point behind all copies that were queued from ``device``."""
         return self._sides[device].record_event()
 
-    def hold_back(self, device: torch.device, event: CopyEvent) -> None:
+    def hold_back(self, device: torch.device, event: torch.Event) -> None:
         """Let what this thread gives to the device's current stream from now on wait for ``event``; the host does not.
 
         Not while a graph is captured on it, which only records, and cannot wait for what is outside of it.

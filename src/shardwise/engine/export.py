@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from shardwise.comm import Group
+from shardwise.comm import FirstFailure, Group
 from shardwise.disk.crc import crc32c
 from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import Storage
@@ -33,16 +33,12 @@ from shardwise.timing import count_bytes, phase, timed
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """The options of an export's layout.
+    """The options of an export's layout, for which see `lay_out`.
 
     Attributes:
-        base_files: File of each tensor in the base model, or empty.
-        max_file_bytes: Largest file without a base split; ``None`` for one file, whatever its size.
-        stem: What file names start with (``model``, ``diffusion_pytorch_model``).
         component: Name of the component in the manifest.
         threads: Writers on this rank.
         index: Whether a weight index is written beside the files.
-        metadata: ``__metadata__`` of every file; ``{"format": "pt"}`` if not given.
     """
 
     base_files: Mapping[str, str] = field(default_factory=dict)
@@ -135,14 +131,11 @@ def write_export(plan: ExportPlan, group: Group, storage: Storage, digest: Diges
     progress = Progress(f"saving {plan.options.component}", plan.schedule.nbytes, group.is_main)
     digests = Digests(advance=progress.add)
     seen: list[Digested] = []
-    failure: Exception | None = None
-    try:
-        with progress:
-            _write(plan, group, storage, digests, digest, spare)
+    kept = FirstFailure()
+    with kept, progress:
+        _write(plan, group, storage, digests, digest, spare)
         seen = look_at(plan.replicas, plan.options.threads)
-    except Exception as error:  # noqa: BLE001 - raised on every rank where digests are combined
-        failure = error
-    return _fold(plan, group, digests, seen, failure)
+    return _fold(plan, group, digests, seen, kept.error)
 
 
 def make_room(plan: ExportPlan, storage: Storage) -> None:
@@ -185,14 +178,12 @@ def _write(
         def write_rows(run: WriteRun) -> None:
             digests.take(run, write_run(run, files, storage, digest))
 
-        failure: Exception | None = None
-        try:
+        kept = FirstFailure()
+        with kept:
             write_all(plan.schedule.runs, files, storage, plan.options.threads, digests, digest)
-        except Exception as error:  # noqa: BLE001 - raised once no peer waits
-            failure = error
         # Peers count on this rank's rows even if its own writing has failed.
         exchanges = plan.schedule.exchanges
-        failure = exchange_rows(exchanges, plan.held, plan.layout, group, write_rows, failure=failure, spare=spare)
+        failure = exchange_rows(exchanges, plan.held, plan.layout, group, write_rows, failure=kept.error, spare=spare)
         failure = write_computed(plan.computed, plan.layout, group, write_rows, failure)
         if failure is not None:
             raise failure
@@ -212,7 +203,7 @@ def _copy(plan: ExportPlan, group: Group, storage: Storage, write: Callable[[Wri
             place, start = plan.layout.places[tensor.spec.name], 0
             for block in tensor_blocks(tensor, reader):
                 data = torch.frombuffer(block, dtype=torch.uint8).view(torch_dtype(tensor.spec.dtype))
-                write(WriteRun(place.file, place.offset + start, -1, tensor.spec, start, data))
+                write(WriteRun(place.file, place.offset + start, tensor.spec, start, data))
                 start += len(block)
 
 

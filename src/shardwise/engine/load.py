@@ -12,18 +12,13 @@ from typing import NoReturn, Protocol, Self
 
 import torch
 
-from shardwise.comm import Group
+from shardwise.comm import FirstFailure, Group
 from shardwise.disk.storage import Storage
 from shardwise.engine.missing_files import missing_files_named
 from shardwise.engine.name_suggestions import listed, nearest
 from shardwise.engine.progress import Progress
 from shardwise.engine.sharing import NO_SHARING, PlannedReads, Sharing, find_replicas, finds_remote
-from shardwise.errors import (
-    DtypeMismatchError,
-    MissingTensorError,
-    ShapeMismatchError,
-    UnexpectedTensorError,
-)
+from shardwise.errors import DtypeMismatchError, MissingTensorError, ShapeMismatchError, UnexpectedTensorError
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.deferred import Buffers, split
 from shardwise.plan.fragments import HeldTensor
@@ -61,7 +56,7 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load did: names that the checkpoint lacked, names that the model lacked, and bytes."""
+    """What a load did: names that the checkpoint lacked, and that the model lacked, and bytes."""
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
@@ -71,8 +66,8 @@ class LoadReport:
 class LoadSource(Protocol):
     """What a load reads from: a checkpoint, or a base model (`shardwise.base.source.BaseSource`).
 
-    They differ in which tensors there are beside those that are stored, in which differences from the model they let
-    pass, and in the words of their errors. Nothing here communicates or reads.
+    They differ in the tensors that they have beside stored ones, in the differences from the model that they let pass,
+    and in the words of their errors. Nothing here communicates or reads.
     """
 
     @property
@@ -307,16 +302,14 @@ def _described(
     names = sorted(source.names())
     held: Sequence[HeldTensor] = ()
     wants, remote, asked = [0] * len(names), False, False
-    failure: Exception | None = None
-    try:
+    kept = FirstFailure()
+    with kept:
         held = describe()
         own = {tensor.spec.name for tensor in held}
         wants = [int(name in own) for name in names]
         remote = finds_remote(source.plain, group, storage, options.sharing)
         asked = asks()
-    except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
-        failure = error
-    _, (*wanted, remotes, asks_any) = group.fold([], [*wants, int(remote), int(asked)], "comparing names", failure)
+    _, (*wanted, remotes, asks_any) = group.fold([], [*wants, int(remote), int(asked)], "comparing names", kept.error)
     unwanted = [name for name, count in zip(names, wanted, strict=True) if not count]
     return held, source.unexpected(unwanted, options), bool(remotes), bool(asks_any)
 
@@ -337,21 +330,15 @@ def _compare(spec: TensorSpec, saved: SourceTensor, source: Source, options: Loa
     if saved.spec.shape != spec.shape:
         pieces = saved.remote is not None or any(chunk.box.sizes != saved.spec.shape for chunk in saved.chunks)
         pieces = pieces or where.name.startswith("shard-")
-        raise ShapeMismatchError(
-            f"the model's shape is {list(spec.shape)}, the checkpoint's {list(saved.spec.shape)}",
-            path=where,
-            tensor=spec.name,
-            hint=("A file of the checkpoint's shards may be missing; otherwise build" if pieces else "Build")
-            + " the model from the checkpoint's own config.json.",
-        )
+        what = f"the model's shape is {list(spec.shape)}, the checkpoint's {list(saved.spec.shape)}"
+        build = "A file of the checkpoint's shards may be missing; otherwise build" if pieces else "Build"
+        hint = f"{build} the model from the checkpoint's own config.json."
+        raise ShapeMismatchError(what, path=where, tensor=spec.name, hint=hint)
     exact = options.exact.get(spec.name) == spec.dtype
     if dtypes and saved.spec.dtype != spec.dtype and not options.allow_cast and not exact:
-        raise DtypeMismatchError(
-            f"the model's dtype is {spec.dtype}, the checkpoint's {saved.spec.dtype}",
-            path=where,
-            tensor=spec.name,
-            hint="Build the model in the checkpoint's dtype, or load it as a base model, which casts.",
-        )
+        what = f"the model's dtype is {spec.dtype}, the checkpoint's {saved.spec.dtype}"
+        hint = "Build the model in the checkpoint's dtype, or load it as a base model, which casts."
+        raise DtypeMismatchError(what, path=where, tensor=spec.name, hint=hint)
 
 
 def _refuse_names(

@@ -53,10 +53,7 @@ class MergeOptions:
 def write_merged(
     plan: ExportPlan, roster: Roster, group: Group, storage: Storage, options: MergeOptions
 ) -> ComponentRecord:
-    """Write an export without a random write. All ranks of the group call.
-
-    Returns what `write_export` returns, which writes the same bytes.
-    """
+    """As `write_export`, the same bytes and record, without a random write. All ranks of the group call."""
     aside = plan.directory.with_name(".merging")
     computed = _write_aside(plan, aside, group, storage)
     files = group.attempt(lambda: plan_shards(plan.held, roster, group.rank), "planning the shards")
@@ -113,10 +110,7 @@ def _moved(tensor: SourceTensor, by: int) -> SourceTensor:
 
 @dataclass(frozen=True, slots=True)
 class _Merging:
-    """The sources of merged files, and their directory.
-
-    Each tensor in ``sources`` lies in ``paths``; what is read is compared with the digests in ``ledger``.
-    """
+    """Each tensor in ``sources`` lies in ``paths``; what is read is compared with the digests in ``ledger``."""
 
     directory: Path
     sources: Mapping[str, SourceTensor]

@@ -31,12 +31,9 @@ def missing_files_named(source: Source) -> Iterator[None]:
         absent = _missing_file(source.path)
         if absent is None:
             raise
-        raise CheckpointNotFoundError(
-            "this file of the checkpoint, which its manifest lists, is absent",
-            path=absent,
-            tensor=error.tensor,
-            hint="Restore it from a copy, or choose another checkpoint; `shardwise verify` lists all that is missing.",
-        ) from error
+        what = "this file of the checkpoint, which its manifest lists, is absent"
+        hint = "Restore it from a copy, or choose another checkpoint; `shardwise verify` lists all that is missing."
+        raise CheckpointNotFoundError(what, path=absent, tensor=error.tensor, hint=hint) from error
 
 
 def saved_aliases(source: Source) -> dict[str, str]:

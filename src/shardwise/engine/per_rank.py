@@ -52,11 +52,9 @@ def saved_ranks(directory: Path) -> int:
         return 0
     counts = {int(found[1]) for name in names_in(place) if (found := _NAME.fullmatch(name))}
     if len(counts) > 1:
-        raise StateFormatError(
-            f"there are files of {' and of '.join(map(str, sorted(counts)))} ranks",
-            path=place,
-            hint="They are of several saves; remove those that do not belong here.",
-        )
+        what = f"there are files of {' and of '.join(map(str, sorted(counts)))} ranks"
+        hint = "They are of several saves; remove those that do not belong here."
+        raise StateFormatError(what, path=place, hint=hint)
     return counts.pop() if counts else 0
 
 
@@ -89,9 +87,7 @@ def write_own(held: Sequence[HeldTensor], path: Path, storage: Storage, metadata
 
 
 def match_own(path: Path, held: Mapping[str, HeldTensor]) -> tuple[list[Pair], Mapping[str, str]]:
-    """Compare a rank's file with what the rank holds, before anything is overwritten. Local.
-
-    Returns the reads into the rank's tensors, and the file's metadata.
+    """The reads from a rank's file into its tensors, which are compared first, and the file's metadata. Local.
 
     Raises:
         TensorError: They do not fit.

@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from shardwise.comm import Group
-from shardwise.errors import PeerError
+from shardwise.comm import FirstFailure, Group
 from shardwise.geometry import Box
 from shardwise.plan.deferred import resolve
 from shardwise.plan.fragments import Fragment, HeldTensor, part_in_box
@@ -45,18 +44,14 @@ def exchange_rows(
         PeerError: A peer left.
     """
     spare = spare_memory(exchanges, held, group.rank) if spare is None else spare
+    kept = FirstFailure(failure)
     for exchange in exchanges:
         for turn in range(exchange.rounds) if group.rank in exchange.members else ():
-            try:
-                with group.keeping(failure):
-                    run = _round(exchange, turn, held[exchange.tensor], layout, group, spare)
-                if run is not None and failure is None:
+            with kept, group.keeping(kept.error):
+                run = _round(exchange, turn, held[exchange.tensor], layout, group, spare)
+                if run is not None and kept.error is None:
                     write(run)
-            except PeerError:
-                raise
-            except Exception as error:  # noqa: BLE001 - raised once no peer waits
-                failure = failure or error
-    return failure
+    return kept.error
 
 
 def spare_memory(exchanges: Sequence[Exchange], held: Sequence[HeldTensor], rank: int) -> torch.Tensor:
@@ -101,7 +96,7 @@ def _round(
             position += box.numel
     place = layout.places[tensor.spec.name]
     offset = start * math.prod(exchange.row_shape) * tensor.spec.itemsize
-    return WriteRun(place.file, place.offset + offset, exchange.tensor, tensor.spec, offset, rows)
+    return WriteRun(place.file, place.offset + offset, tensor.spec, offset, rows)
 
 
 def _incoming(

@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardwise.comm import Group
+from shardwise.comm import FirstFailure, Group
 from shardwise.disk.crc import combine, crc32c
 from shardwise.disk.storage import Storage
 from shardwise.engine.progress import Progress
@@ -85,16 +85,13 @@ def write_shards(
     with group.together(f"reserving space in {plan.directory}"):
         for file in plan.files:
             storage.create(plan.directory / file.layout.name, file.layout.size, file.layout.header)
-    failure: Exception | None = None
+    kept = FirstFailure()
     written: list[list[ChunkRecord]] = []
     seen: list[Digested] = []
-    try:
-        with Progress(f"saving {plan.component}", plan.own_bytes, group.is_main) as progress:
-            written = _write(plan, storage, progress)
+    with kept, Progress(f"saving {plan.component}", plan.own_bytes, group.is_main) as progress:
+        written = _write(plan, storage, progress)
         seen = look_at(plan.replicas)
-    except Exception as error:  # noqa: BLE001 - raised on every rank where it is checked what was written
-        failure = error
-    is_listed = _check(plan, group, written, seen, failure, most_chunks)
+    is_listed = _check(plan, group, written, seen, kept.error, most_chunks)
     return _listed(plan, written, names_all=group.is_main) if is_listed else _digested(plan, written)
 
 
@@ -109,7 +106,7 @@ def _write(plan: ShardPlan, storage: Storage, progress: Progress) -> list[list[C
             files.handle(number)  # a file without a tensor's bytes has a header to be synced all the same
             for spec, begin, end in file.layout.entries:
                 piece = file.pieces[spec.name]
-                run = WriteRun(number, head + begin, piece.tensor, spec, 0, piece.data)
+                run = WriteRun(number, head + begin, spec, 0, piece.data)
                 crc = write_run(run, files, storage, digest)
                 progress.add(end - begin)
                 chunks.append(ChunkRecord(file.layout.name, head + begin, end - begin, piece.box, crc))

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from shardwise.comm import Group
+from shardwise.comm import FirstFailure, Group
 from shardwise.disk.storage import IsLocal, Storage, file_system_type
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.agreement import roster_of_kind
@@ -161,17 +161,6 @@ def spare_memory() -> torch.Tensor:
     return torch.empty(LIMITS.largest * _ALIGNMENT, dtype=torch.uint8)
 
 
-def rehearse(shared: Mapping[tuple[int, ...], Wanted]) -> None:
-    """Go through the rounds of `read_shared` without reading. Local.
-
-    A rank that cannot compute the sizes of its rounds could not take part in them; here its failure still reaches all
-    ranks.
-    """
-    for members in sorted(shared):
-        for _ in _rounds(members, shared[members], LIMITS):
-            pass
-
-
 @phase("exchange")
 def read_shared(
     shared: Mapping[tuple[int, ...], Wanted], reader: Reader, group: Group, spare: torch.Tensor, limits: Limits = LIMITS
@@ -296,14 +285,13 @@ def _parcels(shares: Mapping[int, Share[_Piece]], limits: Limits, slab: _Slab) -
 def _read(this: _Round, slab: _Slab, reader: Reader, rank: int, *, idle: bool) -> _Outcome:
     """Read this rank's shares of a round, unless ``idle``; a failure is kept and raised later."""
     parcels: dict[int, _Parcel] = {}
-    try:
+    kept = FirstFailure()
+    with kept:
         if not idle:
             parcels = _parcels(this.shares_of(rank, own=True), this.limits, slab)
         for parcel in parcels.values():
             _fill(parcel, reader)
-    except Exception as error:  # noqa: BLE001 - raised once no peer waits
-        return parcels, error
-    return parcels, None
+    return parcels, kept.error
 
 
 def _fill(parcel: _Parcel, reader: Reader) -> None:
@@ -330,13 +318,10 @@ def _pass_on(
     """Send and receive the messages of a round; blank ones if this rank has failed or finds no memory for them."""
     own, theirs = (this.shares_of(group.rank, own=own) for own in (True, False))
     arriving: dict[int, _Parcel] = {}
-    failure: Exception | None = None
-    if not idle:
-        try:
-            arriving = _parcels(theirs, this.limits, slab)
-        except Exception as error:  # noqa: BLE001 - raised once no peer waits
-            failure = error
-    sends_blanks = idle or failure is not None
+    kept = FirstFailure()
+    with kept:
+        arriving = {} if idle else _parcels(theirs, this.limits, slab)
+    sends_blanks = idle or kept.error is not None
 
     def messages(number: int, made: Mapping[int, _Parcel]) -> list[torch.Tensor]:
         return _blanks(this.shares[number], this.limits, spare) if sends_blanks else made[number].messages
@@ -345,15 +330,12 @@ def _pass_on(
     sends = [(other, message) for number in own for message in messages(number, parcels) for other in others]
     receives = [(share.reader, message) for number, share in theirs.items() for message in messages(number, arriving)]
     group.swap(sends, receives, "passing on what replicas have read")
-    if sends_blanks:
-        return failure
-    reader.counts.passed += sum(message.numel() for _, message in receives)
-    try:
-        for parcel in arriving.values():
-            parcel.install()
-    except Exception as error:  # noqa: BLE001 - raised once no peer waits
-        return error
-    return None
+    if not sends_blanks:
+        reader.counts.passed += sum(message.numel() for _, message in receives)
+        with kept:
+            for parcel in arriving.values():
+                parcel.install()
+    return kept.error
 
 
 def _blanks(share: Share[_Piece], limits: Limits, spare: torch.Tensor) -> list[torch.Tensor]:
@@ -455,8 +437,13 @@ class PlannedReads:
         return tensor._replace(parts=tuple(alone))
 
     def rehearse(self) -> None:
-        """Check that this rank can plan the rounds, at a point where a failure reaches all ranks. Local."""
-        rehearse(self.shared)
+        """Go through the rounds without reading, at a point where a failure still reaches all ranks. Local.
+
+        A rank that cannot compute the sizes of its rounds could not take part in them.
+        """
+        for members in sorted(self.shared):
+            for _ in _rounds(members, self.shared[members], LIMITS):
+                pass
 
     def execute(self, reader: Reader, group: Group, limits: Limits = LIMITS) -> None:
         """Carry out the reads, inside ``group.together``, since replicas pass on what they read.

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from shardwise.engine.device_streams import CopyEvent, DeviceStreams
+from shardwise.engine.device_streams import DeviceStreams
 from shardwise.errors import MisuseError
 from shardwise.plan.deferred import deferred, release, resolve
 from shardwise.plan.fragments import HeldTensor
@@ -60,7 +60,7 @@ class Stager:
         self._streams = streams or DeviceStreams()
         self._plans: dict[str, _Plan] = {}
         self._arenas: dict[str, torch.Tensor] = {}
-        self._pending: dict[torch.device, CopyEvent] = {}
+        self._pending: dict[torch.device, torch.Event] = {}
         self._before_steps: RemovableHandle | None = None
         self._readers = 0
         self._lock = threading.Lock()
@@ -243,11 +243,8 @@ def _local(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor, as memory that can be copied byte by byte."""
     local = arrived(local_part(tensor).detach())
     if local.layout != torch.strided or type(local).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        raise MisuseError(
-            f"a {type(local).__name__} of layout {local.layout} cannot be staged as it is",
-            tensor=name,
-            hint='Set model_save_format to "safetensors", or is_async to false.',
-        )
+        what = f"a {type(local).__name__} of layout {local.layout} cannot be staged as it is"
+        raise MisuseError(what, tensor=name, hint='Set model_save_format to "safetensors", or is_async to false.')
     return local
 
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -118,7 +119,6 @@ def load_manifest(directory: Path) -> Manifest | None:
 
     Raises:
         ManifestError: It is damaged, forged, not a regular file, or of another version.
-        StorageError: The file system refused.
     """
     try:
         return parse_manifest(manifest_bytes(directory), str(directory / MANIFEST_NAME))
@@ -132,7 +132,6 @@ def manifest_bytes(directory: Path) -> bytes:
     Raises:
         CheckpointNotFoundError: There is none.
         ManifestError: Something else stands in its place.
-        StorageError: The file system refused.
     """
     path = directory / MANIFEST_NAME
     if is_link(path) and not is_made_of_links(directory):
@@ -173,10 +172,8 @@ def check_files(
         StorageError: The file system refused for another reason than that a file is absent.
     """
     links = is_made_of_links(directory)
-    found: list[Damage] = []
-    for record in files:
-        found += _check_file(directory, record, tensors.get(record.path, ()), links)
-    return found
+    looks = (_check_file(directory, record, tensors.get(record.path, ()), links) for record in files)
+    return list(chain.from_iterable(looks))
 
 
 def _check_file(directory: Path, record: FileRecord, tensors: Sequence[TensorRecord], links: bool) -> list[Damage]:
@@ -227,10 +224,10 @@ def extents_of(manifest: Manifest, files: Iterable[FileRecord]) -> tuple[Extent,
     wanted = {file.path: file for file in files}
     found = []
     for file in wanted.values():
-        if file.crc32c is not None:
-            header = file.header_bytes is not None
-            size = file.size if file.header_bytes is None else file.header_bytes
-            found.append(Extent(file.path, 0, size, file.crc32c, "header" if header else "digest"))
+        if file.crc32c is not None and file.header_bytes is not None:
+            found.append(Extent(file.path, 0, file.header_bytes, file.crc32c, "header"))
+        elif file.crc32c is not None:
+            found.append(Extent(file.path, 0, file.size, file.crc32c, "digest"))
     for tensor in manifest.tensors:
         name = tensor.spec.name
         found += [

@@ -154,7 +154,7 @@ def _pieces(run: WriteRun) -> Iterable[WriteRun]:
         return
     start = 0
     for block in blocks(run.data, _LARGEST_RUN_BYTES // run.spec.itemsize):
-        yield WriteRun(run.file, run.offset + start, run.tensor, run.spec, run.start + start, block)
+        yield WriteRun(run.file, run.offset + start, run.spec, run.start + start, block)
         start += block.numel() * run.spec.itemsize
 
 

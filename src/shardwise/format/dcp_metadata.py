@@ -91,8 +91,6 @@ def read_dcp_metadata(path: str | os.PathLike[str]) -> Metadata:
     No code named by the file runs: it is interpreted as data, checked, and then built from torch's own classes.
 
     Raises:
-        CheckpointNotFoundError: Nothing is there.
-        StorageError: The file system refused.
         UnsafePickleError: The file names anything but DCP's own classes.
         FormatError: The file is malformed, too large, or points outside the checkpoint.
     """

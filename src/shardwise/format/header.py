@@ -151,8 +151,6 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     Memory is bounded by a small multiple of the header, which is never longer than the file or `MAX_HEADER_BYTES`.
 
     Raises:
-        CheckpointNotFoundError: Nothing is there.
-        StorageError: The file system refused.
         HeaderError: The path is not a regular file, or the header is malformed or contradicts the file.
     """
     with open_regular(path, HeaderError) as (stream, size):
@@ -245,26 +243,17 @@ def _entry(name: str, value: JsonValue, path: str) -> TensorEntry:
 
 def _check_tiling(entries: Sequence[TensorEntry], data_bytes: int, path: str) -> None:
     position = 0
-    for entry in entries:
-        if entry.begin != position:
-            gap = entry.begin - position
-            wrong = "overlaps the one before" if gap < 0 else f"leaves {gap} bytes unused"
-            raise HeaderError(
-                f"in {path!r} a tensor at bytes {entry.begin} to {entry.end} of the data {wrong}",
-                path=path,
-                tensor=entry.spec.name,
-                hint=DAMAGED,
-            )
-        position = entry.end
+    for spec, begin, end in entries:
+        if begin != position:
+            wrong = "overlaps the one before" if begin < position else f"leaves {begin - position} bytes unused"
+            what = f"in {path!r} a tensor at bytes {begin} to {end} of the data {wrong}"
+            raise HeaderError(what, path=path, tensor=spec.name, hint=DAMAGED)
+        position = end
     if position > data_bytes:
-        cut = next(entry for entry in entries if entry.end > data_bytes)
-        raise HeaderError(
-            f"{path!r} is truncated: {position - data_bytes} of {position} data bytes are missing",
-            path=path,
-            tensor=cut.spec.name,
-            hint="The copy or download was cut short: fetch or save the file again.",
-        )
+        cut = next(entry.spec.name for entry in entries if entry.end > data_bytes)
+        what = f"{path!r} is truncated: {position - data_bytes} of {position} data bytes are missing"
+        hint = "The copy or download was cut short: fetch or save the file again."
+        raise HeaderError(what, path=path, tensor=cut, hint=hint)
     if position < data_bytes:
-        raise HeaderError(
-            f"{path!r} has {data_bytes - position} bytes more than its tensors take", path=path, hint=DAMAGED
-        )
+        what = f"{path!r} has {data_bytes - position} bytes more than its tensors take"
+        raise HeaderError(what, path=path, hint=DAMAGED)

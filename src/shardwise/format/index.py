@@ -79,8 +79,6 @@ def read_index(path: str | os.PathLike[str]) -> WeightIndex:
     """Read and validate a weight index.
 
     Raises:
-        CheckpointNotFoundError: Nothing is there.
-        StorageError: The file system refused.
         WeightIndexError: Not a regular file, too large, malformed, or naming a file outside its directory.
     """
     return parse_index(read_whole(path, MAX_INDEX_BYTES, WeightIndexError), os.fspath(path))

@@ -33,8 +33,6 @@ def read_json(path: str | os.PathLike[str], error: type[ShardwiseError] = Format
     """Read a JSON file.
 
     Raises:
-        CheckpointNotFoundError: Nothing is there.
-        StorageError: The file system refused.
         ShardwiseError: Of type ``error``; not a regular file, too large, or not JSON.
     """
     return parse_json(read_whole(path, MAX_JSON_BYTES, error), path, error)

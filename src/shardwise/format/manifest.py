@@ -356,8 +356,6 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """Read and validate the manifest at ``path``, or of the checkpoint whose directory is ``path``.
 
     Raises:
-        CheckpointNotFoundError: Nothing is there.
-        StorageError: The file system refused.
         ManifestError: Not a regular file, too large, damaged, malformed, or of another version.
     """
     text = os.fspath(path)

@@ -102,18 +102,19 @@ class _Encoder:
     def encode(self, value: object, path: str, depth: int) -> JsonValue:
         if depth > MAX_DEPTH:
             self._refuse(path, f"it is nested deeper than {MAX_DEPTH} levels, or contains itself")
-        if value is None or isinstance(value, (bool, str)):
-            if value is None or type(value) in (bool, str):
-                return self._text(value, path) if isinstance(value, str) else value
-        elif type(value) is int:
+        if value is None or type(value) is bool:
+            return value
+        if type(value) is str:
+            return self._text(value, path)
+        if type(value) is int:
             return value if -_PLAIN_INT <= value <= _PLAIN_INT else {"$int": f"{value:x}"}
-        elif type(value) is float:
+        if type(value) is float:
             return _encode_float(value)
-        elif type(value) is complex:
+        if type(value) is complex:
             return {"$complex": [_encode_float(value.real), _encode_float(value.imag)]}
-        elif type(value) is bytes:
+        if type(value) is bytes:
             return {"$bytes": base64.b64encode(value).decode("ascii")}
-        elif type(value) is io.BytesIO:
+        if type(value) is io.BytesIO:
             return {"$bytesio": base64.b64encode(value.getvalue()).decode("ascii")}
         container = self._encode_container(value, path, depth + 1)
         return container if container is not None else self._encode_array(value, path)
@@ -176,17 +177,10 @@ class _Encoder:
         if isinstance(value, torch.dtype):
             return {"$dtype": str(value).removeprefix("torch.")}
         if type(value) is not np.ndarray and not isinstance(value, np.generic):
-            self._refuse_type(value, path)
+            plain = ", not a plain tensor (use .detach(), or .to_local() for a DTensor)"
+            kind, more = type(value), plain if isinstance(value, torch.Tensor) else ""
+            self._refuse(path, f"it is of type {kind.__module__}.{kind.__qualname__}{more}")
         return self._encode_numpy(value, path)
-
-    def _refuse_type(self, value: object, path: str) -> NoReturn:
-        import torch
-
-        kind = type(value)
-        reason = f"it is of type {kind.__module__}.{kind.__qualname__}"
-        if isinstance(value, torch.Tensor):
-            reason += ", not a plain tensor (use .detach(), or .to_local() for a DTensor)"
-        self._refuse(path, reason)
 
     def _encode_tensor(self, value: torch.Tensor, path: str) -> JsonValue:
         import torch
@@ -246,11 +240,8 @@ class _Encoder:
             self._refuse(path, f"it is a numpy value of dtype {value.dtype}")
         if isinstance(value, np.generic):
             return {"$npscalar": [code, value.tobytes().hex()]}
-        data = (
-            torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8)
-            if value.size
-            else torch.empty(0, dtype=torch.uint8)
-        )
+        raw = bytearray(value.tobytes())
+        data = torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
         return {"$ndarray": [code, list(value.shape), self._store(data, path)]}
 
 

@@ -96,11 +96,8 @@ def _front(archive: zipfile.ZipFile, path: Path) -> str:
 def _refuse_byte_order(archive: zipfile.ZipFile, front: str, path: Path) -> None:
     name = f"{front}byteorder"
     if name in archive.namelist() and archive.read(name)[:16] != b"little":
-        raise FormatError(
-            "the file was written on a machine of another byte order",
-            path=path,
-            hint="Load it there, and save it as safetensors.",
-        )
+        what = "the file was written on a machine of another byte order"
+        raise FormatError(what, path=path, hint="Load it there, and save it as safetensors.")
 
 
 def _storages(archive: zipfile.ZipFile, front: str, stream: BinaryIO, path: Path) -> dict[str, StoredBytes]:

@@ -98,7 +98,7 @@ def choose_weights(
     chosen = _index(directory, candidates, indices, naming)
     if chosen is None:
         return _without_index(directory, candidates, naming)
-    listed = tuple(sorted(set(read(directory / chosen).weight_map.values())))
+    listed = read(directory / chosen).files
     first, _ = naming.standard
     if first in present and chosen == f"{first}.index.json" and first not in listed and listed:
         return WeightFiles((first,), None, chosen)
@@ -115,8 +115,7 @@ def files_of_index(index: Path, names: Sequence[str], read: Callable[[Path], Wei
     Raises:
         WeightIndexError: It is malformed, or names a file that is absent.
     """
-    listed = tuple(sorted(set(read(index).weight_map.values())))
-    return _listed(index.parent, index.name, listed, names, read)
+    return _listed(index.parent, index.name, read(index).files, names, read)
 
 
 def is_adapter(name: str) -> bool:
@@ -175,11 +174,9 @@ def _without_index(directory: Path, candidates: Sequence[_Candidate], naming: Na
         return None
     (only,) = candidates
     if only.total is not None and len(only.files) != only.total:
-        raise CheckpointNotFoundError(
-            f"of the {only.total} files of {only.label} only {len(only.files)} are there, and no index lists them",
-            path=directory,
-            hint="Fetch or restore the missing files; the model is not whole without them.",
-        )
+        what = f"of the {only.total} files of {only.label} only {len(only.files)} are there, and no index lists them"
+        hint = "Fetch or restore the missing files; the model is not whole without them."
+        raise CheckpointNotFoundError(what, path=directory, hint=hint)
     return WeightFiles(only.files)
 
 

@@ -1,5 +1,7 @@
 """Names, publication, pointers, retention, resolving, preemption: policies and local files, no tensors, no collectives.
 
+What touches a root raises ``StorageError`` where the file system refuses.
+
 A save, on the coordinating rank::
 
     make_root(root)
@@ -33,15 +35,7 @@ from shardwise.lifecycle.names import (
 from shardwise.lifecycle.ownership import Claim, Writer, claim, claimed_by, publishing, writer_of
 from shardwise.lifecycle.pointers import pointers, read_pointer, set_pointer
 from shardwise.lifecycle.preemption import PreemptionGuard
-from shardwise.lifecycle.publish import (
-    abandon,
-    make_root,
-    publish,
-    put_in_place,
-    remove_leftovers,
-    reserve,
-    settle,
-)
+from shardwise.lifecycle.publish import abandon, make_root, publish, put_in_place, remove_leftovers, reserve, settle
 from shardwise.lifecycle.resolve import CheckpointInfo, ResolvedCheckpoint, latest_step, list_checkpoints, resolve
 from shardwise.lifecycle.retention import Retention, best_checkpoint, lacks_metric, prunable, prune, select_doomed
 

@@ -34,11 +34,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+\-]{0,200}")
 
 
 def checkpoint_name(epoch: int, step: int) -> str:
-    """Name of the checkpoint of ``step`` in ``epoch``.
-
-    Raises:
-        MisuseError: One of them is negative or not an int.
-    """
+    """Name of the checkpoint of ``step`` in ``epoch``; `MisuseError` where one is negative or not an int."""
     for label, value in (("epoch", epoch), ("step", step)):
         if type(value) is not int or value < 0:
             raise MisuseError(f"{label} is {value!r}", hint="Number epochs and steps with whole numbers from 0.")
@@ -106,11 +102,7 @@ def is_plain(name: str) -> bool:
 
 
 def published_name(temporary: str) -> str:
-    """The name that `temporary_name` was given.
-
-    Raises:
-        MisuseError: ``temporary`` is not such a name.
-    """
+    """The name that `temporary_name` was given; `MisuseError` for any other name."""
     if not temporary.startswith(_SAVING):
         raise MisuseError(
             f"{temporary!r} is not the name of an unfinished save", hint="Pass the path that reserve() returned."

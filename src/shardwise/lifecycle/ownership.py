@@ -76,7 +76,6 @@ def claim(root: Path, name: str, token: str = "") -> Claim:
 
     Raises:
         CheckpointBusyError: A process that is alive has it; the message names its host and number.
-        StorageError: The file system refused.
     """
     path = root / owner_name(name)
     place = local_path(path)

@@ -7,6 +7,7 @@ case the pointer changes in a single step.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -17,13 +18,7 @@ from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import current, storage_errors
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StorageError
 from shardwise.lifecycle.lineage import Origin
-from shardwise.lifecycle.names import (
-    ANNOUNCEMENT_NAME,
-    LATEST,
-    draft_name,
-    is_plain,
-    parse_checkpoint_name,
-)
+from shardwise.lifecycle.names import ANNOUNCEMENT_NAME, LATEST, draft_name, is_plain, parse_checkpoint_name
 
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _TEXT_LIMIT = 4096
@@ -38,7 +33,6 @@ def set_pointer(root: Path, name: str, target: str) -> None:
     Raises:
         MisuseError: ``name`` cannot be a pointer's, or ``target`` is not a plain name.
         CheckpointNotFoundError: There is no directory ``target`` in the root.
-        StorageError: The file system refused.
     """
     if not is_plain(name) or name.endswith(".txt") or parse_checkpoint_name(name) is not None:
         raise MisuseError(f"{name!r} cannot be the name of a pointer", hint="Use letters, digits and underscores.")
@@ -67,9 +61,7 @@ def set_pointer(root: Path, name: str, target: str) -> None:
 
 
 def read_pointer(root: Path, name: str) -> str | None:
-    """Name of the directory in the root that the pointer ``name`` leads to; ``None`` where there is no such pointer.
-
-    The directory need not exist.
+    """Name of the directory, which need not exist, in the root that a pointer leads to; ``None`` for no pointer.
 
     Raises:
         CheckpointNotFoundError: The pointer leads outside the root, in a circle, or is unreadable.
@@ -99,18 +91,13 @@ def pointers(root: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     with storage_errors(root):
         entries = current().entries(root) if is_directory(root) else []
-        for entry in entries:
-            name = entry.name.removesuffix(".txt")
-            is_pointer = entry.kind == "symbolic link" or entry.name.endswith(".txt")
-            if not is_pointer or name in found:
-                continue
-            try:
+        links = [each.name for each in entries if each.kind == "symbolic link" or each.name.endswith(".txt")]
+        for name in dict.fromkeys(name.removesuffix(".txt") for name in links):
+            # One that cannot be read protects nothing in this root; naming it to resolve() is what reports it.
+            with contextlib.suppress(CheckpointNotFoundError):
                 target = read_pointer(root, name)
-            except CheckpointNotFoundError:
-                # It protects nothing in this root; naming it to resolve() is what reports it.
-                continue
-            if target is not None:
-                found[name] = target
+                if target is not None:
+                    found[name] = target
     return found
 
 

@@ -17,9 +17,8 @@ from typing import Self
 
 from shardwise.errors import MisuseError
 
-# Their default action is not to end the process, so a second one could not leave at once.
-_HARMLESS = {"SIGCHLD", "SIGCLD", "SIGCONT", "SIGURG", "SIGWINCH", "SIGTSTP", "SIGTTIN", "SIGTTOU"}
-_UNCATCHABLE = {"SIGKILL", "SIGSTOP"}
+# No handler catches the first two. The others do not end the process by default: a second one could not leave at once.
+_UNFIT = {"SIGKILL", "SIGSTOP", "SIGCHLD", "SIGCLD", "SIGCONT", "SIGURG", "SIGWINCH", "SIGTSTP", "SIGTTIN", "SIGTTOU"}
 
 # The guards in use, outermost first: what a forked child has to undo. `os.register_at_fork` cannot be taken back, so it
 # is called once, by the first guard that is entered.
@@ -81,7 +80,7 @@ class PreemptionGuard:
     ) -> None:
         self._signals = tuple(signal.Signals(number) for number in signals)
         for number in self._signals:
-            if number.name in _HARMLESS | _UNCATCHABLE:
+            if number.name in _UNFIT:
                 raise MisuseError(
                     f"{number.name} cannot ask for a save", hint="Use SIGTERM, SIGINT, SIGHUP, SIGUSR1 or SIGUSR2."
                 )

@@ -147,9 +147,7 @@ def settle(temp: Path, final: Path) -> None:
         if is_there(temp):
             storage.rename_new(temp, doomed)
         if is_there(doomed):
-            # Durable before the first file goes, or a crash could bring back the name of a half-deleted directory.
-            storage.sync_directory(final.parent)
-            storage.remove_tree(doomed)
+            _remove_doomed(final.parent, final.name)
     except (OSError, ShardwiseError) as error:
         _LOG.warning("%s is published, but deleting what it replaced failed: %s", final, ShardwiseError.wrap(error))
 
@@ -159,7 +157,6 @@ def abandon(temp: Path) -> None:
 
     Raises:
         MisuseError: ``temp`` is not an unfinished save; nothing is deleted.
-        StorageError: The file system refused.
     """
     published_name(temp.name)
     with storage_errors(temp):
@@ -199,28 +196,24 @@ def remove_leftovers(root: Path, *, active: Collection[Path] = ()) -> tuple[str,
 
 
 def remove_checkpoint(root: Path, *names: str) -> None:
-    """Delete directories so that a crash leaves each either whole under its name, or under none that resolves.
-
-    Raises:
-        StorageError: The file system refused.
-    """
+    """Delete directories so that a crash leaves each either whole under its name, or under none that resolves."""
     storage = current()
     with storage_errors(root):
         for name in names:
             storage.remove_tree(root / doomed_name(name))
             storage.rename_new(root / name, root / doomed_name(name))
-        # Durable before the first file goes, or a crash could bring back the name of a half-deleted directory.
-        storage.sync_directory(root)
-        for name in names:
-            storage.remove_tree(root / doomed_name(name))
+        _remove_doomed(root, *names)
+
+
+def _remove_doomed(root: Path, *names: str) -> None:
+    # Durable before the first file goes, or a crash could bring back the name of a half-deleted directory.
+    current().sync_directory(root)
+    for name in names:
+        current().remove_tree(root / doomed_name(name))
 
 
 def make_root(root: Path) -> None:
-    """Make the directory of the checkpoints, durably, where it does not exist; one rank calls.
-
-    Raises:
-        StorageError: The file system refused.
-    """
+    """Make the directory of the checkpoints, durably, where it does not exist; one rank calls."""
     with storage_errors(root):
         missing = []
         path = root
@@ -238,8 +231,6 @@ def _refuse_published(final: Path) -> None:
 
 
 def _refuse(final: Path) -> None:
-    raise CheckpointExistsError(
-        f"{final.name} is already there and is never overwritten",
-        path=final,
-        hint="Resume from it, delete it, or choose another checkpoint_dir.",
-    )
+    what = f"{final.name} is already there and is never overwritten"
+    hint = "Resume from it, delete it, or choose another checkpoint_dir."
+    raise CheckpointExistsError(what, path=final, hint=hint)

@@ -123,11 +123,7 @@ def lacks_metric(checkpoints: Sequence[CheckpointInfo], policy: Retention) -> bo
 
 
 def prunable(root: Path, policy: Retention) -> tuple[str, ...]:
-    """Names of the checkpoints that `prune` would delete now, oldest first. Any rank.
-
-    Raises:
-        StorageError: The file system refused.
-    """
+    """Names of the checkpoints that `prune` would delete now, oldest first. Any rank."""
     pointed = set(pointers(root).values())
     begun = announced(root)
     if begun is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
@@ -62,10 +62,6 @@ class Deferred:
         tensor = torch.empty(self.shape, dtype=self.dtype, device="meta")
         setattr(tensor.untyped_storage(), _ATTRIBUTE, self)
         return tensor
-
-    def of_shape(self, shape: tuple[int, ...]) -> Deferred:
-        """The same in another shape."""
-        return replace(self, shape=shape)
 
 
 def deferred(tensor: torch.Tensor) -> Deferred | None:
@@ -148,11 +144,7 @@ def _only(tensor: HeldTensor, owner: object | None) -> HeldTensor:
 
 
 def refuse_stand_ins(tensors: Iterable[HeldTensor]) -> None:
-    """Check that tensors are in memory that values can be copied into.
-
-    Raises:
-        ModuleStateError: One is taken by its module, by a method of its own.
-    """
+    """Raise `ModuleStateError` for a tensor that has no memory: its module takes it, by a method of its own."""
     for tensor in tensors:
         for fragment in tensor.fragments:
             if (what := deferred(fragment.data)) is not None:

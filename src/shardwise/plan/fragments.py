@@ -39,9 +39,7 @@ class Part:
     """How one native tensor, spread over a mesh, contributes to a tensor of the file. The same on every rank.
 
     Attributes:
-        native_shape: Global shape of the native tensor.
         mesh: The mesh that it is spread over; ``None`` for a plain tensor, which every holder holds whole.
-        placements: One for each mesh dimension.
         view: How the file's tensor looks into it; ``None`` where both are the same.
         may_differ: Whether replicas may have different values, as buffers do: what is saved is then the value of the
             lowest of the ranks that hold it, whole. Replicas of other tensors are compared.
@@ -57,9 +55,8 @@ class Part:
     def __post_init__(self) -> None:
         # A part is the key under which planning remembers what tensors have in common: it is hashed far more often
         # than it is made.
-        object.__setattr__(
-            self, "_hash", hash((self.native_shape, self.mesh, self.placements, self.view, self.may_differ))
-        )
+        content = self.native_shape, self.mesh, self.placements, self.view, self.may_differ
+        object.__setattr__(self, "_hash", hash(content))
 
     def __hash__(self) -> int:
         return self._hash

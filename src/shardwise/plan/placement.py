@@ -46,8 +46,7 @@ class Strided:
 Placement = Replicated | Sharded | Strided
 
 
-@dataclass(frozen=True, slots=True)
-class MeshKey:
+class MeshKey(NamedTuple):
     """The key by which ranks identify the same kind of mesh: names (or empty strings) and sizes of its dimensions.
 
     ``ordinal`` tells meshes of equal names and shape on one rank apart, in the order in which tensors use them.

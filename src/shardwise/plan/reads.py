@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from shardwise.errors import MissingTensorError
-from shardwise.geometry import DTYPE_BYTES, Box, TensorSpec, bounding, flat_offset, overlap, tiles
+from shardwise.geometry import DTYPE_BYTES, Box, TensorSpec, bounding, covers_once, flat_offset
 from shardwise.plan.fragments import Fragment, HeldTensor
 from shardwise.plan.views import factor_shape, refine_box
 
@@ -128,23 +128,15 @@ def _pieces(source: SourceTensor, fragment: Fragment, grid: tuple[int, ...]) -> 
             regions.append(common.relative_to(fragment.box))
     covered = sum(region.numel for region in regions)
     # As many elements as belong there may be some twice and some not at all.
-    if covered > fragment.box.numel or (
-        covered == fragment.box.numel
-        and len(regions) > 1
-        and not tiles(fragment.box.sizes, regions)  # nearly always true; undecided for fine grids
-        and overlap(regions)
-    ):
-        raise MissingTensorError(
-            "pieces of this tensor overlap: the files hold some of its elements twice",
-            tensor=source.spec.name,
-            hint="The directory mixes files of different checkpoints, or of one and its copy; separate them.",
-        )
+    is_once = covered < fragment.box.numel or len(regions) == 1 or covers_once(fragment.box.sizes, regions)
+    if not is_once:
+        what = "pieces of this tensor overlap: the files hold some of its elements twice"
+        hint = "The directory mixes files of different checkpoints, or of one and its copy; separate them."
+        raise MissingTensorError(what, tensor=source.spec.name, hint=hint)
     if covered != fragment.box.numel:
-        raise MissingTensorError(
-            f"the checkpoint holds {covered} of the {fragment.box.numel} elements needed of this tensor",
-            tensor=source.spec.name,
-            hint="A shard file is missing; restore all files of the checkpoint, or choose another one.",
-        )
+        what = f"the checkpoint holds {covered} of the {fragment.box.numel} elements needed of this tensor"
+        hint = "A shard file is missing; restore all files of the checkpoint, or choose another one."
+        raise MissingTensorError(what, tensor=source.spec.name, hint=hint)
     return found
 
 

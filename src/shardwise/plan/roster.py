@@ -155,11 +155,9 @@ class Roster:
             wanted = math.prod(shard_coordinate(part.part.placements, sizes))
             present = len(found.replicas)
             if present != wanted:
-                raise IncompleteTensorError(
-                    f"{present} of {wanted} pieces are held by the ranks that save together",
-                    tensor=held[number].spec.name,
-                    hint="Save with a process group that contains every rank of the tensor's mesh.",
-                )
+                what = f"{present} of {wanted} pieces are held by the ranks that save together"
+                hint = "Save with a process group that contains every rank of the tensor's mesh."
+                raise IncompleteTensorError(what, tensor=held[number].spec.name, hint=hint)
 
 
 @dataclass(frozen=True, eq=False)

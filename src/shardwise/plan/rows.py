@@ -30,12 +30,8 @@ ROUND_BYTES = 8 * 2**20
 class Sources:
     """For each target, the ranks whose pieces make up its rows, and their boxes.
 
-    Computed on demand: of the many ranks that hold a tensor, each exchanges rows with few.
-
-    Attributes:
-        pieces: The replicas that hold each piece, and its boxes, at least one each.
-        grid: The tensor's grid.
-        outer: Leading grid dimensions that enumerate the rows.
+    Computed on demand: of the many ranks that hold a tensor, each exchanges rows with few. ``pieces`` are the replicas
+    that hold each piece, and its boxes, at least one each; ``outer`` leading grid dimensions enumerate the rows.
     """
 
     pieces: tuple[tuple[tuple[int, ...], tuple[Box, ...]], ...]

@@ -27,7 +27,6 @@ class WriteRun(NamedTuple):
     Attributes:
         file: Index into the layout's files.
         offset: Byte offset in the file.
-        tensor: Index into the list of held tensors.
         spec: The tensor; the bytes are ``data`` in row-major order, cast to its dtype.
         start: Byte offset in the tensor.
         data: The elements, of any strides.
@@ -35,7 +34,6 @@ class WriteRun(NamedTuple):
 
     file: int
     offset: int
-    tensor: int
     spec: TensorSpec
     start: int
     data: torch.Tensor
@@ -48,11 +46,9 @@ class WriteRun(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """One rank's work for an export.
+    """What one rank writes of an export from its own memory, in order.
 
-    Attributes:
-        runs: What it writes from its own memory, in order.
-        exchanges: Tensors that it first turns into rows with their other holders, in an order common to all.
+    Other tensors it first turns into rows with their other holders: ``exchanges``, in an order common to all.
     """
 
     runs: tuple[WriteRun, ...]
@@ -76,7 +72,7 @@ def schedule(held: Sequence[HeldTensor], layout: Layout, roster: Roster, rank: i
         first = only_run(box, grid)
         found = [(first, data)] if first is not None else [(at, data[index]) for at, _, index in runs(box, grid)]
         itemsize = DTYPE_BYTES[spec.dtype]
-        by_file[file] += [WriteRun(file, offset + at * itemsize, number, spec, at * itemsize, run) for at, run in found]
+        by_file[file] += [WriteRun(file, offset + at * itemsize, spec, at * itemsize, run) for at, run in found]
     turn = rank * len(layout.files) // max(roster.world_size, 1)
     ordered = [run for its in by_file[turn:] + by_file[:turn] for run in sorted(its, key=attrgetter("offset"))]
     return Schedule(tuple(ordered), tuple(sorted(exchanges, key=lambda e: held[e.tensor].spec.name)))

@@ -7,6 +7,7 @@ ranks'.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,12 +24,8 @@ from shardwise.plan.roster import Roster
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShardPiece:
-    """One piece of a tensor, the number ``tensor`` in the list of held ones, in a shard file.
+    """A region of a whole tensor, in a shard file; ``data`` has any shape whose row-major order is the box's."""
 
-    ``spec`` and ``box`` are of the tensor's shape; ``data`` has any shape whose row-major order is the box's.
-    """
-
-    tensor: int
     spec: TensorSpec
     box: Box
     data: torch.Tensor
@@ -53,34 +50,31 @@ def plan_shards(
     pieces = []
     for number, fragment in own(held, roster, rank):
         spec, grid, _ = held[number]
-        pieces += [ShardPiece(number, spec, box, data) for box, data in in_shape(fragment, grid, spec.shape)]
-    for number, (spec, _, parts) in enumerate(held):
+        pieces += [ShardPiece(spec, box, data) for box, data in in_shape(fragment, grid, spec.shape)]
+    for spec, _, parts in held:
         # No region assigns a tensor without elements to a rank: its first holder writes it.
         if not spec.numel and parts and roster.shard_set(spec.name, parts[0].part).members[0] == rank:
-            pieces.append(ShardPiece(number, spec, Box.whole(spec.shape), torch.empty(spec.shape)))
+            pieces.append(ShardPiece(spec, Box.whole(spec.shape), torch.empty(spec.shape)))
     return shard_files(pieces, rank, roster.world_size, file_index, stem)
 
 
 def shard_files(
     pieces: Sequence[ShardPiece], rank: int, world_size: int, file_index: Mapping[str, int] | None, stem: str
 ) -> tuple[ShardFile, ...]:
-    """Put a rank's pieces, which are disjoint, into files.
+    """Put a rank's pieces, which are disjoint, into files; the second half of their names starts with ``stem``.
 
     ``file_index`` has the number (from 1) of the file that each tensor belongs to in the merged model, all 1 if not
-    given; ``stem`` is what the second half of file names starts with.
+    given.
     """
-    files = max((file_index or {}).values(), default=1)
+    numbers = file_index or {}
+    last = max(numbers.values(), default=1)
     groups: dict[tuple[int, int], dict[str, ShardPiece]] = {}
-    seen: dict[str, int] = {}
+    seen: Counter[str] = Counter()
     for piece in pieces:
         name = piece.spec.name
-        turn = seen.get(name, 0)
-        seen[name] = turn + 1
-        number = (file_index or {}).get(name, files)
-        groups.setdefault((rank + 1 + turn * world_size, number), {})[name] = piece
-    return tuple(
-        _file(shard_name(shard, number, files, stem), found) for (shard, number), found in sorted(groups.items())
-    )
+        groups.setdefault((rank + 1 + seen[name] * world_size, numbers.get(name, last)), {})[name] = piece
+        seen[name] += 1
+    return tuple(_file(shard_name(shard, n, last, stem), found) for (shard, n), found in sorted(groups.items()))
 
 
 def _file(name: str, pieces: Mapping[str, ShardPiece]) -> ShardFile:

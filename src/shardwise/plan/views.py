@@ -24,13 +24,10 @@ from shardwise.geometry import Box
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One dimension of the hub grid.
+    """One dimension of the hub grid, along the dimension ``native`` of the native grid, for ``length`` indices.
 
-    Attributes:
-        native: Index of the native grid dimension that it walks along.
-        start: First native index.
-        hub_start: Where in the hub dimension that first index lands (not 0 where several native tensors are joined).
-        length: How many indices.
+    ``start`` is the first native index; it lands at ``hub_start`` in the hub dimension, not 0 where several native
+    tensors are joined.
     """
 
     native: int

@@ -69,7 +69,7 @@ _GIVE = "state_dict() of the model has to succeed on every rank."
 class Unit:
     """A module that makes entries of the state with its own methods."""
 
-    module: nn.Module  #: The module.
+    module: nn.Module
     prefix: str  #: The prefix of its names.
     whole: bool  #: Whether it makes those of the modules below it too.
 
@@ -126,7 +126,7 @@ class OneTensor:
 class Taker:
     """A module that loads entries of the state with its own methods."""
 
-    module: nn.Module  #: The module.
+    module: nn.Module
     prefix: str  #: The prefix of its names.
     whole: bool  #: Whether it takes those of the modules below it too.
     is_lenient: bool  #: Whether it decides names and shapes itself, by its own methods or hooks for loading.
@@ -143,7 +143,7 @@ class Step(NamedTuple):
 
     #: ``take``: a module takes its entries; ``extra``: it takes its extra state; ``post``: its hooks are called.
     kind: str
-    module: nn.Module  #: The module.
+    module: nn.Module
     prefix: str  #: The prefix of its names.
     taker: Taker | None = None  #: Who takes, where entries are taken.
 

@@ -12,7 +12,7 @@ from tools.command_table import codes_on_page, tried
 #: Made and tried in a moment; the others take processes, models of transformers or both.
 QUICK = (
     "a root, through a link", "a safetensors file", "a GGUF file", "a text file", "export cut short",
-    "Hugging Face file with a bad header", "DCP's .metadata cut short", "an empty .safetensors file",
+    "Hugging Face file with a broken header", "DCP's .metadata cut short", "an empty .safetensors file",
     "a header that claims to be huge",
     "an interrupted save", "an empty directory", "nothing", "a FIFO", "a link in a circle", "a link to nothing",
 )  # fmt: skip

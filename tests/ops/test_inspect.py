@@ -202,4 +202,4 @@ def test_pieces_of_one_tensor_are_put_together(tmp_path: Path) -> None:
     [tensor] = inspect(tmp_path).tensors
     assert (tensor.spec.shape, len(tensor.pieces), len(tensor.files)) == ((4, 3), 2, 2)
     save_file({"w": torch.ones(2)}, tmp_path / "other.safetensors")
-    assert inspect(tmp_path).damaged == ("shard-00001-model-00001-of-00001.safetensors",)
+    assert set(inspect(tmp_path).damaged) == {path.name for path in tmp_path.glob("shard-*")}

@@ -31,7 +31,6 @@ class Parser(argparse.ArgumentParser):
     """A parser that suggests what was meant instead of an unknown word."""
 
     def __init__(self, **options: object) -> None:
-        self.words: set[str] = set()
         #: For `completion`: each argument, one line about the command, and of the program its commands.
         self.arguments: list[argparse.Action] = []
         self.summary = ""
@@ -40,11 +39,16 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options)  # type: ignore[arg-type]
 
     def add_argument(self, *names: str, **options: object) -> argparse.Action:
-        """Add an argument, and know its names."""
+        """Add an argument, and know it."""
         added = super().add_argument(*names, **options)  # type: ignore[arg-type]
-        self.words.update(name for name in names if name.startswith("--"))
         self.arguments.append(added)
         return added
+
+    @property
+    def words(self) -> set[str]:
+        """The commands and the long names of all options, which may be mistyped."""
+        own = {name for argument in self.arguments for name in argument.option_strings if name.startswith("--")}
+        return own.union(self.commands, *(command.words for command in self.commands.values()))
 
     def add_path(self, name: str, text: str, **options: object) -> None:
         """Add an argument or option that is a path, with its help."""
@@ -87,7 +91,6 @@ def make_parser() -> Parser:
     _add_merge(add)
     _add_roots(add)
     _add_others(add)
-    parser.words.update(parser.commands, *(added.words for added in parser.commands.values()))
     return parser
 
 

@@ -148,14 +148,11 @@ def _print_report(report: VerifyReport, quiet: bool) -> None:
         say(f"DAMAGED  {damage.describe()}", "red")
     if quiet:
         return
-    for name in report.extra:
-        say(f"extra    {name}")
-    for name in report.undigested:
-        say(f"no digest  {name}")
-    for what in report.checked:
-        say(f"checked  {what}")
-    for what in report.unchecked:
-        say(f"unchecked  {what}")
+    told = {"extra  ": report.extra, "no digest": report.undigested}
+    told |= {"checked": report.checked, "unchecked": report.unchecked}
+    for word, lines in told.items():
+        for line in lines:
+            say(f"{word}  {line}")
     # Of files of torch the tensors are not counted.
     counted = count(report.files, "file") + (f", {count(report.tensors, 'tensor')}" if report.tensors else "")
     if report.status == "damaged":

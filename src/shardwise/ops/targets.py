@@ -184,12 +184,9 @@ def _refuse_unfinished(real: Path) -> None:
     """Refuse an interrupted save, and what is in one."""
     for place in (real, *list(real.parents)[:_CLIMB]):
         if is_temporary(place.name) or is_doomed(place.name):
+            what = "an interrupted save" if place == real else f"part of an interrupted save, {place.name}"
             raise IncompleteCheckpointError(
-                "this is an interrupted save"
-                if place == real
-                else f"this is part of an interrupted save, {place.name}",
-                path=real,
-                hint="Name a published checkpoint, or the root.",
+                f"this is {what}", path=real, hint="Name a published checkpoint, or the root."
             )
 
 

@@ -12,6 +12,7 @@ from shardwise.disk.guarded import open_regular
 from shardwise.disk.names import status
 from shardwise.errors import FormatError, ShardwiseError
 from shardwise.geometry import Box, covers_once
+from shardwise.sources.dcp_model import tensor_names
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -68,12 +69,10 @@ def check_dcp_extents(directory: Path) -> DcpExtents:
         FormatError: The metadata is damaged.
         StorageError: The file system refused.
     """
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
     from shardwise.format.dcp_metadata import read_dcp_metadata
 
     metadata = read_dcp_metadata(directory)
-    names = {name for name, item in metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)}
+    names = set(tensor_names(metadata))
     by_file: dict[str, list[_Item]] = {}
     for index, info in (metadata.storage_data or {}).items():
         archive = index.fqn in names and not info.transform_descriptors

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,11 +71,7 @@ def find_model(
         MisuseError: There is no model, or more than one candidate; lists the top-level keys.
         NameCollisionError: Two tensors would get one name.
     """
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    tensors = [n for n, item in metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)]
-    others = [n for n, item in metadata.state_dict_metadata.items() if not isinstance(item, TensorStorageMetadata)]
-    paths = item_paths(metadata)
+    tensors, paths = tensor_names(metadata), item_paths(metadata)
     if prefix is not None:
         place = _Place(prefix.rstrip("."))
     else:
@@ -84,15 +80,14 @@ def find_model(
         if len(places) > 1:
             raise _ambiguous(paths, directory, f"the model's class fits what is below each of {_listed(places)}")
         place = _Place(places[0], frozenset(expected)) if places else _by_structure(paths, tensors, directory)
-    found = {name.removeprefix(place.front): name for name in tensors if place.has(name, paths)}
+    own = {name for name in paths if place.has(name, paths)}
     if prefix is not None:
-        found = {name.removeprefix(place.front): name for name in tensors if name.startswith(place.front)}
-    if not found:
+        own |= {name for name in tensors if name.startswith(place.front)}
+    if own.isdisjoint(tensors):
         raise _ambiguous(paths, directory, f"no tensor's name begins with {place.front!r}")
-    left = tuple(name for name in others if place.has(name, paths))
-    taken = frozenset(found.values())
-    apart = [n for n in tensors if n not in taken and not any(map(is_no_model, (*n.split("."), *paths[n])))]
-    return DcpModel(unwrapped_names(found, directory), place.front, left, tuple(apart))
+    found = _below(place, own, tensors, paths, directory)
+    apart = [n for n in tensors if n not in own and not any(map(is_no_model, (*n.split("."), *paths[n])))]
+    return replace(found, apart=tuple(apart))
 
 
 def model_below(metadata: Metadata, directory: Path, head: str, expected: Collection[str]) -> DcpModel:
@@ -107,15 +102,26 @@ def model_below(metadata: Metadata, directory: Path, head: str, expected: Collec
     Raises:
         NameCollisionError: Two tensors would get one name.
     """
+    paths, place = item_paths(metadata), _Place(head)
+    own = {name for name in paths if name in expected or place.has(name, paths)}
+    return _below(place, own, tensor_names(metadata), paths, directory)
+
+
+def _below(
+    place: _Place, own: Collection[str], tensors: Collection[str], paths: Iterable[str], directory: Path
+) -> DcpModel:
+    """The model whose items these are."""
+    found = {name.removeprefix(place.front): name for name in tensors if name in own}
+    known = set(tensors)
+    left = tuple(name for name in paths if name in own and name not in known)
+    return DcpModel(unwrapped_names(found, directory), place.front, left)
+
+
+def tensor_names(metadata: Metadata) -> list[str]:
+    """DCP's names of the items that are tensors."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    paths = item_paths(metadata)
-    place = _Place(head)
-    own = {name for name in paths if name in expected or place.has(name, paths)}
-    tensors = {n for n, item in metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)}
-    found = {name.removeprefix(place.front): name for name in paths if name in own and name in tensors}
-    left = tuple(name for name in paths if name in own and name not in tensors)
-    return DcpModel(unwrapped_names(found, directory), place.front, left)
+    return [name for name, item in metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,7 @@ from typing import NoReturn, cast
 
 from shardwise.errors import MisuseError, StateFormatError
 from shardwise.sources.dcp_model import DcpPath
-from shardwise.sources.dcp_nested import nested
-from shardwise.sources.dcp_values import DcpValues
+from shardwise.sources.dcp_values import DcpValues, nested
 
 _FLAT = re.compile(r"(?:(?P<head>.+?)\.)?(?P<kind>state|param_groups)\.(?P<rest>.+)")
 _KINDS = ("state", "param_groups")

@@ -6,9 +6,8 @@ import re
 
 from shardwise.errors import CheckpointNotFoundError, MisuseError
 from shardwise.sources.dcp_model import DcpPath, find_model, model_below
-from shardwise.sources.dcp_nested import nested
 from shardwise.sources.dcp_optimizers import optimizer_places
-from shardwise.sources.dcp_values import DcpValues
+from shardwise.sources.dcp_values import DcpValues, nested
 from shardwise.upstream.torch_optim import STEP_COUNT
 
 _SCHEDULER_NAME = re.compile(r"sched", re.IGNORECASE)

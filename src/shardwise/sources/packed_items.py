@@ -19,6 +19,7 @@ from typing import IO
 import torch
 
 from shardwise.dtypes import torch_dtype
+from shardwise.errors import FormatError
 from shardwise.upstream.torch_dispatch import place_in_archive, without_memory
 
 _LONGEST_NOTE = 16
@@ -78,6 +79,24 @@ def _look(fill: Fill, nbytes: int, shape: tuple[int, ...], dtype: torch.dtype) -
     alone = found.storage_offset() == 0 and found.untyped_storage().nbytes() == own and found.is_contiguous()
     plain = not (found.is_conj() or found.is_neg())
     return place if place is not None and alone and plain and place + own <= nbytes else None
+
+
+def load_item(raw: bytes | bytearray, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in an archive.
+
+    Raises:
+        FormatError: It is no archive of a tensor of this shape and dtype; the caller adds file and tensor.
+    """
+    try:
+        loaded: object = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise FormatError(f"this item is not a serialised tensor: {error}", hint="Restore the file.") from error
+    if isinstance(loaded, torch.Tensor) and tuple(loaded.shape) == shape and loaded.dtype == dtype:
+        return loaded.detach()
+    what = f"a {type(loaded).__name__} and no tensor"
+    if isinstance(loaded, torch.Tensor):
+        what = f"a tensor of {list(loaded.shape)} {loaded.dtype}, where the metadata says {list(shape)} {dtype}"
+    raise FormatError(f"this item is {what}", hint="Restore the file.")
 
 
 def in_this_byte_order(archive: IO[bytes]) -> bool:

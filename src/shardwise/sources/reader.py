@@ -7,7 +7,6 @@ dropped. Other memory (strided within a row, another device, another dtype) is f
 
 from __future__ import annotations
 
-import io
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +18,9 @@ import torch
 
 from shardwise.disk.storage import ReadsRows, Storage, located, locating
 from shardwise.dtypes import torch_dtype
-from shardwise.errors import FormatError, IntegrityError, ShardwiseError
+from shardwise.errors import IntegrityError, ShardwiseError
 from shardwise.plan.reads import AnyRead, PackedRead, Read
+from shardwise.sources.packed_items import load_item
 from shardwise.sources.tensor_bytes import as_bytes, blocks, is_as_stored
 
 #: Bytes of the buffer of each reading thread.
@@ -213,13 +213,7 @@ class Reader:
         got = self._storage.read(self._handles[read.chunk.file], memoryview(raw), read.chunk.offset)
         if got != len(raw):
             raise IntegrityError("the file ends within this item", hint="Restore the file.")
-        try:
-            loaded = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise FormatError(f"this item is not a serialised tensor: {error}", hint="Restore the file.") from error
-        if not isinstance(loaded, torch.Tensor) or loaded.numel() != read.chunk.box.numel:
-            raise FormatError("this item is not the tensor that the metadata describes", hint="Restore the file.")
-        region = loaded.reshape(read.shape)
+        region = load_item(raw, read.chunk.box.sizes, torch_dtype(read.spec.dtype)).reshape(read.shape)
         for dim, (low, size) in enumerate(zip(read.region.offsets, read.region.sizes, strict=True)):
             region = region.narrow(dim, low, size)
         read.dest.detach().copy_(region)

@@ -7,7 +7,6 @@ what was used, not of a second reading.
 
 from __future__ import annotations
 
-import io
 import math
 import threading
 from abc import ABC, abstractmethod
@@ -20,13 +19,13 @@ from typing import NamedTuple
 import torch
 
 from shardwise.disk.crc import combine, crc32c
-from shardwise.disk.storage import Storage, locating
-from shardwise.dtypes import dtype_code
+from shardwise.disk.storage import Storage, located, locating
+from shardwise.dtypes import torch_dtype
 from shardwise.errors import FormatError, IntegrityError
 from shardwise.geometry import Box
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.plan.views import refine_range
-from shardwise.sources.packed_items import PackedItems
+from shardwise.sources.packed_items import PackedItems, load_item
 from shardwise.sources.tensor_bytes import as_bytes
 
 #: Bytes of one block.
@@ -314,21 +313,9 @@ class _Packed(_Stream):
         self._reader.read(self._chunk, memoryview(raw), 0, self._spec.name)
         self._reader.took(self._chunk, 0, len(raw), crc32c(raw))
         try:
-            loaded: object = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise self._wrong(f"this item is not a serialised tensor: {error}") from error
-        if not isinstance(loaded, torch.Tensor):
-            raise self._wrong(f"this item is a {type(loaded).__name__} and no tensor")
-        code = dtype_code(loaded.dtype, self._spec.name)
-        if tuple(loaded.shape) != self.box.sizes or code != self._spec.dtype:
-            raise self._wrong(
-                f"this item is a tensor of {list(loaded.shape)} {code}, where the metadata says "
-                f"{list(self.box.sizes)} {self._spec.dtype}"
-            )
-        return loaded.detach().contiguous()
-
-    def _wrong(self, message: str) -> FormatError:
-        return FormatError(message, path=self._reader.path(self._chunk), tensor=self._spec.name, hint=_HINT)
+            return load_item(raw, self.box.sizes, torch_dtype(self._spec.dtype)).contiguous()
+        except FormatError as error:
+            raise located(error, self._reader.path(self._chunk), self._spec.name) from None
 
 
 def _scatter(piece: _Stream, boxes: Sequence[Box], block: torch.Tensor) -> None:

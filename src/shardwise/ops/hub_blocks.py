@@ -113,7 +113,8 @@ def _assembled(
         whole = torch.empty(max(1, spec.numel), dtype=torch_dtype(spec.dtype))
         for held, fragment in parts:
             view, box = fragment.data, fragment.box
-            saved = read_flat(tensors[held.spec.name], reader)[: held.spec.numel].view(held.grid)
+            source = tensors[held.spec.name]
+            saved = read_flat(source.spec, reader.blocks(source))[: held.spec.numel].view(held.grid)
             for dim, (low, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
                 saved = saved.narrow(dim, low, size)
             whole.as_strided(view.shape, view.stride(), view.storage_offset()).copy_(saved)
@@ -179,5 +180,6 @@ class _Natives:
             return self._kept[name]
         while len(self._kept) >= _MOST_KEPT:
             self._kept.popitem(last=False)
-        flat = self._kept[name] = read_flat(self.tensors[name], self.reader)
+        tensor = self.tensors[name]
+        flat = self._kept[name] = read_flat(tensor.spec, self.reader.blocks(tensor))
         return flat

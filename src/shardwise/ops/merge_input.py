@@ -20,9 +20,10 @@ from shardwise.comm import Group
 from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.disk.storage import current
 from shardwise.engine.sharing import PlannedReads
-from shardwise.errors import AdapterError, IntegrityError, MisuseError
+from shardwise.errors import AdapterError, MisuseError
 from shardwise.format.strict_json import JsonValue
 from shardwise.ops.attach import place_tensor
+from shardwise.ops.consolidate_input import refuse_damaged
 from shardwise.ops.side_content import side_files
 from shardwise.ops.targets import find_targets
 from shardwise.ops.verify import verify
@@ -68,10 +69,8 @@ def find_merge(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) ->
     """Find both, and build the model.
 
     Raises:
-        CheckpointNotFoundError: One is not there.
-        IntegrityError: One is damaged, as `verify` finds.
-        MisuseError: The adapter is none, or the base's configuration names no class of transformers'.
-        AdapterError: The adapter's configuration is damaged.
+        CheckpointNotFoundError, IntegrityError: One is not there, or damaged, as `verify` finds.
+        MisuseError, AdapterError: The adapter is none, or the base's configuration names no class of transformers'.
     """
     place = find_base(None, os.fspath(base))
     directory = _adapter_directory(Path(adapter).absolute())
@@ -109,17 +108,9 @@ def _adapter_directory(path: Path) -> Path:
 
 def _require_whole(path: Path) -> None:
     """Compare digests where a manifest has them; of other files the headers are compared when they are opened."""
-    if not find_targets(path)[0].has_manifest:
-        return
-    report = verify(path)
-    if report.damages:
-        first = report.damages[0]
-        raise IntegrityError(
-            f"it is damaged: {first.describe()}",
-            path=report.path / first.file,
-            tensor=first.tensors[0] if first.tensors else None,
-            hint="`shardwise verify` lists everything; restore the file from a copy.",
-        )
+    if find_targets(path)[0].has_manifest:
+        report = verify(path)
+        refuse_damaged(report, report.path)
 
 
 def _model(config: Mapping[str, object], path: Path, dtype: torch.dtype) -> nn.Module:
@@ -166,12 +157,7 @@ def _plain(base: Path, adapter: Path) -> dict[str, bytes]:
 
 
 def take_extra(adapted: nn.Module, directory: Path) -> None:
-    """Give tensors of the base that were trained beside the adapter the values that a save of ours noted.
-
-    Raises:
-        AdapterError: The model has no such tensor.
-        FormatError: The file is damaged.
-    """
+    """Give tensors of the base that were trained beside the adapter the values that a save of ours noted."""
     # One file for the model: beside the directories of adapters that have names.
     places = [place / ADAPTER_EXTRA_NAME for place in (directory, directory.parent)]
     file = next((place for place in places if is_file(place)), None)

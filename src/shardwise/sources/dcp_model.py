@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardwise.errors import MisuseError, NameCollisionError
+from shardwise.errors import MisuseError, NameCollisionError, some
 from shardwise.stateful_wrappers.wrapping import plain_name
 
 if TYPE_CHECKING:
@@ -69,7 +69,6 @@ def find_model(
 
     Raises:
         MisuseError: There is no model, or more than one candidate; lists the top-level keys.
-        NameCollisionError: Two tensors would get one name.
     """
     tensors, paths = tensor_names(metadata), item_paths(metadata)
     if prefix is not None:
@@ -78,7 +77,7 @@ def find_model(
         _refuse_optimizer(paths, tensors, directory)
         places = places_of(tensors, expected)
         if len(places) > 1:
-            raise _ambiguous(paths, directory, f"the model's class fits what is below each of {_listed(places)}")
+            raise _ambiguous(paths, directory, f"the model's class fits what is below each of {_quoted(places)}")
         place = _Place(places[0], frozenset(expected)) if places else _by_structure(paths, tensors, directory)
     own = {name for name in paths if place.has(name, paths)}
     if prefix is not None:
@@ -91,16 +90,9 @@ def find_model(
 
 
 def model_below(metadata: Metadata, directory: Path, head: str, expected: Collection[str]) -> DcpModel:
-    """The tensors below a place, without an optimizer's state and other things in the same place.
+    """The tensors below ``head``, without an optimizer's state and other things in the same place.
 
-    Args:
-        metadata: Of the directory.
-        directory: For messages.
-        head: The place.
-        expected: DCP's names of what is the model's, whatever they look like.
-
-    Raises:
-        NameCollisionError: Two tensors would get one name.
+    ``expected`` are DCP's names of what is the model's, whatever they look like.
     """
     paths, place = item_paths(metadata), _Place(head)
     own = {name for name in paths if name in expected or place.has(name, paths)}
@@ -218,20 +210,12 @@ def _flat(paths: Mapping[str, DcpPath], leaves: Sequence[str], at: DcpPath, dire
     if len(models) == 1 and others and tops == others | models:
         return _Place(".".join([*([head] if head else []), *models]))
     if others:
-        raise _ambiguous(paths, directory, f"tensors of {_listed(sorted(tops))} stand in one state dict")
+        raise _ambiguous(paths, directory, f"tensors of {_quoted(sorted(tops))} stand in one state dict")
     return _Place(head)
 
 
 def unwrapped_names(found: Mapping[str, str], directory: Path) -> dict[str, str]:
-    """The names without the parts that torch's wrappers add.
-
-    Args:
-        found: Name -> the file's name of the tensor.
-        directory: For messages.
-
-    Raises:
-        NameCollisionError: Two tensors would get one name.
-    """
+    """Name -> the file's name of the tensor, without the parts that torch's wrappers add."""
     strip = all(plain_name(name).startswith(_DATA_PARALLEL) for name in found)
     names: dict[str, str] = {}
     for name, dcp in found.items():
@@ -250,13 +234,12 @@ def unwrapped_names(found: Mapping[str, str], directory: Path) -> dict[str, str]
 def _ambiguous(paths: Mapping[str, DcpPath], directory: Path, why: str) -> MisuseError:
     tops = list(dict.fromkeys(str(path[0]) for path in paths.values()))
     return MisuseError(
-        f"which part of the checkpoint is the model is not clear: {why}. At its top it has {_listed(tops)}",
+        f"which part of the checkpoint is the model is not clear: {why}. At its top it has {_quoted(tops)}",
         path=directory,
         hint="Say what the names of the model's tensors begin with: --prefix model (prefix='model'), or --prefix '' "
         "(prefix='') where all tensors are the model's.",
     )
 
 
-def _listed(names: Iterable[object]) -> str:
-    every = [repr(str(name)) for name in names]
-    return ", ".join(every[:_SHOWN]) + (f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else "")
+def _quoted(names: Iterable[object]) -> str:
+    return some((repr(str(name)) for name in names), _SHOWN)

@@ -32,13 +32,7 @@ def is_dcp(directory: Path) -> bool:
 class DcpValues:
     """Reads single items of a DCP directory. Local; nothing is read before it is asked for.
 
-    Args:
-        directory: The DCP directory.
-        legacy: Whether to unpickle without restrictions what cannot be read otherwise, which runs code from the files.
-
-    Raises:
-        CheckpointNotFoundError: There is none.
-        FormatError: Its metadata are damaged.
+    With ``legacy`` what cannot be read otherwise is unpickled without restrictions, which runs code from the files.
     """
 
     def __init__(self, directory: Path, legacy: bool = False) -> None:
@@ -62,8 +56,7 @@ class DcpValues:
         """One item: a value, or a small tensor, whole.
 
         Raises:
-            CheckpointNotFoundError: A file of the directory is absent.
-            FormatError: It is damaged, or too large for such a value.
+            CheckpointNotFoundError, FormatError: A file is absent or damaged, or the item too large for such a value.
             UnsafePickleError: It names something outside the allow-lists.
         """
         if name in self.tensors:
@@ -145,11 +138,7 @@ class DcpValues:
 
 
 def nested(found: Mapping[DcpPath, object]) -> object:
-    """The value that DCP flattened: path -> part. Dictionaries of consecutive numbers are lists.
-
-    Raises:
-        FormatError: A part stands below another.
-    """
+    """The value that DCP flattened: path -> part. Dictionaries of consecutive numbers are lists."""
     root: dict[str | int, object] = {}
     for path, value in found.items():
         if not path:

@@ -36,16 +36,9 @@ class PackedItems:
         self._lock = threading.Lock()
 
     def find(self, fill: Fill, nbytes: int, shape: tuple[int, ...], dtype: str) -> int | None:
-        """The offset of the elements in an archive, in row-major order.
+        """The offset of the elements in an archive of ``nbytes``, in row-major order, if it is such a tensor's.
 
-        Args:
-            fill: Reads the archive.
-            nbytes: Its length.
-            shape: What the tensor has to be.
-            dtype: Likewise, a dtype code.
-
-        Returns:
-            ``None`` where the archive has to be loaded: to see what it is instead, or to bring its elements in order.
+        ``None`` where it has to be loaded: to see what it is instead, or to bring its elements in order.
         """
         with self._lock:
             known = self._kinds.setdefault((nbytes, shape, dtype), [])
@@ -82,11 +75,7 @@ def _look(fill: Fill, nbytes: int, shape: tuple[int, ...], dtype: torch.dtype) -
 
 
 def load_item(raw: bytes | bytearray, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The tensor in an archive.
-
-    Raises:
-        FormatError: It is no archive of a tensor of this shape and dtype; the caller adds file and tensor.
-    """
+    """The tensor in an archive; `FormatError` where it has none of this shape and dtype, without file and name."""
     try:
         loaded: object = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception as error:

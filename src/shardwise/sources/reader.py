@@ -58,13 +58,9 @@ class _Woven:
 
 
 class Reader:
-    """Executes reads from a list of files. One object for one load; `close` releases the files.
+    """Executes reads from a list of files, ``threads`` at once. One object for one load; `close` releases the files.
 
-    Args:
-        storage: The storage to read from.
-        files: Paths; reads name them by index.
-        threads: How many reads at once.
-        observe: Called with every byte range read, ``(file, offset, length)``; for counting.
+    ``observe`` is called with every byte range read, ``(file, offset, length)``, for counting.
     """
 
     def __init__(
@@ -96,7 +92,6 @@ class Reader:
 
         Raises:
             IntegrityError: A file ends before a range that its header promises.
-            StorageError: The file system failed.
         """
         ordered = _in_order(reads)
         for read in ordered:

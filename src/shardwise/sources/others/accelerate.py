@@ -25,11 +25,7 @@ _OF_RANK = re.compile(r"pytorch_model_fsdp(_\d+)?_rank(\d{1,6})\.bin")
 
 
 def accelerates(directory: Path, names: Sequence[str]) -> Layout | None:
-    """What accelerate's FSDP saved in a directory.
-
-    Raises:
-        AmbiguousFilesError: Several models, or one in several forms.
-    """
+    """What accelerate's FSDP saved in a directory; `AmbiguousFilesError` where it is not one model in one form."""
     sharded = [name for name in names if _DIRECTORY.fullmatch(name) and exists(directory / name / ".metadata")]
     full = [name for name in names if _FULL.fullmatch(name)]
     by_model: dict[str, list[str]] = {}

@@ -65,12 +65,7 @@ _RESTORE = "Restore the file from a copy."
 
 @dataclass(frozen=True)
 class DeepSpeedDirectory:
-    """The files of one checkpoint of DeepSpeed.
-
-    Attributes:
-        directory: ``global_stepN``, or whatever its tag is.
-        masters: Take the fp32 master weights where 16-bit weights are saved too.
-    """
+    """The files of one checkpoint (``global_stepN``), and whether master weights are preferred."""
 
     directory: Path
     masters: bool
@@ -261,9 +256,9 @@ class _File:
         """The error for a file that is not of the form that DeepSpeed writes."""
         return FormatError(f"the file {what}", path=self.archive.path, hint=_RESTORE)
 
-    def mapping(self, key: str, within: Mapping[object, object] | None = None) -> dict[str, object]:
+    def mapping(self, key: str) -> dict[str, object]:
         """A dictionary with names for keys; empty where there is none."""
-        value = (self.tree if within is None else within).get(key)
+        value = self.tree.get(key)
         if value is None:
             return {}
         if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
@@ -394,12 +389,7 @@ class _Partitions(_File):
     def compare(self, group: int, name: str, start: int, numel: int, equal: int) -> None:
         """Compare where a parameter lies with what the file says of it, if it does (DeepSpeed from 0.7 on).
 
-        Args:
-            group: The number of its group.
-            name: The parameter.
-            start: Where it begins, as counted from this rank's partition.
-            numel: Its elements.
-            equal: The elements of a partition.
+        ``start`` counts from this rank's partition of ``equal`` elements.
         """
         mappings = self._state.get("param_slice_mappings")
         if not isinstance(mappings, list) or group >= len(mappings) or not isinstance(mappings[group], dict):
@@ -468,11 +458,7 @@ def _opened(
 
 
 def deepspeeds(directory: Path, names: Sequence[str], masters: bool) -> Layout | None:
-    """The checkpoint of DeepSpeed that a directory is, or that its ``latest`` names; arguments as of `recognise`.
-
-    Raises:
-        CheckpointNotFoundError: ``latest`` names a directory that is not there.
-    """
+    """The checkpoint that a directory is, or that its ``latest`` names; arguments as of `recognise`."""
     place, requested = directory, directory
     if any(map(_MODEL.fullmatch, names)):
         if is_file(directory.parent / _LATEST):

@@ -37,13 +37,7 @@ _FLAT = ("_flat_param", "flat_param")
 
 @dataclass(frozen=True, slots=True)
 class RankFiles:
-    """Files of all ranks in one directory.
-
-    Attributes:
-        directory: Where they are.
-        names: Rank -> name, where names say so; else the number is just the position.
-        world_size: The number of ranks, where names say so.
-    """
+    """Files of all ranks in a directory: by rank where names say it, and so ``world_size``, else by position."""
 
     directory: Path
     names: Mapping[int, str]
@@ -156,11 +150,7 @@ def _by_rank(directory: Path, found: Sequence[RankFile]) -> tuple[list[RankFile]
 
 
 def verl_files(directory: Path, names: Sequence[str]) -> Layout | None:
-    """The files of verl in a directory, or in the one directory below it that has some.
-
-    Raises:
-        AmbiguousFilesError: There are files of several numbers of ranks, or several directories with such files.
-    """
+    """The files of verl in a directory, or in the one directory below it that has some."""
     own = _verl(directory, names)
     if own is not None:
         return own

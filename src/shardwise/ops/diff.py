@@ -24,9 +24,8 @@ from shardwise.geometry import TensorSpec
 from shardwise.ops.parts import Parts, find_parts
 from shardwise.ops.torch_archives import TORCH_SUFFIXES
 from shardwise.ops.verify import Progress
-from shardwise.sources.reader import Reader
+from shardwise.sources.reader import Reader, tensor_blocks
 from shardwise.sources.sources import Source, open_source
-from shardwise.sources.stream import tensor_blocks
 
 if TYPE_CHECKING:
     import torch

@@ -7,6 +7,7 @@ dropped. Other memory (strided within a row, another device, another dtype) is f
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,10 @@ import torch
 from shardwise.disk.storage import ReadsRows, Storage, located, locating
 from shardwise.dtypes import torch_dtype
 from shardwise.errors import IntegrityError, ShardwiseError
-from shardwise.plan.reads import AnyRead, PackedRead, Read
+from shardwise.geometry import Box
+from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
+from shardwise.plan.reads import AnyRead, PackedRead, Read, SourceTensor, plan_reads
+from shardwise.plan.views import refine_range
 from shardwise.sources.packed_items import load_item
 from shardwise.sources.tensor_bytes import as_bytes, blocks, is_as_stored
 
@@ -27,6 +31,10 @@ from shardwise.sources.tensor_bytes import as_bytes, blocks, is_as_stored
 BUFFER_BYTES = 4 * 2**20
 #: Gaps up to this are read too: copying them from the page cache takes as long as another request.
 SMALL_GAP_BYTES = 16 * 1024
+
+
+#: Bytes of a block of `tensor_blocks`.
+STREAM_BYTES = 8 * 2**20
 
 
 @dataclass
@@ -309,3 +317,22 @@ def cut_read(read: Read, most: int) -> Iterator[Read]:
             offset = read.offset + first * read.period
             part = Read(read.file, offset, dest.shape[0], read.period, read.width, dest, read.spec)
             yield from cut_read(part, most) if read.width > most else (part,)
+
+
+def tensor_blocks(source: SourceTensor, reader: Reader, elements: int | None = None) -> Iterator[memoryview]:
+    """A saved tensor's bytes in row-major order, in bounded memory; ``elements`` in each block, by default 8 MiB."""
+    spec = source.spec
+    dtype = torch_dtype(spec.dtype)
+    per_block = elements or max(1, STREAM_BYTES // spec.itemsize)
+    start, total = 0, math.prod(spec.shape)
+    while start < total:
+        count = min(per_block, total - start)
+        buffer = torch.empty(count, dtype=dtype)
+        fragments, used = [], 0
+        for box in refine_range(start, count, spec.shape) if spec.shape else (Box((), ()),):
+            fragments.append(Fragment(box, buffer[used : used + box.numel].view(box.sizes)))
+            used += box.numel
+        wanted = HeldTensor(spec, spec.shape, (HeldPart(Part(spec.shape), (), tuple(fragments)),))
+        reader.execute(list(plan_reads(source, wanted)))
+        yield as_bytes(buffer)
+        start += count

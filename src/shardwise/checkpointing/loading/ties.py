@@ -19,9 +19,8 @@ from shardwise.errors import TensorError
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceTensor
-from shardwise.sources.reader import Reader
+from shardwise.sources.reader import Reader, tensor_blocks
 from shardwise.sources.sources import Source
-from shardwise.sources.stream import tensor_blocks
 from shardwise.stateful_wrappers.names import promised_ties
 from shardwise.stateful_wrappers.wrapping import unwrap
 

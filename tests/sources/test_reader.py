@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import pickle
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from tests.support.simulate import DTYPES, raw, values
 from shardwise.comm import Group
 from shardwise.disk.storage import LocalStorage
 from shardwise.dtypes import torch_dtype
-from shardwise.errors import CheckpointNotFoundError, FormatError, IntegrityError, StorageError
+from shardwise.errors import CheckpointNotFoundError, FormatError, IntegrityError, MisuseError, StorageError
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.reads import Read, SourceChunk, SourceTensor, plan_reads
@@ -273,3 +275,14 @@ def test_an_item_of_dcp_that_is_another_tensor_is_refused(
         reader.execute(plan_reads(source.tensors["weight"], wanted))
     reader.close()
     assert not into.any()
+
+
+def test_a_tensor_that_dcp_compressed_is_refused_by_name(tmp_path: Path) -> None:
+    dcp.save({"weight": torch.ones(2, 3)}, checkpoint_id=str(tmp_path))
+    metadata = dcp.FileSystemReader(tmp_path).read_metadata()
+    for index, info in metadata.storage_data.items():
+        metadata.storage_data[index] = replace(info, transform_descriptors=["stream.zstd"])
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(MisuseError, match=r"through stream\.zstd") as caught:
+        open_source(tmp_path, Group(None))
+    assert caught.value.tensor == "weight"

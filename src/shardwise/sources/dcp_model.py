@@ -19,6 +19,8 @@ from shardwise.stateful_wrappers.wrapping import plain_name
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
+    from shardwise.upstream.torch_checkpoint import StorageInfo
+
 #: Names of the model's mapping in state dicts such as `{"model": ..., "optimizer": ...}`.
 MODEL_KEYS = ("model", "model_state_dict", "module", "state_dict")
 #: Names of mappings that are not the model.
@@ -153,6 +155,17 @@ def item_paths(metadata: Metadata) -> dict[str, DcpPath]:
         parts = path if isinstance(path, tuple) else ()
         found[name] = tuple(part for part in parts if isinstance(part, (str, int))) or (name,)
     return found
+
+
+def refuse_transformed(info: StorageInfo, path: Path, name: str) -> None:
+    """Refuse an item whose bytes in the file an extension of DCP's writer has changed, such as compressed ones."""
+    if info.transform_descriptors:
+        raise MisuseError(
+            f"DCP wrote this item through {', '.join(info.transform_descriptors)}, which is not undone here",
+            path=path,
+            tensor=name,
+            hint="Save without extensions of DCP's file system writer, or convert the checkpoint with DCP.",
+        )
 
 
 def _refuse_optimizer(paths: Mapping[str, DcpPath], tensors: Sequence[str], directory: Path) -> None:

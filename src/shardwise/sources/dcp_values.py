@@ -12,7 +12,7 @@ from shardwise.disk.storage import located
 from shardwise.errors import CheckpointNotFoundError, FormatError, MisuseError, StorageError
 from shardwise.format.dcp_metadata import DCP_METADATA_NAME, read_dcp_metadata
 from shardwise.format.torch_value import MAX_VALUE_BYTES, read_torch_value
-from shardwise.sources.dcp_model import DcpPath, item_paths, tensor_names
+from shardwise.sources.dcp_model import DcpPath, item_paths, refuse_transformed, tensor_names
 
 if TYPE_CHECKING:
     import torch
@@ -77,13 +77,7 @@ class DcpValues:
 
     def _bytes(self, info: StorageInfo, name: str) -> tuple[bytes, Path]:
         path = self.directory / info.relative_path
-        if info.transform_descriptors:
-            raise MisuseError(
-                f"DCP wrote this item through {', '.join(info.transform_descriptors)}, which is not undone here",
-                path=path,
-                tensor=name,
-                hint="Save without extensions of DCP's file system writer, or convert the checkpoint with DCP.",
-            )
+        refuse_transformed(info, path, name)
         if info.length > MAX_VALUE_BYTES:
             raise FormatError(
                 f"has {info.length} bytes, too many for what is no sharded tensor", path=path, tensor=name

@@ -23,6 +23,7 @@ from shardwise.format.index import WeightIndex, read_index
 from shardwise.format.weight_files import SAFETENSORS, WeightFiles, choose_weights, files_of_index
 from shardwise.geometry import Box
 from shardwise.plan.reads import SourceTensor
+from shardwise.sources.dcp_model import refuse_transformed
 from shardwise.sources.directory_contents import did_you_mean, found_instead, how_to_open
 from shardwise.sources.entries import Entry, assemble, decode_entry, read_entries
 from shardwise.sources.piece_lookup import (
@@ -312,6 +313,7 @@ def _describe_dcp(root: Path) -> tuple[list[JsonValue], list[JsonValue]]:
             info = places.get((name, tuple(chunk.offsets)))
             if info is None:
                 raise FormatError("the metadata lists a chunk without its place", path=root, tensor=name)
+            refuse_transformed(info, root / info.relative_path, name)
             number = files.setdefault(str(info.relative_path), len(files))
             chunks.append([[list(chunk.offsets), list(chunk.sizes)], number, info.offset, info.length])
         rows.append([name, list(saved.size), dtype_code(saved.properties.dtype, name), chunks])

@@ -42,7 +42,7 @@ type with the same text. Below the message Python prints a note: where the docum
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 #: What a traceback ends with; a note, so that the text itself stays whole where it is quoted in another message.
@@ -312,3 +312,9 @@ class SaveInterruptedError(ShardwiseError, RuntimeError):
 
 class RemoteError(ShardwiseError, RuntimeError):
     """An error of a type that is not ours, as seen on the rank that it names."""
+
+
+def some(names: Iterable[object], most: int = 3) -> str:
+    """The first of several names for a message, and how many more there are."""
+    every = [str(name) for name in names]
+    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")

@@ -111,8 +111,13 @@ def test_an_adapter_without_its_configuration_is_refused(tmp_path: Path) -> None
 
     adapted = get_peft_model(gpt2(), LoraConfig(target_modules=["c_attn"], r=2, fan_in_fan_out=True))
     source = save_dcp({"model": get_peft_model_state_dict(adapted)}, tmp_path / "dcp")
-    with pytest.raises(MisuseError, match="adapter"):
+    with pytest.raises(MisuseError, match="an adapter's state"):
         consolidate(source, tmp_path / "export")
+    source = save_dcp({"model": adapted.state_dict()}, tmp_path / "whole")
+    torch.save(adapted.state_dict(), tmp_path / "whole.pt")
+    for each in (source, tmp_path / "whole.pt"):
+        with pytest.raises(MisuseError, match="an adapter's modules in it"):
+            consolidate(each, tmp_path / "export")
 
 
 def test_another_models_configuration_is_refused(tmp_path: Path) -> None:

@@ -131,6 +131,8 @@ def test_training_goes_on_as_in_torch(kind: type[torch.optim.Optimizer], tmp_pat
         assert bits.keys() == expected[1].keys()
         assert all(torch.equal(bits[name], value) for name, value in expected[1].items())
         assert verify(report.path).status == "whole"
+        if layout == "trainer":
+            assert any("not carried over: optimizer_0" in n for n in convert(source, tmp_path / "dcp", "dcp").notes)
         left = {"named": "train_state", "flat": "train_state", "app": "lr_scheduler", "apart": "sched"}.get(layout)
         assert any(f"not carried over: {left}" in note for note in report.notes) is (left is not None)
 
@@ -212,6 +214,13 @@ def test_an_optimizer_in_a_file_beside_the_model_is_not_passed_over(name: str, t
     assert "--no-optimizer" in str(caught.value)
     assert not (tmp_path / "root").exists()
     convert(tmp_path / "checkpoint-1", tmp_path / "root", "shards", optimizer=False)
+
+
+def test_rope_is_refused_where_it_does_nothing(tmp_path: Path) -> None:
+    with CheckpointingConfig(checkpoint_dir=tmp_path / "own").build(0, 0, 0) as engine:
+        engine.save(0, 1, Run(1).net)
+    with pytest.raises(MisuseError, match="rope is for"):
+        convert(tmp_path / "own", tmp_path / "out", "dcp", rope="interleaved")
 
 
 def test_an_optimizer_of_other_parameters_or_none(tmp_path: Path) -> None:

@@ -5,23 +5,28 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import pickle
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.memory import MemoryStorage, RowsStorage
 from tests.support.simulate import DTYPES, raw, values
 
+from shardwise.comm import Group
 from shardwise.disk.storage import LocalStorage
 from shardwise.dtypes import torch_dtype
-from shardwise.errors import CheckpointNotFoundError, IntegrityError, StorageError
+from shardwise.errors import CheckpointNotFoundError, FormatError, IntegrityError, MisuseError, StorageError
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.reads import Read, SourceChunk, SourceTensor, plan_reads
 from shardwise.sources.reader import SMALL_GAP_BYTES, Reader
+from shardwise.sources.sources import open_source
 
 
 def cut_up(data: st.DataObject, box: Box) -> list[Box]:
@@ -252,3 +257,32 @@ def test_column_ranges_of_the_same_rows_are_read_once(threads: int, dtype: torch
     ranges.sort()
     assert len(ranges) > 1
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((3, 2), torch.float32), ((2, 3), torch.int32)])
+def test_an_item_of_dcp_that_is_another_tensor_is_refused(
+    shape: tuple[int, ...], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    dcp.save({"weight": torch.ones(2, 3)}, checkpoint_id=str(tmp_path / "said"))
+    dcp.save({"weight": torch.ones(shape, dtype=dtype)}, checkpoint_id=str(tmp_path / "there"))
+    (tmp_path / "said" / ".metadata").rename(tmp_path / "there" / ".metadata")
+    source = open_source(tmp_path / "there", Group(None))
+    into = torch.zeros(2, 3)
+    whole = (Fragment(Box.whole((2, 3)), into),)
+    wanted = HeldTensor(source.tensors["weight"].spec, (2, 3), (HeldPart(Part((2, 3)), (), whole),))
+    reader = Reader(LocalStorage(), source.files)
+    with pytest.raises(FormatError, match="metadata says"):
+        reader.execute(plan_reads(source.tensors["weight"], wanted))
+    reader.close()
+    assert not into.any()
+
+
+def test_a_tensor_that_dcp_compressed_is_refused_by_name(tmp_path: Path) -> None:
+    dcp.save({"weight": torch.ones(2, 3)}, checkpoint_id=str(tmp_path))
+    metadata = dcp.FileSystemReader(tmp_path).read_metadata()
+    for index, info in metadata.storage_data.items():
+        metadata.storage_data[index] = replace(info, transform_descriptors=["stream.zstd"])
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(MisuseError, match=r"through stream\.zstd") as caught:
+        open_source(tmp_path, Group(None))
+    assert caught.value.tensor == "weight"

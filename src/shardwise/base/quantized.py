@@ -23,7 +23,7 @@ from shardwise.dtypes import torch_dtype
 from shardwise.engine.sharing import Made
 from shardwise.errors import QuantizationError, ShapeMismatchError
 from shardwise.geometry import Box, TensorSpec
-from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part, part_in_box
+from shardwise.plan.fragments import Fragment, HeldTensor, part_in_box
 from shardwise.plan.quantized import (
     Quantized,
     QuantizedPiece,
@@ -273,4 +273,4 @@ def _read_values(tensor: Quantized, pieces: Sequence[QuantizedPiece], reader: Re
 
 
 def _held(spec: TensorSpec, fragments: tuple[Fragment, ...]) -> HeldTensor:
-    return HeldTensor(spec, spec.shape, (HeldPart(Part(spec.shape), (), fragments),))
+    return HeldTensor.alone(spec, fragments)

@@ -26,8 +26,7 @@ from shardwise.plan.layout import Layout, index_name, lay_out
 from shardwise.plan.reads import SourceTensor
 from shardwise.plan.roster import Roster
 from shardwise.plan.schedule import Schedule, WriteRun, schedule
-from shardwise.sources.reader import Reader
-from shardwise.sources.stream import tensor_blocks
+from shardwise.sources.reader import Reader, tensor_blocks
 from shardwise.timing import count_bytes, phase, timed
 
 

@@ -33,11 +33,7 @@ _WRONG_BASE = "Name the base model that the adapter was trained on; adapter_conf
 
 
 def attach(model: nn.Module, directory: Path) -> nn.Module:
-    """Put the adapter in a directory on a model whose tensors are all on the meta device. Local.
-
-    Args:
-        model: The base model; it is changed.
-        directory: With ``adapter_config.json`` and ``adapter_model.safetensors`` or ``.bin``.
+    """Put the adapter in a directory on a model whose tensors are all on the meta device. Local; the model is changed.
 
     Returns:
         peft's model, as ``PeftModel.from_pretrained`` gives it: tensors of the adapter with their values, in the dtypes
@@ -100,12 +96,7 @@ def _by_peft(model: nn.Module, place: Path, directory: Path, bases: set[int], *,
 
 
 def _read_legacy(adapted: nn.Module, directory: Path) -> None:
-    """Fill an adapter whose expert parameters are laid out as peft up to 0.19.0 did: later releases misread them.
-
-    Raises:
-        CheckpointNotFoundError: The adapter is no safetensors file.
-        TensorError: Its tensors are others than the adapter's.
-    """
+    """Fill an adapter whose expert parameters are laid out as peft up to 0.19.0 did: later releases misread them."""
     captured = capture_adapter([adapted], None, v4_compatible=False, legacy_paramwrapper_layout=True)
     (file,) = captured.files
     source, group = open_source(directory / ADAPTER_WEIGHTS_NAME, Group(None)), Group(None)

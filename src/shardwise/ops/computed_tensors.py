@@ -9,6 +9,7 @@ from typing import Protocol, TypeAlias
 import torch
 
 from shardwise.dtypes import torch_dtype
+from shardwise.geometry import TensorSpec
 from shardwise.plan.reads import SourceTensor
 from shardwise.sources.tensor_bytes import as_bytes
 
@@ -27,12 +28,7 @@ Computed: TypeAlias = Callable[[BlockReader], Iterator[memoryview]]
 
 @dataclass(frozen=True, slots=True)
 class ComputingReader:
-    """Reads tensors, and computes those that are not in the files as they are wanted.
-
-    Attributes:
-        reader: Reads the files.
-        computed: Name of such a tensor -> its bytes.
-    """
+    """Reads tensors, and computes those, by name, that are not in the files as they are wanted."""
 
     reader: BlockReader
     computed: Mapping[str, Computed] = field(default_factory=dict)
@@ -43,16 +39,11 @@ class ComputingReader:
         return self.reader.blocks(tensor) if made is None else made(self.reader)
 
 
-def read_flat(tensor: SourceTensor, reader: BlockReader) -> torch.Tensor:
+def read_flat(spec: TensorSpec, blocks: Iterable[memoryview]) -> torch.Tensor:
     """All elements of a tensor, in row-major order; one more than there are where it has none."""
-    flat = torch.empty(max(1, tensor.spec.numel), dtype=torch_dtype(tensor.spec.dtype))
-    fill(flat, reader.blocks(tensor))
-    return flat
-
-
-def fill(whole: torch.Tensor, blocks: Iterable[memoryview]) -> None:
-    """Put bytes in row-major order into the memory of a contiguous tensor."""
-    into, at = as_bytes(whole), 0
+    flat = torch.empty(max(1, spec.numel), dtype=torch_dtype(spec.dtype))
+    into, at = as_bytes(flat), 0
     for block in blocks:
         into[at : at + len(block)] = block
         at += len(block)
+    return flat

@@ -23,7 +23,7 @@ from shardwise.disk.storage import Storage, current, using
 from shardwise.dtypes import FLOATS, torch_dtype
 from shardwise.engine.collector import without_collector
 from shardwise.engine.missing_files import saved_aliases
-from shardwise.errors import ConfigError, ConversionError, MisuseError
+from shardwise.errors import ConfigError, ConversionError, MisuseError, some
 from shardwise.format.dcp_metadata import parsed_once
 from shardwise.format.manifest import AliasRecord, TensorRecord
 from shardwise.format.notes import APART, EXPORT, FILE_DTYPES, FILE_INDEX, KEPT_OUT, LOOSE_TIES, METADATA_DIR
@@ -47,7 +47,6 @@ __all__ = ["ConsolidateReport", "consolidate"]
 _CONSOLIDATED = "consolidated"
 _MAX_FILE_BYTES = 5_000_000_000
 _DIFFUSERS_STEM = "diffusion_pytorch_model"
-_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +196,7 @@ def _recast(
     changed = [spec for spec in specs if spec.dtype in FLOATS and spec.dtype != code]
     for old in dict.fromkeys(spec.dtype for spec in changed):
         names = [spec.name for spec in changed if spec.dtype == old]
-        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        found.notes.append(f"cast from {FLOATS[old]} to {dtype}, as was asked for: {', '.join(names[:_SHOWN])}{more}")
+        found.notes.append(f"cast from {FLOATS[old]} to {dtype}, as was asked for: {some(names)}")
     recast = tuple(spec.name for spec in changed)
     made = [spec._replace(dtype=code) if spec.dtype in FLOATS else spec for spec in specs]
     texts = {name: as_text(with_dtype(entries, dtype)).encode() for name, entries in configs.items()}

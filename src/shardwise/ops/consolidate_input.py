@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from shardwise.errors import (
     MisuseError,
     StateFormatError,
     UnverifiableError,
+    some,
 )
 from shardwise.format.json_file import parse_json
 from shardwise.format.manifest import MANIFEST_NAME, Manifest
@@ -28,7 +29,7 @@ from shardwise.geometry import TensorSpec, covers_once
 from shardwise.ops.computed_tensors import Computed
 from shardwise.ops.model_class import CONFIG_NAME, ModelClass, model_class
 from shardwise.ops.targets import Target, find_targets, with_nested
-from shardwise.ops.torch_input import open_torch_model, refuse_part
+from shardwise.ops.torch_input import open_torch_model, refuse_part, unknown_attribute
 from shardwise.ops.torchtitan_names import Renamed, has_own_names, in_transformers_names
 from shardwise.ops.verify import VerifyReport, verify
 from shardwise.plan.reads import SourceTensor
@@ -87,22 +88,13 @@ class ModelInput:
         return self.described or self.directory
 
     def read_json(self, path: Path) -> JsonValue:
-        """A JSON file of the input; ``None`` where there is none.
-
-        Raises:
-            StateFormatError: It is no JSON.
-            IntegrityError: It has changed since the save.
-        """
+        """A JSON file of the input; ``None`` where there is none."""
         if not is_file(path):
             return None
         return parse_json(self.read(path), path, StateFormatError)
 
     def read(self, path: Path) -> bytes:
-        """A small file of the input.
-
-        Raises:
-            IntegrityError: It has changed since the save.
-        """
+        """A small file of the input; `IntegrityError` where it has changed since the save."""
         content = read_file(path)
         self.ledger.content(path, content)
         return content
@@ -136,8 +128,7 @@ def find_input(path: Path, storage: Storage, hints: SourceHints) -> ModelInput:
         hints: What the caller says of it.
 
     Raises:
-        CheckpointNotFoundError: There is nothing at the path.
-        IncompleteCheckpointError: It is an interrupted save.
+        CheckpointNotFoundError, IncompleteCheckpointError: There is nothing, or an interrupted save.
         IntegrityError, ManifestError: It is damaged, as `verify` finds.
         MisuseError: It is no model, or which part is the model is not clear.
         TensorError: A tensor is not whole, or not that of the class that the configuration names.
@@ -157,7 +148,7 @@ def find_input(path: Path, storage: Storage, hints: SourceHints) -> ModelInput:
         )
     if file is not None:
         refuse_part(file)
-    _refuse_damaged(verify(path, digests=False), directory)
+    refuse_damaged(verify(path, digests=False), directory)
     if file is not None:
         return _from_file(file, hints)
     _refuse_others(directory)
@@ -223,7 +214,7 @@ def _optimizer(path: Path) -> MisuseError:
     )
 
 
-def _refuse_damaged(report: VerifyReport, directory: Path) -> None:
+def refuse_damaged(report: VerifyReport, directory: Path) -> None:
     """Raise for what `verify` calls damaged."""
     if not report.damages:
         return
@@ -278,11 +269,9 @@ def _manifests(target: Target) -> list[tuple[Path, Manifest]]:
 def _recorded(manifests: Sequence[tuple[Path, Manifest]]) -> Mapping[Path, Sequence[RecordedDigest]]:
     found: dict[Path, list[RecordedDigest]] = {}
     for directory, manifest in manifests:
-        for file, offset, nbytes, crc, tensor in (
-            (each.file, each.offset, each.nbytes, each.crc32c, each.tensor)
-            for each in extents_of(manifest, manifest.files)
-        ):
-            found.setdefault(directory / file, []).append(RecordedDigest(offset, nbytes, crc, tensor))
+        for each in extents_of(manifest, manifest.files):
+            digest = RecordedDigest(each.offset, each.nbytes, each.crc32c, each.tensor)
+            found.setdefault(directory / each.file, []).append(digest)
     return found
 
 
@@ -290,11 +279,7 @@ def _recorded(manifests: Sequence[tuple[Path, Manifest]]) -> Mapping[Path, Seque
 
 
 def class_of(found: ModelInput) -> ModelClass | None:
-    """The class that the configuration names: the one that was given, else the one beside the model.
-
-    Raises:
-        FormatError: The configuration is damaged, or the class refuses it.
-    """
+    """The class that the configuration names: the one that was given, else the one beside the model."""
     for place in (found.beside / METADATA_DIR, found.beside):
         kind = model_class(place)
         if kind is not None:
@@ -307,7 +292,6 @@ def _with_class(found: ModelInput, kind: ModelClass | None, rope: str | None, *,
 
     Raises:
         MisuseError: Its names are another tool's, and how they become those of the class is not known.
-        TensorError: It is not that class's.
     """
     tensors = found.source.tensors
     if kind is not None and has_own_names(tensors, kind):
@@ -336,8 +320,7 @@ def _with_class(found: ModelInput, kind: ModelClass | None, rope: str | None, *,
 
 def _tell_left(found: ModelInput, left: Sequence[str], why: str) -> None:
     if left:
-        more = f" and {len(left) - _MOST_LEFT} more" if len(left) > _MOST_LEFT else ""
-        found.notes.append(f"left out, since {why}: {', '.join(left[:_MOST_LEFT])}{more}")
+        found.notes.append(f"left out, since {why}: {some(left, _MOST_LEFT)}")
 
 
 def _tell_missing_config(found: ModelInput) -> None:
@@ -345,12 +328,21 @@ def _tell_missing_config(found: ModelInput) -> None:
         found.notes.append("there is no config.json: the export is weights alone")
 
 
-def _refuse_adapter(names: Iterable[str], path: Path) -> None:
-    if all(".lora_" in name or ".modules_to_save." in name for name in names):
+def _refuse_adapter(names: Collection[str], path: Path) -> None:
+    """Refuse the state of an adapter, and that of a model with peft's modules in it."""
+    if names and all(".lora_" in name or ".modules_to_save." in name for name in names):
         raise MisuseError(
             "this is an adapter's state, and nothing beside it says what its configuration is",
             path=path,
             hint="Save the adapter with is_peft, which writes adapter_model.safetensors and adapter_config.json.",
+        )
+    adapted = next((name for name in names if ".base_layer." in name), None)
+    if adapted is not None:
+        raise MisuseError(
+            "the model has an adapter's modules in it, under whose names no class of transformers loads it",
+            path=path,
+            tensor=adapted,
+            hint="Load the state dict into the PeftModel that it is of, and save that with merge_and_unload().",
         )
 
 
@@ -365,13 +357,7 @@ def _from_dcp(found: ModelInput, directory: Path, hints: SourceHints) -> ModelIn
     metadata = read_dcp_metadata(directory)
     kind = class_of(found)
     if kind is None and hints.prefix is None and is_file(directory / _LIGHTNING):
-        raise MisuseError(
-            "this is a checkpoint of Lightning, where the model is an attribute of a LightningModule; which one is not "
-            "known",
-            path=directory,
-            hint="Name the directory with the model's config.json (--config), or what the names of its tensors begin "
-            "with: --prefix model.model (prefix='model.model'), or --prefix model where the whole module is the model.",
-        )
+        raise unknown_attribute(directory, "--prefix model where the whole module is the model")
     expected = () if kind is None else kind.native
     model = find_model(metadata, directory, expected, hints.prefix)
     opened = open_source(directory, Group(None))
@@ -416,14 +402,6 @@ def _from_other(found: ModelInput, layout: Layout, hints: SourceHints) -> ModelI
     _refuse_prefix(hints, layout.directory)
     opened = layout.open()
     _refuse_adapter(opened.source.tensors, layout.directory)
-    adapted = next((name for name in opened.source.tensors if ".lora_" in name or ".base_layer." in name), None)
-    if adapted is not None:
-        raise MisuseError(
-            "the model has an adapter's modules in it, under whose names no class of transformers loads it",
-            path=layout.directory,
-            tensor=adapted,
-            hint="Load the state dict into the PeftModel that it is of, and save that with merge_and_unload().",
-        )
     found.notes.extend((*opened.notes, *opened.unchecked))
     _tell_missing_config(found)
     return _with_class(replace(found, source=opened.source), class_of(found), hints.rope, whole=True)
@@ -448,7 +426,9 @@ def _from_safetensors(found: ModelInput, manifests: Sequence[Manifest], hints: S
                     hint="The directory mixes files of different checkpoints; restore it from a copy.",
                 )
         found = replace(found, source=replace(source, tensors=tensors))
-        return found if found.described is None else _with_class(found, class_of(found), hints.rope, whole=True)
+        if found.described is None and hints.rope is None:
+            return found
+        return _with_class(found, class_of(found), hints.rope, whole=True)
     kind = class_of(found)
     unknown = _in_pieces(source, tensors)
     found = replace(found, source=replace(source, tensors=tensors))
@@ -484,16 +464,7 @@ def _in_pieces(source: Source, tensors: Mapping[str, SourceTensor]) -> list[str]
 
 
 def once(tensor: SourceTensor, name: str, directory: Path) -> SourceTensor:
-    """The tensor under its name in the export, with each of its pieces once.
-
-    Args:
-        tensor: Under the name that it has in the files.
-        name: Its name in the export.
-        directory: For messages.
-
-    Raises:
-        IncompleteTensorError: The pieces do not make it up.
-    """
+    """The tensor under its name in the export, with each of its pieces once; they have to make it up."""
     chunks = tuple({chunk.box: chunk for chunk in reversed(tensor.chunks)}.values())[::-1]
     if not covers_once(tensor.spec.shape, [chunk.box for chunk in chunks]):
         raise IncompleteTensorError(

@@ -43,6 +43,7 @@ from shardwise.ops.verify import Progress
 from shardwise.ops.write_dcp import write_dcp
 from shardwise.plan.layout import FileLayout, Layout, lay_out, shard_name
 from shardwise.sources.dcp_values import DcpValues, is_dcp
+from shardwise.sources.others.accelerate import optimizer_beside
 from shardwise.sources.verifying_reader import VerifyingReader
 
 __all__ = ["FORMATS", "ConvertReport", "Format", "convert"]
@@ -73,16 +74,6 @@ class ConvertReport:
     optimizer: bool = False
     verified: bool = False
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """What a caller asked for, see `convert`."""
-
-    optimizer: bool | None
-    epoch: int | None
-    step: int | None
-    progress: Progress | None
 
 
 def convert(
@@ -156,9 +147,10 @@ def convert(
         described = None if config is None else Path(config).absolute()
         hints = SourceHints(prefix, assume_complete, described, rope, master_weights)
         found = find_input(Path(source).absolute(), current(), hints)
-        wanted = _Wanted(optimizer, epoch, step, progress)
         with closing(VerifyingReader(current(), found.source.files, found.ledger)) as reader:
-            return (_to_dcp if to == "dcp" else _to_shards)(found, reader, place, wanted)
+            if to == "dcp":
+                return _to_dcp(found, reader, place, progress)
+            return _to_shards(found, reader, place, progress, optimizer, (epoch, step))
 
 
 def _nbytes(tensors: Mapping[str, TensorToWrite]) -> int:
@@ -174,7 +166,7 @@ def _aliases(found: ModelInput, names: Mapping[str, TensorToWrite]) -> dict[str,
 # --- DCP -------------------------------------------------------------------------------------------------------------
 
 
-def _to_dcp(found: ModelInput, reader: VerifyingReader, place: Path, wanted: _Wanted) -> ConvertReport:
+def _to_dcp(found: ModelInput, reader: VerifyingReader, place: Path, progress: Progress | None) -> ConvertReport:
     store = current()
     if found.kind is None:
         found = replace(found, kind=class_of(found))  # a checkpoint with a manifest was not compared with its class
@@ -183,7 +175,7 @@ def _to_dcp(found: ModelInput, reader: VerifyingReader, place: Path, wanted: _Wa
     _tell_left(found, None)
     with written_aside(place, store) as aside:
         store.check_space(aside, nbytes)
-        write_dcp(tensors, _aliases(found, tensors), aside, store, counter(nbytes, wanted.progress))
+        write_dcp(tensors, _aliases(found, tensors), aside, store, counter(nbytes, progress))
         found.ledger.settle(store)
     return ConvertReport(place, "dcp", len(tensors), nbytes, False, found.manifest, tuple(found.notes))
 
@@ -191,7 +183,14 @@ def _to_dcp(found: ModelInput, reader: VerifyingReader, place: Path, wanted: _Wa
 # --- shards ----------------------------------------------------------------------------------------------------------
 
 
-def _to_shards(found: ModelInput, reader: VerifyingReader, root: Path, wanted: _Wanted) -> ConvertReport:
+def _to_shards(
+    found: ModelInput,
+    reader: VerifyingReader,
+    root: Path,
+    progress: Progress | None,
+    with_optimizer: bool | None,
+    numbers: tuple[int | None, int | None],
+) -> ConvertReport:
     store = current()
     for part in (ASIDE_DIR, PER_RANK_DIR):
         if is_directory(found.directory / part):
@@ -200,16 +199,16 @@ def _to_shards(found: ModelInput, reader: VerifyingReader, root: Path, wanted: _
                 path=found.directory / part,
                 hint="Restore the checkpoint where the model is built, and save it there.",
             )
-    optimizer = None if wanted.optimizer is False else find_optimizer(found)
-    if optimizer is None and wanted.optimizer:
+    optimizer = None if with_optimizer is False else find_optimizer(found)
+    if optimizer is None and with_optimizer:
         raise MisuseError("there is no optimizer beside the model", path=found.directory, hint="Leave out --optimizer.")
-    epoch, step = _numbers(found, wanted, needed=optimizer is not None)
+    epoch, step = _numbers(found, *numbers, needed=optimizer is not None)
     name = checkpoint_name(epoch, step)
     tensors = tensors_to_write(found, reader)
     total = _nbytes(tensors)
     if optimizer is not None:
         total += sum(tensor.spec.nbytes for tensor in optimizer.source.tensors.values())
-    advance = counter(total, wanted.progress)
+    advance = counter(total, progress)
     _tell_left(found, optimizer)
     with written_aside(root, store) as aside:
         store.check_space(aside, total)
@@ -236,10 +235,9 @@ def _info(found: ModelInput, epoch: int, step: int) -> dict[str, JsonValue]:
     return {"shardwise": __version__, "epoch": epoch, "step": step, "world_size": 1, "metrics": {}, "converted": notes}
 
 
-def _numbers(found: ModelInput, wanted: _Wanted, *, needed: bool) -> tuple[int, int]:
+def _numbers(found: ModelInput, epoch: int | None, step: int | None, *, needed: bool) -> tuple[int, int]:
     """Epoch and step of the checkpoint: what was asked for, or the nearest that names of the source say."""
     source = found.source.path
-    epoch, step = wanted.epoch, wanted.step
     for name in (source.stem if not is_directory(source) else source.name, found.checkpoint.name, source.parent.name):
         said_epoch, said_step = foreign_numbers(name)
         if step is None and said_step is not None:
@@ -317,5 +315,8 @@ def _tell_left(found: ModelInput, optimizer: OptimizerInput | None) -> None:
     if is_dcp(found.directory) and (values is None or values.directory != found.directory):
         carried = optimizer is not None
         left |= dict.fromkeys(states_beside(DcpValues(found.directory), found, carried=carried))
+    trainers = optimizer_beside(found.source.path)
+    if trainers is not None and is_dcp(trainers) and values is None:
+        left[trainers.name] = None
     if left:
         found.notes.append(f"not carried over: {', '.join(left)}")

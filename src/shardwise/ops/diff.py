@@ -27,9 +27,8 @@ from shardwise.ops.parts import Parts, find_parts
 from shardwise.ops.run_config import parse_yaml
 from shardwise.ops.verify import Progress
 from shardwise.sources.directory_contents import natural
-from shardwise.sources.reader import Reader
+from shardwise.sources.reader import Reader, tensor_blocks
 from shardwise.sources.sources import Source, open_source
-from shardwise.sources.stream import tensor_blocks
 
 if TYPE_CHECKING:
     import torch

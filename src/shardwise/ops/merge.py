@@ -33,7 +33,7 @@ from shardwise.dtypes import torch_dtype
 from shardwise.engine.collector import without_collector
 from shardwise.engine.load import LoadOptions
 from shardwise.engine.sharing import PlannedReads
-from shardwise.errors import AdapterError, CheckpointExistsError, ConversionError, ModuleStateError
+from shardwise.errors import AdapterError, CheckpointExistsError, ConversionError, ModuleStateError, some
 from shardwise.format.manifest import AliasRecord
 from shardwise.geometry import TensorSpec
 from shardwise.ops.attach import attach
@@ -54,7 +54,6 @@ from shardwise.upstream.torch_tensors import storage_key
 __all__ = ["MergeReport", "merge_adapter"]
 
 _MAX_FILE_BYTES = 5_000_000_000
-_SHOWN = 3
 #: Tensors of the model that are kept in memory: of one that holds many of the files, these are written in turn.
 _MOST_KEPT = 2
 
@@ -160,7 +159,6 @@ class _Reading:
         """Find every tensor of the model in the base's files, and compare shapes and dtypes.
 
         Raises:
-            TensorError, QuantizationError: The base is another model.
             ConversionError, ModuleStateError: A tensor has to be computed from several of the base's.
         """
         wanted: BaseWanted = match_base([adapted], list(self._source.names()), base_ties=self._ties)
@@ -185,9 +183,7 @@ class _Reading:
         known, ties = set(expected_unused([adapted], unused)), tuple(declared_ties([adapted]))
         left = [name for name in unused if name not in known and not name.endswith(ties)]
         if left:
-            more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
-            shown = ", ".join(left[:_SHOWN])
-            self._notes.append(f"not in the merged model, since the base's class does not load it: {shown}{more}")
+            self._notes.append(f"not in the merged model, since the base's class does not load it: {some(left)}")
         for tensor in wanted.held:
             for key in {storage_key(fragment.data) for fragment in tensor.fragments}:
                 self._wanted.setdefault(key, []).append(tensor)
@@ -251,16 +247,7 @@ def _onto(tensor: HeldTensor, key: int, flat: torch.Tensor) -> HeldTensor:
 
 @dataclass(frozen=True)
 class _Planned:
-    """A merged model that is planned.
-
-    Attributes:
-        found: What it is made of.
-        reading: Reads the base.
-        hub: Its tensors: those that are copied, and those that are computed.
-        part: The model after merging; its tensors are told apart by it as long as it lives.
-        layout: The files.
-        plain: The files beside them.
-    """
+    """A merged model that is planned; its tensors are told apart by ``part`` as long as that lives."""
 
     found: MergeInput
     reading: _Reading

@@ -20,10 +20,11 @@ from shardwise.comm import Group
 from shardwise.disk.names import is_directory, is_file, is_there, names_in
 from shardwise.disk.storage import current
 from shardwise.engine.sharing import PlannedReads
-from shardwise.errors import AdapterError, IntegrityError, MisuseError
+from shardwise.errors import AdapterError, MisuseError
 from shardwise.format.dcp_metadata import DCP_METADATA_NAME
 from shardwise.format.strict_json import JsonValue
 from shardwise.ops.attach import place_tensor
+from shardwise.ops.consolidate_input import refuse_damaged
 from shardwise.ops.side_content import side_files
 from shardwise.ops.targets import find_targets, nothing_at
 from shardwise.ops.verify import verify
@@ -69,10 +70,8 @@ def find_merge(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) ->
     """Find both, and build the model.
 
     Raises:
-        CheckpointNotFoundError: One is not there.
-        IntegrityError: One is damaged, as `verify` finds.
-        MisuseError: The adapter is none, or the base's configuration names no class of transformers'.
-        AdapterError: The adapter's configuration is damaged.
+        CheckpointNotFoundError, IntegrityError: One is not there, or damaged, as `verify` finds.
+        MisuseError, AdapterError: The adapter is none, or the base's configuration names no class of transformers'.
     """
     if Path(base).is_absolute() and not is_there(Path(base)):  # a hub id is not
         raise nothing_at(Path(base))
@@ -112,17 +111,9 @@ def _adapter_directory(path: Path) -> Path:
 
 def _require_whole(path: Path) -> None:
     """Compare digests where a manifest has them, of DCP extents; of others the headers, when they are opened."""
-    if not find_targets(path)[0].has_manifest and not is_file(path / DCP_METADATA_NAME):
-        return
-    report = verify(path)
-    if report.damages:
-        first = report.damages[0]
-        raise IntegrityError(
-            f"it is damaged: {first.describe()}",
-            path=report.path / first.file,
-            tensor=first.tensors[0] if first.tensors else None,
-            hint="`shardwise verify` lists everything; restore the file from a copy.",
-        )
+    if find_targets(path)[0].has_manifest or is_file(path / DCP_METADATA_NAME):
+        report = verify(path)
+        refuse_damaged(report, report.path)
 
 
 def _model(config: Mapping[str, object], path: Path, dtype: torch.dtype) -> nn.Module:
@@ -169,12 +160,7 @@ def _plain(base: Path, adapter: Path) -> dict[str, bytes]:
 
 
 def take_extra(adapted: nn.Module, directory: Path) -> None:
-    """Give tensors of the base that were trained beside the adapter the values that a save of ours noted.
-
-    Raises:
-        AdapterError: The model has no such tensor.
-        FormatError: The file is damaged.
-    """
+    """Give tensors of the base that were trained beside the adapter the values that a save of ours noted."""
     # One file for the model: beside the directories of adapters that have names.
     places = [place / ADAPTER_EXTRA_NAME for place in (directory, directory.parent)]
     file = next((place for place in places if is_file(place)), None)

@@ -52,13 +52,12 @@ class OptimizerInput:
 
 
 def find_optimizer(found: ModelInput) -> OptimizerInput | None:
-    """The optimizer beside a model; ``None`` where there is none.
+    """The optimizer of a model, in its directory or beside it; ``None`` where there is none.
 
     Raises:
-        MisuseError: There is one that a run could not go on with: its parameters are known by number alone, are not the
-            model's, or have state that single ranks keep.
-        FormatError: It is damaged.
-        UnsafePickleError: A value of it could run code.
+        MisuseError: A run could not go on with it: its parameters are known by number alone, are not the model's, or
+            have state that single ranks keep; or it is in a file that is not read.
+        FormatError, UnsafePickleError: It is damaged, or could run code.
     """
     if found.unnamed_optimizers:
         raise MisuseError(
@@ -97,10 +96,7 @@ def _refuse_files(found: ModelInput) -> None:
 def states_beside(values: DcpValues, found: ModelInput, *, carried: bool) -> list[str]:
     """What a DCP directory has beside the model, by its names, such as ``lr_scheduler``.
 
-    Args:
-        values: The directory.
-        found: The model.
-        carried: Whether optimizers are carried over, and so are not what is meant.
+    Optimizers are among it unless they are ``carried`` over.
     """
     optimizers = {name for names in optimizer_places(values).values() for name in names} if carried else set()
     has_model, below = values.directory == found.directory, found.source.below
@@ -164,11 +160,7 @@ def _foreign(found: ModelInput, values: DcpValues, optimizers: Sequence[DcpOptim
 
 
 def _reordered(found: ModelInput, tensors: Mapping[str, SourceTensor], place: Path) -> dict[str, Computed]:
-    """The state of parameters whose rows are put into another order, in that order.
-
-    Raises:
-        MisuseError: State of such a parameter has a shape of which the order of its rows is not known.
-    """
+    """The state of parameters whose rows are put into another order, in that order."""
     computed: dict[str, Computed] = {}
     for param, heads in found.renamed.heads.items() if found.renamed is not None else ():
         for name in [name for name in tensors if name.startswith(f"state.{param}.")]:

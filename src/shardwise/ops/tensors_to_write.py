@@ -152,7 +152,8 @@ def _assembled(
     def blocks() -> Iterator[memoryview]:
         whole = torch.empty(max(1, spec.numel), dtype=torch_dtype(spec.dtype))
         for held, fragment in parts:
-            saved = read_flat(tensors[held.spec.name], reader)[: held.spec.numel].view(held.grid)
+            source = tensors[held.spec.name]
+            saved = read_flat(source.spec, reader.blocks(source))[: held.spec.numel].view(held.grid)
             _as(fragment.data, whole).copy_(_part(saved, fragment.box))
         yield from byte_blocks(whole[: spec.numel], whole.dtype)
 
@@ -182,5 +183,6 @@ class _Natives:
             known = self._kept.pop(name, None)
             while len(self._kept) >= _MOST_KEPT:
                 self._kept.popitem(last=False)
-            self._kept[name] = read_flat(self.tensors[name], self.reader) if known is None else known
+            source = self.tensors[name]
+            self._kept[name] = read_flat(source.spec, self.reader.blocks(source)) if known is None else known
             return self._kept[name]

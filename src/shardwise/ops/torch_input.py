@@ -16,7 +16,7 @@ import torch
 from shardwise.comm import Group
 from shardwise.disk.names import is_file
 from shardwise.dtypes import torch_dtype
-from shardwise.errors import MisuseError, UnsafePickleError
+from shardwise.errors import MisuseError, UnsafePickleError, some
 from shardwise.format.weight_files import is_adapter
 from shardwise.ops.computed_tensors import BlockReader, Computed
 from shardwise.ops.model_class import ModelClass
@@ -53,16 +53,10 @@ class TorchModel:
 
 
 def open_torch_model(path: Path, kind: ModelClass | None, prefix: str | None) -> TorchModel:
-    """Open a file, or the files of a directory.
-
-    Args:
-        path: The file or directory.
-        kind: The class that a configuration names.
-        prefix: What the names of the model's tensors begin with; ``None`` where the class or the file has to show it.
+    """Open a file, or the files of a directory; ``kind`` and ``prefix`` say which tensors are the model, if given.
 
     Raises:
-        AmbiguousFilesError, FormatError: As `open_bin`.
-        UnsafePickleError: A file names something outside torch's allow-list.
+        AmbiguousFilesError, FormatError, UnsafePickleError: As `open_bin`.
         MisuseError: It is an optimizer's state, or it is unclear which tensors are the model's.
     """
     try:
@@ -137,12 +131,8 @@ def _names(
     elif kind is not None:
         place = _place(tensors, kind, path)
     elif is_lightning:
-        raise MisuseError(
-            "this is a checkpoint of Lightning, where the model is an attribute of a LightningModule; which one is not "
-            f"known. The names begin with {_tops(tensors)}",
-            path=path,
-            hint="Name the directory with the model's config.json (--config), or what its names begin with: "
-            "--prefix model (prefix='model'), or --prefix '' where all tensors are the model's.",
+        raise unknown_attribute(
+            path, f"--prefix '' where all tensors are the model's; they begin with {_tops(tensors)}"
         )
     else:
         place = ""
@@ -155,6 +145,17 @@ def _names(
             hint="Say what the names of the model's tensors begin with.",
         )
     return unwrapped_names(found, path)
+
+
+def unknown_attribute(path: Path, whole: str) -> MisuseError:
+    """The error for a LightningModule; ``whole`` says what to do where all of it is the model."""
+    return MisuseError(
+        "this is a checkpoint of Lightning, where the model is an attribute of a LightningModule; which one is not "
+        "known",
+        path=path,
+        hint="Name the directory with the model's config.json (--config), or what the names of its tensors begin with: "
+        f"--prefix model.model (prefix='model.model'), or {whole}.",
+    )
 
 
 def _place(tensors: Mapping[str, SourceTensor], kind: ModelClass, path: Path) -> str:
@@ -174,5 +175,4 @@ def _place(tensors: Mapping[str, SourceTensor], kind: ModelClass, path: Path) ->
 
 
 def _tops(tensors: Mapping[str, SourceTensor]) -> str:
-    tops = [*dict.fromkeys(name.split(".")[0] for name in tensors)]
-    return ", ".join(map(repr, tops[:_SHOWN])) + (f" and {len(tops) - _SHOWN} more" if len(tops) > _SHOWN else "")
+    return some(dict.fromkeys(repr(name.split(".")[0]) for name in tensors), _SHOWN)

@@ -84,11 +84,7 @@ def in_transformers_names(
 ) -> Renamed:
     """The tensors under transformers' names, with the rows of q and k in transformers' order.
 
-    Args:
-        tensors: Under torchtitan's names.
-        kind: The class of the configuration.
-        rope: How the model that has these tensors rotates.
-        computed: Tensors that are not in the files as they are wanted.
+    ``computed`` are tensors that are not in the files as they are wanted, ``rope`` is how the model rotates.
 
     Raises:
         MisuseError: Another class than Llama's, a name that is not known, a count of heads that is absent or does not
@@ -172,29 +168,17 @@ def _heads(kind: ModelClass, key: str, tail: str) -> int:
 def in_halves(tensor: SourceTensor, heads: int, computed: Computed | None = None) -> Computed:
     """The rows of each head, where neighbours are a pair, with the first ones of all pairs before the second ones.
 
-    Args:
-        tensor: Of two dimensions.
-        heads: Of an even number of rows each.
-        computed: The tensor's bytes, where they are not those of a file as they lie there.
+    The tensor has two dimensions, and heads of an even number of rows; ``computed`` makes its bytes where they are not
+    those of a file as they lie there.
     """
     rows, columns = tensor.spec.shape
 
     def blocks(reader: BlockReader) -> Iterator[memoryview]:
-        flat = read_flat(tensor, _Fixed(computed(reader)) if computed is not None else reader)
+        flat = read_flat(tensor.spec, reader.blocks(tensor) if computed is None else computed(reader))
         pairs = flat[: rows * columns].view(heads, rows // heads // 2, 2, columns)
         yield as_bytes(pairs.transpose(1, 2).contiguous())
 
     return blocks
-
-
-@dataclass(frozen=True, slots=True)
-class _Fixed:
-    """Reads one tensor, from blocks that are there already."""
-
-    found: Iterator[memoryview]
-
-    def blocks(self, tensor: SourceTensor) -> Iterator[memoryview]:
-        return self.found
 
 
 def _refused(kind: ModelClass, why: str) -> MisuseError:

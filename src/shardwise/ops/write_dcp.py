@@ -58,12 +58,8 @@ def write_dcp(
 ) -> None:
     """Write ``{"model": state_dict}`` into an existing directory, durably. Memory is a few blocks for each thread.
 
-    Args:
-        tensors: The state dict's tensors.
-        aliases: Further name of a tensor -> its name among these; both names lead to the same bytes.
-        directory: Where to.
-        storage: Through what.
-        advance: Called with bytes that were written.
+    ``aliases`` are further names of tensors; both names lead to the same bytes. ``advance`` is called with bytes that
+    were written.
     """
     specs = {name: tensor.spec for name, tensor in tensors.items()}
     frames = {(spec.shape, spec.dtype): spec for spec in specs.values()}
@@ -118,10 +114,7 @@ def _described(spec: TensorSpec) -> TensorStorageMetadata:
 class _Frame:
     """What ``torch.save`` writes before and behind the elements of a tensor of one shape and dtype.
 
-    Attributes:
-        head: The bytes before them.
-        tail: Those behind them.
-        checksums: Where in ``tail`` the elements' CRC-32 stands.
+    ``checksums`` is where in ``tail`` the elements' CRC-32 stands.
     """
 
     head: bytes

@@ -14,8 +14,7 @@ from shardwise.disk.storage import current
 from shardwise.errors import AdapterError, CheckpointNotFoundError
 from shardwise.peft.tensors import AdapterFile
 from shardwise.sources.entries import Entry, read_entries
-from shardwise.sources.reader import Reader
-from shardwise.sources.stream import tensor_blocks
+from shardwise.sources.reader import Reader, tensor_blocks
 from shardwise.upstream import peft
 
 #: Settings that do not change what the tensors of an adapter mean; every other one is compared.

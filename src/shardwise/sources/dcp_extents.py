@@ -12,6 +12,7 @@ from shardwise.disk.guarded import open_regular
 from shardwise.disk.names import status
 from shardwise.errors import FormatError, ShardwiseError
 from shardwise.geometry import Box, covers_once
+from shardwise.sources.dcp_model import tensor_names
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -21,13 +22,9 @@ _ZIP_END_BYTES = 22
 
 
 class Wrong(NamedTuple):
-    """Something that contradicts the metadata.
+    """Something that contradicts the metadata: ``file`` is its path in the directory, empty for the metadata itself.
 
-    Attributes:
-        file: Its path in the directory; empty for the metadata itself.
-        kind: The kind of damage, as `shardwise.engine.verify` names damages.
-        message: Description.
-        tensors: Names of the items concerned.
+    ``kind`` is as `shardwise.engine.verify` names damages; ``tensors`` are the items concerned.
     """
 
     file: str
@@ -38,14 +35,7 @@ class Wrong(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DcpExtents:
-    """The extents that were found.
-
-    Attributes:
-        files: The files that the metadata names.
-        tensors: Number of tensors.
-        items: Number of items whose extent was compared.
-        wrong: The contradictions.
-    """
+    """What was compared: the files that the metadata names, numbers of tensors and items, contradictions."""
 
     files: tuple[str, ...]
     tensors: int
@@ -61,19 +51,11 @@ class _Item(NamedTuple):
 
 
 def check_dcp_extents(directory: Path) -> DcpExtents:
-    """Compare existence and length of the files, each item's place, and the pieces of each tensor.
-
-    Raises:
-        CheckpointNotFoundError: There is no metadata.
-        FormatError: The metadata is damaged.
-        StorageError: The file system refused.
-    """
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
+    """Compare existence and length of the files, each item's place, and the pieces of each tensor."""
     from shardwise.format.dcp_metadata import read_dcp_metadata
 
     metadata = read_dcp_metadata(directory)
-    names = {name for name, item in metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)}
+    names = set(tensor_names(metadata))
     by_file: dict[str, list[_Item]] = {}
     for index, info in (metadata.storage_data or {}).items():
         archive = index.fqn in names and not info.transform_descriptors

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardwise.errors import MisuseError, NameCollisionError
+from shardwise.errors import MisuseError, NameCollisionError, some
 from shardwise.stateful_wrappers.wrapping import plain_name
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
+
+    from shardwise.upstream.torch_checkpoint import StorageInfo
 
 #: Names of the model's mapping in state dicts such as `{"model": ..., "optimizer": ...}`.
 MODEL_KEYS = ("model", "model_state_dict", "module", "state_dict")
@@ -69,53 +71,51 @@ def find_model(
 
     Raises:
         MisuseError: There is no model, or more than one candidate; lists the top-level keys.
-        NameCollisionError: Two tensors would get one name.
     """
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    tensors = [n for n, item in metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)]
-    others = [n for n, item in metadata.state_dict_metadata.items() if not isinstance(item, TensorStorageMetadata)]
-    paths = item_paths(metadata)
+    tensors, paths = tensor_names(metadata), item_paths(metadata)
     if prefix is not None:
         place = _Place(prefix.rstrip("."))
     else:
         _refuse_optimizer(paths, tensors, directory)
         places = places_of(tensors, expected)
         if len(places) > 1:
-            raise _ambiguous(paths, directory, f"the model's class fits what is below each of {_listed(places)}")
+            raise _ambiguous(paths, directory, f"the model's class fits what is below each of {_quoted(places)}")
         place = _Place(places[0], frozenset(expected)) if places else _by_structure(paths, tensors, directory)
-    found = {name.removeprefix(place.front): name for name in tensors if place.has(name, paths)}
+    own = {name for name in paths if place.has(name, paths)}
     if prefix is not None:
-        found = {name.removeprefix(place.front): name for name in tensors if name.startswith(place.front)}
-    if not found:
+        own |= {name for name in tensors if name.startswith(place.front)}
+    if own.isdisjoint(tensors):
         raise _ambiguous(paths, directory, f"no tensor's name begins with {place.front!r}")
-    left = tuple(name for name in others if place.has(name, paths))
-    taken = frozenset(found.values())
-    apart = [n for n in tensors if n not in taken and not any(map(is_no_model, (*n.split("."), *paths[n])))]
-    return DcpModel(unwrapped_names(found, directory), place.front, left, tuple(apart))
+    found = _below(place, own, tensors, paths, directory)
+    apart = [n for n in tensors if n not in own and not any(map(is_no_model, (*n.split("."), *paths[n])))]
+    return replace(found, apart=tuple(apart))
 
 
 def model_below(metadata: Metadata, directory: Path, head: str, expected: Collection[str]) -> DcpModel:
-    """The tensors below a place, without an optimizer's state and other things in the same place.
+    """The tensors below ``head``, without an optimizer's state and other things in the same place.
 
-    Args:
-        metadata: Of the directory.
-        directory: For messages.
-        head: The place.
-        expected: DCP's names of what is the model's, whatever they look like.
-
-    Raises:
-        NameCollisionError: Two tensors would get one name.
+    ``expected`` are DCP's names of what is the model's, whatever they look like.
     """
+    paths, place = item_paths(metadata), _Place(head)
+    own = {name for name in paths if name in expected or place.has(name, paths)}
+    return _below(place, own, tensor_names(metadata), paths, directory)
+
+
+def _below(
+    place: _Place, own: Collection[str], tensors: Collection[str], paths: Iterable[str], directory: Path
+) -> DcpModel:
+    """The model whose items these are."""
+    found = {name.removeprefix(place.front): name for name in tensors if name in own}
+    known = set(tensors)
+    left = tuple(name for name in paths if name in own and name not in known)
+    return DcpModel(unwrapped_names(found, directory), place.front, left)
+
+
+def tensor_names(metadata: Metadata) -> list[str]:
+    """DCP's names of the items that are tensors."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    paths = item_paths(metadata)
-    place = _Place(head)
-    own = {name for name in paths if name in expected or place.has(name, paths)}
-    tensors = {n for n, item in metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)}
-    found = {name.removeprefix(place.front): name for name in paths if name in own and name in tensors}
-    left = tuple(name for name in paths if name in own and name not in tensors)
-    return DcpModel(unwrapped_names(found, directory), place.front, left)
+    return [name for name, item in metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +163,17 @@ def item_paths(metadata: Metadata) -> dict[str, DcpPath]:
         parts = path if isinstance(path, tuple) else ()
         found[name] = tuple(part for part in parts if isinstance(part, (str, int))) or (name,)
     return found
+
+
+def refuse_transformed(info: StorageInfo, path: Path, name: str) -> None:
+    """Refuse an item whose bytes in the file an extension of DCP's writer has changed, such as compressed ones."""
+    if info.transform_descriptors:
+        raise MisuseError(
+            f"DCP wrote this item through {', '.join(info.transform_descriptors)}, which is not undone here",
+            path=path,
+            tensor=name,
+            hint="Save without extensions of DCP's file system writer, or convert the checkpoint with DCP.",
+        )
 
 
 def _refuse_optimizer(paths: Mapping[str, DcpPath], tensors: Sequence[str], directory: Path) -> None:
@@ -220,20 +231,12 @@ def _flat(paths: Mapping[str, DcpPath], leaves: Sequence[str], at: DcpPath, dire
     if len(models) == 1 and others and tops == others | models:
         return _Place(".".join([*([head] if head else []), *models]))
     if others:
-        raise _ambiguous(paths, directory, f"tensors of {_listed(sorted(tops))} stand in one state dict")
+        raise _ambiguous(paths, directory, f"tensors of {_quoted(sorted(tops))} stand in one state dict")
     return _Place(head)
 
 
 def unwrapped_names(found: Mapping[str, str], directory: Path) -> dict[str, str]:
-    """The names without the parts that torch's wrappers add.
-
-    Args:
-        found: Name -> the file's name of the tensor.
-        directory: For messages.
-
-    Raises:
-        NameCollisionError: Two tensors would get one name.
-    """
+    """Name -> the file's name of the tensor, without the parts that torch's wrappers add."""
     strip = all(plain_name(name).startswith(_DATA_PARALLEL) for name in found)
     names: dict[str, str] = {}
     for name, dcp in found.items():
@@ -252,13 +255,12 @@ def unwrapped_names(found: Mapping[str, str], directory: Path) -> dict[str, str]
 def _ambiguous(paths: Mapping[str, DcpPath], directory: Path, why: str) -> MisuseError:
     tops = list(dict.fromkeys(str(path[0]) for path in paths.values()))
     return MisuseError(
-        f"which part of the checkpoint is the model is not clear: {why}. At its top it has {_listed(tops)}",
+        f"which part of the checkpoint is the model is not clear: {why}. At its top it has {_quoted(tops)}",
         path=directory,
         hint="Say what the names of the model's tensors begin with: --prefix model (prefix='model'), or --prefix '' "
         "(prefix='') where all tensors are the model's.",
     )
 
 
-def _listed(names: Iterable[object]) -> str:
-    every = [repr(str(name)) for name in names]
-    return ", ".join(every[:_SHOWN]) + (f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else "")
+def _quoted(names: Iterable[object]) -> str:
+    return some((repr(str(name)) for name in names), _SHOWN)

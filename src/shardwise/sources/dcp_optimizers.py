@@ -15,8 +15,7 @@ from typing import NoReturn, cast
 
 from shardwise.errors import MisuseError, StateFormatError
 from shardwise.sources.dcp_model import DcpPath
-from shardwise.sources.dcp_nested import nested
-from shardwise.sources.dcp_values import DcpValues
+from shardwise.sources.dcp_values import DcpValues, nested
 
 _FLAT = re.compile(r"(?:(?P<head>.+?)\.)?(?P<kind>state|param_groups)\.(?P<rest>.+)")
 _KINDS = ("state", "param_groups")
@@ -122,10 +121,8 @@ def read_optimizers(values: DcpValues) -> list[DcpOptimizer]:
     """Every optimizer in a DCP directory, its tensors unread. Local.
 
     Raises:
-        MisuseError: One is kept in a way that is not understood; names the item.
-        StateFormatError: What is there is no optimizer's state.
-        FormatError: A value is damaged.
-        UnsafePickleError: A value could run code.
+        MisuseError, StateFormatError: One is kept in a way that is not understood, or is no optimizer's state.
+        FormatError, UnsafePickleError: A value is damaged, or could run code.
     """
     read = []
     for found in _find(values):
@@ -261,21 +258,31 @@ class _Reading:
         deeper: dict[tuple[str, str], list[_Item]] = {}
         for item in self._found.items["state"]:
             param = str(item.rest[0])
-            tensors.setdefault(param, {})
-            values.setdefault(param, {})
             if len(item.rest) == 1:  # a parameter's state without a tensor, as torch before 2.4 wrote it
-                self._add_all(values[param], item)
-                continue
-            key = str(item.rest[1])
-            if len(item.rest) > 2:
-                deeper.setdefault((param, key), []).append(_Item(item.name, item.rest[2:]))
-            elif item.name in self._values.tensors:
-                tensors[param][key] = item.name
+                tensors.setdefault(param, {})
+                self._add_all(values.setdefault(param, {}), item)
+            elif len(item.rest) > 2:
+                deeper.setdefault((param, str(item.rest[1])), []).append(_Item(item.name, item.rest[2:]))
             else:
-                values[param][key] = self._read[item.name]
+                self._put(item, param, str(item.rest[1]), tensors, values)
         for (param, key), items in deeper.items():
-            values[param][key] = self._nested(items, tensors=False)
+            tensors.setdefault(param, {})
+            values.setdefault(param, {})[key] = self._nested(items, tensors=False)
         return tensors, values
+
+    def _put(
+        self,
+        item: _Item,
+        param: str,
+        key: str,
+        tensors: dict[str, dict[str, str]],
+        values: dict[str, dict[str, object]],
+    ) -> None:
+        own, others = tensors.setdefault(param, {}), values.setdefault(param, {})
+        if item.name in self._values.tensors:
+            own[key] = item.name
+        else:
+            others[key] = self._read[item.name]
 
     def _add_all(self, into: dict[str, object], item: _Item) -> None:
         value = self._read.get(item.name)
@@ -301,13 +308,7 @@ class _Reading:
         tensors: dict[str, dict[str, str]] = {}
         values: dict[str, dict[str, object]] = {}
         for item in self._found.items["state"]:
-            param, key = self._split(item)
-            tensors.setdefault(param, {})
-            values.setdefault(param, {})
-            if item.name in self._values.tensors:
-                tensors[param][key] = item.name
-            else:
-                values[param][key] = self._read[item.name]
+            self._put(item, *self._split(item), tensors, values)
         return self._made(groups, False, tensors, values)
 
     def _split(self, item: _Item) -> tuple[str, str]:

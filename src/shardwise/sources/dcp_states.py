@@ -6,9 +6,8 @@ import re
 
 from shardwise.errors import CheckpointNotFoundError, MisuseError
 from shardwise.sources.dcp_model import DcpPath, find_model, model_below
-from shardwise.sources.dcp_nested import nested
 from shardwise.sources.dcp_optimizers import optimizer_places
-from shardwise.sources.dcp_values import DcpValues
+from shardwise.sources.dcp_values import DcpValues, nested
 from shardwise.upstream.torch_optim import STEP_COUNT
 
 _SCHEDULER_NAME = re.compile(r"sched", re.IGNORECASE)
@@ -17,13 +16,7 @@ _SCHEDULER_KEYS = ("last_epoch", frozenset({STEP_COUNT, "base_lrs", "num_bad_epo
 
 
 def state_at(values: DcpValues, place: DcpPath) -> object:
-    """The value below a place of the state dict, as before DCP flattened it; empty dictionaries are lost.
-
-    Raises:
-        FormatError: It is damaged.
-        UnsafePickleError: It holds something that could run code.
-        MisuseError: It holds a large tensor.
-    """
+    """The value below a place of the state dict, as before DCP flattened it; empty dictionaries are lost."""
     names = [name for name, path in values.paths.items() if path[: len(place)] == place]
     read = values.values(names)
     return nested({values.paths[name][len(place) :]: read[name] for name in names})
@@ -93,9 +86,7 @@ def _outermost(places: list[DcpPath]) -> list[DcpPath]:
 def components(values: DcpValues, model_place: str | None = None) -> list[str]:
     """The entries beside a model: ``optimizer``, ``scheduler``, and the places of all others. Reads no item.
 
-    Args:
-        values: Of the directory.
-        model_place: What DCP's names of the model have in front, where that is known.
+    ``model_place`` is what DCP's names of the model have in front, where that is known.
     """
     optimizers = optimizer_places(values)
     schedulers = scheduler_places(values)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from shardwise.disk.guarded import open_regular, read_exactly
 from shardwise.disk.names import is_file
+from shardwise.disk.storage import located
 from shardwise.errors import CheckpointNotFoundError, FormatError, MisuseError, StorageError
 from shardwise.format.dcp_metadata import DCP_METADATA_NAME, read_dcp_metadata
 from shardwise.format.torch_archive import MAX_VALUE_BYTES, read_torch_value
-from shardwise.sources.dcp_model import DcpPath, item_paths
+from shardwise.sources.dcp_model import DcpPath, item_paths, refuse_transformed, tensor_names
 
 if TYPE_CHECKING:
     import torch
@@ -32,24 +32,14 @@ def is_dcp(directory: Path) -> bool:
 class DcpValues:
     """Reads single items of a DCP directory. Local; nothing is read before it is asked for.
 
-    Args:
-        directory: The DCP directory.
-        legacy: Whether to unpickle without restrictions what cannot be read otherwise, which runs code from the files.
-
-    Raises:
-        CheckpointNotFoundError: There is none.
-        FormatError: Its metadata are damaged.
+    With ``legacy`` what cannot be read otherwise is unpickled without restrictions, which runs code from the files.
     """
 
     def __init__(self, directory: Path, legacy: bool = False) -> None:
-        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
         self.directory = directory
         self.metadata: Metadata = read_dcp_metadata(directory / DCP_METADATA_NAME)
         self.paths: Mapping[str, DcpPath] = item_paths(self.metadata)
-        self.tensors = frozenset(
-            name for name, item in self.metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)
-        )
+        self.tensors = frozenset(tensor_names(self.metadata))
         self._legacy = legacy
         self._places: dict[str, list[tuple[tuple[int, ...], StorageInfo]]] = {}
         for index, info in (self.metadata.storage_data or {}).items():
@@ -66,8 +56,7 @@ class DcpValues:
         """One item: a value, or a small tensor, whole.
 
         Raises:
-            CheckpointNotFoundError: A file of the directory is absent.
-            FormatError: It is damaged, or too large for such a value.
+            CheckpointNotFoundError, FormatError: A file is absent or damaged, or the item too large for such a value.
             UnsafePickleError: It names something outside the allow-lists.
         """
         if name in self.tensors:
@@ -88,13 +77,7 @@ class DcpValues:
 
     def _bytes(self, info: StorageInfo, name: str) -> tuple[bytes, Path]:
         path = self.directory / info.relative_path
-        if info.transform_descriptors:
-            raise MisuseError(
-                f"DCP wrote this item through {', '.join(info.transform_descriptors)}, which is not undone here",
-                path=path,
-                tensor=name,
-                hint="Save without extensions of DCP's file system writer, or convert the checkpoint with DCP.",
-            )
+        refuse_transformed(info, path, name)
         if info.length > MAX_VALUE_BYTES:
             raise FormatError(
                 f"has {info.length} bytes, too many for what is no sharded tensor", path=path, tensor=name
@@ -120,6 +103,8 @@ class DcpValues:
         import torch
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+        from shardwise.sources.packed_items import load_item
+
         item = self.metadata.state_dict_metadata[name]
         assert isinstance(item, TensorStorageMetadata)
         whole = torch.empty(0, dtype=item.properties.dtype)
@@ -138,18 +123,34 @@ class DcpValues:
                 raise FormatError("the metadata lists a chunk without its place", path=self.directory, tensor=name)
             raw, path = self._bytes(info, name)
             try:
-                part: object = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-            except Exception as error:
-                raise FormatError(
-                    f"this item is not a serialised tensor: {error}", path=path, tensor=name, hint="Restore the file."
-                ) from error
-            if not isinstance(part, torch.Tensor) or part.shape != chunk.sizes or part.dtype != whole.dtype:
-                raise FormatError(
-                    "this item is not the tensor that the metadata describe",
-                    path=path,
-                    tensor=name,
-                    hint="Restore the file.",
-                )
+                part = load_item(raw, tuple(chunk.sizes), whole.dtype)
+            except FormatError as error:
+                raise located(error, path, name) from None
             where = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
             whole[where] = part
         return whole
+
+
+def nested(found: Mapping[DcpPath, object]) -> object:
+    """The value that DCP flattened: path -> part. Dictionaries of consecutive numbers are lists."""
+    root: dict[str | int, object] = {}
+    for path, value in found.items():
+        if not path:
+            return value
+        at = root
+        for part in path[:-1]:
+            inner = at.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise FormatError(f"the metadata have {'.'.join(map(str, path))} below a value")
+            at = cast("dict[str | int, object]", inner)
+        at[path[-1]] = value
+    return _with_lists(root)
+
+
+def _with_lists(value: object) -> object:
+    if not isinstance(value, dict):
+        return value
+    made = {key: _with_lists(each) for key, each in value.items()}
+    if made and all(type(key) is int for key in made) and sorted(made) == list(range(len(made))):
+        return [made[number] for number in range(len(made))]
+    return made

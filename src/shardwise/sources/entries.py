@@ -16,14 +16,9 @@ from shardwise.plan.reads import SourceChunk, SourceTensor
 
 
 class Entry(NamedTuple):
-    """One tensor or piece in one file.
+    """One tensor or piece in one file; ``saved`` is where it starts in the whole tensor.
 
-    Attributes:
-        name: Its name in the file.
-        shape: Its shape there.
-        dtype: Its dtype code.
-        offset: Byte offset in the file.
-        saved: Where it starts in the whole tensor; ``None`` where the file does not say, and holds it whole.
+    ``None`` where the file does not say so, and holds it whole. ``offset`` counts bytes from the begin of the file.
     """
 
     name: str
@@ -39,11 +34,7 @@ class Entry(NamedTuple):
 
 
 def read_entries(file: Path) -> list[Entry]:
-    """The entries of one file, in the order of their data.
-
-    Raises:
-        HeaderError: The file is truncated or damaged.
-    """
+    """The entries of one file, in the order of their data."""
     header = read_header(file)
     offsets = saved_offsets(header) or {}
     start = header.data_start
@@ -52,14 +43,8 @@ def read_entries(file: Path) -> list[Entry]:
     ]
 
 
-def encode_entry(entry: Entry) -> JsonValue:
-    """An entry as JSON."""
-    name, shape, dtype, offset, saved = entry
-    return [name, list(shape), dtype, offset, None if saved is None else list(saved)]
-
-
 def decode_entry(row: JsonValue) -> Entry:
-    """The inverse of `encode_entry`."""
+    """An entry from JSON, in which a named tuple is an array."""
     name, shape, dtype, offset, saved = cast(tuple[str, list[int], str, int, list[int] | None], row)
     return Entry(name, tuple(shape), dtype, offset, None if saved is None else tuple(saved))
 
@@ -72,9 +57,6 @@ def assemble(root: Path, files: Sequence[Path], entries: Iterable[tuple[int, Seq
             ``consolidated/``, the former counts.
         files: All files.
         entries: Number of a file, and its entries; in the order of the files.
-
-    Raises:
-        HeaderError: Two files disagree about a tensor.
     """
     first: dict[str, tuple[Entry, int]] = {}
     pieces: dict[str, list[tuple[Entry, int]]] = {}

@@ -27,12 +27,7 @@ _DEFAULT_REVISION = "main"
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Result of a search in a cache.
-
-    Attributes:
-        path: The snapshot's directory, or ``None``.
-        said: Where the search looked and what it found, for a message.
-    """
+    """Result of a search: the snapshot's directory or ``None``, and where was looked, for a message."""
 
     path: Path | None
     said: str
@@ -67,9 +62,6 @@ def find_snapshot(cache: Path, name: str) -> Snapshot | None:
 
     Returns:
         ``None`` where the name is none that a model on the hub may have.
-
-    Raises:
-        FormatError: The file of a branch or tag is not text.
     """
     from huggingface_hub.errors import HFValidationError
 

@@ -19,6 +19,7 @@ from typing import IO
 import torch
 
 from shardwise.dtypes import torch_dtype
+from shardwise.errors import FormatError
 from shardwise.upstream.torch_dispatch import place_in_archive, without_memory
 
 _LONGEST_NOTE = 16
@@ -35,16 +36,9 @@ class PackedItems:
         self._lock = threading.Lock()
 
     def find(self, fill: Fill, nbytes: int, shape: tuple[int, ...], dtype: str) -> int | None:
-        """The offset of the elements in an archive, in row-major order.
+        """The offset of the elements in an archive of ``nbytes``, in row-major order, if it is such a tensor's.
 
-        Args:
-            fill: Reads the archive.
-            nbytes: Its length.
-            shape: What the tensor has to be.
-            dtype: Likewise, a dtype code.
-
-        Returns:
-            ``None`` where the archive has to be loaded: to see what it is instead, or to bring its elements in order.
+        ``None`` where it has to be loaded: to see what it is instead, or to bring its elements in order.
         """
         with self._lock:
             known = self._kinds.setdefault((nbytes, shape, dtype), [])
@@ -78,6 +72,20 @@ def _look(fill: Fill, nbytes: int, shape: tuple[int, ...], dtype: torch.dtype) -
     alone = found.storage_offset() == 0 and found.untyped_storage().nbytes() == own and found.is_contiguous()
     plain = not (found.is_conj() or found.is_neg())
     return place if place is not None and alone and plain and place + own <= nbytes else None
+
+
+def load_item(raw: bytes | bytearray, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in an archive; `FormatError` where it has none of this shape and dtype, without file and name."""
+    try:
+        loaded: object = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise FormatError(f"this item is not a serialised tensor: {error}", hint="Restore the file.") from error
+    if isinstance(loaded, torch.Tensor) and tuple(loaded.shape) == shape and loaded.dtype == dtype:
+        return loaded.detach()
+    what = f"a {type(loaded).__name__} and no tensor"
+    if isinstance(loaded, torch.Tensor):
+        what = f"a tensor of {list(loaded.shape)} {loaded.dtype}, where the metadata says {list(shape)} {dtype}"
+    raise FormatError(f"this item is {what}", hint="Restore the file.")
 
 
 def in_this_byte_order(archive: IO[bytes]) -> bool:

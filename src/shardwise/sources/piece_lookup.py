@@ -15,13 +15,11 @@ The bytes that a rank sends, receives and keeps then grow with the tensors, and 
 from __future__ import annotations
 
 import json
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 from zlib import crc32
 
 from shardwise.comm import Group, JsonValue
@@ -29,20 +27,13 @@ from shardwise.geometry import Box, TensorSpec, tiles
 from shardwise.plan.reads import ChunkIndex, RemotePieces, SourceChunk, SourceTensor
 from shardwise.sources.entries import Entry, assemble, decode_entry
 
+_Chunk: TypeAlias = tuple[tuple[list[int], list[int]], int, int, int]
+_Question: TypeAlias = tuple[int, Box]
 _ASKING = "asking for pieces of tensors"
 
 
-@dataclass(frozen=True, slots=True)
-class PieceTable:
-    """This rank's part of the table: the pieces of the tensors that it is the index rank of.
-
-    Attributes:
-        dims: Number of dimensions of each tensor.
-        pieces: The pieces of each tensor.
-    """
-
-    dims: tuple[int, ...]
-    pieces: tuple[ChunkIndex, ...]
+#: This rank's part of the table: the pieces of each tensor that it is the index rank of.
+PieceTable: TypeAlias = tuple[ChunkIndex, ...]
 
 
 def distribute_entries(
@@ -58,9 +49,6 @@ def distribute_entries(
 
     Returns:
         All tensors, the same on every rank; and this rank's part of the table.
-
-    Raises:
-        HeaderError: Two files disagree about a tensor.
     """
     messages = group.attempt(lambda: _by_index_rank(own, group.world_size), "sorting headers by tensor")
     theirs = group.exchange(messages, "sharing headers")
@@ -74,15 +62,7 @@ def distribute_entries(
 
 
 def distribute_rows(rows: Sequence[JsonValue], group: Group) -> tuple[list[SourceTensor], PieceTable]:
-    """Send each tensor to an index rank. All ranks of the group call.
-
-    Args:
-        rows: Tensors that only this rank knows, in the form that `tensor_of_row` takes.
-        group: The ranks that load together.
-
-    Returns:
-        As `distribute_entries`.
-    """
+    """The same with tensors that only this rank knows, in the form that `tensor_of_row` takes."""
 
     def sort() -> list[bytes]:
         parts = [rows[number :: group.world_size] for number in range(group.world_size)]
@@ -99,14 +79,14 @@ def distribute_rows(rows: Sequence[JsonValue], group: Group) -> tuple[list[Sourc
 
 
 def tensor_of_row(row: JsonValue) -> SourceTensor:
-    """Decode a tensor with its pieces.
+    """Decode a tensor: name, shape, dtype code, and the pieces as a `SourceChunk` is in JSON."""
+    name, shape, dtype, chunks = cast(tuple[str, list[int], str, list[_Chunk]], row)
+    return SourceTensor(TensorSpec(name, tuple(shape), dtype), tuple(_chunk(*row) for row in chunks))
 
-    Args:
-        row: Name, shape, dtype code, and of each piece offsets, sizes, number of the file, offset in it, packed bytes.
-    """
-    name, shape, dtype, chunks = cast(tuple[str, list[int], str, list[tuple[list[int], list[int], int, int, int]]], row)
-    pieces = [SourceChunk(Box(tuple(o), tuple(s)), file, at, packed) for o, s, file, at, packed in chunks]
-    return SourceTensor(TensorSpec(name, tuple(shape), dtype), tuple(pieces))
+
+def _chunk(box: tuple[list[int], list[int]], file: int, offset: int, packed: int) -> SourceChunk:
+    offsets, sizes = box
+    return SourceChunk(Box(tuple(offsets), tuple(sizes)), file, offset, packed)
 
 
 def _assembled(
@@ -114,13 +94,9 @@ def _assembled(
 ) -> tuple[list[SourceTensor], PieceTable]:
     """Assemble the tensors of this index rank, and gather the specs of all ranks' tensors.
 
-    Args:
-        make: Gives the tensors, and how many pieces of each are in the files.
-        own: The files whose headers this rank has read, and their entries.
-        group: The ranks that load together.
+    ``make`` gives the tensors, and how many pieces of each are in the files.
     """
     kinds: dict[tuple[str, tuple[int, ...]], tuple[list[JsonValue], list[JsonValue]]] = {}
-    dims: list[int] = []
     indices: list[ChunkIndex] = []
     with group.together("putting tensors together"):
         for tensor, times in make():
@@ -130,15 +106,14 @@ def _assembled(
                 wholes.append([name, chunks[0].file, chunks[0].offset, chunks[0].packed])
                 continue
             single = times == len(chunks) and tiles(shape, [chunk.box for chunk in chunks])
-            number = group.rank + len(dims) * group.world_size
+            number = group.rank + len(indices) * group.world_size
             scattered.append([name, number, chunks[0].file if chunks else -1, single])
-            dims.append(len(shape))
             indices.append(ChunkIndex(chunks))
     rows: JsonValue = [[dtype, list(shape), *found] for (dtype, shape), found in kinds.items()]
     everyone = cast(list[list[JsonValue]], group.gather_json(rows, "sharing what tensors there are"))
     known = _chunks_of(own)
     tensors = [tensor for kinds_of_rank in everyone for kind in kinds_of_rank for tensor in _of_kind(kind, known)]
-    return tensors, PieceTable(tuple(dims), tuple(indices))
+    return tensors, tuple(indices)
 
 
 def _chunks_of(own: Mapping[int, Sequence[Entry]]) -> dict[str, tuple[SourceChunk, ...]]:
@@ -195,81 +170,53 @@ def look_up_pieces(
         group: The ranks that opened the checkpoint together.
 
     Returns:
-        The number of each such tensor -> the pieces that touch the regions, in the order in which they lie in the
-        files.
+        The number of each such tensor -> its pieces, in the order in which they lie in the files.
     """
-    questions: list[bytes] = []
-    asked: list[list[tuple[int, int]]] = []
+    questions: list[list[_Question]] = []
     with group.together(_ASKING) as request:
-        questions, asked = _questions(wanted(), group.world_size)
+        questions = _questions(wanted(), group.world_size)
         request.flag = any(questions)
     if not request.any:
         return {}
-    received = group.exchange(questions, _ASKING)
+    received = group.exchange([json.dumps(each).encode() if each else b"" for each in questions], _ASKING)
     answers = group.attempt(
         lambda: [_answer(question, piece_table, group.world_size) for question in received], _ASKING
     )
     answered = group.exchange(answers, "sending where pieces of tensors are")
-    return group.attempt(lambda: _collected(asked, answered), "finding pieces of tensors")
+    return group.attempt(lambda: _collected(questions, answered), "finding pieces of tensors")
 
 
-def _questions(
-    wanted: Sequence[tuple[SourceTensor, Sequence[Box]]], world: int
-) -> tuple[list[bytes], list[list[tuple[int, int]]]]:
-    """The message to each index rank; and for each region in it the tensor's number and number of dimensions."""
-    values: list[list[int]] = [[] for _ in range(world)]
-    asked: list[list[tuple[int, int]]] = [[] for _ in range(world)]
+def _questions(wanted: Sequence[tuple[SourceTensor, Sequence[Box]]], world: int) -> list[list[_Question]]:
+    """What to ask each index rank: numbers of tensors, and a region of each."""
+    found: list[list[_Question]] = [[] for _ in range(world)]
     for tensor, boxes in wanted:
         assert tensor.remote is not None
-        number, dims = tensor.remote.number, len(tensor.spec.shape)
-        for offsets, sizes in boxes:
-            values[number % world] += (number, *offsets, *sizes)
-            asked[number % world].append((number, dims))
-    return [array("q", each).tobytes() for each in values], asked
+        number = tensor.remote.number
+        found[number % world] += [(number, box) for box in boxes]
+    return found
 
 
 def _answer(question: bytes, piece_table: PieceTable, world: int) -> bytes:
-    values, answer = _numbers(question), array("q")
-    at, end = 0, len(values)
-    while at < end:
-        index = values[at] // world
-        middle = at + 1 + piece_table.dims[index]
-        after = middle + piece_table.dims[index]
-        region = Box(tuple(values[at + 1 : middle]), tuple(values[middle:after]))
-        touching = piece_table.pieces[index].touching(region)
-        answer.append(len(touching))
-        for (offsets, sizes), file, offset, packed in touching:
-            answer.extend((file, offset, packed, *offsets, *sizes))
-        at = after
-    return answer.tobytes()
+    """For each region the pieces that touch it."""
+    if not question:
+        return b""
+    rows = cast(list[tuple[int, tuple[list[int], list[int]]]], json.loads(question))
+    regions = [(number, Box(tuple(offsets), tuple(sizes))) for number, (offsets, sizes) in rows]
+    return json.dumps([list(piece_table[number // world].touching(region)) for number, region in regions]).encode()
 
 
 def _collected(
-    asked: Sequence[Sequence[tuple[int, int]]], answers: Sequence[bytes]
+    questions: Sequence[Sequence[_Question]], answers: Sequence[bytes]
 ) -> dict[int, tuple[SourceChunk, ...]]:
     found: dict[int, tuple[SourceChunk, ...]] = {}
     several: set[int] = set()
-    for questions, answer in zip(asked, answers, strict=True):
-        values, at = _numbers(answer), 0
-        for number, dims in questions:
-            chunks: list[SourceChunk] = []
-            count, at = values[at], at + 1
-            for _ in range(count):
-                file, offset, packed = values[at : at + 3]
-                middle = at + 3 + dims
-                box = Box(tuple(values[at + 3 : middle]), tuple(values[middle : middle + dims]))
-                chunks.append(SourceChunk(box, file, offset, packed))
-                at = middle + dims
-            if number in found or count > 1:
+    for asked, answer in zip(questions, answers, strict=True):
+        rows = cast(list[list[_Chunk]], json.loads(answer) if answer else [])
+        for (number, _), chunks in zip(asked, rows, strict=True):
+            if number in found or len(chunks) > 1:
                 several.add(number)
-            found[number] = (*found.get(number, ()), *chunks)
+            found[number] = (*found.get(number, ()), *(_chunk(*row) for row in chunks))
     for number in several:
         # Each piece once, in one order for all ranks, since replicas pass on what they read in it.
         found[number] = tuple(sorted(set(found[number]), key=attrgetter("file", "offset", "box")))
     return found
-
-
-def _numbers(message: bytes) -> list[int]:
-    values = array("q")
-    values.frombytes(message)
-    return values.tolist()

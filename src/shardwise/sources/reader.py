@@ -7,7 +7,7 @@ dropped. Other memory (strided within a row, another device, another dtype) is f
 
 from __future__ import annotations
 
-import io
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +19,22 @@ import torch
 
 from shardwise.disk.storage import ReadsRows, Storage, located, locating
 from shardwise.dtypes import torch_dtype
-from shardwise.errors import FormatError, IntegrityError, ShardwiseError
-from shardwise.plan.reads import AnyRead, PackedRead, Read
+from shardwise.errors import IntegrityError, ShardwiseError
+from shardwise.geometry import Box
+from shardwise.plan.fragments import Fragment, HeldTensor
+from shardwise.plan.reads import AnyRead, PackedRead, Read, SourceTensor, plan_reads
+from shardwise.plan.views import refine_range
+from shardwise.sources.packed_items import load_item
 from shardwise.sources.tensor_bytes import as_bytes, blocks, is_as_stored
 
 #: Bytes of the buffer of each reading thread.
 BUFFER_BYTES = 4 * 2**20
 #: Gaps up to this are read too: copying them from the page cache takes as long as another request.
 SMALL_GAP_BYTES = 16 * 1024
+
+
+#: Bytes of a block of `tensor_blocks`.
+STREAM_BYTES = 8 * 2**20
 
 
 @dataclass
@@ -58,13 +66,9 @@ class _Woven:
 
 
 class Reader:
-    """Executes reads from a list of files. One object for one load; `close` releases the files.
+    """Executes reads from a list of files, ``threads`` at once. One object for one load; `close` releases the files.
 
-    Args:
-        storage: The storage to read from.
-        files: Paths; reads name them by index.
-        threads: How many reads at once.
-        observe: Called with every byte range read, ``(file, offset, length)``; for counting.
+    ``observe`` is called with every byte range read, ``(file, offset, length)``, for counting.
     """
 
     def __init__(
@@ -96,7 +100,6 @@ class Reader:
 
         Raises:
             IntegrityError: A file ends before a range that its header promises.
-            StorageError: The file system failed.
         """
         ordered = _in_order(reads)
         for read in ordered:
@@ -213,13 +216,7 @@ class Reader:
         got = self._storage.read(self._handles[read.chunk.file], memoryview(raw), read.chunk.offset)
         if got != len(raw):
             raise IntegrityError("the file ends within this item", hint="Restore the file.")
-        try:
-            loaded = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise FormatError(f"this item is not a serialised tensor: {error}", hint="Restore the file.") from error
-        if not isinstance(loaded, torch.Tensor) or loaded.numel() != read.chunk.box.numel:
-            raise FormatError("this item is not the tensor that the metadata describes", hint="Restore the file.")
-        region = loaded.reshape(read.shape)
+        region = load_item(raw, read.chunk.box.sizes, torch_dtype(read.spec.dtype)).reshape(read.shape)
         for dim, (low, size) in enumerate(zip(read.region.offsets, read.region.sizes, strict=True)):
             region = region.narrow(dim, low, size)
         read.dest.detach().copy_(region)
@@ -320,3 +317,22 @@ def cut_read(read: Read, most: int) -> Iterator[Read]:
             offset = read.offset + first * read.period
             part = Read(read.file, offset, dest.shape[0], read.period, read.width, dest, read.spec)
             yield from cut_read(part, most) if read.width > most else (part,)
+
+
+def tensor_blocks(source: SourceTensor, reader: Reader, elements: int | None = None) -> Iterator[memoryview]:
+    """A saved tensor's bytes in row-major order, in bounded memory; ``elements`` in each block, by default 8 MiB."""
+    spec = source.spec
+    dtype = torch_dtype(spec.dtype)
+    per_block = elements or max(1, STREAM_BYTES // spec.itemsize)
+    start, total = 0, math.prod(spec.shape)
+    while start < total:
+        count = min(per_block, total - start)
+        buffer = torch.empty(count, dtype=dtype)
+        fragments, used = [], 0
+        for box in refine_range(start, count, spec.shape) if spec.shape else (Box((), ()),):
+            fragments.append(Fragment(box, buffer[used : used + box.numel].view(box.sizes)))
+            used += box.numel
+        wanted = HeldTensor.alone(spec, fragments)
+        reader.execute(list(plan_reads(source, wanted)))
+        yield as_bytes(buffer)
+        start += count

@@ -23,8 +23,9 @@ from shardwise.format.index import WeightIndex, read_index
 from shardwise.format.weight_files import SAFETENSORS, WeightFiles, choose_weights, files_of_index
 from shardwise.geometry import Box
 from shardwise.plan.reads import SourceTensor
+from shardwise.sources.dcp_model import refuse_transformed
 from shardwise.sources.directory_contents import did_you_mean, found_instead, how_to_open
-from shardwise.sources.entries import Entry, assemble, decode_entry, encode_entry, read_entries
+from shardwise.sources.entries import Entry, assemble, decode_entry, read_entries
 from shardwise.sources.piece_lookup import (
     PieceTable,
     distribute_entries,
@@ -66,11 +67,9 @@ class Source:
         return replace(self, tensors={n: t for n, t in self.tensors.items() if n not in dropped})
 
     def located(self, wanted: Callable[[], Mapping[str, Sequence[Box]]], group: Group) -> Source:
-        """The same source with just the pieces that this rank wants. All ranks of the group call.
+        """The same source with just the pieces that this rank wants. All ranks that opened it together call.
 
-        Args:
-            wanted: Gives names of tensors and regions of each, in the tensor's shape; a rank may want none. Local.
-            group: The ranks that opened it together.
+        ``wanted`` gives names of tensors and regions of each; a rank may want none.
         """
         if self.piece_table is None:
             return self
@@ -115,15 +114,15 @@ def open_source(
     """
     root = Path(path).absolute()
     read: _ReadIndex = cache(read_index)  # it is looked at twice: for its files, and when their headers are known
-    listed = cast(
-        dict[str, list[str]],
+    kind, names, indices = cast(
+        tuple[str, list[str], list[str]],
         group.broadcast_result(lambda: _look(root, read, exclude), f"looking for a checkpoint at {root}"),
     )
-    if listed["dcp"]:
+    if kind == "dcp":
         return _open_dcp(root, group, spread)
-    if not listed["single"] and SAFETENSORS.index_stem(root.name) is not None:
-        root = root.parent  # an index was named, and stands for the files that it lists
-    files = (root,) if listed["single"] else tuple(root / name for name in listed["files"])
+    if kind == "index":
+        root = root.parent  # it stands for the files that it lists
+    files = (root,) if kind == "file" else tuple(root / name for name in names)
     own, everyone = _read_headers(files, group, spread and group.world_size > 1)
     piece_table: PieceTable | None = None
     if everyone is None:
@@ -131,18 +130,15 @@ def open_source(
     else:
         tensors = assemble(root, files, everyone)
     source = Source(root, files, {tensor.spec.name: tensor for tensor in tensors}, piece_table)
-    if listed["index"]:
+    if indices:
         with group.together(f"checking the index of {root}"):
             if group.is_main:
-                _check_index(root, listed["index"], source, read)
+                _check_index(root, indices, source, read)
     return source
 
 
 def _look(root: Path, read: _ReadIndex, exclude: frozenset[str]) -> JsonValue:
-    """List what is at a path.
-
-    Relative file names, names of tensors per the index, and whether it is a DCP directory.
-    """
+    """What is at a path: ``file``, ``index``, ``dcp`` or ``files``; relative names of files, and of indices."""
     if not exists(root):
         raise CheckpointNotFoundError(
             "there is nothing at this path", path=root, hint="Check the path and that the file system is mounted."
@@ -151,7 +147,7 @@ def _look(root: Path, read: _ReadIndex, exclude: frozenset[str]) -> JsonValue:
         return _look_at_file(root, read)
     if exists(root / ".metadata"):
         _refuse_both(root)
-        return {"single": [], "files": [], "index": [], "dcp": [".metadata"]}
+        return ["dcp", [], []]
     own, index = _tensor_files(root, read, exclude)
     merged: list[str] = []
     if is_directory(root / "consolidated"):
@@ -161,18 +157,18 @@ def _look(root: Path, read: _ReadIndex, exclude: frozenset[str]) -> JsonValue:
     # A name in both is read from the shards, which hold it as it was in memory; so they come first.
     if not own and not merged:
         raise nothing_to_open(root)
-    return {"single": [], "files": [*own, *merged], "index": list(index), "dcp": []}
+    return ["files", [*own, *merged], [*index]]
 
 
 def _look_at_file(file: Path, read: _ReadIndex) -> JsonValue:
     if SAFETENSORS.index_stem(file.name) is not None:
         found = files_of_index(file, names_in(file.parent), read)
-        return {"single": [], "files": list(found.files), "index": [file.name], "dcp": []}
+        return ["index", list(found.files), [file.name]]
     if file.suffix == ".distcp" or file.name == ".metadata":
         raise FormatError(
             "this is one file of a DCP directory", path=file, hint=f"Pass the directory: {str(file.parent)!r}."
         )
-    return {"single": [file.name], "files": [], "index": [], "dcp": []}
+    return ["file", [], []]
 
 
 def nothing_to_open(root: Path) -> CheckpointNotFoundError:
@@ -228,8 +224,8 @@ def _read_headers(
     """Read the files' headers, each of them on one rank.
 
     Returns:
-        The number of each file that this rank has read, and its entries; and the same of all files, in their order,
-        ``None`` where there are pieces of tensors and ``spread`` is set.
+        The entries of the files that this rank has read, by number; and of all files, in their order, or ``None`` where
+        there are pieces of tensors and ``spread`` is set.
     """
     own: dict[int, list[Entry]] = {}
 
@@ -240,7 +236,7 @@ def _read_headers(
             own[number] = read_entries(files[number])
         if spread and any(entry.saved is not None for entries in own.values() for entry in entries):
             return None
-        return [[number, [encode_entry(entry) for entry in entries]] for number, entries in own.items()]
+        return cast(JsonValue, [*own.items()])
 
     answers = group.gather(read, "reading safetensors headers")
     if None in answers:
@@ -317,8 +313,9 @@ def _describe_dcp(root: Path) -> tuple[list[JsonValue], list[JsonValue]]:
             info = places.get((name, tuple(chunk.offsets)))
             if info is None:
                 raise FormatError("the metadata lists a chunk without its place", path=root, tensor=name)
+            refuse_transformed(info, root / info.relative_path, name)
             number = files.setdefault(str(info.relative_path), len(files))
-            chunks.append([list(chunk.offsets), list(chunk.sizes), number, info.offset, info.length])
+            chunks.append([[list(chunk.offsets), list(chunk.sizes)], number, info.offset, info.length])
         rows.append([name, list(saved.size), dtype_code(saved.properties.dtype, name), chunks])
     missing = [name for name in files if not is_file(root / name)]
     if missing:

@@ -66,12 +66,7 @@ def read_file(path: Path) -> bytes:
 
 
 def read_packed(text: Path, tensors: Path) -> object:
-    """Read a state from its two files; the second may be absent.
-
-    Raises:
-        CheckpointNotFoundError: There is no such state.
-        StateFormatError: It is damaged.
-    """
+    """Read a state from its two files; the second may be absent."""
     packed = {".json": read_file(text)}
     if is_there(tensors):
         packed[".safetensors"] = read_file(tensors)

@@ -65,8 +65,7 @@ def open_bin(path: Path, group: Group, allow_legacy_pickle: bool = False) -> Bin
         allow_legacy_pickle: Unpickle without restrictions, which runs code from the file.
 
     Raises:
-        CheckpointNotFoundError: There is no such file.
-        AmbiguousFilesError: Several files in the directory could be meant.
+        CheckpointNotFoundError, AmbiguousFilesError: There is no such file, or several could be meant.
         UnsafePickleError: A file names something outside torch's allow-list.
         FormatError: A file is damaged, or holds no state dict, several, or one rank's shards of one.
     """
@@ -142,22 +141,25 @@ def _refuse_other_formats(file: Path) -> None:
 
 def _entries(file: Path, legacy: bool) -> Iterator[JsonValue]:
     """Name, shape, dtype code and byte offset of every tensor; no offset for one that has to be loaded."""
-    _refuse_other_formats(file)
-    if not _is_found_without_memory(file):
-        for name, tensor in load_file(file, legacy).items():
-            yield [name, list(tensor.shape), dtype_code(tensor.dtype, name), None]
-        return
+    found, is_placed = _looked_into(file, legacy)
     size = file_size(file)
-    with without_memory():
-        state = load_file(file, legacy, mmap=False)
-    for name, tensor in state.items():
-        start = place_in_archive(tensor)
+    for name, tensor in _tensors(found, file).items():
+        start = place_in_archive(tensor) if is_placed else None
         offset: int | None = None
         if start is not None and tensor.is_contiguous():
             offset = start + int(tensor.storage_offset()) * tensor.element_size()
             if offset < 0 or offset + tensor.numel() * tensor.element_size() > size:
                 raise FormatError("the tensor lies outside of the file", path=file, tensor=name, hint="Fetch it again.")
         yield [name, list(tensor.shape), dtype_code(tensor.dtype, name), offset]
+
+
+def _looked_into(file: Path, legacy: bool) -> tuple[Mapping[object, object], bool]:
+    """What a file holds, and whether its tensors have no memory and know their places in the file."""
+    _refuse_other_formats(file)
+    if not _is_found_without_memory(file):
+        return _load(file, legacy), False
+    with without_memory():
+        return _load(file, legacy, mmap=False), True
 
 
 def _is_found_without_memory(file: Path) -> bool:
@@ -174,30 +176,19 @@ def _is_zip(file: Path) -> bool:
         return zipfile.is_zipfile(stream)
 
 
-def load_file(file: Path, legacy: bool, mmap: bool | None = None) -> dict[str, torch.Tensor]:
-    """The state dict of a ``.bin`` file, memory-mapped where its format allows.
+def load_file(file: Path, legacy: bool) -> dict[str, torch.Tensor]:
+    """The state dict of a ``.bin`` file, memory-mapped where its format allows."""
+    return _tensors(_load(file, legacy), file)
 
-    Raises:
-        UnsafePickleError: It names something outside torch's allow-list, and ``legacy`` is not set.
-        FormatError: It is damaged, or not a state dict.
-    """
-    state = unwrapped(_load(file, legacy, mmap), file)
+
+def _tensors(found: Mapping[object, object], file: Path) -> dict[str, torch.Tensor]:
+    state = unwrapped(found, file)
     return {str(name): value.detach() for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def entries_of(file: Path) -> Mapping[str, bool]:
-    """The entries of a file beside or around its state dict, and whether each holds anything; no tensor is read.
-
-    Raises:
-        UnsafePickleError: It names something outside torch's allow-list.
-        FormatError: It is damaged, or not a state dict.
-    """
-    _refuse_other_formats(file)
-    if not _is_found_without_memory(file):
-        found = _load(file, legacy=False)
-    else:
-        with without_memory():
-            found = _load(file, legacy=False, mmap=False)
+    """The entries of a file beside or around its state dict, and whether each holds anything."""
+    found, _ = _looked_into(file, legacy=False)
     return {str(name): bool(value) for name, value in found.items() if not isinstance(value, torch.Tensor)}
 
 
@@ -237,11 +228,6 @@ def fill_from_file(file: Path, legacy: bool, wanted: Sequence[HeldTensor]) -> in
 
     A memory-mapped file adds nothing to this rank's memory but pages that the system may drop; one of torch before
     1.6 is loaded whole.
-
-    Args:
-        file: The file.
-        legacy: Whether unrestricted unpickling is permitted.
-        wanted: What is to be filled.
     """
     copied = 0
     state = load_file(file, legacy)

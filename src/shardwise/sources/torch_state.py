@@ -12,7 +12,7 @@ from typing import BinaryIO
 import torch
 
 from shardwise.disk.guarded import open_regular
-from shardwise.errors import FormatError
+from shardwise.errors import FormatError, some
 
 #: Entries under which training loops keep a model's state dict.
 WRAPPERS = (
@@ -47,10 +47,7 @@ def unwrapped(
 ) -> Mapping[object, object]:
     """The state dict in what a file holds: the mapping itself, or that under the entry of a training loop.
 
-    Args:
-        found: What the file holds.
-        file: The file, for errors.
-        elements: How many elements a value has that is a tensor, where tensors are not torch's own.
+    ``elements`` gives how many elements a value has that is a tensor, where tensors are not torch's own.
 
     Raises:
         FormatError: No entry holds tensors, or several do and nothing shows which is meant.
@@ -70,24 +67,20 @@ def unwrapped(
         if not found:
             return found
         raise FormatError(
-            f"the file holds no state dict; its entries are {_listed([str(name) for name in found])}",
+            f"the file holds no state dict; its entries are {some(map(repr, map(str, found)), _SHOWN)}",
             path=file,
             hint="Save the model's state dict, and pass that file.",
         )
     # A step count may be a tensor too.
     weights = [str(name) for name, count in own.items() if count > 1]
     if len(inner) > 1 or weights or not wrappers:
+        several = some(map(repr, [*inner, *weights]), _SHOWN)
         raise FormatError(
-            f"the file holds tensors under {_listed([*inner, *weights])}, and nothing says which of them is the model",
+            f"the file holds tensors under {several}, and nothing says which of them is the model",
             path=file,
             hint="Save the state dict that is meant by itself, and pass that file.",
         )
     return inner[wrappers[0]]
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(map(repr, names[:_SHOWN])) + (f" and {more} more" if more > 0 else "")
 
 
 def distributed_class(file: Path) -> str | None:

@@ -7,10 +7,8 @@ what was used, not of a second reading.
 
 from __future__ import annotations
 
-import io
 import math
 import threading
-from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,13 +18,13 @@ from typing import NamedTuple
 import torch
 
 from shardwise.disk.crc import combine, crc32c
-from shardwise.disk.storage import Storage, locating
-from shardwise.dtypes import dtype_code
+from shardwise.disk.storage import Storage, located, locating
+from shardwise.dtypes import torch_dtype
 from shardwise.errors import FormatError, IntegrityError
 from shardwise.geometry import Box
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.plan.views import refine_range
-from shardwise.sources.packed_items import PackedItems
+from shardwise.sources.packed_items import PackedItems, load_item
 from shardwise.sources.tensor_bytes import as_bytes
 
 #: Bytes of one block.
@@ -51,11 +49,7 @@ class _Piece(NamedTuple):
 
 @dataclass
 class DigestLedger:
-    """The digests that were recorded of files, and those of the bytes that were read.
-
-    Attributes:
-        recorded: File -> its runs of bytes with a digest, in the order of their offsets.
-    """
+    """The digests recorded of files (of each its runs of bytes, by offset), and of the bytes that were read."""
 
     recorded: Mapping[Path, Sequence[RecordedDigest]]
     _pieces: dict[Path, list[_Piece]] = field(default_factory=dict)
@@ -81,11 +75,7 @@ class DigestLedger:
                 self._pieces.setdefault(path, []).append(_Piece(offset, nbytes, crc))
 
     def content(self, path: Path, content: bytes) -> None:
-        """Compare a file that was read as a whole.
-
-        Raises:
-            IntegrityError: It has changed since it was written.
-        """
+        """Compare a file that was read as a whole."""
         self.take(path, 0, len(content), crc32c(content))
 
     def headers(self, paths: Iterable[Path], storage: Storage) -> None:
@@ -96,11 +86,7 @@ class DigestLedger:
                 self.take(path, 0, runs[0].nbytes, _digest(path, 0, runs[0].nbytes, 0, storage))
 
     def settle(self, storage: Storage) -> None:
-        """Compare recorded runs that were read in other pieces; bytes that were not read before are read now.
-
-        Raises:
-            IntegrityError: A file has changed since it was written.
-        """
+        """Compare runs that were read in other pieces; bytes that were not read before are read now."""
         for path, pieces in self._pieces.items():
             pieces.sort()
             done = self._compared.get(path, set())
@@ -164,18 +150,12 @@ def _read(storage: Storage, handle: int, into: memoryview, offset: int, path: Pa
 
 
 class VerifyingReader:
-    """Reads tensors of some files block by block, on any thread; `close` releases the files.
-
-    Args:
-        storage: The storage to read from.
-        files: Paths; pieces name them by index.
-        ledger: Records all that is read.
-    """
+    """Reads tensors block by block, on any thread, and records all that is read; `close` releases the files."""
 
     def __init__(self, storage: Storage, files: Sequence[Path], ledger: DigestLedger) -> None:
         self._storage = storage
-        self._files = files
-        self._ledger = ledger
+        self.files = files
+        self.ledger = ledger
         self._handles: dict[int, int] = {}
         self._opening = threading.Lock()
         self.items = PackedItems()
@@ -184,15 +164,14 @@ class VerifyingReader:
         """Close the files."""
         while self._handles:
             file, handle = self._handles.popitem()
-            with locating(self._files[file]):
+            with locating(self.files[file]):
                 self._storage.close(handle)
 
     def blocks(self, tensor: SourceTensor) -> Iterator[memoryview]:
         """A tensor's bytes in row-major order; its pieces have to cover each element once.
 
-        A block is valid until the next is asked for.
-
-        Memory is two blocks; of a piece that is a serialised tensor and no plain one (in another order, say), all.
+        A block is valid until the next is asked for. Memory is two blocks; of a piece that is a serialised tensor and
+        no plain one (in another order, say), all.
 
         Raises:
             IntegrityError: Bytes differ from what was recorded, or a file ends too early.
@@ -218,117 +197,76 @@ class VerifyingReader:
 
     def _stream(self, chunk: SourceChunk, tensor: SourceTensor) -> _Stream:
         if not chunk.packed:
-            return _Raw(self, chunk, tensor, 0)
-        name = tensor.spec.name
-        place = self.items.find(
-            lambda into, at: self.read(chunk, into, at, name), chunk.packed, chunk.box.sizes, tensor.spec.dtype
-        )
-        return _Packed(self, chunk, tensor) if place is None else _Raw(self, chunk, tensor, place)
+            return _Stream(self, chunk, tensor, 0)
+        name, _, dtype = tensor.spec
 
-    def _fill(self, file: int, into: memoryview, offset: int, tensor: str) -> None:
+        def fill(into: memoryview, at: int) -> None:
+            self.fill(chunk.file, into, chunk.offset + at, name)
+
+        return _Stream(self, chunk, tensor, self.items.find(fill, chunk.packed, chunk.box.sizes, dtype))
+
+    def fill(self, file: int, into: memoryview, offset: int, tensor: str) -> None:
+        """Fill memory with a file's bytes from an offset on."""
         with self._opening:
             if file not in self._handles:
-                self._handles[file] = self._storage.open(self._files[file], writable=False)
-        _read(self._storage, self._handles[file], into, offset, self._files[file], tensor)
-
-    def read(self, chunk: SourceChunk, into: memoryview, start: int, tensor: str) -> None:
-        """Fill memory with a piece's bytes from ``start`` on."""
-        self._fill(chunk.file, into, chunk.offset + start, tensor)
-
-    def took(self, chunk: SourceChunk, start: int, nbytes: int, crc: int) -> None:
-        """Record in the ledger what was read of a piece, from ``start`` on."""
-        self._ledger.take(self._files[chunk.file], chunk.offset + start, nbytes, crc)
-
-    def has_digests(self, chunk: SourceChunk) -> bool:
-        """Whether digests of a piece's file were recorded."""
-        return bool(self._ledger.recorded.get(self._files[chunk.file]))
-
-    def path(self, chunk: SourceChunk) -> Path:
-        """The file that has a piece."""
-        return self._files[chunk.file]
+                self._handles[file] = self._storage.open(self.files[file], writable=False)
+        _read(self._storage, self._handles[file], into, offset, self.files[file], tensor)
 
 
-class _Stream(ABC):
-    """A piece's elements, from the first to the last."""
+class _Stream:
+    """A piece's elements, from the first to the last.
 
-    def __init__(self, reader: VerifyingReader, chunk: SourceChunk, tensor: SourceTensor) -> None:
+    They lie ``start`` bytes behind the begin of the piece, or (``None``) in a tensor serialised by ``torch.save`` that
+    has to be loaded.
+    """
+
+    def __init__(self, reader: VerifyingReader, chunk: SourceChunk, tensor: SourceTensor, start: int | None) -> None:
         self.box = chunk.box
-        self._reader = reader
-        self._chunk = chunk
-        self._spec = tensor.spec
-        self._at = 0
-
-    @abstractmethod
-    def next(self, count: int) -> memoryview:
-        """The bytes of the next ``count`` elements; valid until the next call."""
-
-    def finish(self) -> None:  # noqa: B027 - not every kind has anything left to compare
-        """End the stream, and compare the bytes that were read."""
-
-
-class _Raw(_Stream):
-    """A piece whose elements lie in its file as raw bytes, ``start`` bytes behind its begin."""
-
-    def __init__(self, reader: VerifyingReader, chunk: SourceChunk, tensor: SourceTensor, start: int) -> None:
-        super().__init__(reader, chunk, tensor)
-        self._crc, self._start = 0, start
-        self._counts = reader.has_digests(chunk)
+        self._reader, self._chunk, self._spec, self._start = reader, chunk, tensor.spec, start
+        self._path = reader.files[chunk.file]
+        self._counts = bool(reader.ledger.recorded.get(self._path))
+        self._crc, self._at = 0, 0
         self._buffer = memoryview(b"")
 
     def next(self, count: int) -> memoryview:
-        # One buffer for all blocks: new ones fill a thread's heap before the allocator comes back to the first.
+        """The bytes of the next ``count`` elements; valid until the next call."""
         nbytes = count * self._spec.itemsize
-        if len(self._buffer) < nbytes:
-            self._buffer = as_bytes(torch.empty(nbytes, dtype=torch.uint8))
-        into = self._buffer[:nbytes]
-        self._reader.read(self._chunk, into, self._start + self._at, self._spec.name)
-        if self._counts:
-            self._crc = crc32c(into, self._crc)
-        self._at += len(into)
+        if self._start is None:
+            if not self._at:
+                self._buffer = as_bytes(self._load())
+            found = self._buffer[self._at : self._at + nbytes]
+        else:
+            # One buffer for all blocks: new ones fill a thread's heap before the allocator comes back to the first.
+            if len(self._buffer) < nbytes:
+                self._buffer = as_bytes(torch.empty(nbytes, dtype=torch.uint8))
+            found = self._buffer[:nbytes]
+            self._fill(found, self._start + self._at)
+            if self._counts:
+                self._crc = crc32c(found, self._crc)
+        self._at += nbytes
         if self._at == self.box.numel * self._spec.itemsize:
             self._buffer = memoryview(b"")  # the memory is needed for the next piece
-        return into
+        return found
 
     def finish(self) -> None:
-        self._reader.took(self._chunk, self._start, self._at, self._crc)
+        """End the stream, and compare the bytes that were read."""
+        if self._start is not None:
+            self._took(self._start, self._at, self._crc)
 
+    def _fill(self, into: memoryview, start: int) -> None:
+        self._reader.fill(self._chunk.file, into, self._chunk.offset + start, self._spec.name)
 
-class _Packed(_Stream):
-    """A piece that is a tensor serialised by ``torch.save``, as DCP writes its items."""
-
-    def __init__(self, reader: VerifyingReader, chunk: SourceChunk, tensor: SourceTensor) -> None:
-        super().__init__(reader, chunk, tensor)
-        self._content: memoryview | None = None
-
-    def next(self, count: int) -> memoryview:
-        if self._content is None:
-            self._content = as_bytes(self._load())
-        start, self._at = self._at, self._at + count * self._spec.itemsize
-        found = self._content[start : self._at]
-        if self._at == len(self._content):
-            self._content = memoryview(b"")  # the memory is needed for the next piece
-        return found
+    def _took(self, start: int, nbytes: int, crc: int) -> None:
+        self._reader.ledger.take(self._path, self._chunk.offset + start, nbytes, crc)
 
     def _load(self) -> torch.Tensor:
         raw = bytearray(self._chunk.packed)
-        self._reader.read(self._chunk, memoryview(raw), 0, self._spec.name)
-        self._reader.took(self._chunk, 0, len(raw), crc32c(raw))
+        self._fill(memoryview(raw), 0)
+        self._took(0, len(raw), crc32c(raw))
         try:
-            loaded: object = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise self._wrong(f"this item is not a serialised tensor: {error}") from error
-        if not isinstance(loaded, torch.Tensor):
-            raise self._wrong(f"this item is a {type(loaded).__name__} and no tensor")
-        code = dtype_code(loaded.dtype, self._spec.name)
-        if tuple(loaded.shape) != self.box.sizes or code != self._spec.dtype:
-            raise self._wrong(
-                f"this item is a tensor of {list(loaded.shape)} {code}, where the metadata says "
-                f"{list(self.box.sizes)} {self._spec.dtype}"
-            )
-        return loaded.detach().contiguous()
-
-    def _wrong(self, message: str) -> FormatError:
-        return FormatError(message, path=self._reader.path(self._chunk), tensor=self._spec.name, hint=_HINT)
+            return load_item(raw, self.box.sizes, torch_dtype(self._spec.dtype)).contiguous()
+        except FormatError as error:
+            raise located(error, self._path, self._spec.name) from None
 
 
 def _scatter(piece: _Stream, boxes: Sequence[Box], block: torch.Tensor) -> None:

@@ -30,9 +30,8 @@ from shardwise.geometry import Box
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceTensor
 from shardwise.sources.dcp_model import MODEL_KEYS, DcpModel, find_model, model_below, places_of
-from shardwise.sources.reader import Reader
+from shardwise.sources.reader import Reader, tensor_blocks
 from shardwise.sources.sources import Source
-from shardwise.sources.stream import tensor_blocks
 from shardwise.stateful_wrappers.names import promised_ties
 from shardwise.stateful_wrappers.wrapping import is_pretrained, plain_name, unwrap
 from shardwise.upstream.transformers import may_be_unexpected

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from shardwise.disk.names import exists
 from shardwise.errors import AmbiguousFilesError, MisuseError
-from shardwise.sources.others.layout import OtherModel
+from shardwise.sources.others.layout import Layout, OtherModel
 from shardwise.sources.others.rank_files import RankFiles
 
 _TOOL = "accelerate (FSDP)"
@@ -24,40 +24,8 @@ _FULL = re.compile(r"pytorch_model_fsdp(_\d+)?\.bin")
 _OF_RANK = re.compile(r"pytorch_model_fsdp(_\d+)?_rank(\d{1,6})\.bin")
 
 
-@dataclass(frozen=True, slots=True)
-class FsdpDirectory:
-    """A directory with a DCP directory of a model in it.
-
-    Attributes:
-        directory: The directory, in which the configuration is too, if there is any.
-        dcp: The DCP directory.
-    """
-
-    directory: Path
-    dcp: Path
-    tool: str = _TOOL
-    has_masters: bool = False
-
-    @property
-    def side(self) -> Path:
-        """See `Layout.side`."""
-        return self.directory
-
-    def open(self) -> OtherModel:
-        """See `Layout.open`; a DCP directory is opened as such.
-
-        Raises:
-            MisuseError: Always.
-        """
-        raise MisuseError("this is a DCP directory", path=self.dcp, hint="Open it as one.")
-
-
-def accelerates(directory: Path, names: Sequence[str]) -> FsdpDirectory | RankFiles | None:
-    """What accelerate's FSDP saved in a directory.
-
-    Raises:
-        AmbiguousFilesError: Several models, or one in several forms.
-    """
+def accelerates(directory: Path, names: Sequence[str]) -> Layout | None:
+    """What accelerate's FSDP saved in a directory; `AmbiguousFilesError` where it is not one model in one form."""
     sharded = [name for name in names if _DIRECTORY.fullmatch(name) and exists(directory / name / ".metadata")]
     full = [name for name in names if _FULL.fullmatch(name)]
     by_model: dict[str, list[str]] = {}
@@ -73,9 +41,15 @@ def accelerates(directory: Path, names: Sequence[str]) -> FsdpDirectory | RankFi
             hint="Name one of the directories among them, or leave the files of one model in a directory.",
         )
     if sharded:
-        return FsdpDirectory(directory, directory / sharded[0])
+        dcp = directory / sharded[0]
+        return Layout(_TOOL, directory, directory, partial(_refuse_dcp, dcp), dcp)
     files = full or [name for group in by_model.values() for name in group]
-    return RankFiles(directory, dict(enumerate(files)), None, _TOOL) if files else None
+    ranks = RankFiles(directory, dict(enumerate(files)), None)
+    return Layout(_TOOL, directory, directory, ranks.open) if files else None
+
+
+def _refuse_dcp(directory: Path) -> OtherModel:
+    raise MisuseError("this is a DCP directory", path=directory, hint="Open it as one.")
 
 
 def optimizer_beside(model: Path) -> Path | None:

@@ -9,21 +9,22 @@ parts, and a rank has its parts one behind the other; what is frozen is cut like
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from shardwise.disk.guarded import read_small_file, why_not_relative
 from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.errors import CheckpointNotFoundError, FormatError, IncompleteTensorError, MisuseError
 from shardwise.format.pickle_tree import PickledCall, PickledGlobal
 from shardwise.format.torch_archive import TorchArchive, read_torch_archive
-from shardwise.geometry import Box, TensorSpec, covers_once
+from shardwise.geometry import DTYPE_BYTES, Box, TensorSpec, covers_once
 from shardwise.plan.reads import SourceChunk, SourceTensor
+from shardwise.plan.views import refine_range
 from shardwise.sources.dcp_model import unwrapped_names
-from shardwise.sources.others.flat import Segment, pieces
-from shardwise.sources.others.layout import OtherModel
+from shardwise.sources.others.layout import Layout, OtherModel
 from shardwise.sources.others.stored import (
     PLAIN_NAMES,
     StoredTensor,
@@ -64,28 +65,13 @@ _RESTORE = "Restore the file from a copy."
 
 @dataclass(frozen=True)
 class DeepSpeedDirectory:
-    """The files of one checkpoint of DeepSpeed.
-
-    Attributes:
-        directory: ``global_stepN``, or whatever its tag is.
-        requested: The directory in which the configuration may be, if it is not in ``directory``.
-        masters: Take the fp32 master weights where 16-bit weights are saved too.
-    """
+    """The files of one checkpoint (``global_stepN``), and whether master weights are preferred."""
 
     directory: Path
-    requested: Path
-    masters: bool = False
-    tool: str = "DeepSpeed"
-    dcp: Path | None = None
-    has_masters: bool = True
-
-    @property
-    def side(self) -> Path:
-        """See `Layout.side`."""
-        return self.directory if is_file(self.directory / _CONFIG) else self.requested
+    masters: bool
 
     def open(self) -> OtherModel:
-        """See `Layout.open`."""
+        """Read what the files of all ranks have; see `Layout`."""
         names = names_in(self.directory)
         _refuse_parallel(self.directory, names)
         models = {int(m["dp"] or 0): m[0] for name in names if (m := _MODEL.fullmatch(name)) is not None}
@@ -121,14 +107,14 @@ class DeepSpeedDirectory:
             raise first.wrong(f"has {len(groups)} parameter groups, and a rank's optimizer another number")
         for number, shapes in enumerate(groups):
             equal = held[0][number].numel
-            vector = [Segment(rank * equal, each[number], 1 + rank) for rank, each in enumerate(held)]
+            vector = [_Segment(rank * equal, each[number], 1 + rank) for rank, each in enumerate(held)]
             padding = ranks[0].alignment(number, len(shapes))
             position = 0
             for (name, shape), behind in zip(shapes.items(), padding, strict=True):
                 numel = Box.whole(shape).numel
                 for rank, part in enumerate(ranks):
                     part.compare(number, name, position - rank * equal, numel, equal)
-                result.add(name, shape, "F32", pieces(vector, position, numel, shape))
+                result.add(name, shape, "F32", _pieces(vector, position, numel, shape))
                 position += numel + behind
             _refuse_rest(first, number, position, vector[-1].end, 2 * first.world)
         for segment_dtype in {each.dtype for rank in held for each in rank} - {"F32"}:
@@ -182,14 +168,42 @@ class DeepSpeedDirectory:
         return _opened(self.directory, result, {}, first, (note,))
 
 
-def _vector(stored: Sequence[StoredTensor], file: int) -> list[Segment]:
-    found: list[Segment] = []
+class _Segment(NamedTuple):
+    """A part of a vector: where it begins there, in elements, what it is, and the position of its file."""
+
+    start: int
+    stored: StoredTensor
+    file: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.stored.numel
+
+
+def _pieces(
+    segments: Sequence[_Segment], position: int, count: int, shape: tuple[int, ...], first: int = 0
+) -> Iterator[SourceChunk]:
+    """The boxes of a tensor that lie in a run of a vector; ``first`` is the tensor's element at ``position``."""
+    for segment in segments:
+        low, high = max(position, segment.start), min(position + count, segment.end)
+        if low >= high:
+            continue
+        item = DTYPE_BYTES[segment.stored.dtype]
+        offset = segment.stored.offset + (low - segment.start) * item
+        boxes = refine_range(first + low - position, high - low, shape) if shape else (Box((), ()),)
+        for box in boxes:
+            yield SourceChunk(box, segment.file, offset)
+            offset += box.numel * item
+
+
+def _vector(stored: Sequence[StoredTensor], file: int) -> list[_Segment]:
+    found: list[_Segment] = []
     for each in stored:
-        found.append(Segment(found[-1].end if found else 0, each, file))
+        found.append(_Segment(found[-1].end if found else 0, each, file))
     return found
 
 
-def _cut(vectors: Sequence[Sequence[Segment]], position: int, shape: tuple[int, ...]) -> list[SourceChunk]:
+def _cut(vectors: Sequence[Sequence[_Segment]], position: int, shape: tuple[int, ...]) -> list[SourceChunk]:
     """The pieces of a tensor of which each rank has an equal part, at the same position of its vector."""
     numel = Box.whole(shape).numel
     part = -(-numel // len(vectors))
@@ -197,7 +211,7 @@ def _cut(vectors: Sequence[Sequence[Segment]], position: int, shape: tuple[int, 
     for rank, vector in enumerate(vectors):
         count = min(part, numel - rank * part)
         if count > 0:
-            found += pieces(vector, position, count, shape, rank * part)
+            found += _pieces(vector, position, count, shape, rank * part)
     return found
 
 
@@ -242,9 +256,9 @@ class _File:
         """The error for a file that is not of the form that DeepSpeed writes."""
         return FormatError(f"the file {what}", path=self.archive.path, hint=_RESTORE)
 
-    def mapping(self, key: str, within: Mapping[object, object] | None = None) -> dict[str, object]:
+    def mapping(self, key: str) -> dict[str, object]:
         """A dictionary with names for keys; empty where there is none."""
-        value = (self.tree if within is None else within).get(key)
+        value = self.tree.get(key)
         if value is None:
             return {}
         if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
@@ -375,12 +389,7 @@ class _Partitions(_File):
     def compare(self, group: int, name: str, start: int, numel: int, equal: int) -> None:
         """Compare where a parameter lies with what the file says of it, if it does (DeepSpeed from 0.7 on).
 
-        Args:
-            group: The number of its group.
-            name: The parameter.
-            start: Where it begins, as counted from this rank's partition.
-            numel: Its elements.
-            equal: The elements of a partition.
+        ``start`` counts from this rank's partition of ``equal`` elements.
         """
         mappings = self._state.get("param_slice_mappings")
         if not isinstance(mappings, list) or group >= len(mappings) or not isinstance(mappings[group], dict):
@@ -448,23 +457,23 @@ def _opened(
     return OtherModel(Source(directory, result.files, tensors), first.world, checked, (*notes, *left))
 
 
-def deepspeeds(directory: Path, names: Sequence[str], masters: bool) -> DeepSpeedDirectory | None:
-    """The checkpoint of DeepSpeed that a directory is, or that its ``latest`` names; arguments as of `recognise`.
-
-    Raises:
-        CheckpointNotFoundError: ``latest`` names a directory that is not there.
-    """
-    if any(_MODEL.fullmatch(name) for name in names):
-        above = directory.parent
-        return DeepSpeedDirectory(directory, above if is_file(above / _LATEST) else directory, masters)
-    tag = read_small_file(directory / _LATEST, 4096, follows=True) if _LATEST in names else None
-    below = "" if tag is None else tag.decode("utf-8", "replace").strip()
-    if not below or why_not_relative(below) is not None:
-        return None
-    place = directory / below
-    if not is_directory(place):
-        raise CheckpointNotFoundError(
-            f"latest names {below}, which is not there", path=place, hint="Name the directory of a checkpoint."
-        )
-    there = any(_MODEL.fullmatch(name) for name in names_in(place))
-    return DeepSpeedDirectory(place, directory, masters) if there else None
+def deepspeeds(directory: Path, names: Sequence[str], masters: bool) -> Layout | None:
+    """The checkpoint that a directory is, or that its ``latest`` names; arguments as of `recognise`."""
+    place, requested = directory, directory
+    if any(map(_MODEL.fullmatch, names)):
+        if is_file(directory.parent / _LATEST):
+            requested = directory.parent
+    else:
+        tag = read_small_file(directory / _LATEST, 4096, follows=True) if _LATEST in names else None
+        below = "" if tag is None else tag.decode("utf-8", "replace").strip()
+        if not below or why_not_relative(below) is not None:
+            return None
+        place = directory / below
+        if not is_directory(place):
+            raise CheckpointNotFoundError(
+                f"latest names {below}, which is not there", path=place, hint="Name the directory of a checkpoint."
+            )
+        if not any(map(_MODEL.fullmatch, names_in(place))):
+            return None
+    side = place if is_file(place / _CONFIG) else requested
+    return Layout("DeepSpeed", place, side, DeepSpeedDirectory(place, masters).open, has_masters=True)

@@ -99,12 +99,11 @@ class RankTensor:
 
     Attributes:
         shape: Of the whole tensor.
-        dtype: Its dtype code.
         kind: Its class: ``Tensor``, ``DTensor`` or ``ShardedTensor``.
         spread: How it is spread over the ranks; equal in every rank's file.
         parts: The regions that are in this file.
         rank: The rank that the file says to be of, where it says so.
-        world: The number of ranks, where the file says so.
+        world: The number of ranks, likewise.
     """
 
     shape: tuple[int, ...]

@@ -6,7 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardwise.errors import FormatError, IncompleteTensorError, ReplicasDifferError, ShapeMismatchError, TensorError
+from shardwise.errors import (
+    FormatError,
+    IncompleteTensorError,
+    ReplicasDifferError,
+    ShapeMismatchError,
+    TensorError,
+    some,
+)
 from shardwise.geometry import DTYPE_BYTES, Box, TensorSpec, covers_once, runs, stride_of
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.sources.dcp_model import unwrapped_names
@@ -15,20 +22,12 @@ from shardwise.sources.others.stored import StoredTensor
 
 #: Most runs of bytes in which what one rank holds of one tensor may lie.
 _MOST_RUNS = 65536
-_SHOWN = 3
 _MIXED = "The directory mixes files of different checkpoints; separate them."
 
 
 @dataclass(frozen=True, slots=True)
 class RankFile:
-    """What one rank wrote.
-
-    Attributes:
-        path: The file.
-        rank: The rank.
-        tensors: By the names in the file.
-        left: Names of what is no tensor.
-    """
+    """What one rank wrote: its tensors by the names in the file, and the names of what is no tensor."""
 
     path: Path
     rank: int
@@ -38,13 +37,7 @@ class RankFile:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """A model's tensors.
-
-    Attributes:
-        tensors: By the model's own names: without what wrappers add.
-        notes: What was left out, one sentence each.
-        unchecked: What differs or could not be compared where ranks hold the same, one sentence each.
-    """
+    """A model's tensors without what wrappers add to names; notes for a report, see `OtherModel`."""
 
     tensors: Mapping[str, SourceTensor]
     notes: tuple[str, ...] = ()
@@ -52,17 +45,12 @@ class Joined:
 
 
 def join(directory: Path, files: Sequence[RankFile]) -> Joined:
-    """Join the tensors of all ranks, each region once.
-
-    Args:
-        directory: Where the files are, for errors.
-        files: One of each rank, in their order; the pieces name them by position.
+    """Join the tensors of all ranks, each region once. The pieces name ``files``, one of each rank, by position.
 
     Raises:
         IncompleteTensorError: A rank's file lacks a tensor, or the pieces do not make it up.
         TensorError: The ranks disagree about a tensor, or what a rank holds lies in too many pieces.
         ReplicasDifferError: Each rank has plain tensors alone, and other values than another rank.
-        NameCollisionError: Two tensors would get one name.
     """
     _refuse_other_names(files)
     replicas = _Replicas()
@@ -72,7 +60,7 @@ def join(directory: Path, files: Sequence[RankFile]) -> Joined:
     names = unwrapped_names({name: name for name in found}, directory)
     tensors = {plain: found[name]._replace(spec=found[name].spec._replace(name=plain)) for plain, name in names.items()}
     left = list(dict.fromkeys(name for file in files for name in file.left))
-    notes = [f"not exported, since it is no tensor: {_listed(left)}"] if left else []
+    notes = [f"not exported, since it is no tensor: {some(left)}"] if left else []
     return Joined(tensors, tuple(notes), tuple(replicas.notes()))
 
 
@@ -188,17 +176,12 @@ class _Replicas:
             name, (one, other) = next(iter(self._differing.items()))
             found.append(
                 f"{len(self._differing)} tensors differ between ranks that hold them as replicas, and the lowest "
-                f"rank's were taken: {_listed(list(self._differing))} ({name} on rank {one} and rank {other})"
+                f"rank's were taken: {some(list(self._differing))} ({name} on rank {one} and rank {other})"
             )
         unknown = [name for name in self._unknown if name not in self._differing]
         if unknown:
             found.append(
                 f"whether {len(unknown)} tensors are equal on ranks that hold them as replicas could not be compared, "
-                f"since the files have no checksum of just these: {_listed(unknown)}"
+                f"since the files have no checksum of just these: {some(unknown)}"
             )
         return found
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

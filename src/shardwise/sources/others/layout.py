@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from shardwise.sources.sources import Source
 
@@ -28,41 +28,23 @@ class OtherModel:
     unchecked: tuple[str, ...] = ()
 
 
-class Layout(Protocol):
-    """A kind of checkpoint, recognised by names of files or by their content. 1. `open`, by one process."""
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A kind of checkpoint, recognised by names of files or by their content.
 
-    @property
-    def tool(self) -> str:
-        """Who wrote it, for reports."""
-        ...
+    Attributes:
+        tool: Who wrote it, for reports.
+        directory: The directory with the tensors' files.
+        side: That with the model's configuration and tokenizer, if there are any.
+        open: Reads what all its files say of the tensors, and checks that they are whole, in one process; raises
+            `CheckpointNotFoundError`, `UnsafePickleError`, `FormatError`, `TensorError`, or `MisuseError`.
+        dcp: The DCP directory that it is made of, which is opened as such and not by ``open``.
+        has_masters: Whether there may be master weights beside those of the model.
+    """
 
-    @property
-    def directory(self) -> Path:
-        """The directory that has the tensors' files."""
-        ...
-
-    @property
-    def side(self) -> Path:
-        """The directory that has the model's configuration and tokenizer, if there are any."""
-        ...
-
-    @property
-    def dcp(self) -> Path | None:
-        """The DCP directory that it is made of, which is opened as such; ``None`` for any other."""
-        ...
-
-    @property
-    def has_masters(self) -> bool:
-        """Whether there may be master weights beside those of the model."""
-        ...
-
-    def open(self) -> OtherModel:
-        """Read what all its files say of the tensors, and check that they are whole.
-
-        Raises:
-            CheckpointNotFoundError: A file is absent.
-            UnsafePickleError, FormatError: A file is damaged, or names what is not read.
-            TensorError: The files do not make up a tensor.
-            MisuseError: Which of several models is meant is not clear.
-        """
-        ...
+    tool: str
+    directory: Path
+    side: Path
+    open: Callable[[], OtherModel]
+    dcp: Path | None = None
+    has_masters: bool = False

@@ -20,7 +20,7 @@ from shardwise.format.sniff import Kind, what_is_file
 from shardwise.format.torch_archive import TorchArchive, read_torch_archive
 from shardwise.sources.others.distributed import RANK_ENUMS, RANK_NAMES, RankTensor, rank_tensor
 from shardwise.sources.others.join import RankFile, join
-from shardwise.sources.others.layout import OtherModel
+from shardwise.sources.others.layout import Layout, OtherModel
 from shardwise.sources.others.stored import refuse_tensors_inside
 from shardwise.sources.sources import Source
 from shardwise.sources.torch_state import distributed_class, unwrapped
@@ -37,30 +37,14 @@ _FLAT = ("_flat_param", "flat_param")
 
 @dataclass(frozen=True, slots=True)
 class RankFiles:
-    """Files of all ranks in one directory.
-
-    Attributes:
-        directory: Where they are.
-        names: Rank -> name, where names say so; else the number is just the position.
-        world_size: The number of ranks, where names say so.
-        tool: Who wrote them.
-    """
+    """Files of all ranks in a directory: by rank where names say it, and so ``world_size``, else by position."""
 
     directory: Path
     names: Mapping[int, str]
     world_size: int | None
-    tool: str
-    dcp: Path | None = None
-    has_masters: bool = False
-
-    @property
-    def side(self) -> Path:
-        """The directory of the configuration: verl's own, or that of the files."""
-        own = self.directory / _VERL_SIDE
-        return own if self.world_size is not None and is_file(own / _CONFIG) else self.directory
 
     def open(self) -> OtherModel:
-        """See `Layout.open`."""
+        """Join what the files have; see `Layout`."""
         if self.world_size is not None:
             _require_ranks(self.directory, self.world_size, self.names)
         found = [file for number, name in sorted(self.names.items()) if (file := self._read(number, name)) is not None]
@@ -165,12 +149,8 @@ def _by_rank(directory: Path, found: Sequence[RankFile]) -> tuple[list[RankFile]
     return [by_rank[rank] for rank in sorted(by_rank)], world
 
 
-def verl_files(directory: Path, names: Sequence[str]) -> RankFiles | None:
-    """The files of verl in a directory, or in the one directory below it that has some.
-
-    Raises:
-        AmbiguousFilesError: There are files of several numbers of ranks, or several directories with such files.
-    """
+def verl_files(directory: Path, names: Sequence[str]) -> Layout | None:
+    """The files of verl in a directory, or in the one directory below it that has some."""
     own = _verl(directory, names)
     if own is not None:
         return own
@@ -185,7 +165,7 @@ def verl_files(directory: Path, names: Sequence[str]) -> RankFiles | None:
     return found[0] if found else None
 
 
-def _verl(directory: Path, names: Sequence[str]) -> RankFiles | None:
+def _verl(directory: Path, names: Sequence[str]) -> Layout | None:
     matches = [match for name in names if (match := VERL_NAME.fullmatch(name)) is not None]
     worlds = sorted({int(match[1]) for match in matches})
     if not matches:
@@ -196,10 +176,12 @@ def _verl(directory: Path, names: Sequence[str]) -> RankFiles | None:
             path=directory,
             hint="Leave those of one run in it: their names say how many ranks it had.",
         )
-    return RankFiles(directory, {int(match[2]): match[0] for match in matches}, worlds[0], "verl")
+    files = RankFiles(directory, {int(match[2]): match[0] for match in matches}, worlds[0])
+    own = directory / _VERL_SIDE
+    return Layout("verl", directory, own if is_file(own / _CONFIG) else directory, files.open)
 
 
-def saved_shards(directory: Path, names: Sequence[str]) -> RankFiles | None:
+def saved_shards(directory: Path, names: Sequence[str]) -> Layout | None:
     """Files in a directory that hold distributed tensors, whatever they are called."""
     found = []
     for name in names:
@@ -207,4 +189,5 @@ def saved_shards(directory: Path, names: Sequence[str]) -> RankFiles | None:
             what = what_is_file(directory / name)
             if what is not None and what.kind is Kind.TORCH and distributed_class(directory / name) is not None:
                 found.append(name)
-    return RankFiles(directory, dict(enumerate(found)), None, "torch.save, one file per rank") if found else None
+    files = RankFiles(directory, dict(enumerate(found)), None)
+    return Layout("torch.save, one file per rank", directory, directory, files.open) if found else None

@@ -12,14 +12,9 @@ from shardwise.sources.others.rank_files import saved_shards, verl_files
 
 
 def recognise(directory: Path, master_weights: bool = False) -> Layout | None:
-    """Which other tool's checkpoint stands in a directory.
+    """Which other tool's checkpoint stands in a directory; ``None`` where it is Hugging Face's, DCP's, or none.
 
-    Args:
-        directory: The directory.
-        master_weights: Whether fp32 master weights are preferred to 16-bit ones where both are there.
-
-    Returns:
-        ``None`` where it is none of them; a directory with Hugging Face files or DCP metadata is what these are.
+    With ``master_weights`` fp32 master weights are preferred to 16-bit ones where both are there.
 
     Raises:
         AmbiguousFilesError: There are several.

@@ -64,12 +64,9 @@ _DAMAGED = "The file is damaged or forged: restore it from a copy."
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor that lies in a file in row-major order.
+    """A tensor that lies in a file in row-major order, from byte ``offset`` on.
 
     Attributes:
-        shape: Its shape.
-        dtype: Its dtype code.
-        offset: Where its first byte is in the file.
         crc32: The archive's checksum of its storage; 0 where it was written without.
         start: Where it begins in its storage, in bytes.
         storage_bytes: The length of its storage.
@@ -182,12 +179,7 @@ def dtype_of(archive: TorchArchive, value: object, name: str) -> str:
 
 
 def stored_tensor(archive: TorchArchive, value: object, name: str) -> StoredTensor:
-    """Where a plain tensor lies.
-
-    Args:
-        archive: The file.
-        value: The tensor in the file's tree; a parameter too.
-        name: What it is called, for errors.
+    """Where a plain tensor, or a parameter, lies.
 
     Raises:
         FormatError: It is of another form, lies outside of its storage, or is not in row-major order.

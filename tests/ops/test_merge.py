@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from shardwise.errors import (
     AdapterError,
     CheckpointExistsError,
     CheckpointNotFoundError,
+    ConfigError,
     FormatError,
     IntegrityError,
     MisuseError,
@@ -320,6 +322,14 @@ def test_what_does_not_fit_or_is_damaged_is_refused(
     with pytest.raises(kind, match=text):
         merge_adapter(base, adapter, tmp_path / "merged")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+def test_without_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = made(tmp_path, "lora")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ConfigError, match=r"peft, which is not installed.*shardwise\[peft\]"):
+        merge_adapter(base, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_nothing_there_and_something_there(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 #: Should anything else keep a tensor, nobody waits for it longer than this.
 _RELEASE_SECONDS = 1.0
-_PAUSE_SECONDS = 0.0001
+_PAUSE_SECONDS = 0.00001
 
 
 def all_gather(group: dist.ProcessGroup, gathered: Sequence[torch.Tensor], own: torch.Tensor) -> None:

@@ -21,7 +21,6 @@ from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 from shardwise.errors import CheckpointExistsError, CheckpointNotFoundError, ConfigError, MisuseError
 from shardwise.integrations.accelerate_data import Rest, Tracked, tracked
 from shardwise.integrations.host_paths import HostPaths, Parts, is_complete, local_path, state_of
-from shardwise.integrations.model_files import SCRATCH, put_in_place
 from shardwise.stateful_wrappers.wrapping import unwrap
 from shardwise.upstream.accelerate import lists_of
 
@@ -182,12 +181,7 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
             self._refuse_arguments(
                 "save_model", ["safe_serialization=False" if not safe_serialization else "max_shard_size"]
             )
-        target = local_path(save_directory)
-        self._paths.write_model(model, target / SCRATCH)
-        group = Group.current()
-        with group.together(f"putting the model into {target}"):
-            if group.is_main:
-                put_in_place(target / SCRATCH / "model", target)
+        self._paths.write_model(model, local_path(save_directory))
 
     # --- data -------------------------------------------------------------------------------------------------------
 

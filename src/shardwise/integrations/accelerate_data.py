@@ -15,6 +15,7 @@ from torch.utils.data import RandomSampler
 from shardwise.checkpointing.run_state.data_order import DataOrder
 from shardwise.checkpointing.run_state.generators import RandomState
 from shardwise.errors import MisuseError
+from shardwise.integrations.loaders import Pass, length
 
 if TYPE_CHECKING:
     from torchdata.stateful_dataloader import StatefulDataLoader
@@ -110,7 +111,7 @@ class Tracked:
         self._start = cast("dict[str, object]", own["start"])
         RandomState().load_state_dict(self._start)  # of which a sampler without a generator draws the order
         self._begun = {"epoch": resumed.epoch, "generator": start, "count": count, "was_made": was_made}
-        for number, batch in enumerate(_Epoch(self)):
+        for number, batch in enumerate(self._epoch()):
             if number == 0:
                 RandomState().load_state_dict(resumed.generators)  # making the iterator has drawn
             self._begun["count"] = count + number + 1
@@ -125,10 +126,15 @@ class Tracked:
         self._begun = {"epoch": epoch, "generator": start, "count": count, "was_made": self._is_made}
         self._is_made = False
         self._start = RandomState().state_dict() if self.use_stateful_dataloader else None
-        for batch in self._order.batches(_Epoch(self), epoch, _NAME):
+        for batch in self._order.batches(self._epoch(), epoch, _NAME):
             count += 1
             self._begun["count"] = count
             yield batch
+
+    def _epoch(self) -> Pass:
+        """One pass over accelerate's own loader."""
+        order = {"generator": self.synchronized_generator, "batch_sampler": getattr(self, "batch_sampler", None)}
+        return Pass(self, super().__iter__, **order)  # type: ignore[misc]
 
     def _generator_state(self) -> torch.Tensor | None:
         generator = self.synchronized_generator
@@ -144,7 +150,7 @@ class Tracked:
             return dict(self._resumed.position)
         begun = self._begun or {"epoch": self.iteration, "generator": None, "count": 0, "was_made": False}
         seed = getattr(self.get_sampler(), "initial_seed", None)  # type: ignore[attr-defined]
-        now = {"now": self._generator_state(), "iteration": self.iteration, "length": _length(self), "seed": seed}
+        now = {"now": self._generator_state(), "iteration": self.iteration, "length": length(self), "seed": seed}
         return begun | now
 
     def own_state(self, rank: int) -> object:
@@ -232,22 +238,6 @@ def tracked(loader: object) -> Tracked | None:
     return made
 
 
-class _Epoch:
-    """One pass over accelerate's own loader. Its generator is the one of the order."""
-
-    def __init__(self, loader: Tracked) -> None:
-        self._loader = loader
-        self.generator = loader.synchronized_generator
-        self.batch_sampler: object = getattr(loader, "batch_sampler", None)
-
-    def __iter__(self) -> Iterator[object]:
-        own = DataLoaderShard if isinstance(self._loader, TrackedShard) else DataLoaderDispatcher
-        return cast("Iterator[object]", own.__iter__(self._loader))
-
-    def __len__(self) -> int:
-        return len(cast("DataLoaderShard", self._loader))
-
-
 def _behind(number: int, batches: Iterator[object]) -> Iterator[object]:
     for had in range(number):
         if next(batches, _END) is _END:
@@ -256,10 +246,3 @@ def _behind(number: int, batches: Iterator[object]) -> Iterator[object]:
                 hint="Count the batches of the epoch, not those of the run.",
             )
     return batches
-
-
-def _length(loader: object) -> int | None:
-    try:
-        return len(cast("DataLoaderShard", loader))
-    except TypeError:
-        return None

@@ -19,6 +19,7 @@ from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 from shardwise.disk.storage import LOCAL, storage_errors
 from shardwise.errors import CheckpointNotFoundError, ConfigError, IncompleteCheckpointError
 from shardwise.integrations.decided_settings import first_set
+from shardwise.integrations.model_files import write_pretrained
 from shardwise.lifecycle import checkpoint_name, list_checkpoints, resolve
 from shardwise.peft.models import is_peft_adapted
 
@@ -201,19 +202,11 @@ class HostPaths:
             settings = replace(settings, save_consolidated=SaveConsolidatedMode.FALSE)
         return settings.build()
 
-    def write_model(self, model: nn.Module, directory: Path, tokenizer: SavesPretrained | None = None) -> None:
-        """Write ``directory/model``, with an export."""
+    def write_model(self, model: nn.Module, directory: Path) -> None:
+        """Write a model's files into a directory, for ``from_pretrained``."""
         self.finish()
-        settings = replace(
-            self.settings,
-            is_async=False,
-            model_save_format="safetensors",
-            save_consolidated="every",
-            is_peft=is_peft_adapted([model]),
-            export_merged=False,
-        )
-        with settings.build() as checkpointer:
-            checkpointer.save_model(model, directory, tokenizer=tokenizer, is_final_checkpoint=True)
+        settings = replace(self.settings, is_peft=is_peft_adapted([model]))
+        write_pretrained(model, directory, settings, CheckpointingConfig.build)
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from shardwise.checkpointing.run_state.data_order import DataOrder
 from shardwise.checkpointing.run_state.generators import RandomState
 from shardwise.comm import Group
+from shardwise.integrations.loaders import Pass, length
 
 _LOG = logging.getLogger(__name__)
 _NAME = "loader"
@@ -45,21 +46,26 @@ class Resumable:
         if saved is not None and generators is None:
             generators = RandomState().state_dict()
         if saved is None or generators is None:
-            yield from self._order.batches(_Pass(self), self._epoch, _NAME)
+            yield from self._order.batches(self._pass(), self._epoch, _NAME)
         elif self.keeps_position:
-            for number, batch in enumerate(_Pass(self)):
+            for number, batch in enumerate(self._pass()):
                 if number == 0:
                     RandomState().load_state_dict(generators)  # making the iterator has drawn
                 yield batch
         elif saved["own"] is not None:
             self._order.resume(generators, DataOrder.parsed(saved["own"]), ())
-            yield from self._order.batches(_Pass(self), self._epoch, _NAME)
+            yield from self._order.batches(self._pass(), self._epoch, _NAME)
         else:
-            rest = self._order.batches(_Pass(self), self._epoch, _NAME)
+            rest = self._order.batches(self._pass(), self._epoch, _NAME)
             for _ in range(cast(int, saved["count"])):
                 next(rest, _END)
             RandomState().load_state_dict(generators)
             yield from rest
+
+    def _pass(self) -> Pass:
+        """One pass over the loader itself."""
+        order = {name: getattr(self, name, None) for name in ("generator", "sampler", "batch_sampler")}
+        return Pass(self, super().__iter__, **order)  # type: ignore[misc]
 
     @property
     def keeps_position(self) -> bool:
@@ -75,7 +81,7 @@ class Resumable:
         order = self._order.state(group.rank)
         found = cast("dict[str, dict[str, object]]", order["loaders"])[_NAME] if order is not None else {}
         count = found.get("count", 0)
-        is_over = not count or bool(found.get("is_over")) or count == _length(self)
+        is_over = not count or bool(found.get("is_over")) or count == length(self)
         own = super().state_dict() if self.keeps_position else order  # type: ignore[misc]
         return {"epoch": self._epoch, "count": count, "is_over": is_over, "world": group.world_size, "own": own}
 
@@ -145,25 +151,3 @@ def _mapped(state: object, change: Callable[[Mapping[str, object]], Mapping[str,
     if isinstance(state, Mapping):
         return {key: change(value) if key == _MARK else _mapped(value, change) for key, value in state.items()}
     return [_mapped(each, change) for each in state] if isinstance(state, list) else state
-
-
-class _Pass:
-    """One pass over the loader itself. Its generators are those of the order."""
-
-    def __init__(self, loader: Resumable) -> None:
-        self._loader = loader
-        for name in ("generator", "sampler", "batch_sampler"):
-            setattr(self, name, getattr(loader, name, None))
-
-    def __iter__(self) -> Iterator[object]:
-        return cast("Iterator[object]", super(Resumable, self._loader).__iter__())  # type: ignore[misc]
-
-    def __len__(self) -> int:
-        return len(cast("DataLoader[object]", self._loader))
-
-
-def _length(loader: object) -> int | None:
-    try:
-        return len(cast("DataLoader[object]", loader))
-    except TypeError:
-        return None

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, Protocol, Unpack, cast
+from typing import TYPE_CHECKING, NoReturn, Unpack, cast
 
 from transformers.trainer_callback import ExportableState
 
@@ -24,7 +24,8 @@ from shardwise.addons.base import SavesPretrained
 from shardwise.comm import Group
 from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 from shardwise.errors import MisuseError
-from shardwise.integrations.model_files import SCRATCH, put_in_place
+from shardwise.integrations.loaders import Pass
+from shardwise.integrations.model_files import write_pretrained
 from shardwise.integrations.trainer_checks import (
     STATE_NAME,
     check_arguments,
@@ -158,7 +159,9 @@ class ShardwiseTrainer(TrainerCheckpoints):
             if self.is_replayable and self._checkpointer is not None:
                 loader = self.callback_handler.train_dataloader
                 _set_epoch(loader, self.current_epoch)
-                self._batches = self._checkpointer.batches(_Loader(loader), self.current_epoch)
+                # Without accelerate's state_dict, which is empty unless torchdata's loader is in it.
+                epoch = Pass(loader, loader.__iter__, generator=getattr(loader, "synchronized_generator", None))
+                self._batches = self._checkpointer.batches(epoch, self.current_epoch)
         return cast(
             "tuple[list[object], torch.Tensor | int | None]",
             super().get_batch_samples(self._batches, num_batches, device),
@@ -223,20 +226,7 @@ class ShardwiseTrainer(TrainerCheckpoints):
             _internal_call: As in ``Trainer``, without effect.
         """
         target = Path(output_dir or self.args.output_dir).absolute()
-        settings = replace(
-            self.checkpointing,
-            is_async=False,
-            model_save_format="safetensors",
-            save_consolidated=SaveConsolidatedMode.EVERY,
-            export_merged=False,
-        )
-        scratch = target / SCRATCH
-        with self._built(settings) as checkpointer:
-            checkpointer.save_model(self.model, scratch, tokenizer=_tokenizer(self), is_final_checkpoint=True)
-        group = Group.current()
-        with group.together(f"putting the model into {target}"):
-            if group.is_main:
-                put_in_place(scratch / "model", target)
+        write_pretrained(self.model, target, self.checkpointing, self._built, _tokenizer(self))
 
     # --- what is refused --------------------------------------------------------------------------------------------
 
@@ -345,28 +335,6 @@ class _Position:
     def has_batches_of(self, other: _Position) -> bool:
         """Whether a step has the same samples, on the same ranks."""
         return (self.batch_size, self.world_size) == (other.batch_size, other.world_size)
-
-
-class _SizedLoader(Protocol):
-    """What the Trainer iterates over in each epoch."""
-
-    def __iter__(self) -> Iterator[object]: ...
-
-    def __len__(self) -> int: ...
-
-
-class _Loader:
-    """The Trainer's loader without accelerate's ``state_dict``, which is empty unless torchdata's loader is in it."""
-
-    def __init__(self, loader: _SizedLoader) -> None:
-        self._loader = loader
-        self.generator: object = getattr(loader, "synchronized_generator", None)
-
-    def __iter__(self) -> Iterator[object]:
-        return iter(self._loader)
-
-    def __len__(self) -> int:
-        return len(self._loader)
 
 
 class _TrainerState:

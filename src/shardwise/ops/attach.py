@@ -17,7 +17,7 @@ from shardwise.base.initialise import Slot, slots_of
 from shardwise.comm import Group
 from shardwise.disk.storage import current, local_path
 from shardwise.engine.load import LoadOptions, open_described
-from shardwise.errors import AdapterError, FormatError, ShardwiseError, StorageError, UnsafePickleError
+from shardwise.errors import AdapterError, ConfigError, FormatError, ShardwiseError, StorageError, UnsafePickleError
 from shardwise.peft.capture import capture_adapter, hold_adapter
 from shardwise.peft.config import read_adapter_config
 from shardwise.peft.load import changed_base, is_legacy_layout
@@ -144,6 +144,8 @@ def _refused(error: Exception, directory: Path) -> Exception:
 
     from safetensors import SafetensorError
 
+    if isinstance(error, ModuleNotFoundError) and error.name == "peft":
+        return ConfigError("merging an adapter needs peft, which is not installed", hint="Install shardwise[peft].")
     if isinstance(error, UnpicklingError):
         return UnsafePickleError(
             f"the adapter's file does more than hold tensors: {error}",

@@ -335,6 +335,29 @@ def test_a_value_in_nested_state_that_differs_between_ranks_is_an_error() -> Non
     assert OptimizerRecord.merge(agreed(records, lambda _: True)) == records[0].record
 
 
+def test_losses_of_ranks_that_lbfgs_never_reads_again_may_differ() -> None:
+    records = []
+    for rank in range(2):
+        model = net()
+        optimizer = torch.optim.LBFGS(model.parameters())
+        data = torch.ones(2, 4)
+
+        def loss(data: torch.Tensor = data, model: nn.Module = model) -> torch.Tensor:
+            out: torch.Tensor = model["second"](model["first"](data)).square().mean()  # type: ignore[index]
+            out.backward()
+            return out
+
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
+        state = next(iter(optimizer.state.values()))
+        state["prev_loss"] += rank
+        records.append(RankRecord(OptimizerState(optimizer, model).record(), (rank,)))
+    assert OptimizerRecord.merge(agreed(records, lambda _: False)) == records[0].record
+    state["func_evals"] += 1
+    records[1] = RankRecord(OptimizerState(optimizer, model).record(), (1,))
+    with pytest.raises(ReplicasDifferError, match="func_evals"):
+        agreed(records, lambda _: False)
+
+
 def test_an_outer_optimizers_state_that_this_rank_did_not_save_is_dropped() -> None:
     model = net()
     outer = layouts.lookahead(list(model.parameters()))

@@ -21,6 +21,7 @@ from shardwise.stateful_wrappers.optimizer import OptimizerRecord, SavedGroup, l
 from shardwise.stateful_wrappers.state_dict_overrides import EXTRA
 from shardwise.stateful_wrappers.state_trees import equal, values_in
 from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
+from shardwise.upstream.torch_optim import UNREAD_STATE
 
 
 class _Everything:
@@ -157,7 +158,8 @@ def _differences(
     found += [_Difference(name, *row, ranks) for row in _unequal(group.options, their_group.options)]
     values, theirs = _beside_tensors(first.record, name), _beside_tensors(second.record, name)
     if values is not None and theirs is not None:
-        found += [_Difference(name, *row, ranks) for row in _unequal(values, theirs)]
+        unread = UNREAD_STATE.get(group.kind, ())
+        found += [_Difference(name, *row, ranks) for row in _unequal(values, theirs) if row[0] not in unread]
     return found
 
 

@@ -193,6 +193,7 @@ BY_MODULE: Mapping[str, tuple[Name, ...]] = {
             "dict",
         ),
         *_several("torch.optim.lr_scheduler:", _SCHEDULES, "_last_lr _step_count _milestones _schedulers"),
+        Name("torch.optim.lbfgs:prev_loss", "ranks may differ in it: it is set before it is read"),
     ),
     "python": (
         Name(

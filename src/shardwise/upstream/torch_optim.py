@@ -17,6 +17,10 @@ STEP_COUNT = "_step_count"
 INNER_SCHEDULERS = "_schedulers"
 MILESTONES = "_milestones"
 
+#: Class of an optimizer -> entries of a parameter's state that its step sets before it reads them: replicas may differ
+#: in them, as ranks' losses do. Source: ``torch.optim.LBFGS.step``.
+UNREAD_STATE = {"LBFGS": ("prev_loss",)}
+
 
 def inner_schedulers(scheduler: object) -> object:
     """The schedulers that a scheduler is made of; ``None`` where it is made of none."""

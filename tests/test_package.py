@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -115,3 +117,19 @@ def test_the_benchmarks_are_of_this_state_of_the_code(monkeypatch: pytest.Monkey
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     cases = importlib.import_module("run").CASES
     assert {"consolidated", "load", "plan"} <= cases.keys()
+
+
+def test_no_module_defines_a_name_twice() -> None:
+    """The second would quietly be meant by all that was written for the first, as when two files become one."""
+    twice = []
+    for path in sorted(Path(shardwise.__file__).parent.rglob("*.py")):
+        names: Counter[str] = Counter()
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names[node.name] += 1
+            elif isinstance(node, ast.Assign):
+                names.update(target.id for target in node.targets if isinstance(target, ast.Name))
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                names[node.target.id] += 1
+        twice += [f"{path.name}: {name}" for name, count in names.items() if count > 1]
+    assert not twice

@@ -18,7 +18,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from shardwise.errors import MissingTensorError, UnexpectedTensorError
+from shardwise.checkpointing.loading.foreign_optimizers import ForeignSchedules, foreign_schedules
+from shardwise.errors import MissingTensorError, MisuseError, ShardwiseError, StateFormatError, UnexpectedTensorError
 
 Tensors = dict[str, torch.Tensor]
 
@@ -221,3 +222,14 @@ def test_tied_tensors_that_differ_are_an_error_under_any_name(tmp_path: Path) ->
     error = failure(2, load, gpt2, str(tmp_path / "old"), str(tmp_path / "old"), True)
     assert type(error) is TensorError
     assert error.tensor == "lm_head.weight"
+
+
+@pytest.mark.parametrize(("saved", "error"), [("text", StateFormatError), ({"T_max": 4}, MisuseError)])
+def test_a_scheduler_that_does_not_fit_can_be_left_out_without_the_optimizer(
+    tmp_path: Path, saved: object, error: type[ShardwiseError]
+) -> None:
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with pytest.raises(error) as raised:
+        foreign_schedules([scheduler], ForeignSchedules(tmp_path, {"scheduler": saved}, False))
+    assert str(raised.value.hint).endswith("Or restore without it, and it starts afresh.")

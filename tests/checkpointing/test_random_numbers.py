@@ -6,6 +6,7 @@ import multiprocessing
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from shardwise import Checkpointer, CheckpointingConfig
+from shardwise.checkpointing.run_state.data_order import DataOrder
 from shardwise.checkpointing.run_state.generators import RandomState
-from shardwise.errors import MisuseError
+from shardwise.errors import MisuseError, StateFormatError
 
 EPOCHS, BATCHES = 3, 4
 
@@ -344,3 +346,20 @@ def test_torchdatas_loader_goes_on_where_it_was_on_every_rank(tmp_path: Path) ->
     went_on = run(2, with_torchdata, tmp_path, False)
     assert run(2, with_torchdata, tmp_path, True) == went_on
     assert all(len(rest) == BATCHES - 1 for rest in went_on)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("lost", ["epoch", "start", "loader", "count", "is_over", "now"])
+def test_a_position_that_lacks_something_is_refused_and_not_completed(lost: str) -> None:
+    order = DataOrder()
+    iterator = order.batches([1, 2, 3], 0, "train")
+    assert [next(iterator), next(iterator)] == [1, 2]
+    state = order.state(rank=0)
+    assert state is not None
+    assert DataOrder.parsed(state)["train"].count == 2
+    loaders = cast(dict[str, dict[str, object]], state["loaders"])
+    del loaders["train"]["before"]  # as earlier releases wrote it
+    loaders["train"]["of a later release"] = 1
+    assert DataOrder.parsed(state)["train"].count == 2
+    del loaders["train"][lost]
+    with pytest.raises(StateFormatError, match=f"not a position in data .*{lost}"):
+        DataOrder.parsed(state)

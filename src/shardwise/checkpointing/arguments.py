@@ -36,6 +36,13 @@ from shardwise.stateful_wrappers.state_dict_overrides import refuse_fsdp1
 
 _LOG = logging.getLogger(__name__)
 
+#: The environment variable that is used where the setting ``trace`` is not given.
+TRACE_VARIABLE = "SHARDWISE_TRACE"
+_SHARE_THE_ROOT = (
+    "Give every rank the same checkpoint_dir on a file system that all of them share: no time stamp or rank in its "
+    "name, no disk of one node's own."
+)
+
 #: Settings that may differ between ranks: paths, what a machine can do, and what only one pipeline stage has. Any other
 #: setting may decide which collectives a save or load makes, or which bytes belong where.
 _OWN = frozenset(
@@ -174,11 +181,6 @@ def _not(label: str, value: object, wanted: str) -> MisuseError:
     return MisuseError(f"what was passed as {label} is a {type(value).__name__}", hint=f"Pass {wanted}.")
 
 
-_LOG = logging.getLogger(__name__)
-#: The environment variable that is used where the setting ``trace`` is not given.
-TRACE_VARIABLE = "SHARDWISE_TRACE"
-
-
 def check_building(config: Settings, storage: Storage | None) -> Path | None:
     """Check when a checkpointer is built that it may write: not after an hour of training; returns where traces go.
 
@@ -228,12 +230,6 @@ def _refusal(setting: str, directory: Path, hint: str) -> StorageError | None:
     return error
 
 
-_HINT = (
-    "Give every rank the same checkpoint_dir on a file system that all of them share: no time stamp or rank in its "
-    "name, no disk of one node's own."
-)
-
-
 class RootLocation(NamedTuple):
     """Where a rank's root directory is: resolved, with device and number as that machine counts them."""
 
@@ -266,7 +262,7 @@ def check_same_root(locations: Sequence[RootLocation]) -> None:
         if locations[first].is_another(location):
             raise ConfigError(
                 f"checkpoint_dir is {locations[first].path} on rank {first} and {location.path} on rank {rank}",
-                hint=_HINT,
+                hint=_SHARE_THE_ROOT,
             )
 
 
@@ -279,7 +275,7 @@ def check_claim(directory: Path, name: str, token: str, group: Group, locations:
             f"rank {group.global_rank} writes {name} into {directory}, below {locations[group.rank]}, and {seen}; "
             f"rank 0 writes below {locations[0]}",
             path=directory,
-            hint=_HINT,
+            hint=_SHARE_THE_ROOT,
         )
 
 
@@ -298,5 +294,5 @@ def check_files_visible(directory: Path, records: Sequence[ComponentRecord], loc
                 f"{locations[0]}, {sees}",
                 path=path,
                 rank=rank,
-                hint=_HINT,
+                hint=_SHARE_THE_ROOT,
             )

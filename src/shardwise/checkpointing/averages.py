@@ -62,7 +62,8 @@ class Average:
     def capture(self, directory: Path, storage: Storage) -> list[Step]:
         """Capture the wrappers' tensors now and return the steps that write them below ``directory``. Local."""
         for name, values in self.beside.items():
-            if not all(torch.equal(values[0], other) for other in values):
+            first, *others = (value.cpu() for value in values)  # parts may be on devices of their own
+            if not all(torch.equal(first, other) for other in others):
                 raise MisuseError(
                     f"the wrappers of the averaged model's parts have different values of {name}",
                     hint="Update the averages of all parts together.",

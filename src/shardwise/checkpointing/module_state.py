@@ -40,6 +40,7 @@ from shardwise.stateful_wrappers.units import Aside, Step, Taker, label
 from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
 from shardwise.upstream.torch_modules import own_children
 
+_LOG = logging.getLogger(__name__)
 _VERSION = 1
 
 
@@ -152,9 +153,6 @@ def read_module_state(stems: Sequence[str]) -> SavedModuleState | None:
         values |= own
         metadata |= {str(name): dict(found) for name, found in noted.items() if isinstance(found, dict)}
     return SavedModuleState(values, metadata)
-
-
-_LOG = logging.getLogger(__name__)
 
 
 def as_modules_load(

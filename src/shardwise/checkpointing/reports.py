@@ -81,8 +81,21 @@ class Call:
         end, measured = time.perf_counter() - self._clock, self.recording
 
         def record(stall: float) -> CallRecord:
-            known = self._name, group.global_rank, path, epoch, step, self._begin, end, min(stall, end)
-            return CallRecord(*known, measured.nbytes, total_bytes, measured.phases(), pruned, measured.spans)
+            return CallRecord(
+                call=self._name,
+                rank=group.global_rank,
+                path=path,
+                epoch=epoch,
+                step=step,
+                begin=self._begin,
+                seconds=end,
+                stall=min(stall, end),
+                nbytes=measured.nbytes,
+                total_bytes=total_bytes,
+                phases=measured.phases(),
+                pruned=pruned,
+                spans=measured.spans,
+            )
 
         self._done(over=(record, group))
 

@@ -72,6 +72,8 @@ class Session:
         self.may_differ = MayDiffer(self.config.replicas == "first", tuple(self.config.per_rank_state or ()))
         self.names = HubNames(self.may_differ)
         self.extra_agreements: dict[str, Agreement] = {}
+        self._found_path: Memo[str | None] = Memo()
+        self._opened_base: Memo[BaseModel | None] = Memo()
         self.recast: Memo[Recast] = Memo()
         self.is_quantized: Memo[bool] = Memo()
         self.class_check = ClassCheck(self.log_once)
@@ -119,28 +121,30 @@ class Session:
 
     def base_path(self) -> str | None:
         """The base model's local path, searched for once; an error if one is named and not there. All ranks call."""
-        return self._base_path
+        return self._found_path.get((), None, self._find_base_path)
 
     def base_name(self) -> str | None:
         """The base model as an adapter's configuration names it: local path, or the settings' name. All ranks call."""
-        return self._base_path or self.config.model_repo_id
+        return self.base_path() or self.config.model_repo_id
 
     def base(self) -> BaseModel | None:
         """The base model's headers, read once. All ranks call."""
-        return self._base
+        return self._opened_base.get((), None, self._open_base)
 
-    @cached_property
-    def _base_path(self) -> str | None:
+    # Not cached properties: the lock of these (Python 3.11) is one for all sessions, and ranks would meet inside of it.
+
+    def _find_base_path(self) -> str | None:
         if not self.first_exchange.names_base:
             return None
         return self.group.attempt(lambda: find_base_path(self.config), "looking for the base model")
 
-    @cached_property
-    def _base(self) -> BaseModel | None:
+    def _open_base(self) -> BaseModel | None:
         if not self.first_exchange.names_base:
             return None
-        path = None if self._base_path is None else os.path.abspath(self._base_path)
-        return open_base(path, self.group, self.config.allow_legacy_pickle_restore)
+        path = self.base_path()
+        return open_base(
+            None if path is None else os.path.abspath(path), self.group, self.config.allow_legacy_pickle_restore
+        )
 
     def log_once(self, level: int, text: str, key: str = "") -> None:
         """Log a message once per run, or one of those with a key. Local."""

@@ -36,6 +36,8 @@ from shardwise.stateful_wrappers.names import NamedTensor, declared_ties, is_lm_
 from shardwise.stateful_wrappers.wrapping import Inner, inner_model, is_pretrained, plain_name, unwrap
 from shardwise.upstream.torch_modules import unsaved_buffers
 
+_LOG = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SharedNames:
@@ -86,9 +88,6 @@ def shared_names(part: nn.Module, tied: Sequence[tuple[str, HeldTensor]], expect
 def _views(tensors: Sequence[HubTensor]) -> list[object]:
     """Each tensor's view of its one native tensor; a unique object where it is made of several."""
     return [tensor.parts[0].view if len(tensor.parts) == 1 else object() for tensor in tensors]
-
-
-_LOG = logging.getLogger(__name__)
 
 
 def ties_by_config(module: nn.Module) -> dict[str, str]:

@@ -54,11 +54,15 @@ class Waiting:
     @contextlib.contextmanager
     def during(self, what: str) -> Iterator[None]:
         """Watch over the exchange that begins the call ``what``: ``save(epoch_0_step_1)``."""
-        over, before = threading.Event(), self._watching
-        self._watching = threading.Thread(
-            target=self._watch, args=(what, over, before), name="shardwise-waiting", daemon=True
+        over = threading.Event()
+        watching = threading.Thread(
+            target=self._watch, args=(what, over, self._watching), name="shardwise-waiting", daemon=True
         )
-        self._watching.start()
+        # Python starts no thread while it ends, nor does a system that has none left. The peers wait for this rank all
+        # the same, which then gives no warning.
+        with contextlib.suppress(RuntimeError):
+            watching.start()
+            self._watching = watching
         try:
             yield
         finally:
@@ -93,9 +97,15 @@ class Waiting:
         for number, call in sorted(here.items()):
             doing.setdefault(call, []).append(number)
         waits = "; ".join(f"{self._named(numbers)} in {call}" for call, numbers in doing.items())
-        what = f"{self._named(absent)} {'has' if len(absent) == 1 else 'have'}"
-        text = "%s not come for %.0f s. Waiting: %s. Every rank has to make the call, not only some; an error follows "
-        _LOG.warning(text + "after %.0f s.", what, self._seconds, waits, self._limit)
+        _LOG.warning(
+            "%s %s not come for %.0f s. Waiting: %s. Every rank has to make the call, not only some; an error follows "
+            "after %.0f s.",
+            self._named(absent),
+            "has" if len(absent) == 1 else "have",
+            self._seconds,
+            waits,
+            self._limit,
+        )
 
     def _named(self, numbers: Sequence[int]) -> str:
         ranks = [str(self._ranks[number]) for number in numbers]

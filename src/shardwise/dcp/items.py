@@ -80,8 +80,10 @@ class Totals(Digests):
 
     def tensors(self, specs: Sequence[TensorSpec]) -> tuple[TensorRecord, ...]:
         """The tensors and the pieces of them that stand in shard files."""
-        found = [(spec, self.crcs.get(spec.name, 0), tuple(self.chunks.get(spec.name, ()))) for spec in specs]
-        return tuple(TensorRecord("model", *each) for each in found)
+        return tuple(
+            TensorRecord("model", spec, self.crcs.get(spec.name, 0), tuple(self.chunks.get(spec.name, ())))
+            for spec in specs
+        )
 
 
 def tensors_and_values(items: Iterable[WriteItem]) -> tuple[list[WriteItem], list[WriteItem]]:

@@ -316,7 +316,7 @@ def _pass_on(
     idle: bool,
 ) -> Exception | None:
     """Send and receive the messages of a round; blank ones if this rank has failed or finds no memory for them."""
-    own, theirs = (this.shares_of(group.rank, own=own) for own in (True, False))
+    own, theirs = this.shares_of(group.rank, own=True), this.shares_of(group.rank, own=False)
     arriving: dict[int, _Parcel] = {}
     kept = FirstFailure()
     with kept:

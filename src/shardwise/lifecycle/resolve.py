@@ -17,7 +17,7 @@ import math
 import operator
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import SupportsIndex
 
@@ -149,9 +149,18 @@ def list_checkpoints(root: Path) -> tuple[CheckpointInfo, ...]:
             if numbers is None or not (entry.kind == "directory" or linked):
                 continue
             metrics, lineage = _metrics(directory), read_lineage(directory)
-            info = CheckpointInfo(entry.name, *numbers, is_complete(directory), directory, is_verifiable(directory))
-            small = {} if metrics is None else metrics
-            found.append(replace(info, metrics=small, measurable=metrics is not None, lineage=lineage, linked=linked))
+            info = CheckpointInfo(
+                entry.name,
+                *numbers,
+                complete=is_complete(directory),
+                path=directory,
+                verifiable=is_verifiable(directory),
+                metrics=metrics or {},
+                measurable=metrics is not None,
+                lineage=lineage,
+                linked=linked,
+            )
+            found.append(info)
     return tuple(sorted(found, key=lambda info: info.order))
 
 

@@ -125,8 +125,10 @@ def copy_whole(whole: torch.Tensor, held: HeldTensor) -> None:
 
 
 def part_in_box(whole: torch.Tensor, box: Box) -> torch.Tensor:
-    """The part of a tensor in a box; the same memory."""
-    return whole[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))]
+    """The part of a tensor in a box; the same memory. ``RuntimeError`` for a box that reaches beyond the tensor."""
+    for dim, (start, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+        whole = whole.narrow(dim, start, size)  # a slice would quietly be a smaller part
+    return whole
 
 
 def in_shape(

@@ -151,8 +151,8 @@ class Roster:
             if found in checked:
                 continue
             checked.add(found)
-            sizes = () if part.part.mesh is None else part.part.mesh.shape
-            wanted = math.prod(shard_coordinate(part.part.placements, sizes))
+            mesh_shape = () if part.part.mesh is None else part.part.mesh.shape
+            wanted = math.prod(shard_coordinate(part.part.placements, mesh_shape))  # along the dimensions that split
             present = len(found.replicas)
             if present != wanted:
                 what = f"{present} of {wanted} pieces are held by the ranks that save together"

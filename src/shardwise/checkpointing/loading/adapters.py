@@ -37,6 +37,8 @@ from shardwise.sources.torch_files import open_bin
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 
+_LOG = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class OpenedAdapter:
@@ -168,8 +170,6 @@ def _refuse_other_meaning(name: str, differing: dict[str, tuple[object, object]]
             hint="Build the model with the adapter configuration that stands in the checkpoint.",
         )
 
-
-_LOG = logging.getLogger(__name__)
 
 #: Source: ``peft.utils.constants.WEIGHTS_NAME``: what peft wrote before 0.5, and still does without safetensors.
 _BIN_NAME = "adapter_model.bin"

@@ -42,7 +42,8 @@ from shardwise.stateful_wrappers.wrapping import plain_name
 
 #: An attribute of torch's schedulers that some releases lack.
 _MAY_DIFFER = {"verbose"}
-_FRESH = "Or restore without it, and it starts afresh."
+_NO_SCHEDULER = "Or restore without it, and it starts afresh."
+_NO_OPTIMIZER = "Or restore without an optimizer (and its scheduler), which then starts afresh."
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ def _fitting(scheduler: Stateful, place: str, saved: object, path: Path) -> dict
     own = scheduler.state_dict()
     state = filled(own, saved)
     if not isinstance(state, dict):
-        raise StateFormatError(f"what is saved as {place!r} is no scheduler's state", path=path, hint=_FRESH)
+        raise StateFormatError(f"what is saved as {place!r} is no scheduler's state", path=path, hint=_NO_SCHEDULER)
     lacking = sorted({str(key) for key in own} - {str(key) for key in state} - _MAY_DIFFER)
     if isinstance(getattr(scheduler, "scheduler", scheduler), LRScheduler):
         # Attributes with a leading underscore differ between releases of torch.
@@ -101,7 +102,7 @@ def _fitting(scheduler: Stateful, place: str, saved: object, path: Path) -> dict
             f"the checkpoint's scheduler {place!r} is no {type(scheduler).__name__}: it has {beyond} and "
             f"lacks {lacking}",
             path=path,
-            hint=f"Build the scheduler that the checkpoint was saved with. {_FRESH}",
+            hint=f"Build the scheduler that the checkpoint was saved with. {_NO_SCHEDULER}",
         )
     check_rates(f" {place!r}", own, state, path)
     return state
@@ -175,9 +176,6 @@ def broadcast_state(read: Callable[[], object], group: Group, what: str) -> obje
     return unpack_state(split(group.broadcast_bytes(packed, 0, what)))
 
 
-_FRESH = "Or restore without an optimizer (and its scheduler), which then starts afresh."
-
-
 @dataclass(frozen=True, slots=True)
 class ForeignOptimizers:
     """Optimizers in a DCP directory, with all its tensors under DCP's names, on every rank alike.
@@ -217,7 +215,7 @@ class ForeignOptimizers:
                 f"of the checkpoint's optimizers {_places(numbered)} knows its parameters by number and "
                 f"{_places(named)} by name",
                 path=self.directory,
-                hint=f"Save them in one way. {_FRESH}",
+                hint=f"Save them in one way. {_NO_OPTIMIZER}",
             )
         if numbered:
             named = [
@@ -256,7 +254,7 @@ class ForeignOptimizers:
                             f"two of the checkpoint's optimizers, {_places([owner[param], each])}, have this parameter",
                             path=self.directory,
                             tensor=param,
-                            hint=f"Save each model with its optimizer in a directory of its own. {_FRESH}",
+                            hint=f"Save each model with its optimizer in a directory of its own. {_NO_OPTIMIZER}",
                         )
 
     def _paired(
@@ -268,7 +266,8 @@ class ForeignOptimizers:
                 f"number alone, and {len(optimizers)} are to be restored: which is which is not known",
                 path=self.directory,
                 hint="Save a list of optimizers' states and pass as many, in the same order; or save them by "
-                f"torch.distributed.checkpoint.state_dict.get_optimizer_state_dict, which names parameters. {_FRESH}",
+                "torch.distributed.checkpoint.state_dict.get_optimizer_state_dict, which names parameters. "
+                f"{_NO_OPTIMIZER}",
             )
         return list(zip(numbered, optimizers, strict=True))
 
@@ -304,7 +303,7 @@ class ForeignOptimizers:
             path=self.directory,
             tensor=tensor,
             hint="Build the optimizer over the same parameters in the same order and groups; or save by torch."
-            f"distributed.checkpoint.state_dict.get_optimizer_state_dict, which names parameters. {_FRESH}",
+            f"distributed.checkpoint.state_dict.get_optimizer_state_dict, which names parameters. {_NO_OPTIMIZER}",
         )
 
     def agreed(self, dcp_names: Mapping[str, str], group: Group) -> Source:
@@ -319,7 +318,7 @@ class ForeignOptimizers:
                     "different parameters",
                     path=self.directory,
                     hint="Save it by torch.distributed.checkpoint.state_dict.get_optimizer_state_dict, which names "
-                    f"parameters. {_FRESH}",
+                    f"parameters. {_NO_OPTIMIZER}",
                 )
         tensors = {name: self.source.tensors[known].renamed(name) for name, known in dcp_names.items()}
         return replace(self.source, tensors=tensors)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -40,8 +40,12 @@ from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.model import Model
 from shardwise.timing import Recording, phase
 
-#: An average, and what puts its wrapper's saved tensors in place.
-_OpenedAverage = tuple[OpenedModel | OpenedAdapter, Callable[[Undos], None]]
+
+class _OpenedAverage(NamedTuple):
+    """An average that was matched with a checkpoint; ``take_in`` puts its wrapper's saved tensors in place."""
+
+    model: OpenedModel | OpenedAdapter
+    take_in: Callable[[Undos], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +74,11 @@ class _Opened:
                 self.steering.take_in(undos)
             self.extras.extra.take_in(undos)
             if self.averaged is not None:
-                self.averaged[1](undos)
+                self.averaged.take_in(undos)
         with overwriting("the run's state"):
             self.model.fill()
             if self.averaged is not None:
-                self.averaged[0].fill()
+                self.averaged.model.fill()
             if self.steering is not None:
                 self.steering.fill()
             self.extras.spread.fill(group)
@@ -282,4 +286,4 @@ def _open_ema(session: Session, ema: Model, directory: Path, key_mapping: Mappin
         lambda: (own := Average.of(ema), own.find(directory)), "looking at the averaged model"
     )
     opened = _open_component(session.of_model(MODEL_EMA), average.model, directory, key_mapping)
-    return opened, partial(average.take_in, saved)
+    return _OpenedAverage(opened, partial(average.take_in, saved))

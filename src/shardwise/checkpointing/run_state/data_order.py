@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from operator import length_hint
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -108,12 +108,13 @@ class Position:
         """Parse a position as plain containers; `StateFormatError` if it is something else."""
         try:
             table = {"before": None, **cast(_State, state)}  # earlier releases kept no state before the last batch
-            position = Position(**table)  # type: ignore[arg-type]
+            # By name: a field that is absent is an error, its default would be another position.
+            position = Position(**{each.name: table[each.name] for each in fields(Position)})  # type: ignore[arg-type]
             position.loader, position.now = dict(position.loader), dict(position.now)
             if type(position.epoch) is not int or type(position.count) is not int or position.count < 0:
                 raise ValueError("an epoch and a number of batches are whole numbers")
             return position
-        except (TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise StateFormatError(
                 f"this is not a position in data ({type(error).__name__}: {error})", hint="Restore the file."
             ) from error

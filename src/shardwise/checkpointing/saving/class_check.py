@@ -64,7 +64,7 @@ class ClassCheck:
 
     def __init__(self, log: Callable[[int, str], None]) -> None:
         self._log = log
-        self._sound: tuple[Memo[None], Memo[None]] = Memo(), Memo()
+        self._sound: dict[bool, Memo[None]] = {False: Memo(), True: Memo()}  # by whether config.json ties nothing
 
     def check(
         self,

@@ -115,8 +115,17 @@ def _capture(
 ) -> tuple[list[Step], list[Callable[[Group], None]]]:
     """Capture everything now; returns the steps that write it, and the local work at their end. All ranks call."""
     optimizer, scheduler = what.optimizer, what.scheduler
-    beside = what.tokenizer, what.peft_config, what.is_final_checkpoint
-    request = ModelRequest(life.session, what.model, temp / "model", life.addons, *beside, reserve, optimizer)
+    request = ModelRequest(
+        life.session,
+        what.model,
+        temp / "model",
+        addons=life.addons,
+        tokenizer=what.tokenizer,
+        peft_config=what.peft_config,
+        is_final=what.is_final_checkpoint,
+        reserve=reserve,
+        optimizer=optimizer,
+    )
     save = model_save(request)
     steps = below("model", save.steps())
     closing = [*save.closing]
@@ -243,8 +252,17 @@ def save_model(
         return life.looked(model, saves=True)
 
     def capture(target: Replacement) -> tuple[Sequence[Step], Closing]:
-        parts = life.session, model, target.temp, life.addons, tokenizer, peft_config, is_final, target.reserve
-        save = model_save(ModelRequest(*parts))
+        request = ModelRequest(
+            life.session,
+            model,
+            target.temp,
+            addons=life.addons,
+            tokenizer=tokenizer,
+            peft_config=peft_config,
+            is_final=is_final,
+            reserve=target.reserve,
+        )
+        save = model_save(request)
         return save.steps(), save.closing
 
     given = {"is_final_checkpoint=True": is_final} | passed_addons(life.addons)

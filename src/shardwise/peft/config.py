@@ -354,6 +354,8 @@ def _merged(
             )
         own = [cast(Settings, row["own"]) for row in rows]
         settings = own[0] | _united("default", own) | {"lora_bias": any(each["lora_bias"] for each in own)}
+        for key in ("rank_pattern", "alpha_pattern"):  # in one order, whichever ranks the modules are on
+            settings[key] = dict(sorted(cast("dict[str, object]", settings[key]).items()))
         return {"default": own_config(parts, peft_config, settings, original_model_path)}
     for rank, row in enumerate(rows):
         if row["adapters"] != rows[0]["adapters"]:

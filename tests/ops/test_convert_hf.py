@@ -28,7 +28,7 @@ from shardwise.errors import (
     MisuseError,
     UnsafePickleError,
 )
-from shardwise.ops.convert import convert
+from shardwise.ops.convert import Format, convert
 
 
 def left_of(directory: Path) -> set[str]:
@@ -374,6 +374,15 @@ def test_what_is_there_stays(net: LlamaForCausalLM, tmp_path: Path) -> None:
     for to in ("hf", "dcp", "shards"):
         with pytest.raises(CheckpointExistsError):
             convert(tmp_path / "m.pt", tmp_path / "out", to)  # type: ignore[arg-type]
+    assert left_of(tmp_path / "out") == set()
+
+
+@pytest.mark.parametrize("to", ["hf", "dcp"])
+def test_what_comes_there_meanwhile_stays(net: LlamaForCausalLM, tmp_path: Path, to: Format) -> None:
+    torch.save(net.state_dict(), tmp_path / "m.pt")
+    with pytest.raises(CheckpointExistsError, match="already there"):
+        convert(tmp_path / "m.pt", tmp_path / "out", to, progress=lambda *_: (tmp_path / "out").mkdir(exist_ok=True))
+    assert left_of(tmp_path) == {"m.pt", "out"}
     assert left_of(tmp_path / "out") == set()
 
 

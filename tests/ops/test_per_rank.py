@@ -152,8 +152,9 @@ def test_names_of_the_model_become_those_of_its_files(tmp_path: Path) -> None:
     assert same_logits(report.path, model)
 
 
-def test_a_model_with_an_adapter_in_it(tmp_path: Path) -> None:
-    run(2, save_state, str(tmp_path), {"base_model.model.a.base_layer.weight": torch.ones(4, 2)})
+@pytest.mark.parametrize("name", ["base_model.model.a.base_layer.weight", "a.lora_A.weight"])
+def test_a_model_with_an_adapter_in_it(tmp_path: Path, name: str) -> None:
+    run(2, save_state, str(tmp_path), {"a.weight": torch.ones(4, 2), name: torch.ones(4, 2)})
     with pytest.raises(MisuseError, match="an adapter's modules in it"):
         consolidate(tmp_path, tmp_path / "export")
 

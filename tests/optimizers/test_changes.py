@@ -389,3 +389,23 @@ def test_state_that_is_no_tree_is_named(tree: object) -> None:
         plan_restore(OptimizerState(optimizer, model), OptimizerRecord.from_state(state))
     assert caught.value.hint
     assert caught.value.tensor == "first.weight"
+
+
+class Copying(torch.optim.SGD):
+    """Gives out copies of its states, in which a mask is sparse."""
+
+    def state_dict(self) -> dict[str, object]:  # type: ignore[override]
+        given = super().state_dict()
+        return {**given, "state": {number: dict(state) for number, state in given["state"].items()}}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_a_sparse_state_of_an_optimizer_with_its_own_state_dict() -> None:
+    model = net()
+    optimizer = Copying(model.parameters(), lr=0.1, momentum=0.9)
+    step(model, optimizer)
+    optimizer.state[model["first"].weight]["mask"] = torch.eye(4).to_sparse_csr()
+    state = OptimizerState(optimizer, model)
+    assert not state.loose
+    with pytest.raises(MisuseError, match="sparse"):
+        state.held()

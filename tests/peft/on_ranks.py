@@ -63,6 +63,16 @@ def contradicting() -> None:
     adapter_settings([model], OwnConfig(), Group.current())
 
 
+def ordered() -> list[str]:
+    """The first rank has the layer whose name comes last, each with factors of another rank than the configured."""
+    model = dense(OwnConfig())
+    module = model.model.layers[1 - dist.get_rank()].mlp.down_proj
+    module.lora_A = nn.Linear(module.lora_A.in_features, 2, bias=False)
+    module.lora_B = nn.Linear(2, module.lora_B.out_features, bias=False)
+    settings = adapter_settings([model], OwnConfig(), Group.current())["default"]
+    return list(cast("dict[str, int]", settings["rank_pattern"]))
+
+
 def distribute(model: nn.Module, mesh: DeviceMesh, rule: Callable[[str], Placement]) -> nn.Module:
     """Make every parameter a DTensor."""
     for name, module in list(model.named_modules()):

@@ -132,3 +132,8 @@ def test_ranks_of_one_stage_with_other_factors_contradict_each_other() -> None:
     assert isinstance(error, AdapterError)
     assert "has rank_pattern {'model.layers.0.mlp.down_proj': 2} on rank 0" in str(error)
     assert "down_proj': 3} on rank 1" in str(error)
+
+
+def test_settings_are_in_one_order_whichever_ranks_the_modules_are_on() -> None:
+    names = [f"model.layers.{number}.mlp.down_proj" for number in range(2)]
+    assert run(2, peft_ranks.ordered) == [names, names]

@@ -253,25 +253,30 @@ def test_files_that_disagree_are_an_error_on_every_rank(tmp_path: Path) -> None:
         assert (outcome.error.tensor, Path(str(outcome.error.path)).parent) == ("t", tmp_path)
 
 
-def fail_alone(directory: Path) -> str:
+def fail_alone(directory: Path, is_late: bool) -> str:
     group = Group.current()
     source = open_source(directory, group, spread=True)
 
     def wanted() -> dict[str, list[Box]]:
+        if group.rank == 1 and is_late:
+            return {"t0": [Box((torch.tensor(0), 0), (1, 3))]}  # type: ignore[arg-type] # which no message can hold
         if group.rank == 1:
             raise MisuseError("this rank cannot say what it wants", hint="Nothing.")
         return {"t0": [Box((0, 0), (ROWS, 3))]}
 
     try:
         source.located(wanted, group)
-    except ShardwiseError as error:
-        return f"{type(error).__name__} {error.rank}"
+    except (ShardwiseError, TypeError) as error:
+        return f"{type(error).__name__} {getattr(error, 'rank', '')}"
     return "nothing"
 
 
-def test_what_one_rank_fails_with_all_learn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_late", [False, True])
+def test_what_one_rank_fails_with_all_learn(tmp_path: Path, is_late: bool) -> None:
     write_shards(tmp_path, 3)
-    assert run(3, fail_alone, tmp_path) == ["MisuseError 1"] * 3
+    found = run(3, fail_alone, tmp_path, is_late)
+    assert found == [found[0]] * 3
+    assert str(found[0]).endswith(" 1")
 
 
 def save_dcp(directory: Path) -> None:

@@ -22,11 +22,15 @@ def refuse_existing(target: Path) -> None:
     """Raise `CheckpointExistsError` where something is at the place already, and see `refuse_inside`."""
     refuse_inside(target)
     if is_there(target):
-        raise CheckpointExistsError(
-            "something is already there, and is never overwritten",
-            path=target,
-            hint="Use it, delete it, or choose another place.",
-        )
+        raise _existing(target)
+
+
+def _existing(target: Path) -> CheckpointExistsError:
+    return CheckpointExistsError(
+        "something is already there, and is never overwritten",
+        path=target,
+        hint="Use it, delete it, or choose another place.",
+    )
 
 
 def refuse_inside(target: Path) -> None:
@@ -74,7 +78,10 @@ def written_aside(target: Path, storage: Storage, *, resumes: bool = False) -> I
                 yield aside
                 for directory, _ in walk(aside):
                     storage.sync_directory(directory)
-                storage.rename_new(aside, target)
+                try:
+                    storage.rename_new(aside, target)
+                except FileExistsError as error:  # it was not there when this began
+                    raise _existing(target) from error
                 storage.sync_directory(target.parent)
         except BaseException as error:
             with storage_errors(target):

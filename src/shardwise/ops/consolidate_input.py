@@ -328,15 +328,15 @@ def _tell_missing_config(found: ModelInput) -> None:
         found.notes.append("there is no config.json: the export is weights alone")
 
 
-def _refuse_adapter(names: Collection[str], path: Path) -> None:
-    """Refuse the state of an adapter, and that of a model with peft's modules in it."""
+def _refuse_adapter(names: Collection[str], path: Path, within: Sequence[str] = (".base_layer.",)) -> None:
+    """Refuse the state of an adapter, and that of a model with an adapter's modules, which names ``within`` show."""
     if names and all(".lora_" in name or ".modules_to_save." in name for name in names):
         raise MisuseError(
             "this is an adapter's state, and nothing beside it says what its configuration is",
             path=path,
             hint="Save the adapter with is_peft, which writes adapter_model.safetensors and adapter_config.json.",
         )
-    adapted = next((name for name in names if ".base_layer." in name), None)
+    adapted = next((name for name in names if any(sign in name for sign in within)), None)
     if adapted is not None:
         raise MisuseError(
             "the model has an adapter's modules in it, under whose names no class of transformers loads it",
@@ -401,7 +401,7 @@ def _from_other(found: ModelInput, layout: Layout, hints: SourceHints) -> ModelI
     """The model of a tool that writes per rank, or in flat partitions."""
     _refuse_prefix(hints, layout.directory)
     opened = layout.open()
-    _refuse_adapter(opened.source.tensors, layout.directory)
+    _refuse_adapter(opened.source.tensors, layout.directory, (".base_layer.", ".lora_"))
     found.notes.extend((*opened.notes, *opened.unchecked))
     _tell_missing_config(found)
     return _with_class(replace(found, source=opened.source), class_of(found), hints.rope, whole=True)

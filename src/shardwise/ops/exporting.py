@@ -238,7 +238,10 @@ class _Writing:
         spec, start, end = self._entries[name]
         if nbytes != end - start:
             raise IncompleteTensorError(
-                f"{nbytes} bytes were made of the {end - start} that it has", path=self._paths[file], tensor=name
+                f"{nbytes} bytes were made of the {end - start} that it has",
+                path=self._paths[file],
+                tensor=name,
+                hint="The source may have changed while it was read: run the command again, and report it if it stays.",
             )
         with self._lock:
             self._crcs[name] = crc

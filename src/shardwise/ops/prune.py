@@ -92,7 +92,9 @@ def recorded_policy(root: Path) -> Retention | None:
     """
     last = newest(list_checkpoints(root))
     data = None if last is None else read_note(last.path, CONFIG_NAME, _CONFIG_LIMIT)
-    settings = None if last is None or data is None else settings_in(data, last.path / CONFIG_NAME)
+    if last is None or data is None:
+        return None
+    settings = settings_in(data, last.path / CONFIG_NAME, "Pass a policy (--keep-last N).")
     if settings is None:
         return None
     return Retention(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from shardwise.ops.consolidate_input import ModelInput
 
 CONFIG_NAME = "config.yaml"
+_RESTORE = "Restore the file."
 
 
 def run_settings(found: ModelInput) -> Mapping[str, object]:
@@ -32,19 +33,19 @@ def run_settings(found: ModelInput) -> Mapping[str, object]:
     return {}
 
 
-def settings_in(data: bytes, path: Path) -> Mapping[str, Any] | None:
-    """The settings in the content of such a file; ``None`` where it has none.
+def settings_in(data: bytes, path: Path, hint: str = _RESTORE) -> Mapping[str, Any] | None:
+    """The settings in the content of such a file; ``None`` where it has none. ``hint`` is for one that is damaged.
 
     Raises:
         StateFormatError: It is damaged.
     """
-    content = parse_yaml(data, path)
+    content = parse_yaml(data, path, hint)
     settings = content.get("checkpoint") if isinstance(content, dict) else None
     return settings if isinstance(settings, dict) else None
 
 
-def parse_yaml(data: bytes, path: Path) -> object:
-    """The content of a file of YAML.
+def parse_yaml(data: bytes, path: Path, hint: str = _RESTORE) -> object:
+    """The content of a file of YAML; ``hint`` is for what is none.
 
     Raises:
         StateFormatError: It is none.
@@ -52,5 +53,5 @@ def parse_yaml(data: bytes, path: Path) -> object:
     try:
         content: object = yaml.safe_load(data)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StateFormatError(f"not YAML: {error}", path=path, hint="Restore the file.") from error
+        raise StateFormatError(f"not YAML: {error}", path=path, hint=hint) from error
     return content

@@ -77,31 +77,31 @@ def own_settings(parts: Sequence[nn.Module], peft_config: object | None, v4_comp
     targets: set[str] = set()
     parameters: set[str] = set()
     saved: set[str] = set()
-    patterns: tuple[dict[str, int], dict[str, float]] = ({}, {})
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
     has_bias = False
     for part in parts:
         sites = find_sites(part, dim, v4_compatible)
         targets.update(hub_target_modules(part, {t for s in sites if not is_fused(s) for t in s.targets}))
         parameters.update(f"{s.fqn}.{s.parameter}" for s in sites if is_fused(s))
-        _add_patterns(patterns, part, sites, peft_config)
+        _add_patterns(ranks, alphas, part, sites, peft_config)
         saved.update(find_trained_modules(part, sites))
         has_bias = has_bias or any(isinstance(s, LinearSite) and s.bias is not None for s in sites)
     return {
         "target_modules": sorted(targets),
         "target_parameters": sorted(parameters),
-        "rank_pattern": dict(sorted(patterns[0].items())),
-        "alpha_pattern": dict(sorted(patterns[1].items())),
+        "rank_pattern": dict(sorted(ranks.items())),
+        "alpha_pattern": dict(sorted(alphas.items())),
         "modules_to_save": sorted(saved),
         "lora_bias": has_bias,
     }
 
 
 def _add_patterns(
-    patterns: tuple[dict[str, int], dict[str, float]], part: nn.Module, sites: Sequence[Site], config: object | None
+    ranks: dict[str, int], alphas: dict[str, float], part: nn.Module, sites: Sequence[Site], config: object | None
 ) -> None:
     """Add ranks and alphas of a part that the configuration does not give: rank_pattern and alpha_pattern."""
     dim, alpha = rank_setting(config), alpha_setting(config)
-    ranks, alphas = patterns
     for site in sites:
         keys = _pattern_keys(part, site)
         if dim is not None and site.rank != dim:
@@ -354,6 +354,8 @@ def _merged(
             )
         own = [cast(Settings, row["own"]) for row in rows]
         settings = own[0] | _united("default", own) | {"lora_bias": any(each["lora_bias"] for each in own)}
+        for key in ("rank_pattern", "alpha_pattern"):  # in one order, whichever ranks the modules are on
+            settings[key] = dict(sorted(cast("dict[str, object]", settings[key]).items()))
         return {"default": own_config(parts, peft_config, settings, original_model_path)}
     for rank, row in enumerate(rows):
         if row["adapters"] != rows[0]["adapters"]:

@@ -173,12 +173,14 @@ def look_up_pieces(
         The number of each such tensor -> its pieces, in the order in which they lie in the files.
     """
     questions: list[list[_Question]] = []
+    messages: list[bytes] = []
     with group.together(_ASKING) as request:
         questions = _questions(wanted(), group.world_size)
+        messages = [json.dumps(each).encode() if each else b"" for each in questions]
         request.flag = any(questions)
     if not request.any:
         return {}
-    received = group.exchange([json.dumps(each).encode() if each else b"" for each in questions], _ASKING)
+    received = group.exchange(messages, _ASKING)
     answers = group.attempt(
         lambda: [_answer(question, piece_table, group.world_size) for question in received], _ASKING
     )

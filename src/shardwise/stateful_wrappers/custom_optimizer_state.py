@@ -275,6 +275,10 @@ def _is_same(a: object, b: object) -> bool:
 
 
 def _is_same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a is b:
+        return True
     x, y = local_part(a), local_part(b)
+    if not x.layout == y.layout == torch.strided:  # a sparse one has no strides, and no one address
+        return False
     same_form = (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
-    return a is b or (same_form and x.data_ptr() == y.data_ptr())
+    return same_form and x.data_ptr() == y.data_ptr()

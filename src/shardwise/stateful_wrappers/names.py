@@ -89,10 +89,11 @@ def list_state(
             steps.append(tuple(described.steps))
             entries.append(described.tensors)
         else:
+            own, all_below = plain
             steps.append(())
-            entries.append(plain[0])
+            entries.append(own)
             if modules is not None:
-                modules += plain[1]
+                modules += all_below
     listed = _listed(entries, parts)
     return Listing(listed, None if modules is None else tuple(modules), aside, metadata, tuple(steps))
 

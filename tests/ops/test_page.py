@@ -22,8 +22,7 @@ from shardwise.cli import main
 from shardwise.errors import MisuseError
 from shardwise.ops.inspect import inspect
 from shardwise.ops.modules import layer_of, module_of
-from shardwise.ops.page import write_page
-from shardwise.ops.page_data import ADDED, ANOTHER, CHANGED, DIFFERS, EQUAL, UNKNOWN
+from shardwise.ops.page import ADDED, ANOTHER, CHANGED, DIFFERS, EQUAL, UNKNOWN, write_page
 from shardwise.ops.tensor_listing import writer_of
 
 EXPORT = "model/consolidated/model.safetensors"

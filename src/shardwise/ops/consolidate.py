@@ -17,20 +17,38 @@ import torch
 
 from shardwise.addons.files import as_text
 from shardwise.addons.hf_config import CONFIG, CONFIG_V5, untied, with_dtype
+from shardwise.base.files import find_base
 from shardwise.checkpointing.saving.class_check import check_described
 from shardwise.checkpointing.shared_names import differing_ties
+from shardwise.comm import Group
 from shardwise.disk.storage import Storage, current, using
 from shardwise.dtypes import FLOATS, torch_dtype
 from shardwise.engine.collector import without_collector
 from shardwise.engine.missing_files import saved_aliases
-from shardwise.errors import ConfigError, ConversionError, MisuseError, some
+from shardwise.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    ConversionError,
+    DtypeMismatchError,
+    MissingTensorError,
+    MisuseError,
+    some,
+)
 from shardwise.format.dcp_metadata import parsed_once
 from shardwise.format.manifest import AliasRecord, TensorRecord
-from shardwise.format.notes import APART, EXPORT, FILE_DTYPES, FILE_INDEX, KEPT_OUT, LOOSE_TIES, METADATA_DIR
+from shardwise.format.notes import (
+    APART,
+    EXPORT,
+    FILE_DTYPES,
+    FILE_INDEX,
+    KEPT_OUT,
+    LOOSE_TIES,
+    METADATA_DIR,
+    PASSED_THROUGH,
+)
 from shardwise.format.strict_json import JsonValue
 from shardwise.geometry import TensorSpec
 from shardwise.ops.aside import refuse_existing
-from shardwise.ops.carry_over import carry_over
 from shardwise.ops.consolidate_input import ModelInput, SourceHints, find_input
 from shardwise.ops.exporting import Export, batches_of, publish
 from shardwise.ops.run_config import run_settings
@@ -39,6 +57,8 @@ from shardwise.ops.tensors_to_write import TensorToWrite, tensors_to_write
 from shardwise.ops.torchtitan_names import Rope
 from shardwise.ops.verify import Progress
 from shardwise.plan.layout import Layout, index_name, lay_out
+from shardwise.plan.reads import SourceTensor
+from shardwise.sources.sources import Source, open_source
 from shardwise.sources.tensor_bytes import as_bytes
 from shardwise.sources.verifying_reader import VerifyingReader
 
@@ -162,7 +182,7 @@ def _note(found: ModelInput, name: str) -> Mapping[str, JsonValue]:
 
 def _exported_tensors(found: ModelInput, base: str | os.PathLike[str] | None) -> ModelInput:
     """The input with the base model's tensors that are carried over, without those that are kept out of an export."""
-    source = carry_over(found, base)
+    source = _carry_over(found, base)
     return replace(found, source=source.without([*_note(found, KEPT_OUT), *_note(found, APART)]))
 
 
@@ -314,3 +334,60 @@ class _Planned:
                     hint="Choose bfloat16 or float32.",
                 )
             yield as_bytes(made)
+
+
+# --- tensors of the base model that its class does not load, which an export copies unchanged ------------------------
+
+
+_HINT = "Say where the base model is: --base PATH (base=PATH)."
+_ANOTHER = "It is another model than the one that was trained. " + _HINT
+
+
+def _carry_over(found: ModelInput, base: str | os.PathLike[str] | None) -> Source:
+    """The tensors of the export: the model's, and those that the save recorded as carried over from its base."""
+    carried = _note(found, EXPORT).get("carried")
+    names = [*_note(found, PASSED_THROUGH), *(map(str, carried) if isinstance(carried, list) else ())]
+    absent = [name for name in dict.fromkeys(names) if name not in found.source.tensors]
+    if not absent:
+        return found.source
+    path = _base_path(found, base, absent[0])
+    source = open_source(path, Group(None))
+    dtypes = _note(found, FILE_DTYPES)
+    tensors = dict(found.source.tensors)
+    first = len(found.source.files)
+    for name in absent:
+        known = source.tensors.get(name)
+        if known is None:
+            why = "the export carries this tensor over from the base model, which has none of this name"
+            raise MissingTensorError(why, path=path, tensor=name, hint=_ANOTHER)
+        recorded = dtypes.get(name)
+        if recorded is not None and recorded != known.spec.dtype:
+            why = f"the base model has this tensor in {known.spec.dtype}; when the model was saved it was {recorded}"
+            raise DtypeMismatchError(why, path=path, tensor=name, hint=_ANOTHER)
+        chunks = tuple(chunk._replace(file=chunk.file + first) for chunk in known.chunks)
+        tensors[name] = SourceTensor(known.spec, chunks)
+    return replace(found.source, files=(*found.source.files, *source.files), tensors=tensors)
+
+
+def _base_path(found: ModelInput, base: str | os.PathLike[str] | None, tensor: str) -> Path:
+    if base is not None:
+        return find_base(None, os.fspath(base))
+    noted = _note(found, EXPORT).get("base")
+    tried: list[tuple[str | None, str]] = [(None, noted)] if isinstance(noted, str) else []
+    settings = run_settings(found)
+    name, root, cache = (settings.get(key) for key in ("model_repo_id", "original_model_root_dir", "model_cache_dir"))
+    tried += [(str(place), str(name)) for place in (root, cache) if place and name]
+    tried += [(None, str(place)) for place in (root, name) if place]
+    failures = []
+    for place, model in tried:
+        try:
+            return find_base(place, model)
+        except CheckpointNotFoundError as error:
+            failures.append(error)
+    raise CheckpointNotFoundError(
+        "the export carries this tensor over from the base model, which is not there"
+        + (f" (looked for {', '.join(dict.fromkeys(model for _, model in tried))})" if tried else ""),
+        path=failures[0].path if failures else found.directory,
+        tensor=tensor,
+        hint=_HINT,
+    )

@@ -36,9 +36,8 @@ from shardwise.engine.sharing import PlannedReads
 from shardwise.errors import AdapterError, CheckpointExistsError, ConversionError, ModuleStateError, some
 from shardwise.format.manifest import AliasRecord
 from shardwise.geometry import TensorSpec
-from shardwise.ops.attach import attach
 from shardwise.ops.exporting import Export, Piece, batches_of, publish
-from shardwise.ops.merge_input import MergeInput, find_merge, take_extra
+from shardwise.ops.merge_input import MergeInput, attach, find_merge, take_extra
 from shardwise.ops.verify import Progress
 from shardwise.peft.merge import MergedPart, merged_parts
 from shardwise.plan.deferred import bound

@@ -55,11 +55,9 @@ class ModelInput:
     """A model to export.
 
     Attributes:
-        directory: Where its files are.
-        checkpoint: The checkpoint that contains it, where there is one.
+        checkpoint: The checkpoint that contains ``directory``, where there is one.
         manifest: Whether a manifest has digests of every byte.
         source: Its tensors under the names of the export, each of their pieces once.
-        ledger: Recorded digests of the files.
         notes: Notes for the report, one sentence each.
         kind: The class that the configuration names, where it was looked at.
         native: Whether the names are the model's own, and not yet those of its files.
@@ -102,15 +100,7 @@ class ModelInput:
 
 @dataclass(frozen=True, slots=True)
 class SourceHints:
-    """What a caller says of a source that does not say it itself.
-
-    Attributes:
-        prefix: What the names of the model's tensors begin with in a DCP directory or a file of ``torch.save``.
-        assume_complete: Whether pieces of tensors are believed to be all where nothing says so.
-        config: The directory with the configuration, if it is another one.
-        rope: How the model rotates q and k, where its names do not tell; see `shardwise.ops.torchtitan_names`.
-        master_weights: Whether the fp32 master weights of DeepSpeed are taken where 16-bit weights are there too.
-    """
+    """What a caller of `consolidate` or `convert`, which describe it, says of a source that does not say it itself."""
 
     prefix: str | None = None
     assume_complete: bool = False
@@ -120,20 +110,7 @@ class SourceHints:
 
 
 def find_input(path: Path, storage: Storage, hints: SourceHints) -> ModelInput:
-    """Find the model at a path, and check that it is complete.
-
-    Args:
-        path: A checkpoint, its ``model`` directory, a root, another tool's directory, or a file of ``torch.save``.
-        storage: Where headers are read from.
-        hints: What the caller says of it.
-
-    Raises:
-        CheckpointNotFoundError, IncompleteCheckpointError: There is nothing, or an interrupted save.
-        IntegrityError, ManifestError: It is damaged, as `verify` finds.
-        MisuseError: It is no model, or which part is the model is not clear.
-        TensorError: A tensor is not whole, or not that of the class that the configuration names.
-        UnverifiableError: Nothing says whether the tensors are whole.
-    """
+    """Find the model at a path, and check that it is complete; errors are those of `consolidate`."""
     targets = find_targets(path)
     target = _model_target(targets, path)
     directory = target.directory / target.under
@@ -288,11 +265,7 @@ def class_of(found: ModelInput) -> ModelClass | None:
 
 
 def _with_class(found: ModelInput, kind: ModelClass | None, rope: str | None, *, whole: bool) -> ModelInput:
-    """The input under names of the class, compared with it.
-
-    Raises:
-        MisuseError: Its names are another tool's, and how they become those of the class is not known.
-    """
+    """The input under names of the class, compared with it; ``whole``: with all of its tensors."""
     tensors = found.source.tensors
     if kind is not None and has_own_names(tensors, kind):
         renamed = in_transformers_names(tensors, kind, rope, found.computed)

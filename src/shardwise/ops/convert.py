@@ -34,12 +34,12 @@ from shardwise.ops.aside import refuse_existing, written_aside
 from shardwise.ops.computed_tensors import ComputingReader
 from shardwise.ops.consolidate import consolidate
 from shardwise.ops.consolidate_input import ModelInput, SourceHints, class_of, find_input
-from shardwise.ops.exporting import batches_of, counter, write_tensors
+from shardwise.ops.exporting import batches_of, write_tensors
 from shardwise.ops.optimizer_input import OptimizerInput, find_optimizer, states_beside
 from shardwise.ops.side_content import side_files
 from shardwise.ops.tensors_to_write import TensorToWrite, as_saved, native_tensors_to_write, tensors_to_write
 from shardwise.ops.torchtitan_names import ROPES, Rope
-from shardwise.ops.verify import Progress
+from shardwise.ops.verify import Counted, Progress
 from shardwise.ops.write_dcp import write_dcp
 from shardwise.plan.layout import FileLayout, Layout, lay_out, shard_name
 from shardwise.sources.dcp_values import DcpValues, is_dcp
@@ -175,7 +175,7 @@ def _to_dcp(found: ModelInput, reader: VerifyingReader, place: Path, progress: P
     _tell_left(found, None)
     with written_aside(place, store) as aside:
         store.check_space(aside, nbytes)
-        write_dcp(tensors, _aliases(found, tensors), aside, store, counter(nbytes, progress))
+        write_dcp(tensors, _aliases(found, tensors), aside, store, Counted(nbytes, progress).add)
         found.ledger.settle(store)
     return ConvertReport(place, "dcp", len(tensors), nbytes, False, found.manifest, tuple(found.notes))
 
@@ -208,7 +208,7 @@ def _to_shards(
     total = _nbytes(tensors)
     if optimizer is not None:
         total += sum(tensor.spec.nbytes for tensor in optimizer.source.tensors.values())
-    advance = counter(total, progress)
+    advance = Counted(total, progress).add
     _tell_left(found, optimizer)
     with written_aside(root, store) as aside:
         store.check_space(aside, total)

@@ -438,7 +438,7 @@ _CONFIGS = ("config.json", "generation_config.json", "adapter_config.json", "mod
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The places of tensors below a path.
+    """Which tensors a path given by a user has: one model, or the components of a checkpoint or pipeline.
 
     Attributes:
         path: What the path means: of a root, its newest checkpoint.
@@ -456,15 +456,7 @@ class Parts:
 
 
 def find_parts(path: str | os.PathLike[str]) -> Parts:
-    """Find what is to be opened for a path.
-
-    Raises:
-        CheckpointNotFoundError: Nothing is there.
-        IncompleteCheckpointError: An interrupted save.
-        IntegrityError: A directory is absent that a manifest lists files of.
-        ManifestError: A manifest is damaged.
-        StorageError: The file system refused.
-    """
+    """Find what is to be opened for a path."""
     targets = find_targets(path)
     first = targets[0]
     place = first.directory / first.under

@@ -155,11 +155,7 @@ class _Reading:
         return self._source
 
     def match(self, adapted: nn.Module) -> None:
-        """Find every tensor of the model in the base's files, and compare shapes and dtypes.
-
-        Raises:
-            ConversionError, ModuleStateError: A tensor has to be computed from several of the base's.
-        """
+        """Find every tensor of the model in the base's files, and compare shapes and dtypes."""
         wanted: BaseWanted = match_base([adapted], list(self._source.names()), base_ties=self._ties)
         if wanted.groups:
             name = wanted.groups[0].computed.hub[0].name

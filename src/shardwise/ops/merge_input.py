@@ -67,8 +67,7 @@ class MergeInput:
     """What is to be merged.
 
     Attributes:
-        base: The base model's directory or file.
-        adapter: The adapter's directory.
+        base: Its directory or file.
         config: The content of the merged model's ``config.json``.
         model: The base model, without memory, in the dtypes in which transformers loads it.
         plain: The files beside the weights, by relative path.
@@ -84,12 +83,7 @@ class MergeInput:
 
 
 def find_merge(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> MergeInput:
-    """Find both, and build the model.
-
-    Raises:
-        CheckpointNotFoundError, IntegrityError: One is not there, or damaged, as `verify` finds.
-        MisuseError, AdapterError: The adapter is none, or the base's configuration names no class of transformers'.
-    """
+    """Find both, check that they are whole as far as digests tell, and build the model."""
     if Path(base).is_absolute() and not is_there(Path(base)):  # a hub id is not
         raise nothing_at(Path(base))
     directory = _adapter_directory(Path(adapter).absolute())
@@ -224,10 +218,6 @@ def attach(model: nn.Module, directory: Path) -> nn.Module:
     Returns:
         peft's model, as ``PeftModel.from_pretrained`` gives it: tensors of the adapter with their values, in the dtypes
         in which peft merges them; all others without memory.
-
-    Raises:
-        AdapterError: peft cannot read the adapter, or it does not fit the model.
-        CheckpointNotFoundError: There is no adapter.
     """
     settings = read_adapter_config(directory)
     begin = changed_base(settings) or ("kasa" if settings.get("kasa_config") else None)

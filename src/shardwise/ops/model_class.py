@@ -28,7 +28,6 @@ class ModelClass:
     """The tensors of a class with a configuration.
 
     Attributes:
-        name: The class.
         config: The file that names it.
         native: Name in the model -> shape, each tied tensor under one name.
         hub: The same under the names of its files.
@@ -46,12 +45,7 @@ class ModelClass:
     state: HubState
 
     def compare(self, specs: Sequence[TensorSpec], path: Path, *, whole: bool) -> None:
-        """Compare tensors, under the model's names or those of its files, with those of the class; ``whole``: with all.
-
-        Raises:
-            ShapeMismatchError: One has another shape.
-            MissingTensorError: One is not there.
-        """
+        """Compare tensors, under the model's names or those of its files, with those of the class; ``whole``: all."""
         names = {spec.name for spec in specs}
         known = self._nearest(names)
         for spec in specs:
@@ -86,12 +80,8 @@ class ModelClass:
 def model_class(directory: Path) -> ModelClass | None:
     """The class that a directory's ``config.json`` names.
 
-    Returns:
-        ``None`` where there is no such file, or it names no class that transformers or diffusers has (or these are not
-        installed), or one whose tensors the configuration does not tell (quantized).
-
-    Raises:
-        FormatError: The configuration is damaged, or the class refuses it.
+    ``None`` where there is no such file, or it names no class that transformers or diffusers has (or these are not
+    installed), or one whose tensors the configuration does not tell (quantized).
     """
     path = directory / CONFIG_NAME
     found = read_json(path) if is_file(path) else None

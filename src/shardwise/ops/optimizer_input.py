@@ -37,7 +37,6 @@ class OptimizerInput:
     """An optimizer's state.
 
     Attributes:
-        place: Where it was found.
         source: Its tensors under the names of our ``optim`` directories.
         plain: Name of a file in such a directory -> its content.
         values: What else is there, in a DCP directory of another tool.
@@ -54,10 +53,7 @@ class OptimizerInput:
 def find_optimizer(found: ModelInput) -> OptimizerInput | None:
     """The optimizer of a model, in its directory or beside it; ``None`` where there is none.
 
-    Raises:
-        MisuseError: A run could not go on with it: its parameters are known by number alone, are not the model's, or
-            have state that single ranks keep; or it is in a file that is not read.
-        FormatError, UnsafePickleError: It is damaged, or could run code.
+    One that a run could not go on with is a `MisuseError`.
     """
     if found.unnamed_optimizers:
         raise MisuseError(

@@ -54,12 +54,6 @@ def find_targets(path: str | os.PathLike[str]) -> tuple[Target, ...]:
 
     Returns:
         One target, or one for each component of a directory whose components have manifests of their own.
-
-    Raises:
-        CheckpointNotFoundError: Nothing is there, or a root in which nothing was published.
-        IncompleteCheckpointError: An interrupted save.
-        MisuseError: It is neither a directory nor a file.
-        StorageError: The file system refused.
     """
     given = Path(path).absolute()
     with storage_errors(given):

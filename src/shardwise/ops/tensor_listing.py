@@ -103,16 +103,12 @@ class TensorDescription:
 
 @dataclass
 class Listing:
-    """Files and their tensors, while they are found; all paths are relative to one directory (POSIX).
+    """What becomes a `CheckpointDescription`, while it is found: by path, relative to one directory (POSIX).
 
     Attributes:
-        files: Path -> the file, without the number of its tensors.
         tensors: (component, name) -> the tensor.
-        counts: Path -> how many tensors have a part in it.
-        unread: Path -> why its tensors, or some of them, are not listed.
-        damaged: Those of ``unread`` that are not what their format promises, in order.
-        tools: Who wrote the files, where that is known.
-        world_size: The number of ranks that wrote them, where they say so.
+        counts: Path -> how many tensors have a part in it, which ``files`` do not say yet.
+        world_size: The number of ranks that wrote the files, where these say so.
     """
 
     files: dict[str, FileDescription] = field(default_factory=dict)
@@ -151,18 +147,11 @@ class Listing:
 
 
 def read_contents(found: Listing, root: Path, listed: Sequence[str], own: str, *, whole: bool) -> None:
-    """Describe files without a manifest.
+    """Add files without a manifest.
 
-    Args:
-        found: What they are added to.
-        root: The directory.
-        listed: The files.
-        own: The component of tensors at the top; a folder is another component, or a pipeline's model.
-        whole: Whether these are all files of a directory: those of other tools are looked for, files that others
-            name are missed, and one that is damaged does not keep the others from being described.
-
-    Raises:
-        FormatError: A safetensors header or DCP's metadata is damaged, and it is not ``whole``.
+    ``own`` is the component of tensors at the top; a folder is another component, or a pipeline's model. Where the
+    files are the ``whole`` of a directory, those of other tools are looked for, files that others name are missed, and
+    one that is damaged is no error but noted.
     """
     dcp = {PurePosixPath(name).parent for name in listed if PurePosixPath(name).name == DCP_SUFFIX}
     laid_out = _add_layouts(root, listed, own, found) if whole else frozenset()
@@ -271,11 +260,7 @@ def _add_safetensors(root: Path, relative: str, component: str, found: Listing) 
 
 
 def add_dcp(root: Path, relative: str, component: str, found: Listing) -> None:
-    """Add the tensors that a ``.metadata`` describes.
-
-    Raises:
-        FormatError: It is damaged.
-    """
+    """Add the tensors that a ``.metadata`` describes; a damaged one is a `FormatError`."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     from shardwise.dtypes import dtype_code

@@ -32,12 +32,7 @@ Blocks: TypeAlias = Callable[[], Iterator[memoryview]]
 
 @dataclass(frozen=True)
 class TensorToWrite:
-    """A tensor to write.
-
-    Attributes:
-        spec: What it is as saved.
-        blocks: Its bytes in row-major order, in blocks of whole elements.
-    """
+    """A tensor to write, as saved: its bytes in row-major order, in blocks of whole elements."""
 
     spec: TensorSpec
     blocks: Blocks
@@ -47,9 +42,6 @@ def tensors_to_write(found: ModelInput, files: BlockReader) -> dict[str, TensorT
     """The tensors of a model under the names of its files; those that its class does not know keep their names.
 
     Memory: the tensor, and a few of the model's own.
-
-    Raises:
-        ConversionError: A tensor of the files has to be computed from several.
     """
     reader, kind, tensors = ComputingReader(files, found.computed), found.kind, found.source.tensors
     if not found.native or kind is None:
@@ -73,9 +65,6 @@ def native_tensors_to_write(found: ModelInput, files: BlockReader) -> dict[str, 
     """The tensors of a model under the names that it has for them in memory, where these are known.
 
     Memory: the tensor, and one of its files'.
-
-    Raises:
-        ConversionError: A tensor of the files is computed from several of the model, or one of the model is in none.
     """
     reader, kind, tensors = ComputingReader(files, found.computed), found.kind, found.source.tensors
     if kind is None or kind.native.keys() <= tensors.keys() or not kind.hub.keys() <= tensors.keys():

@@ -6,7 +6,7 @@ No code of a pickle runs: what torch's allow-list does not have is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -40,8 +40,7 @@ class TorchModel:
     """A model in such files.
 
     Attributes:
-        source: Its tensors.
-        computed: Those that byte ranges of the files do not give.
+        computed: Tensors that byte ranges of the files do not give.
         left: Names of tensors and entries of the file beside it.
         optimizers: Those of them that are optimizers' states.
     """
@@ -53,12 +52,7 @@ class TorchModel:
 
 
 def open_torch_model(path: Path, kind: ModelClass | None, prefix: str | None) -> TorchModel:
-    """Open a file, or the files of a directory; ``kind`` and ``prefix`` say which tensors are the model, if given.
-
-    Raises:
-        AmbiguousFilesError, FormatError, UnsafePickleError: As `open_bin`.
-        MisuseError: It is an optimizer's state, or it is unclear which tensors are the model's.
-    """
+    """Open a file, or the files of a directory; ``kind`` and ``prefix`` say which tensors are the model, if given."""
     try:
         entries = entries_of(path) if is_file(path) else {}
         _refuse_others(path, entries)
@@ -160,11 +154,7 @@ def unknown_attribute(path: Path, whole: str) -> MisuseError:
 
 def _place(tensors: Mapping[str, SourceTensor], kind: ModelClass, path: Path) -> str:
     """The one place below which all names of the class are; where its names are not there, that is found later."""
-    own: Sequence[Callable[[], list[str]]] = [
-        lambda: places_of([*tensors], kind.native),
-        lambda: places_of([*tensors], kind.hub),
-    ]
-    places = list(dict.fromkeys(place for each in own for place in each()))
+    places = list(dict.fromkeys(place for own in (kind.native, kind.hub) for place in places_of([*tensors], own)))
     if len(places) > 1 and "" not in places:
         raise MisuseError(
             f"which tensors are the model's is not clear: a {kind.name} fits what is below each of {', '.join(places)}",

@@ -60,8 +60,7 @@ class Renamed:
     """A model under transformers' names.
 
     Attributes:
-        tensors: By their new names.
-        computed: Those whose rows are in another order in the file.
+        computed: Tensors whose rows are in another order in the file.
         note: What was done, for the report.
         names: torchtitan's name of each -> transformers'.
         heads: transformers' name of each tensor whose rows are put into another order -> its number of heads.
@@ -84,11 +83,8 @@ def in_transformers_names(
 ) -> Renamed:
     """The tensors under transformers' names, with the rows of q and k in transformers' order.
 
-    ``computed`` are tensors that are not in the files as they are wanted, ``rope`` is how the model rotates.
-
-    Raises:
-        MisuseError: Another class than Llama's, a name that is not known, a count of heads that is absent or does not
-            fit, or ``rope`` was not given.
+    ``computed`` are tensors that are not in the files as they are wanted, ``rope`` is how the model rotates. What is
+    not surely a Llama of these names, and rotates in a way that is known, is a `MisuseError`.
     """
     if kind.name != _CLASS:
         raise _refused(kind, f"what these are in a {kind.name} is not known, only in a {_CLASS}")

@@ -159,7 +159,7 @@ class _Job:
         if self.level == "digests":
             bad = {damage.file for damage in damages}
             extents = extents_of(manifest, [file for file in files if file.path not in bad])
-            counted = _Counted(sum(extent.nbytes for extent in extents), self.progress)
+            counted = Counted(sum(extent.nbytes for extent in extents), self.progress)
             damages += check_extents(root, extents, self.storage, threads=self.threads, advance=counted.add)
             nbytes = counted.done
         return replace(
@@ -191,7 +191,7 @@ class _Job:
         )
 
 
-class _Counted:
+class Counted:
     """Adds up bytes that were read or written, and passes the sum on."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:

@@ -56,7 +56,7 @@ from shardwise.ops.side_content import side_files
 from shardwise.ops.tensors_to_write import TensorToWrite, tensors_to_write
 from shardwise.ops.torchtitan_names import Rope
 from shardwise.ops.verify import Progress
-from shardwise.plan.layout import Layout, index_name, lay_out
+from shardwise.plan.layout import MAX_FILE_BYTES, Layout, index_name, lay_out
 from shardwise.plan.reads import SourceTensor
 from shardwise.sources.sources import Source, open_source
 from shardwise.sources.tensor_bytes import as_bytes
@@ -65,7 +65,6 @@ from shardwise.sources.verifying_reader import VerifyingReader
 __all__ = ["ConsolidateReport", "consolidate"]
 
 _CONSOLIDATED = "consolidated"
-_MAX_FILE_BYTES = 5_000_000_000
 _DIFFUSERS_STEM = "diffusion_pytorch_model"
 
 
@@ -131,7 +130,8 @@ def consolidate(
         verify_export: Whether the class that ``config.json`` names has to load the export; by default as the save was
             configured, else true.
         config: Directory with ``config.json`` and what goes with it, if it is not beside the tensors.
-        rope: How a Llama under torchtitan's names rotates q and k, which its tensors do not show.
+        rope: How a Llama under torchtitan's names rotates q and k, which its tensors do not show: ``interleaved``
+            (torchtitan's own, and Meta's) or ``halves``.
         dtype: ``float64``, ``float32``, ``float16`` or ``bfloat16``: what all floating tensors are cast to; others
             stay. By default as they are in the base model, where that was recorded, or as they were saved.
 
@@ -248,7 +248,7 @@ def _layout(found: ModelInput, specs: Sequence[TensorSpec], stem: str, max_file_
     split = {name: number for name, number in numbers.items() if isinstance(number, int)}
     count = max(split.values(), default=0)
     files = {name: _file_name(number, count, names) for name, number in split.items()}
-    limit = recorded if type(recorded) is int else _MAX_FILE_BYTES
+    limit = recorded if type(recorded) is int else MAX_FILE_BYTES
     return lay_out(specs, base_files=files, max_file_bytes=limit, stem=stem)
 
 

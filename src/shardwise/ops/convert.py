@@ -34,7 +34,7 @@ from shardwise.ops.aside import refuse_existing, written_aside
 from shardwise.ops.computed_tensors import ComputingReader
 from shardwise.ops.consolidate import consolidate
 from shardwise.ops.consolidate_input import ModelInput, SourceHints, class_of, find_input
-from shardwise.ops.exporting import batches_of, write_tensors
+from shardwise.ops.exporting import TensorWriter, batches_of
 from shardwise.ops.optimizer_input import OptimizerInput, find_optimizer, states_beside
 from shardwise.ops.side_content import side_files
 from shardwise.ops.tensors_to_write import TensorToWrite, as_saved, native_tensors_to_write, tensors_to_write
@@ -102,14 +102,13 @@ def convert(
             model's state dict below ``model``; ``shards`` for a checkpoint that `Checkpointer.restore` goes on from.
         config: Directory with ``config.json``, the tokenizer and the like, where they are not beside the source.
         prefix: What the names of the model's tensors begin with in the source, where that is not clear; "" for nothing.
-        rope: How a Llama under torchtitan's names rotates q and k, which its tensors do not show: ``interleaved``
-            (torchtitan's own, and Meta's) or ``halves``.
+        rope: As for `consolidate`.
         master_weights: As for `consolidate`.
         optimizer: Whether the optimizer's state goes into ``shards``. By default it does where there is one, and one
             that cannot be carried over is refused.
         epoch: Epoch of the checkpoint in ``shards``; by default what the source's name says, else 0.
         step: The same of its step.
-        assume_complete: Believe that no file is absent where nothing says how large tensors in pieces were.
+        assume_complete: As for `consolidate`.
         verify_export: As for `consolidate`.
         progress: Called with the bytes written and the bytes to write.
         storage: Where files are read and written.
@@ -153,10 +152,6 @@ def convert(
             return _to_shards(found, reader, place, progress, optimizer, (epoch, step))
 
 
-def _nbytes(tensors: Mapping[str, TensorToWrite]) -> int:
-    return sum(each.spec.nbytes for each in tensors.values())
-
-
 def _aliases(found: ModelInput, names: Mapping[str, TensorToWrite]) -> dict[str, str]:
     """Further names of tensors, where parameters are tied."""
     known = saved_aliases(found.source) | (dict(found.kind.others) if found.kind is not None else {})
@@ -171,7 +166,7 @@ def _to_dcp(found: ModelInput, reader: VerifyingReader, place: Path, progress: P
     if found.kind is None:
         found = replace(found, kind=class_of(found))  # a checkpoint with a manifest was not compared with its class
     tensors = native_tensors_to_write(found, reader)
-    nbytes = _nbytes(tensors)
+    nbytes = sum(each.spec.nbytes for each in tensors.values())
     _tell_left(found, None)
     with written_aside(place, store) as aside:
         store.check_space(aside, nbytes)
@@ -205,9 +200,8 @@ def _to_shards(
     epoch, step = _numbers(found, *numbers, needed=optimizer is not None)
     name = checkpoint_name(epoch, step)
     tensors = tensors_to_write(found, reader)
-    total = _nbytes(tensors)
-    if optimizer is not None:
-        total += sum(tensor.spec.nbytes for tensor in optimizer.source.tensors.values())
+    written = [*tensors.values(), *(() if optimizer is None else optimizer.source.tensors.values())]
+    total = sum(each.spec.nbytes for each in written)
     advance = Counted(total, progress).add
     _tell_left(found, optimizer)
     with written_aside(root, store) as aside:
@@ -223,16 +217,13 @@ def _to_shards(
         for file, content in plain.items():
             write_file(store, directory / file, content)
         record += ComponentRecord(tuple(FileRecord.plain(file, content) for file, content in plain.items()))
-        write_manifest(store, directory, record, _info(found, epoch, step))
+        notes = cast(JsonValue, list(found.notes))
+        info: dict[str, JsonValue] = {"epoch": epoch, "step": step, "world_size": 1, "metrics": {}, "converted": notes}
+        write_manifest(store, directory, record, {"shardwise": __version__, **info})
         set_pointer(aside, LATEST, name)
     return ConvertReport(
         root / name, "shards", len(tensors), total, optimizer is not None, found.manifest, tuple(found.notes)
     )
-
-
-def _info(found: ModelInput, epoch: int, step: int) -> dict[str, JsonValue]:
-    notes = cast(JsonValue, list(found.notes))
-    return {"shardwise": __version__, "epoch": epoch, "step": step, "world_size": 1, "metrics": {}, "converted": notes}
 
 
 def _numbers(found: ModelInput, epoch: int | None, step: int | None, *, needed: bool) -> tuple[int, int]:
@@ -258,12 +249,11 @@ def _model(
     store.make_directory(directory)
     record = _shards(tensors, directory, advance)
     files = []
-    beside = {name: found.directory / METADATA_DIR / name for name in NOTES}
-    beside = {name: path for name, path in beside.items() if is_file(path)}
+    notes = found.directory / METADATA_DIR
     own = side_files(found.beside)
-    if CONFIG not in own and not is_directory(found.directory / METADATA_DIR):
+    if CONFIG not in own and not is_directory(notes):
         own = {}  # whatever lies beside a run's tensors is not the model's
-    for name, path in {**own, **beside}.items():
+    for name, path in {**own, **{name: notes / name for name in NOTES if is_file(notes / name)}}.items():
         content = found.read(path)
         noted = directory / METADATA_DIR / name
         store.make_directory(noted.parent)
@@ -298,7 +288,7 @@ def _shards(tensors: Mapping[str, TensorToWrite], directory: Path, advance: Call
         files.append(FileLayout(name, encode_header(file.entries, starts), file.entries))
     layout = Layout(tuple(files))
     batches = batches_of(layout, lambda name: tensors[name].blocks(), tensors)
-    crcs = write_tensors(layout, directory, batches, current(), advance)
+    crcs = TensorWriter(layout, directory, current(), advance).write(batches)
     return layout_record(layout, crcs, directory.name, f"{directory.name}/")
 
 

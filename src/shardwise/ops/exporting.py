@@ -120,7 +120,7 @@ def _write(export: Export, aside: Path, kept: frozenset[int], storage: Storage, 
     files_ahead = [file for number, file in enumerate(export.layout.files) if number not in kept]
     storage.check_space(aside, sum(file.size for file in files_ahead))
     advance = Counted(export.layout.tensor_bytes, progress).add
-    crcs = write_tensors(export.layout, aside, export.batches, storage, advance, kept)
+    crcs = TensorWriter(export.layout, aside, storage, advance, kept).write(export.batches)
     export.settle()
     record = layout_record(export.layout, crcs)
     files = []
@@ -132,32 +132,20 @@ def _write(export: Export, aside: Path, kept: frozenset[int], storage: Storage, 
     write_manifest(storage, aside, record, dict(export.notes))
 
 
-def write_tensors(
-    layout: Layout,
-    directory: Path,
-    batches: Sequence[Batch],
-    storage: Storage,
-    advance: Callable[[int], None],
-    kept: frozenset[int] = frozenset(),
-) -> dict[str, int]:
-    """Write tensor files into an existing directory, durably; returns the CRC-32C of each tensor.
+class TensorWriter:
+    """Writes the tensor files of a layout into an existing directory.
 
     ``advance`` is called with the bytes of each tensor that was written, by one thread at a time. Of the files whose
-    numbers are in ``kept``, only what they do not have yet is written. Errors name the file and the tensor.
+    numbers are in ``kept``, only what they do not have yet is written.
     """
-    return _Writing(layout, directory, kept, storage, advance).all(batches)
-
-
-class _Writing:
-    """Writes the tensor files of one layout, see `write_tensors`."""
 
     def __init__(
         self,
         layout: Layout,
         directory: Path,
-        kept: frozenset[int],
         storage: Storage,
         advance: Callable[[int], None],
+        kept: frozenset[int] = frozenset(),
     ) -> None:
         self._layout, self._kept, self._storage, self._advance = layout, kept, storage, advance
         self._paths = [directory / file.name for file in layout.files]
@@ -166,8 +154,8 @@ class _Writing:
         self._crcs: dict[str, int] = {}
         self._lock, self._failed = threading.Lock(), threading.Event()
 
-    def all(self, batches: Sequence[Batch]) -> dict[str, int]:
-        """Write all tensors and make them durable; returns the digest of each."""
+    def write(self, batches: Sequence[Batch]) -> dict[str, int]:
+        """Write all tensors, durably; returns the CRC-32C of each. Errors name the file and the tensor."""
         try:
             for number, file in enumerate(self._layout.files):
                 if number not in self._kept:

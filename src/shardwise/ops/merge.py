@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -41,8 +42,8 @@ from shardwise.ops.merge_input import MergeInput, attach, find_merge, take_extra
 from shardwise.ops.verify import Progress
 from shardwise.peft.merge import MergedPart, merged_parts
 from shardwise.plan.deferred import bound
-from shardwise.plan.fragments import Fragment, HeldTensor
-from shardwise.plan.layout import Layout, index_name, lay_out
+from shardwise.plan.fragments import Fragment, HeldTensor, part_in_box
+from shardwise.plan.layout import MAX_FILE_BYTES, Layout, index_name, lay_out
 from shardwise.sources.reader import Reader
 from shardwise.sources.tensor_bytes import byte_blocks
 from shardwise.stateful_wrappers import ModelState
@@ -52,7 +53,6 @@ from shardwise.upstream.torch_tensors import storage_key
 
 __all__ = ["MergeReport", "merge_adapter"]
 
-_MAX_FILE_BYTES = 5_000_000_000
 #: Tensors of the model that are kept in memory: of one that holds many of the files, these are written in turn.
 _MOST_KEPT = 2
 
@@ -118,7 +118,7 @@ def merge_adapter(
         if is_there(target):
             raise CheckpointExistsError("the output is already there", path=target, hint="Choose another directory.")
         found = find_merge(base, adapter)
-        with _Reading(found) as reading:
+        with closing(_Reading(found)) as reading:
             planned = _planned(found, reading, max_file_bytes)
             if verify_export:
                 why = check_described(found.config, planned.specs, found.base / CONFIG)
@@ -133,48 +133,41 @@ class _Reading:
     """Reads tensors of the model, as it is without its adapter, from the base's files: a few at a time in memory."""
 
     def __init__(self, found: MergeInput) -> None:
-        self._source: BaseSource = open_base_source(found.base, Group(None), base_config(found.base))
+        self.source: BaseSource = open_base_source(found.base, Group(None), base_config(found.base))
         self._ties = ties_head(found.config)
         self._notes = found.notes
-        self._reader = Reader(current(), self._source.plain.files, threads=2)
+        self._reader = Reader(current(), self.source.plain.files, threads=2)
         self._wanted: dict[int, list[HeldTensor]] = {}
         self._copied: dict[int, torch.Tensor] = {}
         self._alive: list[torch.Tensor] = []
         self._kept: OrderedDict[int, torch.Tensor] = OrderedDict()
         self._lock = Lock()
 
-    def __enter__(self) -> _Reading:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Close the base's files."""
         self._reader.close()
-
-    @property
-    def source(self) -> BaseSource:
-        """The base's files."""
-        return self._source
 
     def match(self, adapted: nn.Module) -> None:
         """Find every tensor of the model in the base's files, and compare shapes and dtypes."""
-        wanted: BaseWanted = match_base([adapted], list(self._source.names()), base_ties=self._ties)
+        wanted: BaseWanted = match_base([adapted], list(self.source.names()), base_ties=self._ties)
         if wanted.groups:
             name = wanted.groups[0].computed.hub[0].name
             raise ConversionError(
                 "tensors of the base's files have to be computed to be the model's",
-                path=self._source.path,
+                path=self.source.path,
                 tensor=name,
                 hint="Merge where the model is loaded: peft's merge_and_unload, or export_merged in a run.",
             )
         if wanted.steps:
             raise ModuleStateError(
                 "a module of the model takes its state by a method of its own",
-                path=self._source.path,
+                path=self.source.path,
                 hint="Merge where the model is loaded: peft's merge_and_unload, or export_merged in a run.",
             )
         specs = [tensor.spec for tensor in wanted.held]
         names = {spec.name for spec in specs}
-        unused = self._source.unexpected([name for name in self._source.names() if name not in names], _OPTIONS)
-        self._source.compare(specs, unused, _OPTIONS)
+        unused = self.source.unexpected([name for name in self.source.names() if name not in names], _OPTIONS)
+        self.source.compare(specs, unused, _OPTIONS)
         known, ties = set(expected_unused([adapted], unused)), tuple(declared_ties([adapted]))
         left = [name for name in unused if name not in known and not name.endswith(ties)]
         if left:
@@ -216,13 +209,13 @@ class _Reading:
         if key not in self._wanted:
             raise AdapterError(
                 "merging reads a tensor that neither the base model nor the adapter has",
-                path=self._source.path,
+                path=self.source.path,
                 hint="Merge where the model is loaded: with peft's merge_and_unload, or export_merged in a run.",
             )
         flat = torch.empty(data.untyped_storage().nbytes() // data.element_size(), dtype=data.dtype)
         reads = PlannedReads()
         for tensor in self._wanted[key]:
-            self._source.add(_onto(tensor, key, flat), reads, None)
+            self.source.add(_onto(tensor, key, flat), reads, None)
         reads.execute(self._reader, Group(None))
         return flat
 
@@ -248,13 +241,9 @@ class _Planned:
     reading: _Reading
     hub: HubState
     part: MergedPart
+    specs: Sequence[TensorSpec]
     layout: Layout
     plain: Mapping[str, bytes]
-
-    @property
-    def specs(self) -> list[TensorSpec]:
-        """All tensors."""
-        return [tensor.spec for tensor in self.hub.held] + [s for g in self.hub.groups for s in g.computed.hub]
 
     @property
     def merged(self) -> tuple[str, ...]:
@@ -282,9 +271,7 @@ class _Planned:
             return
         whole = torch.empty(tensor.grid, dtype=dtype)
         for fragment in tensor.fragments:
-            box = fragment.box
-            place = tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))
-            whole[place] = self.reading.whole(fragment.data)
+            part_in_box(whole, fragment.box).copy_(self.reading.whole(fragment.data))
         yield from byte_blocks(whole, dtype)
 
     def _computed(self) -> Iterator[Piece]:
@@ -307,10 +294,10 @@ def _planned(found: MergeInput, reading: _Reading, max_file_bytes: int | None) -
     hub = merged_state(hub, [adapted], [part], MayDiffer())
     specs = [tensor.spec for tensor in hub.held] + [s for g in hub.groups for s in g.computed.hub]
     files = _files_of(reading.source, {spec.name for spec in specs}) if max_file_bytes is None else {}
-    layout = lay_out(specs, base_files=files, max_file_bytes=max_file_bytes or _MAX_FILE_BYTES)
+    layout = lay_out(specs, base_files=files, max_file_bytes=max_file_bytes or MAX_FILE_BYTES)
     config = as_text(found.config).encode()
     plain = {name: content for name, content in found.plain.items() if name != CONFIG_V5}
-    return _Planned(found, reading, hub, part, layout, {**plain, CONFIG: config})
+    return _Planned(found, reading, hub, part, specs, layout, {**plain, CONFIG: config})
 
 
 def _files_of(source: BaseSource, names: set[str]) -> dict[str, str]:

@@ -5,11 +5,11 @@ The model is built without memory and the adapter put on it, so that what it cha
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -147,7 +147,7 @@ def _model(config: Mapping[str, object], path: Path, dtype: torch.dtype) -> nn.M
     return model.eval()
 
 
-@contextlib.contextmanager
+@contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -194,11 +194,8 @@ def take_extra(adapted: nn.Module, directory: Path) -> None:
             tensor=next(iter(left)),
             hint="Name the base model that the adapter was trained on.",
         )
-    reader = Reader(current(), source.files)
-    try:
+    with closing(Reader(current(), source.files)) as reader:
         reads.execute(reader, Group(None))
-    finally:
-        reader.close()
     for slot in slots_of(adapted):
         memory_of = placed.get(id(slot.tensor))
         if memory_of is not None:

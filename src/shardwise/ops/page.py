@@ -15,8 +15,10 @@ import math
 import os
 import pkgutil
 import re
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -167,20 +169,6 @@ UNKNOWN, EQUAL, CHANGED, DIFFERS, ANOTHER, ADDED = range(6)
 _ESCAPES = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
 
 
-class _Table:
-    """Distinct values by number, in order of appearance."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[Hashable, int] = {}
-
-    def number(self, value: Hashable) -> int:
-        return self._numbers.setdefault(value, len(self._numbers))
-
-    @property
-    def values(self) -> list[Hashable]:
-        return list(self._numbers)
-
-
 def page_data(found: CheckpointDescription, change: DiffReport | None = None) -> str:
     """The page's data, as JSON without a ``<``, ``>`` or ``&``; of a change, what is shown is the second of both."""
     data = {
@@ -210,24 +198,26 @@ def _facts(found: CheckpointDescription) -> list[tuple[str, str]]:
 
 
 def _columns(found: CheckpointDescription) -> dict[str, object]:
-    dtypes, shapes, components, modules, layers = (_Table() for _ in range(5))
+    # Tables that number distinct values in order of appearance.
+    tables = [defaultdict[Hashable, int](count().__next__) for _ in range(5)]
+    dtypes, shapes, components, modules, layers = tables
     numbers = {file.path: number for number, file in enumerate(found.files)}
     tensors: list[tuple[object, ...]] = []
     pieces: list[tuple[object, ...]] = []
     for number, tensor in enumerate(found.tensors):
         name, shape, dtype = tensor.spec
-        component = components.number(tensor.component)
-        module, layer = modules.number(module_of(name)), layers.number((component, layer_of(name)))
-        tensors.append((name, component, module, layer, dtypes.number(dtype), shapes.number(shape), tensor.crc32c))
+        component = components[tensor.component]
+        module, layer = modules[module_of(name)], layers[component, layer_of(name)]
+        tensors.append((name, component, module, layer, dtypes[dtype], shapes[shape], tensor.crc32c))
         for file, offset, nbytes, crc in tensor.pieces:
             if file in numbers:
                 pieces.append((number, numbers[file], offset, nbytes, crc))
     return {
-        "dtypes": [[code, DTYPE_BYTES[str(code)]] for code in dtypes.values],
-        "shapes": shapes.values,
-        "components": components.values,
-        "modules": modules.values,
-        "layers": layers.values,
+        "dtypes": [[code, DTYPE_BYTES[str(code)]] for code in dtypes],
+        "shapes": list(shapes),
+        "components": list(components),
+        "modules": list(modules),
+        "layers": list(layers),
         "tensors": _by_column(("name", "component", "module", "layer", "dtype", "shape", "crc"), tensors),
         "pieces": _by_column(("tensor", "file", "offset", "nbytes", "crc"), pieces),
     }

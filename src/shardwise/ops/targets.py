@@ -36,12 +36,10 @@ class Target:
     Attributes:
         directory: The directory that the manifest, if there is one, describes.
         under: The requested part, as a path relative to ``directory``; "" for all of it.
-        nested: Directories below it that have manifests of their own and are targets of their own.
     """
 
     directory: Path
     under: str = ""
-    nested: tuple[str, ...] = ()
 
     @property
     def has_manifest(self) -> bool:
@@ -159,13 +157,9 @@ def with_nested(targets: tuple[Target, ...]) -> tuple[Target, ...]:
     """The targets, and exports that `consolidate` put inside them later, which have manifests of their own."""
     found: list[Target] = []
     for target in targets:
-        own = [
-            Target(target.directory / name)
-            for name in EXPORTS
-            if not target.under and target.has_manifest and Target(target.directory / name).has_manifest
-        ]
-        names = tuple(each.directory.relative_to(target.directory).as_posix() for each in own)
-        found += [Target(target.directory, target.under, names), *own]
+        whole = not target.under and target.has_manifest
+        own = [Target(target.directory / name) for name in EXPORTS if whole]
+        found += [target, *(each for each in own if each.has_manifest)]
     return tuple(found)
 
 

@@ -187,11 +187,9 @@ def _add_absent(root: Path, listed: Sequence[str], found: Listing) -> None:
 
 def _add_layouts(root: Path, listed: Sequence[str], own: str, found: Listing) -> frozenset[str]:
     """Add the tensors of other tools that write per rank, or in flat partitions; returns the files that hold them."""
-    torch = [path for each in listed if (path := PurePosixPath(each)).suffix in TORCH_SUFFIXES]
-    files: set[str] = set()
-    for directory in dict.fromkeys(path.parent.as_posix() for path in torch):
-        files |= _add_layout(root, directory, own if directory == "." else directory, found)
-    return frozenset(files)
+    torch = [path.parent.as_posix() for each in listed if (path := PurePosixPath(each)).suffix in TORCH_SUFFIXES]
+    files = (_add_layout(root, each, own if each == "." else each, found) for each in dict.fromkeys(torch))
+    return frozenset().union(*files)
 
 
 def _add_layout(root: Path, directory: str, component: str, found: Listing) -> set[str]:
@@ -298,8 +296,8 @@ def _add_torch(root: Path, relative: str, component: str, found: Listing) -> Non
         opened = open_bin(root / relative, Group(None))
     except ShardwiseError as error:
         # As `verify` judges: one that is whole may hold something else than a state dict.
-        damage = check_torch_file(root / relative).damage
-        found.leave_out(relative, error if damage is None else damage[1], damaged=damage is not None)
+        kind, message = check_torch_file(root / relative) or (None, "")
+        found.leave_out(relative, error if kind is None else message, damaged=kind is not None)
         return
     for tensor in opened.source.tensors.values():
         pieces = [Piece(relative, chunk.offset, tensor.spec.nbytes) for chunk in tensor.chunks]

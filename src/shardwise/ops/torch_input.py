@@ -65,7 +65,7 @@ def open_torch_model(path: Path, kind: ModelClass | None, prefix: str | None) ->
             "torch.load(PATH, weights_only=False), and save the model's state dict alone."
         )
         raise
-    tensors = _tensors(opened)
+    tensors = {**opened.source.tensors} | {name: SourceTensor(spec, ()) for name, (spec, _) in opened.loose.items()}
     names = _names(tensors, kind, prefix, path, _LIGHTNING in entries)
     computed = _loose(opened)
     chosen = {new: tensors[name]._replace(spec=tensors[name].spec._replace(name=new)) for new, name in names.items()}
@@ -93,11 +93,6 @@ def _refuse_others(path: Path, entries: Mapping[str, bool]) -> None:
         )
     if is_adapter(path.name):
         raise MisuseError("this is an adapter and no model", path=path, hint="Merge it into its base model with PEFT.")
-
-
-def _tensors(opened: BinSource) -> dict[str, SourceTensor]:
-    loose = {name: SourceTensor(spec, ()) for name, (spec, _) in opened.loose.items()}
-    return {**opened.source.tensors, **loose}
 
 
 def _loose(opened: BinSource) -> dict[str, Computed]:

@@ -118,18 +118,13 @@ def _made(
     rope: str,
     computed: Mapping[str, Computed],
 ) -> Renamed:
-    renamed: dict[str, SourceTensor] = {}
-    made: dict[str, Computed] = {}
+    renamed = {new: tensors[name]._replace(spec=tensors[name].spec._replace(name=new)) for name, new in found.items()}
+    made = {new: computed[name] for name, new in found.items() if name in computed}
     reordered: dict[str, int] = {}
-    for name, new in found.items():
-        tensor = tensors[name]
-        renamed[new] = tensor._replace(spec=tensor.spec._replace(name=new))
-        count = next((count for tail, count in heads.items() if new.endswith(tail)), None)
-        if count is not None and rope == "interleaved":
+    for name, new in found.items() if rope == "interleaved" else ():
+        for count in [count for tail, count in heads.items() if new.endswith(tail)]:
             reordered[new] = count
-            made[new] = in_halves(tensor, count, computed.get(name))
-        elif name in computed:
-            made[new] = computed[name]
+            made[new] = in_halves(tensors[name], count, computed.get(name))
     counts = " and ".join(map(str, heads.values()))
     note = f"tensors have torchtitan's names; rows of q and k stay as they are ({counts} heads), as was asked for"
     if rope == "interleaved":

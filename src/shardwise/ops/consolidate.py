@@ -163,13 +163,16 @@ def consolidate(
         refuse_existing(target)
         found = _exported_tensors(found, base)
         with closing(VerifyingReader(current(), found.source.files, found.ledger)) as reader:
-            stem = _stem(found, diffusers_compatible)
-            planned = _planned(found, tensors_to_write(found, reader), stem, max_file_bytes, dtype)
-            _require_opens(planned, verify_export)
-            publish(planned.export(), target, current(), progress)
-    names, nbytes = tuple(file.name for file in planned.layout.files), planned.layout.total_bytes
-    recast = tuple(name for name in planned.tensors if name in planned.recast)
-    return ConsolidateReport(target, names, len(planned.tensors), nbytes, found.manifest, tuple(found.notes), recast)
+            tensors, stem = tensors_to_write(found, reader), _stem(found, diffusers_compatible)
+            specs, plain, recast = _described(found, tensors, dtype)
+            _require_opens(found, tensors, plain, verify_export)
+            layout = _layout(found, specs, stem, max_file_bytes)
+            plain = {**plain, index_name(stem): layout.index}
+            publish(_export(found, tensors, layout, plain, frozenset(recast)), target, current(), progress)
+    names = tuple(file.name for file in layout.files)
+    return ConsolidateReport(
+        target, names, len(tensors), layout.total_bytes, found.manifest, tuple(found.notes), recast
+    )
 
 
 def _note(found: ModelInput, name: str) -> Mapping[str, JsonValue]:
@@ -186,17 +189,34 @@ def _exported_tensors(found: ModelInput, base: str | os.PathLike[str] | None) ->
     return replace(found, source=source.without([*_note(found, KEPT_OUT), *_note(found, APART)]))
 
 
-def _planned(
-    found: ModelInput, tensors: Mapping[str, TensorToWrite], stem: str, max_file_bytes: int | None, dtype: str | None
-) -> _Planned:
+def _export(
+    found: ModelInput,
+    tensors: Mapping[str, TensorToWrite],
+    layout: Layout,
+    plain: Mapping[str, bytes],
+    recast: frozenset[str],
+) -> Export:
+    specs = {entry.spec.name: entry.spec for file in layout.files for entry in file.entries}
+    aliases = saved_aliases(found.source).items()
+    notes: dict[str, JsonValue] = {"source": "no manifest", "notes": list(found.notes)}
+    return Export(
+        layout,
+        batches_of(layout, lambda name: _blocks(tensors[name], specs[name], name in recast, found.directory), specs),
+        lambda records: _with_ties(found, plain, records),
+        lambda: found.ledger.settle(current()),
+        tuple(AliasRecord("model", name, kept) for name, kept in aliases if kept in tensors and name not in tensors),
+        {} if found.manifest else notes,
+    )
+
+
+def _described(
+    found: ModelInput, tensors: Mapping[str, TensorToWrite], dtype: str | None
+) -> tuple[list[TensorSpec], Mapping[str, bytes], tuple[str, ...]]:
+    """The tensors of the export, the files beside them, and which tensors get the dtype that was asked for."""
     plain: Mapping[str, bytes] = {name: found.read(place) for name, place in side_files(found.beside).items()}
     dtypes = _note(found, FILE_DTYPES)
     specs = [_exported(tensor.spec, dtypes.get(name)) for name, tensor in tensors.items()]
-    recast: tuple[str, ...] = ()
-    if dtype is not None:
-        specs, plain, recast = _recast(found, specs, plain, dtype)
-    layout = _layout(found, specs, stem, max_file_bytes)
-    return _Planned(found, tensors, layout, {**plain, index_name(stem): layout.index}, frozenset(recast))
+    return (specs, plain, ()) if dtype is None else _recast(found, specs, plain, dtype)
 
 
 def _recast(
@@ -227,14 +247,15 @@ def _configs(plain: Mapping[str, bytes]) -> dict[str, dict[str, JsonValue]]:
     return {name: json.loads(plain[name]) for name in (CONFIG, CONFIG_V5) if name in plain}
 
 
-def _require_opens(planned: _Planned, verify_export: bool | None) -> None:
+def _require_opens(
+    found: ModelInput, tensors: Mapping[str, TensorToWrite], plain: Mapping[str, bytes], verify_export: bool | None
+) -> None:
     """Check the planned export against the class that its configuration names, before a tensor is written."""
-    found, plain, specs = planned.found, planned.plain, [tensor.spec for tensor in planned.tensors.values()]
     if verify_export is None:
         verify_export = run_settings(found).get("verify_export") is not False
     if not verify_export or CONFIG not in plain:
         return
-    why = check_described(json.loads(plain[CONFIG]), specs, found.beside / CONFIG)
+    why = check_described(json.loads(plain[CONFIG]), [each.spec for each in tensors.values()], found.beside / CONFIG)
     if why is not None:
         found.notes.append(f"not compared with a model class: {why}")
 
@@ -275,65 +296,32 @@ def _exported(spec: TensorSpec, dtype: JsonValue) -> TensorSpec:
     return spec
 
 
-@dataclass(frozen=True)
-class _Planned:
-    """An export that is planned: its tensors as saved, their places, the files beside them."""
+def _with_ties(found: ModelInput, plain: Mapping[str, bytes], tensors: Sequence[TensorRecord]) -> Mapping[str, bytes]:
+    """The files beside the tensors; the configuration's ties are those that were written."""
+    ties = {name: str(kept) for name, kept in _note(found, LOOSE_TIES).items()}
+    if not differing_ties(ties, tensors):
+        return plain
+    return {**plain, **{name: as_text(untied(entries)).encode() for name, entries in _configs(plain).items()}}
 
-    found: ModelInput
-    tensors: Mapping[str, TensorToWrite]
-    layout: Layout
-    plain: Mapping[str, bytes]
-    recast: frozenset[str]
 
-    def export(self) -> Export:
-        """The same, to be written."""
-        specs = {entry.spec.name: entry.spec for file in self.layout.files for entry in file.entries}
-        found = self.found
-        notes: dict[str, JsonValue] = {"source": "no manifest", "notes": list(found.notes)}
-        return Export(
-            self.layout,
-            batches_of(self.layout, lambda name: self._blocks(specs[name]), specs),
-            self._plain,
-            lambda: found.ledger.settle(current()),
-            self._aliases(),
-            {} if found.manifest else notes,
-        )
-
-    def _plain(self, tensors: Sequence[TensorRecord]) -> Mapping[str, bytes]:
-        """The files beside the tensors; the configuration's ties are those that were written."""
-        ties = {name: str(kept) for name, kept in _note(self.found, LOOSE_TIES).items()}
-        if not differing_ties(ties, tensors):
-            return self.plain
-        configs = {name: as_text(untied(entries)).encode() for name, entries in _configs(self.plain).items()}
-        return {**self.plain, **configs}
-
-    def _aliases(self) -> tuple[AliasRecord, ...]:
-        """Aliases of the tensors, from the checkpoint's manifest."""
-        return tuple(
-            AliasRecord("model", name, kept)
-            for name, kept in saved_aliases(self.found.source).items()
-            if kept in self.tensors and name not in self.tensors
-        )
-
-    def _blocks(self, spec: TensorSpec) -> Iterator[memoryview]:
-        saved = self.tensors[spec.name]
-        if saved.spec.dtype == spec.dtype:
-            yield from saved.blocks()
-            return
-        strict = spec.name in self.recast
-        memory = torch.empty(0, dtype=torch_dtype(spec.dtype))
-        for block in saved.blocks():
-            values = torch.frombuffer(block, dtype=torch_dtype(saved.spec.dtype))
-            memory = memory if len(memory) >= len(values) else torch.empty_like(values, dtype=memory.dtype)
-            made = memory[: len(values)].copy_(values)
-            if strict and made.isinf().any() and not values.isinf().equal(made.isinf()):
-                raise ConversionError(
-                    f"values are too large for {FLOATS[spec.dtype]}",
-                    path=self.found.directory,
-                    tensor=spec.name,
-                    hint="Choose bfloat16 or float32.",
-                )
-            yield as_bytes(made)
+def _blocks(saved: TensorToWrite, spec: TensorSpec, strict: bool, directory: Path) -> Iterator[memoryview]:
+    """A tensor's bytes in the dtype of the export; ``strict``: no value may become infinite by that."""
+    if saved.spec.dtype == spec.dtype:
+        yield from saved.blocks()
+        return
+    memory = torch.empty(0, dtype=torch_dtype(spec.dtype))
+    for block in saved.blocks():
+        values = torch.frombuffer(block, dtype=torch_dtype(saved.spec.dtype))
+        memory = memory if len(memory) >= len(values) else torch.empty_like(values, dtype=memory.dtype)
+        made = memory[: len(values)].copy_(values)
+        if strict and made.isinf().any() and not values.isinf().equal(made.isinf()):
+            raise ConversionError(
+                f"values are too large for {FLOATS[spec.dtype]}",
+                path=directory,
+                tensor=spec.name,
+                hint="Choose bfloat16 or float32.",
+            )
+        yield as_bytes(made)
 
 
 # --- tensors of the base model that its class does not load, which an export copies unchanged ------------------------

@@ -129,7 +129,8 @@ def find_input(path: Path, storage: Storage, hints: SourceHints) -> ModelInput:
     if file is not None:
         return _from_file(file, hints)
     _refuse_others(directory)
-    manifests = _manifests(target)
+    loaded = [(each.directory, load_manifest(each.directory)) for each in with_nested((target,))]
+    manifests = [(place, manifest) for place, manifest in loaded if manifest is not None]
     ledger = DigestLedger(_recorded(manifests))
     # Before any header is trusted.
     ledger.headers([place for place in ledger.recorded if place.is_relative_to(directory)], storage)
@@ -177,12 +178,10 @@ def _refuse_prefix(hints: SourceHints, directory: Path) -> None:
 
 
 def _model_target(targets: Sequence[Target], path: Path) -> Target:
-    models = [target for target in targets if target.directory.name != "optim" or target.under]
-    named = [target for target in models if target.under.split("/")[0] != "optim"]
+    named = [target for target in targets if (target.under or target.directory.name).split("/")[0] != "optim"]
     if not named:
         raise _optimizer(path)
-    by_name = [target for target in named if target.directory.name == "model"]
-    return by_name[0] if len(named) > 1 and by_name else named[0]
+    return next((target for target in named if target.directory.name == "model"), named[0])
 
 
 def _optimizer(path: Path) -> MisuseError:
@@ -231,16 +230,6 @@ def _refuse_others(directory: Path) -> None:
             path=directory,
             hint=f"Name one of its models' directories: {', '.join(parts) or 'none has a config.json'}.",
         )
-
-
-def _manifests(target: Target) -> list[tuple[Path, Manifest]]:
-    """The target's manifests: its own, and those of exports made later."""
-    found = []
-    for each in with_nested((target,)):
-        manifest = load_manifest(each.directory)
-        if manifest is not None:
-            found.append((each.directory, manifest))
-    return found
 
 
 def _recorded(manifests: Sequence[tuple[Path, Manifest]]) -> Mapping[Path, Sequence[RecordedDigest]]:
@@ -387,6 +376,7 @@ def _from_safetensors(found: ModelInput, manifests: Sequence[Manifest], hints: S
     directory = found.directory
     source = open_source(directory, Group(None))
     tensors = {name: once(tensor, name, directory) for name, tensor in source.tensors.items()}
+    found = replace(found, source=replace(source, tensors=tensors))
     if manifests:
         # Each file that was written is there, so all pieces are; a tensor's record has to agree.
         recorded = {t.spec.name: t.spec.shape for m in manifests for t in m.tensors if t.component == "model"}
@@ -398,13 +388,11 @@ def _from_safetensors(found: ModelInput, manifests: Sequence[Manifest], hints: S
                     tensor=name,
                     hint="The directory mixes files of different checkpoints; restore it from a copy.",
                 )
-        found = replace(found, source=replace(source, tensors=tensors))
         if found.described is None and hints.rope is None:
             return found
         return _with_class(found, class_of(found), hints.rope, whole=True)
     kind = class_of(found)
-    unknown = _in_pieces(source, tensors)
-    found = replace(found, source=replace(source, tensors=tensors))
+    unknown = _in_pieces(source)
     if kind is not None:
         return _with_class(found, kind, hints.rope, whole=bool(unknown))
     if unknown and not hints.assume_complete:
@@ -422,7 +410,7 @@ def _from_safetensors(found: ModelInput, manifests: Sequence[Manifest], hints: S
     return _with_class(found, None, hints.rope, whole=False)
 
 
-def _in_pieces(source: Source, tensors: Mapping[str, SourceTensor]) -> list[str]:
+def _in_pieces(source: Source) -> list[str]:
     """Tensors that files say to be parts of, without an index that says that one file has all of it."""
     indexed = {
         path.parent
@@ -433,7 +421,7 @@ def _in_pieces(source: Source, tensors: Mapping[str, SourceTensor]) -> list[str]
     for file in source.files:
         if file.parent not in indexed:
             parts |= {entry.name: None for entry in read_entries(file) if entry.saved is not None}
-    return [name for name in parts if name in tensors]
+    return [name for name in parts if name in source.tensors]
 
 
 def once(tensor: SourceTensor, name: str, directory: Path) -> SourceTensor:

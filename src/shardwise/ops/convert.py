@@ -16,7 +16,6 @@ from typing import Literal, TypeAlias, cast
 from shardwise._version import __version__
 from shardwise.addons.hf_config import CONFIG
 from shardwise.disk.names import is_directory, is_file, names_in
-from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import Storage, current, using
 from shardwise.engine.collector import without_collector
 from shardwise.engine.missing_files import saved_aliases
@@ -24,7 +23,7 @@ from shardwise.engine.records import ComponentRecord, layout_record, write_manif
 from shardwise.errors import MisuseError
 from shardwise.format.dcp_metadata import parsed_once
 from shardwise.format.header import encode_header
-from shardwise.format.manifest import AliasRecord, FileRecord
+from shardwise.format.manifest import AliasRecord
 from shardwise.format.notes import ASIDE_DIR, METADATA_DIR, NOTES, PER_RANK_DIR
 from shardwise.format.sharding import encode_sharding_metadata
 from shardwise.format.strict_json import JsonValue
@@ -34,7 +33,7 @@ from shardwise.ops.aside import refuse_existing, written_aside
 from shardwise.ops.computed_tensors import ComputingReader
 from shardwise.ops.consolidate import consolidate
 from shardwise.ops.consolidate_input import ModelInput, SourceHints, class_of, find_input
-from shardwise.ops.exporting import TensorWriter, batches_of
+from shardwise.ops.exporting import TensorWriter, batches_of, write_plain
 from shardwise.ops.optimizer_input import OptimizerInput, find_optimizer, states_beside
 from shardwise.ops.side_content import side_files
 from shardwise.ops.tensors_to_write import TensorToWrite, as_saved, native_tensors_to_write, tensors_to_write
@@ -207,16 +206,14 @@ def _to_shards(
     with written_aside(root, store) as aside:
         store.check_space(aside, total)
         directory = aside / name
-        record = _model(found, tensors, directory / _MODEL, advance)
+        record = _model(found, tensors, directory, advance)
         if optimizer is not None:
-            record += _optimizer(found, optimizer, directory / _OPTIM, advance)
+            record += _optimizer(found, optimizer, directory, advance)
         found.ledger.settle(store)
         plain = {LINEAGE_NAME: next_lineage(aside, [], name, epoch, step, None).encode()}
         if is_file(found.checkpoint / METRICS_NAME):
             plain[METRICS_NAME] = found.read(found.checkpoint / METRICS_NAME)
-        for file, content in plain.items():
-            write_file(store, directory / file, content)
-        record += ComponentRecord(tuple(FileRecord.plain(file, content) for file, content in plain.items()))
+        record += ComponentRecord(write_plain(plain, directory, store))
         notes = cast(JsonValue, list(found.notes))
         info: dict[str, JsonValue] = {"epoch": epoch, "step": step, "world_size": 1, "metrics": {}, "converted": notes}
         write_manifest(store, directory, record, {"shardwise": __version__, **info})
@@ -243,43 +240,32 @@ def _numbers(found: ModelInput, epoch: int | None, step: int | None, *, needed: 
 
 
 def _model(
-    found: ModelInput, tensors: Mapping[str, TensorToWrite], directory: Path, advance: Callable[[int], None]
+    found: ModelInput, tensors: Mapping[str, TensorToWrite], checkpoint: Path, advance: Callable[[int], None]
 ) -> ComponentRecord:
-    store = current()
-    store.make_directory(directory)
-    record = _shards(tensors, directory, advance)
-    files = []
+    record = _shards(tensors, checkpoint / _MODEL, advance)
     notes = found.directory / METADATA_DIR
     own = side_files(found.beside)
     if CONFIG not in own and not is_directory(notes):
         own = {}  # whatever lies beside a run's tensors is not the model's
-    for name, path in {**own, **{name: notes / name for name in NOTES if is_file(notes / name)}}.items():
-        content = found.read(path)
-        noted = directory / METADATA_DIR / name
-        store.make_directory(noted.parent)
-        write_file(store, noted, content)
-        files.append(FileRecord.plain(f"{_MODEL}/{METADATA_DIR}/{name}", content))
-    aliases = [AliasRecord(_MODEL, name, kept) for name, kept in sorted(_aliases(found, tensors).items())]
-    return record + ComponentRecord(tuple(files), aliases=tuple(aliases))
+    own |= {name: notes / name for name in NOTES if is_file(notes / name)}
+    plain = {f"{_MODEL}/{METADATA_DIR}/{name}": found.read(path) for name, path in own.items()}
+    aliases = tuple(AliasRecord(_MODEL, name, kept) for name, kept in sorted(_aliases(found, tensors).items()))
+    return record + ComponentRecord(write_plain(plain, checkpoint, current()), aliases=aliases)
 
 
 def _optimizer(
-    found: ModelInput, optimizer: OptimizerInput, directory: Path, advance: Callable[[int], None]
+    found: ModelInput, optimizer: OptimizerInput, checkpoint: Path, advance: Callable[[int], None]
 ) -> ComponentRecord:
-    store = current()
-    store.make_directory(directory)
-    files = []
-    for name, content in optimizer.plain.items():
-        write_file(store, directory / name, content)
-        files.append(FileRecord.plain(f"{_OPTIM}/{name}", content))
-    with closing(VerifyingReader(store, optimizer.source.files, found.ledger)) as reader:
+    plain = {f"{_OPTIM}/{name}": content for name, content in optimizer.plain.items()}
+    files = write_plain(plain, checkpoint, current())
+    with closing(VerifyingReader(current(), optimizer.source.files, found.ledger)) as reader:
         tensors = as_saved(optimizer.source.tensors, ComputingReader(reader, optimizer.computed))
-        record = _shards(tensors, directory, advance)
-    return record + ComponentRecord(tuple(files))
+        return _shards(tensors, checkpoint / _OPTIM, advance) + ComponentRecord(files)
 
 
 def _shards(tensors: Mapping[str, TensorToWrite], directory: Path, advance: Callable[[int], None]) -> ComponentRecord:
     """Write the shard files that a save by one rank would have into a component's directory, durably."""
+    current().make_directory(directory)
     plain = lay_out([each.spec for each in tensors.values()])
     files = []
     for number, file in enumerate(plain.files, start=1):

@@ -123,13 +123,16 @@ def _write(export: Export, aside: Path, kept: frozenset[int], storage: Storage, 
     crcs = TensorWriter(export.layout, aside, storage, advance, kept).write(export.batches)
     export.settle()
     record = layout_record(export.layout, crcs)
-    files = []
-    for name, content in export.plain(record.tensors).items():
-        storage.make_directory((aside / name).parent)
-        write_file(storage, aside / name, content)
-        files.append(FileRecord.plain(name, content))
-    record += ComponentRecord(tuple(files), aliases=export.aliases)
+    record += ComponentRecord(write_plain(export.plain(record.tensors), aside, storage), aliases=export.aliases)
     write_manifest(storage, aside, record, dict(export.notes))
+
+
+def write_plain(contents: Mapping[str, bytes], directory: Path, storage: Storage) -> tuple[FileRecord, ...]:
+    """Write small files, by their paths in a directory, durably."""
+    for name, content in contents.items():
+        storage.make_directory((directory / name).parent)
+        write_file(storage, directory / name, content)
+    return tuple(FileRecord.plain(name, content) for name, content in contents.items())
 
 
 class TensorWriter:

@@ -127,7 +127,7 @@ def _write(target: Path, content: bytes) -> None:
         try:
             write_file(storage, beside, content)
             storage.rename(beside, target)
-        except (OSError, ShardwiseError) as error:
+        except BaseException as error:
             storage.remove_file(beside)
             if isinstance(error, ShardwiseError):
                 error.path = str(target)  # the file beside it is gone
@@ -229,21 +229,14 @@ def _by_column(names: Sequence[str], rows: Sequence[tuple[object, ...]]) -> dict
 
 def _change(found: CheckpointDescription, change: DiffReport) -> dict[str, object]:
     place = _component_of(found, change)
-    equal, added, unread = set(change.equal), set(change.only_b), set(change.uncompared)
     differing = {(each.component, each.b.name): each for each in change.tensors}
-
-    def status(key: tuple[str, str]) -> int:
-        if key in differing:
-            return _kind(differing[key])
-        if key in unread:
-            return UNKNOWN
-        return EQUAL if key in equal else ADDED if key in added else UNKNOWN
-
+    status = dict.fromkeys(change.equal, EQUAL) | dict.fromkeys(change.only_b, ADDED)
+    status |= {key: _kind(each) for key, each in differing.items()}
     keys = [(place(tensor), tensor.spec.name) for tensor in found.tensors]
     rows = [(number, differing[key]) for number, key in enumerate(keys) if key in differing]
     return {
         "against": str(change.a),
-        "status": [status(key) for key in keys],
+        "status": [status.get(key, UNKNOWN) for key in keys],
         "tensor": [number for number, _ in rows],
         "relative": [_number(each.relative) for _, each in rows],
         "largest": [_number(each.largest) for _, each in rows],

@@ -16,8 +16,7 @@ from shardwise.cli import main
 from shardwise.errors import CheckpointExistsError, CheckpointNotFoundError
 from shardwise.ops.consolidate import consolidate
 from shardwise.ops.inspect import inspect
-from shardwise.ops.page import write_page
-from shardwise.ops.page_data import EQUAL
+from shardwise.ops.page import EQUAL, write_page
 
 
 def test_a_checkpoint(tmp_path: Path) -> None:

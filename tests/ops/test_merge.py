@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.base.support import edit_config
 from tests.base.test_quantized import FP8_CONFIG, _fp8_base
 from tests.clients.merged import ADAPTERS, OVER_QUANTIZED, adapted
+from tests.ops.checkpoints import saved
 from tests.ops.damaged import save_dcp
 from tests.peft.models import causal, randomise
 from tests.support.peak import peak, reset_peak
@@ -340,6 +341,9 @@ def test_nothing_there_and_something_there(tmp_path: Path) -> None:
         merge_adapter(base, base, tmp_path / "merged")
     with pytest.raises(CheckpointExistsError):
         merge_adapter(base, adapter, base)
+    checkpoint = saved(tmp_path / "run")
+    with pytest.raises(MisuseError, match="is in the checkpoint"):  # before anything of both is looked for
+        merge_adapter(tmp_path / "absent", adapter, checkpoint / "merged")
 
 
 @pytest.mark.slow

@@ -19,11 +19,11 @@ from tests.ops.damaged import gpt2, save_dcp
 from tests.ops.pages import HOSTILE, data_of, write_model
 
 from shardwise.cli import main
+from shardwise.disk.storage import LocalStorage
 from shardwise.errors import MisuseError
 from shardwise.ops.inspect import inspect
 from shardwise.ops.modules import layer_of, module_of
-from shardwise.ops.page import write_page
-from shardwise.ops.page_data import ADDED, ANOTHER, CHANGED, DIFFERS, EQUAL, UNKNOWN
+from shardwise.ops.page import ADDED, ANOTHER, CHANGED, DIFFERS, EQUAL, UNKNOWN, write_page
 from shardwise.ops.tensor_listing import writer_of
 
 EXPORT = "model/consolidated/model.safetensors"
@@ -200,6 +200,18 @@ def test_only_a_page_is_replaced(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "page.html"]
     with pytest.raises(MisuseError, match="does not exist"):
         write_page(tmp_path / "model", tmp_path / "nowhere" / "page.html")
+
+
+class Interrupted(LocalStorage):
+    def rename(self, source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_page_leaves_nothing(tmp_path: Path) -> None:
+    write_model(tmp_path / "model" / "model.safetensors", [("w", "U8", (1,))])
+    with pytest.raises(KeyboardInterrupt):
+        write_page(tmp_path / "model", tmp_path / "page.html", storage=Interrupted())
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_checkpoint_gets_no_file_that_its_manifest_lacks(tmp_path: Path) -> None:

@@ -44,13 +44,7 @@ _STATE_COLOURS = {
 
 
 def _each(paths: list[Path], json: bool, one: Callable[[Path], tuple[int, object]]) -> int:
-    """Do something for each path; a path that fails does not keep the others.
-
-    Args:
-        paths: The paths.
-        json: Print the results: of one path an object, of several a list.
-        one: Gives exit code and result.
-    """
+    """Do ``one``, which gives exit code and result, for each path; a path that fails does not keep the others."""
     codes: list[int] = []
     results: list[object] = []
     for path in paths:
@@ -71,24 +65,24 @@ def _each(paths: list[Path], json: bool, one: Callable[[Path], tuple[int, object
 def ls(options: argparse.Namespace) -> int:
     """``shardwise ls``."""
     if options.watch is None:
-        return _each(options.root, options.json, lambda root: _list(root, options, len(options.root) > 1))
+        return _each(options.root, options.json, lambda root: _list(root, options))
     if options.json or not options.watch > 0:
         raise MisuseError("--watch takes a number of seconds above 0, and no --json", hint="Leave one of them out.")
     while True:
         clear_screen()
-        _each(options.root, False, lambda root: _list(root, options, len(options.root) > 1))
+        _each(options.root, False, lambda root: _list(root, options))
         flush()
         time.sleep(options.watch)
 
 
-def _list(root: Path, options: argparse.Namespace, titled: bool) -> tuple[int, object]:
+def _list(root: Path, options: argparse.Namespace) -> tuple[int, object]:
     from shardwise.ops.listing import list_checkpoints
 
     found = list_checkpoints(root)
     code = FOUND if any(each.state == "damaged" for each in found) else FINE
     if options.json:
         return code, [record(each) for each in found]
-    if titled:
+    if len(options.root) > 1:
         say(f"{root}:")
     shown = [each for each in found if not options.quiet or each.state == "damaged"]
     for line, colour in _listed(shown) if shown else ():

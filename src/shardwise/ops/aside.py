@@ -56,12 +56,6 @@ def written_aside(target: Path, storage: Storage, *, resumes: bool = False) -> I
     """The directory to write into, which becomes ``target`` at the end; a failure leaves nothing.
 
     Files in it have to be durable by then. It is empty, or with ``resumes`` has what a process that was killed left.
-
-    Raises:
-        CheckpointExistsError: There is something at ``target``.
-        MisuseError: It is in a published checkpoint.
-        CheckpointBusyError: Another process is writing it.
-        StorageError: The file system refused.
     """
     refuse_existing(target)
     aside = target.with_name(temporary_name(target.name))

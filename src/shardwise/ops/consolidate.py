@@ -17,20 +17,38 @@ import torch
 
 from shardwise.addons.files import as_text
 from shardwise.addons.hf_config import CONFIG, CONFIG_V5, untied, with_dtype
+from shardwise.base.files import find_base
 from shardwise.checkpointing.saving.class_check import check_described
 from shardwise.checkpointing.shared_names import differing_ties
+from shardwise.comm import Group
 from shardwise.disk.storage import Storage, current, using
 from shardwise.dtypes import FLOATS, torch_dtype
 from shardwise.engine.collector import without_collector
 from shardwise.engine.missing_files import saved_aliases
-from shardwise.errors import ConfigError, ConversionError, MisuseError, some
+from shardwise.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    ConversionError,
+    DtypeMismatchError,
+    MissingTensorError,
+    MisuseError,
+    some,
+)
 from shardwise.format.dcp_metadata import parsed_once
 from shardwise.format.manifest import AliasRecord, TensorRecord
-from shardwise.format.notes import APART, EXPORT, FILE_DTYPES, FILE_INDEX, KEPT_OUT, LOOSE_TIES, METADATA_DIR
+from shardwise.format.notes import (
+    APART,
+    EXPORT,
+    FILE_DTYPES,
+    FILE_INDEX,
+    KEPT_OUT,
+    LOOSE_TIES,
+    METADATA_DIR,
+    PASSED_THROUGH,
+)
 from shardwise.format.strict_json import JsonValue
 from shardwise.geometry import TensorSpec
 from shardwise.ops.aside import refuse_existing
-from shardwise.ops.carry_over import carry_over
 from shardwise.ops.consolidate_input import ModelInput, SourceHints, find_input
 from shardwise.ops.exporting import Export, batches_of, publish
 from shardwise.ops.run_config import run_settings
@@ -38,14 +56,15 @@ from shardwise.ops.side_content import side_files
 from shardwise.ops.tensors_to_write import TensorToWrite, tensors_to_write
 from shardwise.ops.torchtitan_names import Rope
 from shardwise.ops.verify import Progress
-from shardwise.plan.layout import Layout, index_name, lay_out
+from shardwise.plan.layout import MAX_FILE_BYTES, Layout, index_name, lay_out
+from shardwise.plan.reads import SourceTensor
+from shardwise.sources.sources import Source, open_source
 from shardwise.sources.tensor_bytes import as_bytes
 from shardwise.sources.verifying_reader import VerifyingReader
 
 __all__ = ["ConsolidateReport", "consolidate"]
 
 _CONSOLIDATED = "consolidated"
-_MAX_FILE_BYTES = 5_000_000_000
 _DIFFUSERS_STEM = "diffusion_pytorch_model"
 
 
@@ -111,7 +130,8 @@ def consolidate(
         verify_export: Whether the class that ``config.json`` names has to load the export; by default as the save was
             configured, else true.
         config: Directory with ``config.json`` and what goes with it, if it is not beside the tensors.
-        rope: How a Llama under torchtitan's names rotates q and k, which its tensors do not show.
+        rope: How a Llama under torchtitan's names rotates q and k, which its tensors do not show: ``interleaved``
+            (torchtitan's own, and Meta's) or ``halves``.
         dtype: ``float64``, ``float32``, ``float16`` or ``bfloat16``: what all floating tensors are cast to; others
             stay. By default as they are in the base model, where that was recorded, or as they were saved.
 
@@ -143,13 +163,16 @@ def consolidate(
         refuse_existing(target)
         found = _exported_tensors(found, base)
         with closing(VerifyingReader(current(), found.source.files, found.ledger)) as reader:
-            stem = _stem(found, diffusers_compatible)
-            planned = _planned(found, tensors_to_write(found, reader), stem, max_file_bytes, dtype)
-            _require_opens(planned, verify_export)
-            publish(planned.export(), target, current(), progress)
-    names, nbytes = tuple(file.name for file in planned.layout.files), planned.layout.total_bytes
-    recast = tuple(name for name in planned.tensors if name in planned.recast)
-    return ConsolidateReport(target, names, len(planned.tensors), nbytes, found.manifest, tuple(found.notes), recast)
+            tensors, stem = tensors_to_write(found, reader), _stem(found, diffusers_compatible)
+            specs, plain, recast = _described(found, tensors, dtype)
+            _require_opens(found, tensors, plain, verify_export)
+            layout = _layout(found, specs, stem, max_file_bytes)
+            plain = {**plain, index_name(stem): layout.index}
+            publish(_export(found, tensors, layout, plain, frozenset(recast)), target, current(), progress)
+    names = tuple(file.name for file in layout.files)
+    return ConsolidateReport(
+        target, names, len(tensors), layout.total_bytes, found.manifest, tuple(found.notes), recast
+    )
 
 
 def _note(found: ModelInput, name: str) -> Mapping[str, JsonValue]:
@@ -162,21 +185,38 @@ def _note(found: ModelInput, name: str) -> Mapping[str, JsonValue]:
 
 def _exported_tensors(found: ModelInput, base: str | os.PathLike[str] | None) -> ModelInput:
     """The input with the base model's tensors that are carried over, without those that are kept out of an export."""
-    source = carry_over(found, base)
+    source = _carry_over(found, base)
     return replace(found, source=source.without([*_note(found, KEPT_OUT), *_note(found, APART)]))
 
 
-def _planned(
-    found: ModelInput, tensors: Mapping[str, TensorToWrite], stem: str, max_file_bytes: int | None, dtype: str | None
-) -> _Planned:
+def _export(
+    found: ModelInput,
+    tensors: Mapping[str, TensorToWrite],
+    layout: Layout,
+    plain: Mapping[str, bytes],
+    recast: frozenset[str],
+) -> Export:
+    specs = {entry.spec.name: entry.spec for file in layout.files for entry in file.entries}
+    aliases = saved_aliases(found.source).items()
+    notes: dict[str, JsonValue] = {"source": "no manifest", "notes": list(found.notes)}
+    return Export(
+        layout,
+        batches_of(layout, lambda name: _blocks(tensors[name], specs[name], name in recast, found.directory), specs),
+        lambda records: _with_ties(found, plain, records),
+        lambda: found.ledger.settle(current()),
+        tuple(AliasRecord("model", name, kept) for name, kept in aliases if kept in tensors and name not in tensors),
+        {} if found.manifest else notes,
+    )
+
+
+def _described(
+    found: ModelInput, tensors: Mapping[str, TensorToWrite], dtype: str | None
+) -> tuple[list[TensorSpec], Mapping[str, bytes], tuple[str, ...]]:
+    """The tensors of the export, the files beside them, and which tensors get the dtype that was asked for."""
     plain: Mapping[str, bytes] = {name: found.read(place) for name, place in side_files(found.beside).items()}
     dtypes = _note(found, FILE_DTYPES)
     specs = [_exported(tensor.spec, dtypes.get(name)) for name, tensor in tensors.items()]
-    recast: tuple[str, ...] = ()
-    if dtype is not None:
-        specs, plain, recast = _recast(found, specs, plain, dtype)
-    layout = _layout(found, specs, stem, max_file_bytes)
-    return _Planned(found, tensors, layout, {**plain, index_name(stem): layout.index}, frozenset(recast))
+    return (specs, plain, ()) if dtype is None else _recast(found, specs, plain, dtype)
 
 
 def _recast(
@@ -207,14 +247,15 @@ def _configs(plain: Mapping[str, bytes]) -> dict[str, dict[str, JsonValue]]:
     return {name: json.loads(plain[name]) for name in (CONFIG, CONFIG_V5) if name in plain}
 
 
-def _require_opens(planned: _Planned, verify_export: bool | None) -> None:
+def _require_opens(
+    found: ModelInput, tensors: Mapping[str, TensorToWrite], plain: Mapping[str, bytes], verify_export: bool | None
+) -> None:
     """Check the planned export against the class that its configuration names, before a tensor is written."""
-    found, plain, specs = planned.found, planned.plain, [tensor.spec for tensor in planned.tensors.values()]
     if verify_export is None:
         verify_export = run_settings(found).get("verify_export") is not False
     if not verify_export or CONFIG not in plain:
         return
-    why = check_described(json.loads(plain[CONFIG]), specs, found.beside / CONFIG)
+    why = check_described(json.loads(plain[CONFIG]), [each.spec for each in tensors.values()], found.beside / CONFIG)
     if why is not None:
         found.notes.append(f"not compared with a model class: {why}")
 
@@ -228,7 +269,7 @@ def _layout(found: ModelInput, specs: Sequence[TensorSpec], stem: str, max_file_
     split = {name: number for name, number in numbers.items() if isinstance(number, int)}
     count = max(split.values(), default=0)
     files = {name: _file_name(number, count, names) for name, number in split.items()}
-    limit = recorded if type(recorded) is int else _MAX_FILE_BYTES
+    limit = recorded if type(recorded) is int else MAX_FILE_BYTES
     return lay_out(specs, base_files=files, max_file_bytes=limit, stem=stem)
 
 
@@ -255,62 +296,86 @@ def _exported(spec: TensorSpec, dtype: JsonValue) -> TensorSpec:
     return spec
 
 
-@dataclass(frozen=True)
-class _Planned:
-    """An export that is planned: its tensors as saved, their places, the files beside them."""
+def _with_ties(found: ModelInput, plain: Mapping[str, bytes], tensors: Sequence[TensorRecord]) -> Mapping[str, bytes]:
+    """The files beside the tensors; the configuration's ties are those that were written."""
+    ties = {name: str(kept) for name, kept in _note(found, LOOSE_TIES).items()}
+    if not differing_ties(ties, tensors):
+        return plain
+    return {**plain, **{name: as_text(untied(entries)).encode() for name, entries in _configs(plain).items()}}
 
-    found: ModelInput
-    tensors: Mapping[str, TensorToWrite]
-    layout: Layout
-    plain: Mapping[str, bytes]
-    recast: frozenset[str]
 
-    def export(self) -> Export:
-        """The same, to be written."""
-        specs = {entry.spec.name: entry.spec for file in self.layout.files for entry in file.entries}
-        found = self.found
-        notes: dict[str, JsonValue] = {"source": "no manifest", "notes": list(found.notes)}
-        return Export(
-            self.layout,
-            batches_of(self.layout, lambda name: self._blocks(specs[name]), specs),
-            self._plain,
-            lambda: found.ledger.settle(current()),
-            self._aliases(),
-            {} if found.manifest else notes,
-        )
+def _blocks(saved: TensorToWrite, spec: TensorSpec, strict: bool, directory: Path) -> Iterator[memoryview]:
+    """A tensor's bytes in the dtype of the export; ``strict``: no value may become infinite by that."""
+    if saved.spec.dtype == spec.dtype:
+        yield from saved.blocks()
+        return
+    memory = torch.empty(0, dtype=torch_dtype(spec.dtype))
+    for block in saved.blocks():
+        values = torch.frombuffer(block, dtype=torch_dtype(saved.spec.dtype))
+        memory = memory if len(memory) >= len(values) else torch.empty_like(values, dtype=memory.dtype)
+        made = memory[: len(values)].copy_(values)
+        if strict and made.isinf().any() and not values.isinf().equal(made.isinf()):
+            raise ConversionError(
+                f"values are too large for {FLOATS[spec.dtype]}",
+                path=directory,
+                tensor=spec.name,
+                hint="Choose bfloat16 or float32.",
+            )
+        yield as_bytes(made)
 
-    def _plain(self, tensors: Sequence[TensorRecord]) -> Mapping[str, bytes]:
-        """The files beside the tensors; the configuration's ties are those that were written."""
-        ties = {name: str(kept) for name, kept in _note(self.found, LOOSE_TIES).items()}
-        if not differing_ties(ties, tensors):
-            return self.plain
-        configs = {name: as_text(untied(entries)).encode() for name, entries in _configs(self.plain).items()}
-        return {**self.plain, **configs}
 
-    def _aliases(self) -> tuple[AliasRecord, ...]:
-        """Aliases of the tensors, from the checkpoint's manifest."""
-        return tuple(
-            AliasRecord("model", name, kept)
-            for name, kept in saved_aliases(self.found.source).items()
-            if kept in self.tensors and name not in self.tensors
-        )
+# --- tensors of the base model that its class does not load, which an export copies unchanged ------------------------
 
-    def _blocks(self, spec: TensorSpec) -> Iterator[memoryview]:
-        saved = self.tensors[spec.name]
-        if saved.spec.dtype == spec.dtype:
-            yield from saved.blocks()
-            return
-        strict = spec.name in self.recast
-        memory = torch.empty(0, dtype=torch_dtype(spec.dtype))
-        for block in saved.blocks():
-            values = torch.frombuffer(block, dtype=torch_dtype(saved.spec.dtype))
-            memory = memory if len(memory) >= len(values) else torch.empty_like(values, dtype=memory.dtype)
-            made = memory[: len(values)].copy_(values)
-            if strict and made.isinf().any() and not values.isinf().equal(made.isinf()):
-                raise ConversionError(
-                    f"values are too large for {FLOATS[spec.dtype]}",
-                    path=self.found.directory,
-                    tensor=spec.name,
-                    hint="Choose bfloat16 or float32.",
-                )
-            yield as_bytes(made)
+
+_HINT = "Say where the base model is: --base PATH (base=PATH)."
+_ANOTHER = "It is another model than the one that was trained. " + _HINT
+
+
+def _carry_over(found: ModelInput, base: str | os.PathLike[str] | None) -> Source:
+    """The tensors of the export: the model's, and those that the save recorded as carried over from its base."""
+    carried = _note(found, EXPORT).get("carried")
+    names = [*_note(found, PASSED_THROUGH), *(map(str, carried) if isinstance(carried, list) else ())]
+    absent = [name for name in dict.fromkeys(names) if name not in found.source.tensors]
+    if not absent:
+        return found.source
+    path = _base_path(found, base, absent[0])
+    source = open_source(path, Group(None))
+    dtypes = _note(found, FILE_DTYPES)
+    tensors = dict(found.source.tensors)
+    first = len(found.source.files)
+    for name in absent:
+        known = source.tensors.get(name)
+        if known is None:
+            why = "the export carries this tensor over from the base model, which has none of this name"
+            raise MissingTensorError(why, path=path, tensor=name, hint=_ANOTHER)
+        recorded = dtypes.get(name)
+        if recorded is not None and recorded != known.spec.dtype:
+            why = f"the base model has this tensor in {known.spec.dtype}; when the model was saved it was {recorded}"
+            raise DtypeMismatchError(why, path=path, tensor=name, hint=_ANOTHER)
+        chunks = tuple(chunk._replace(file=chunk.file + first) for chunk in known.chunks)
+        tensors[name] = SourceTensor(known.spec, chunks)
+    return replace(found.source, files=(*found.source.files, *source.files), tensors=tensors)
+
+
+def _base_path(found: ModelInput, base: str | os.PathLike[str] | None, tensor: str) -> Path:
+    if base is not None:
+        return find_base(None, os.fspath(base))
+    noted = _note(found, EXPORT).get("base")
+    tried: list[tuple[str | None, str]] = [(None, noted)] if isinstance(noted, str) else []
+    settings = run_settings(found)
+    name, root, cache = (settings.get(key) for key in ("model_repo_id", "original_model_root_dir", "model_cache_dir"))
+    tried += [(str(place), str(name)) for place in (root, cache) if place and name]
+    tried += [(None, str(place)) for place in (root, name) if place]
+    failures = []
+    for place, model in tried:
+        try:
+            return find_base(place, model)
+        except CheckpointNotFoundError as error:
+            failures.append(error)
+    raise CheckpointNotFoundError(
+        "the export carries this tensor over from the base model, which is not there"
+        + (f" (looked for {', '.join(dict.fromkeys(model for _, model in tried))})" if tried else ""),
+        path=failures[0].path if failures else found.directory,
+        tensor=tensor,
+        hint=_HINT,
+    )

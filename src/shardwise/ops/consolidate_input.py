@@ -55,11 +55,9 @@ class ModelInput:
     """A model to export.
 
     Attributes:
-        directory: Where its files are.
-        checkpoint: The checkpoint that contains it, where there is one.
+        checkpoint: The checkpoint that contains ``directory``, where there is one.
         manifest: Whether a manifest has digests of every byte.
         source: Its tensors under the names of the export, each of their pieces once.
-        ledger: Recorded digests of the files.
         notes: Notes for the report, one sentence each.
         kind: The class that the configuration names, where it was looked at.
         native: Whether the names are the model's own, and not yet those of its files.
@@ -102,15 +100,7 @@ class ModelInput:
 
 @dataclass(frozen=True, slots=True)
 class SourceHints:
-    """What a caller says of a source that does not say it itself.
-
-    Attributes:
-        prefix: What the names of the model's tensors begin with in a DCP directory or a file of ``torch.save``.
-        assume_complete: Whether pieces of tensors are believed to be all where nothing says so.
-        config: The directory with the configuration, if it is another one.
-        rope: How the model rotates q and k, where its names do not tell; see `shardwise.ops.torchtitan_names`.
-        master_weights: Whether the fp32 master weights of DeepSpeed are taken where 16-bit weights are there too.
-    """
+    """What a caller of `consolidate` or `convert`, which describe it, says of a source that does not say it itself."""
 
     prefix: str | None = None
     assume_complete: bool = False
@@ -120,20 +110,7 @@ class SourceHints:
 
 
 def find_input(path: Path, storage: Storage, hints: SourceHints) -> ModelInput:
-    """Find the model at a path, and check that it is complete.
-
-    Args:
-        path: A checkpoint, its ``model`` directory, a root, another tool's directory, or a file of ``torch.save``.
-        storage: Where headers are read from.
-        hints: What the caller says of it.
-
-    Raises:
-        CheckpointNotFoundError, IncompleteCheckpointError: There is nothing, or an interrupted save.
-        IntegrityError, ManifestError: It is damaged, as `verify` finds.
-        MisuseError: It is no model, or which part is the model is not clear.
-        TensorError: A tensor is not whole, or not that of the class that the configuration names.
-        UnverifiableError: Nothing says whether the tensors are whole.
-    """
+    """Find the model at a path, and check that it is complete; errors are those of `consolidate`."""
     targets = find_targets(path)
     target = _model_target(targets, path)
     directory = target.directory / target.under
@@ -152,7 +129,8 @@ def find_input(path: Path, storage: Storage, hints: SourceHints) -> ModelInput:
     if file is not None:
         return _from_file(file, hints)
     _refuse_others(directory)
-    manifests = _manifests(target)
+    loaded = [(each.directory, load_manifest(each.directory)) for each in with_nested((target,))]
+    manifests = [(place, manifest) for place, manifest in loaded if manifest is not None]
     ledger = DigestLedger(_recorded(manifests))
     # Before any header is trusted.
     ledger.headers([place for place in ledger.recorded if place.is_relative_to(directory)], storage)
@@ -200,12 +178,10 @@ def _refuse_prefix(hints: SourceHints, directory: Path) -> None:
 
 
 def _model_target(targets: Sequence[Target], path: Path) -> Target:
-    models = [target for target in targets if target.directory.name != "optim" or target.under]
-    named = [target for target in models if target.under.split("/")[0] != "optim"]
+    named = [target for target in targets if (target.under or target.directory.name).split("/")[0] != "optim"]
     if not named:
         raise _optimizer(path)
-    by_name = [target for target in named if target.directory.name == "model"]
-    return by_name[0] if len(named) > 1 and by_name else named[0]
+    return next((target for target in named if target.directory.name == "model"), named[0])
 
 
 def _optimizer(path: Path) -> MisuseError:
@@ -256,16 +232,6 @@ def _refuse_others(directory: Path) -> None:
         )
 
 
-def _manifests(target: Target) -> list[tuple[Path, Manifest]]:
-    """The target's manifests: its own, and those of exports made later."""
-    found = []
-    for each in with_nested((target,)):
-        manifest = load_manifest(each.directory)
-        if manifest is not None:
-            found.append((each.directory, manifest))
-    return found
-
-
 def _recorded(manifests: Sequence[tuple[Path, Manifest]]) -> Mapping[Path, Sequence[RecordedDigest]]:
     found: dict[Path, list[RecordedDigest]] = {}
     for directory, manifest in manifests:
@@ -288,11 +254,7 @@ def class_of(found: ModelInput) -> ModelClass | None:
 
 
 def _with_class(found: ModelInput, kind: ModelClass | None, rope: str | None, *, whole: bool) -> ModelInput:
-    """The input under names of the class, compared with it.
-
-    Raises:
-        MisuseError: Its names are another tool's, and how they become those of the class is not known.
-    """
+    """The input under names of the class, compared with it; ``whole``: with all of its tensors."""
     tensors = found.source.tensors
     if kind is not None and has_own_names(tensors, kind):
         renamed = in_transformers_names(tensors, kind, rope, found.computed)
@@ -414,6 +376,7 @@ def _from_safetensors(found: ModelInput, manifests: Sequence[Manifest], hints: S
     directory = found.directory
     source = open_source(directory, Group(None))
     tensors = {name: once(tensor, name, directory) for name, tensor in source.tensors.items()}
+    found = replace(found, source=replace(source, tensors=tensors))
     if manifests:
         # Each file that was written is there, so all pieces are; a tensor's record has to agree.
         recorded = {t.spec.name: t.spec.shape for m in manifests for t in m.tensors if t.component == "model"}
@@ -425,13 +388,11 @@ def _from_safetensors(found: ModelInput, manifests: Sequence[Manifest], hints: S
                     tensor=name,
                     hint="The directory mixes files of different checkpoints; restore it from a copy.",
                 )
-        found = replace(found, source=replace(source, tensors=tensors))
         if found.described is None and hints.rope is None:
             return found
         return _with_class(found, class_of(found), hints.rope, whole=True)
     kind = class_of(found)
-    unknown = _in_pieces(source, tensors)
-    found = replace(found, source=replace(source, tensors=tensors))
+    unknown = _in_pieces(source)
     if kind is not None:
         return _with_class(found, kind, hints.rope, whole=bool(unknown))
     if unknown and not hints.assume_complete:
@@ -449,7 +410,7 @@ def _from_safetensors(found: ModelInput, manifests: Sequence[Manifest], hints: S
     return _with_class(found, None, hints.rope, whole=False)
 
 
-def _in_pieces(source: Source, tensors: Mapping[str, SourceTensor]) -> list[str]:
+def _in_pieces(source: Source) -> list[str]:
     """Tensors that files say to be parts of, without an index that says that one file has all of it."""
     indexed = {
         path.parent
@@ -460,7 +421,7 @@ def _in_pieces(source: Source, tensors: Mapping[str, SourceTensor]) -> list[str]
     for file in source.files:
         if file.parent not in indexed:
             parts |= {entry.name: None for entry in read_entries(file) if entry.saved is not None}
-    return [name for name in parts if name in tensors]
+    return [name for name in parts if name in source.tensors]
 
 
 def once(tensor: SourceTensor, name: str, directory: Path) -> SourceTensor:

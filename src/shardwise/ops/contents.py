@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, TypeAlias
 
 from shardwise.disk.guarded import open_regular
 from shardwise.disk.names import exists, is_file, names_in, status
@@ -248,12 +248,12 @@ def _check_dcp(root: Path, relative: str, names: Sequence[str], found: Contents)
 
 
 def _check_torch(root: Path, relative: str, found: Contents) -> None:
-    damage, unchecked = check_torch_file(root / relative)
-    if damage is not None:
-        found.add(relative, *damage)
-    elif unchecked is not None:
+    kind, message = check_torch_file(root / relative) or (None, None)
+    if kind is not None and message is not None:
+        found.add(relative, kind, message)
+    elif message is not None:
         what = what_is_file(root / relative)
-        found.unchecked.append(f"{relative}: {unchecked if what is None else what.name}")
+        found.unchecked.append(f"{relative}: {message if what is None else what.name}")
     else:
         found.count("torch archives: the directory at the end, and every entry's extent")
 
@@ -285,20 +285,17 @@ def _check_layout(root: Path, directory: str, found: Contents) -> None:
 # --- files of torch.save ---------------------------------------------------------------------------------------------
 
 
-class Outcome(NamedTuple):
-    """Result of the check: a damage, why the file could not be checked, or neither."""
-
-    damage: tuple[Literal["absent", "kind", "size", "header", "unreadable"], str] | None = None
-    unchecked: str | None = None
+#: Kind of damage and what it is; no kind, and why the file could not be checked; or neither.
+Outcome: TypeAlias = tuple[DamageKind | None, str] | None
 
 
 def check_torch_file(path: Path) -> Outcome:
     """Compare a file with its archive's directory, which ``torch.save`` writes last. Imports no torch."""
     info = status(path)
     if info is None:
-        return Outcome(damage=("absent", "the file is absent"))
+        return "absent", "the file is absent"
     if info.kind != "file":
-        return Outcome(damage=("kind", "not a regular file"))
+        return "kind", "not a regular file"
     try:
         with open_regular(path, FormatError) as (stream, _):
             if stream.read(4) != _ZIP:
@@ -306,22 +303,20 @@ def check_torch_file(path: Path) -> Outcome:
             with zipfile.ZipFile(stream) as archive:
                 return _check_entries(archive, stream)
     except (zipfile.BadZipFile, zipfile.LargeZipFile, struct.error, ValueError, NotImplementedError) as error:
-        message = (
-            f"the archive's directory, with which such a file ends, is absent or damaged ({error}): it was cut short"
-        )
-        return Outcome(damage=("size", message))
+        end = f"the archive's directory, with which such a file ends, is absent or damaged ({error}): it was cut short"
+        return "size", end
     except ShardwiseError as error:
-        return Outcome(damage=("unreadable", error.message))
+        return "unreadable", error.message
 
 
 def _no_archive(path: Path) -> Outcome:
     what = what_is_file(path)
     if what is not None and what.kind is Kind.TORCH:
-        return Outcome(unchecked="of torch before 1.6, which does not say how long it is")
+        return None, "of torch before 1.6, which does not say how long it is"
     if WEIGHTS.fullmatch(path.name) or (what is not None and what.kind is Kind.POINTER):
         name = "of no known format" if what is None else what.name
-        return Outcome(damage=("header", f"the file is {name}; weights of torch were expected"))
-    return Outcome(unchecked="of no known format")
+        return "header", f"the file is {name}; weights of torch were expected"
+    return None, "of no known format"
 
 
 def _check_entries(archive: zipfile.ZipFile, stream: BinaryIO) -> Outcome:
@@ -331,9 +326,9 @@ def _check_entries(archive: zipfile.ZipFile, stream: BinaryIO) -> Outcome:
         stream.seek(entry.header_offset)
         local = stream.read(_LOCAL_BYTES)
         if entry.header_offset < position or len(local) < _LOCAL_BYTES or local[:4] != _ZIP:
-            return Outcome(damage=("header", f"no entry begins where the archive's directory puts {entry.filename}"))
+            return "header", f"no entry begins where the archive's directory puts {entry.filename}"
         name, extra = struct.unpack("<HH", local[26:30])
         position = entry.header_offset + _LOCAL_BYTES + name + extra + entry.compress_size
         if position > end:
-            return Outcome(damage=("size", f"{entry.filename} reaches beyond the archive's content"))
-    return Outcome()
+            return "size", f"{entry.filename} reaches beyond the archive's content"
+    return None

@@ -16,7 +16,6 @@ from typing import Literal, TypeAlias, cast
 from shardwise._version import __version__
 from shardwise.addons.hf_config import CONFIG
 from shardwise.disk.names import is_directory, is_file, names_in
-from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import Storage, current, using
 from shardwise.engine.collector import without_collector
 from shardwise.engine.missing_files import saved_aliases
@@ -24,7 +23,7 @@ from shardwise.engine.records import ComponentRecord, layout_record, write_manif
 from shardwise.errors import MisuseError
 from shardwise.format.dcp_metadata import parsed_once
 from shardwise.format.header import encode_header
-from shardwise.format.manifest import AliasRecord, FileRecord
+from shardwise.format.manifest import AliasRecord
 from shardwise.format.notes import ASIDE_DIR, METADATA_DIR, NOTES, PER_RANK_DIR
 from shardwise.format.sharding import encode_sharding_metadata
 from shardwise.format.strict_json import JsonValue
@@ -34,12 +33,12 @@ from shardwise.ops.aside import refuse_existing, written_aside
 from shardwise.ops.computed_tensors import ComputingReader
 from shardwise.ops.consolidate import consolidate
 from shardwise.ops.consolidate_input import ModelInput, SourceHints, class_of, find_input
-from shardwise.ops.exporting import batches_of, counter, write_tensors
+from shardwise.ops.exporting import TensorWriter, batches_of, write_plain
 from shardwise.ops.optimizer_input import OptimizerInput, find_optimizer, states_beside
 from shardwise.ops.side_content import side_files
 from shardwise.ops.tensors_to_write import TensorToWrite, as_saved, native_tensors_to_write, tensors_to_write
 from shardwise.ops.torchtitan_names import ROPES, Rope
-from shardwise.ops.verify import Progress
+from shardwise.ops.verify import Counted, Progress
 from shardwise.ops.write_dcp import write_dcp
 from shardwise.plan.layout import FileLayout, Layout, lay_out, shard_name
 from shardwise.sources.dcp_values import DcpValues, is_dcp
@@ -102,14 +101,13 @@ def convert(
             model's state dict below ``model``; ``shards`` for a checkpoint that `Checkpointer.restore` goes on from.
         config: Directory with ``config.json``, the tokenizer and the like, where they are not beside the source.
         prefix: What the names of the model's tensors begin with in the source, where that is not clear; "" for nothing.
-        rope: How a Llama under torchtitan's names rotates q and k, which its tensors do not show: ``interleaved``
-            (torchtitan's own, and Meta's) or ``halves``.
+        rope: As for `consolidate`.
         master_weights: As for `consolidate`.
         optimizer: Whether the optimizer's state goes into ``shards``. By default it does where there is one, and one
             that cannot be carried over is refused.
         epoch: Epoch of the checkpoint in ``shards``; by default what the source's name says, else 0.
         step: The same of its step.
-        assume_complete: Believe that no file is absent where nothing says how large tensors in pieces were.
+        assume_complete: As for `consolidate`.
         verify_export: As for `consolidate`.
         progress: Called with the bytes written and the bytes to write.
         storage: Where files are read and written.
@@ -153,10 +151,6 @@ def convert(
             return _to_shards(found, reader, place, progress, optimizer, (epoch, step))
 
 
-def _nbytes(tensors: Mapping[str, TensorToWrite]) -> int:
-    return sum(each.spec.nbytes for each in tensors.values())
-
-
 def _aliases(found: ModelInput, names: Mapping[str, TensorToWrite]) -> dict[str, str]:
     """Further names of tensors, where parameters are tied."""
     known = saved_aliases(found.source) | (dict(found.kind.others) if found.kind is not None else {})
@@ -171,11 +165,11 @@ def _to_dcp(found: ModelInput, reader: VerifyingReader, place: Path, progress: P
     if found.kind is None:
         found = replace(found, kind=class_of(found))  # a checkpoint with a manifest was not compared with its class
     tensors = native_tensors_to_write(found, reader)
-    nbytes = _nbytes(tensors)
+    nbytes = sum(each.spec.nbytes for each in tensors.values())
     _tell_left(found, None)
     with written_aside(place, store) as aside:
         store.check_space(aside, nbytes)
-        write_dcp(tensors, _aliases(found, tensors), aside, store, counter(nbytes, progress))
+        write_dcp(tensors, _aliases(found, tensors), aside, store, Counted(nbytes, progress).add)
         found.ledger.settle(store)
     return ConvertReport(place, "dcp", len(tensors), nbytes, False, found.manifest, tuple(found.notes))
 
@@ -205,34 +199,28 @@ def _to_shards(
     epoch, step = _numbers(found, *numbers, needed=optimizer is not None)
     name = checkpoint_name(epoch, step)
     tensors = tensors_to_write(found, reader)
-    total = _nbytes(tensors)
-    if optimizer is not None:
-        total += sum(tensor.spec.nbytes for tensor in optimizer.source.tensors.values())
-    advance = counter(total, progress)
+    written = [*tensors.values(), *(() if optimizer is None else optimizer.source.tensors.values())]
+    total = sum(each.spec.nbytes for each in written)
+    advance = Counted(total, progress).add
     _tell_left(found, optimizer)
     with written_aside(root, store) as aside:
         store.check_space(aside, total)
         directory = aside / name
-        record = _model(found, tensors, directory / _MODEL, advance)
+        record = _model(found, tensors, directory, advance)
         if optimizer is not None:
-            record += _optimizer(found, optimizer, directory / _OPTIM, advance)
+            record += _optimizer(found, optimizer, directory, advance)
         found.ledger.settle(store)
         plain = {LINEAGE_NAME: next_lineage(aside, [], name, epoch, step, None).encode()}
         if is_file(found.checkpoint / METRICS_NAME):
             plain[METRICS_NAME] = found.read(found.checkpoint / METRICS_NAME)
-        for file, content in plain.items():
-            write_file(store, directory / file, content)
-        record += ComponentRecord(tuple(FileRecord.plain(file, content) for file, content in plain.items()))
-        write_manifest(store, directory, record, _info(found, epoch, step))
+        record += ComponentRecord(write_plain(plain, directory, store))
+        notes = cast(JsonValue, list(found.notes))
+        info: dict[str, JsonValue] = {"epoch": epoch, "step": step, "world_size": 1, "metrics": {}, "converted": notes}
+        write_manifest(store, directory, record, {"shardwise": __version__, **info})
         set_pointer(aside, LATEST, name)
     return ConvertReport(
         root / name, "shards", len(tensors), total, optimizer is not None, found.manifest, tuple(found.notes)
     )
-
-
-def _info(found: ModelInput, epoch: int, step: int) -> dict[str, JsonValue]:
-    notes = cast(JsonValue, list(found.notes))
-    return {"shardwise": __version__, "epoch": epoch, "step": step, "world_size": 1, "metrics": {}, "converted": notes}
 
 
 def _numbers(found: ModelInput, epoch: int | None, step: int | None, *, needed: bool) -> tuple[int, int]:
@@ -252,44 +240,32 @@ def _numbers(found: ModelInput, epoch: int | None, step: int | None, *, needed: 
 
 
 def _model(
-    found: ModelInput, tensors: Mapping[str, TensorToWrite], directory: Path, advance: Callable[[int], None]
+    found: ModelInput, tensors: Mapping[str, TensorToWrite], checkpoint: Path, advance: Callable[[int], None]
 ) -> ComponentRecord:
-    store = current()
-    store.make_directory(directory)
-    record = _shards(tensors, directory, advance)
-    files = []
-    beside = {name: found.directory / METADATA_DIR / name for name in NOTES}
-    beside = {name: path for name, path in beside.items() if is_file(path)}
+    record = _shards(tensors, checkpoint / _MODEL, advance)
+    notes = found.directory / METADATA_DIR
     own = side_files(found.beside)
-    if CONFIG not in own and not is_directory(found.directory / METADATA_DIR):
+    if CONFIG not in own and not is_directory(notes):
         own = {}  # whatever lies beside a run's tensors is not the model's
-    for name, path in {**own, **beside}.items():
-        content = found.read(path)
-        noted = directory / METADATA_DIR / name
-        store.make_directory(noted.parent)
-        write_file(store, noted, content)
-        files.append(FileRecord.plain(f"{_MODEL}/{METADATA_DIR}/{name}", content))
-    aliases = [AliasRecord(_MODEL, name, kept) for name, kept in sorted(_aliases(found, tensors).items())]
-    return record + ComponentRecord(tuple(files), aliases=tuple(aliases))
+    own |= {name: notes / name for name in NOTES if is_file(notes / name)}
+    plain = {f"{_MODEL}/{METADATA_DIR}/{name}": found.read(path) for name, path in own.items()}
+    aliases = tuple(AliasRecord(_MODEL, name, kept) for name, kept in sorted(_aliases(found, tensors).items()))
+    return record + ComponentRecord(write_plain(plain, checkpoint, current()), aliases=aliases)
 
 
 def _optimizer(
-    found: ModelInput, optimizer: OptimizerInput, directory: Path, advance: Callable[[int], None]
+    found: ModelInput, optimizer: OptimizerInput, checkpoint: Path, advance: Callable[[int], None]
 ) -> ComponentRecord:
-    store = current()
-    store.make_directory(directory)
-    files = []
-    for name, content in optimizer.plain.items():
-        write_file(store, directory / name, content)
-        files.append(FileRecord.plain(f"{_OPTIM}/{name}", content))
-    with closing(VerifyingReader(store, optimizer.source.files, found.ledger)) as reader:
+    plain = {f"{_OPTIM}/{name}": content for name, content in optimizer.plain.items()}
+    files = write_plain(plain, checkpoint, current())
+    with closing(VerifyingReader(current(), optimizer.source.files, found.ledger)) as reader:
         tensors = as_saved(optimizer.source.tensors, ComputingReader(reader, optimizer.computed))
-        record = _shards(tensors, directory, advance)
-    return record + ComponentRecord(tuple(files))
+        return _shards(tensors, checkpoint / _OPTIM, advance) + ComponentRecord(files)
 
 
 def _shards(tensors: Mapping[str, TensorToWrite], directory: Path, advance: Callable[[int], None]) -> ComponentRecord:
     """Write the shard files that a save by one rank would have into a component's directory, durably."""
+    current().make_directory(directory)
     plain = lay_out([each.spec for each in tensors.values()])
     files = []
     for number, file in enumerate(plain.files, start=1):
@@ -298,7 +274,7 @@ def _shards(tensors: Mapping[str, TensorToWrite], directory: Path, advance: Call
         files.append(FileLayout(name, encode_header(file.entries, starts), file.entries))
     layout = Layout(tuple(files))
     batches = batches_of(layout, lambda name: tensors[name].blocks(), tensors)
-    crcs = write_tensors(layout, directory, batches, current(), advance)
+    crcs = TensorWriter(layout, directory, current(), advance).write(batches)
     return layout_record(layout, crcs, directory.name, f"{directory.name}/")
 
 

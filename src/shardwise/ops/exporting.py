@@ -23,7 +23,7 @@ from shardwise.errors import IncompleteTensorError, ShardwiseError
 from shardwise.format.manifest import AliasRecord, FileRecord, TensorRecord
 from shardwise.format.strict_json import JsonValue
 from shardwise.ops.aside import written_aside
-from shardwise.ops.verify import Progress
+from shardwise.ops.verify import Counted, Progress
 from shardwise.plan.layout import FileLayout, Layout
 
 #: A tensor's name, and its bytes as they are in the file.
@@ -62,8 +62,7 @@ class Export:
     """An export whose bytes are not written yet.
 
     Attributes:
-        layout: Its files of tensors.
-        batches: Their tensors, each once.
+        batches: The layout's tensors, each once.
         plain: Relative path -> content of the files beside them, once the tensors' records are known.
         settle: What is checked when all tensors are written, before anything says that they are.
         aliases: Other names of tensors.
@@ -83,10 +82,6 @@ def publish(export: Export, target: Path, storage: Storage, progress: Progress |
 
     What a process that was killed has written of the same export is not written again. Nothing is believed of it: each
     block is read and compared with the one that belongs there.
-
-    Raises:
-        CheckpointBusyError: Another process is writing it.
-        ShardwiseError: Reading or writing failed.
     """
     with written_aside(target, storage, resumes=True) as aside:
         _write(export, aside, _kept(export.layout, aside, storage), storage, progress)
@@ -124,69 +119,36 @@ def _write(export: Export, aside: Path, kept: frozenset[int], storage: Storage, 
     """Write all files into the existing directory, the manifest last."""
     files_ahead = [file for number, file in enumerate(export.layout.files) if number not in kept]
     storage.check_space(aside, sum(file.size for file in files_ahead))
-    advance = counter(export.layout.tensor_bytes, progress)
-    crcs = write_tensors(export.layout, aside, export.batches, storage, advance, kept)
+    advance = Counted(export.layout.tensor_bytes, progress).add
+    crcs = TensorWriter(export.layout, aside, storage, advance, kept).write(export.batches)
     export.settle()
     record = layout_record(export.layout, crcs)
-    files = []
-    for name, content in export.plain(record.tensors).items():
-        storage.make_directory((aside / name).parent)
-        write_file(storage, aside / name, content)
-        files.append(FileRecord.plain(name, content))
-    record += ComponentRecord(tuple(files), aliases=export.aliases)
+    record += ComponentRecord(write_plain(export.plain(record.tensors), aside, storage), aliases=export.aliases)
     write_manifest(storage, aside, record, dict(export.notes))
 
 
-def counter(total: int, progress: Progress | None) -> Callable[[int], None]:
-    """What is called with bytes that were written, and calls ``progress`` with their sum and the total."""
-    done = 0
-
-    def advance(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress is not None:
-            progress(done, total)
-
-    return advance
+def write_plain(contents: Mapping[str, bytes], directory: Path, storage: Storage) -> tuple[FileRecord, ...]:
+    """Write small files, by their paths in a directory, durably."""
+    for name, content in contents.items():
+        storage.make_directory((directory / name).parent)
+        write_file(storage, directory / name, content)
+    return tuple(FileRecord.plain(name, content) for name, content in contents.items())
 
 
-def write_tensors(
-    layout: Layout,
-    directory: Path,
-    batches: Sequence[Batch],
-    storage: Storage,
-    advance: Callable[[int], None],
-    kept: frozenset[int] = frozenset(),
-) -> dict[str, int]:
-    """Write tensor files into an existing directory, durably.
+class TensorWriter:
+    """Writes the tensor files of a layout into an existing directory.
 
-    Args:
-        layout: The files.
-        directory: Where to.
-        batches: Their tensors, each once.
-        storage: Through what.
-        advance: Called with the bytes of each tensor that was written, by one thread at a time.
-        kept: Numbers of files that are there; only what they do not have yet is written.
-
-    Returns:
-        The CRC-32C of each tensor.
-
-    Raises:
-        ShardwiseError: Reading or writing failed; names the file and the tensor.
+    ``advance`` is called with the bytes of each tensor that was written, by one thread at a time. Of the files whose
+    numbers are in ``kept``, only what they do not have yet is written.
     """
-    return _Writing(layout, directory, kept, storage, advance).all(batches)
-
-
-class _Writing:
-    """Writes the tensor files of one layout, see `write_tensors`."""
 
     def __init__(
         self,
         layout: Layout,
         directory: Path,
-        kept: frozenset[int],
         storage: Storage,
         advance: Callable[[int], None],
+        kept: frozenset[int] = frozenset(),
     ) -> None:
         self._layout, self._kept, self._storage, self._advance = layout, kept, storage, advance
         self._paths = [directory / file.name for file in layout.files]
@@ -195,8 +157,8 @@ class _Writing:
         self._crcs: dict[str, int] = {}
         self._lock, self._failed = threading.Lock(), threading.Event()
 
-    def all(self, batches: Sequence[Batch]) -> dict[str, int]:
-        """Write all tensors and make them durable; returns the digest of each."""
+    def write(self, batches: Sequence[Batch]) -> dict[str, int]:
+        """Write all tensors, durably; returns the CRC-32C of each. Errors name the file and the tensor."""
         try:
             for number, file in enumerate(self._layout.files):
                 if number not in self._kept:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
@@ -138,28 +138,22 @@ def inspect(path: str | os.PathLike[str], *, storage: Storage | None = None) -> 
             else:
                 _from_manifest(found, root, target, manifest)
                 info = info or dict(manifest.info)
-        return _description(found, root, targets, info, all(manifest is not None for manifest in manifests))
-
-
-def _description(
-    found: Listing, root: Path, targets: Sequence[Target], info: Mapping[str, JsonValue], verifiable: bool
-) -> CheckpointDescription:
-    epoch, step = parse_checkpoint_name(root.name) or (_count(info.get("epoch")), _count(info.get("step")))
-    version, ranks = info.get("shardwise"), _count(info.get("world_size"))
-    return CheckpointDescription(
-        root / targets[0].under,
-        verifiable,
-        epoch,
-        step,
-        ranks if verifiable else found.world_size,
-        version if isinstance(version, str) else None,
-        read_metrics(root),
-        tuple(replace(file, tensors=found.counts[path]) for path, file in found.files.items()),
-        tuple(found.tensors.values()),
-        tuple(found.unread.items()),
-        tuple(found.tools),
-        tuple(found.damaged),
-    )
+        epoch, step = parse_checkpoint_name(root.name) or (_count(info.get("epoch")), _count(info.get("step")))
+        version, verifiable = info.get("shardwise"), None not in manifests
+        return CheckpointDescription(
+            root / targets[0].under,
+            verifiable,
+            epoch,
+            step,
+            _count(info.get("world_size")) if verifiable else found.world_size,
+            version if isinstance(version, str) else None,
+            read_metrics(root),
+            tuple(replace(file, tensors=found.counts[path]) for path, file in found.files.items()),
+            tuple(found.tensors.values()),
+            tuple(found.unread.items()),
+            tuple(found.tools),
+            tuple(found.damaged),
+        )
 
 
 def _from_manifest(found: Listing, root: Path, target: Target, manifest: Manifest) -> None:

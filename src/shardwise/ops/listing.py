@@ -68,13 +68,7 @@ class ListedCheckpoint:
 
 
 def real_root(given: Path) -> Path:
-    """Where a root is when every link in it is followed.
-
-    Raises:
-        CheckpointNotFoundError: There is nothing at the path.
-        MisuseError: It is a checkpoint itself, or no directory.
-        StorageError: Links lead in a circle.
-    """
+    """Where a root is when every link in it is followed; what cannot be one is refused."""
     place = real_path(given)
     if not exists(place):
         raise nothing_at(given)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -27,23 +28,21 @@ from shardwise.checkpointing.hub import HubNames, HubState
 from shardwise.checkpointing.loading.names import expected_unused
 from shardwise.checkpointing.saving.class_check import check_described
 from shardwise.comm import Group
-from shardwise.disk.names import is_there
 from shardwise.disk.storage import Storage, current, using
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.collector import without_collector
 from shardwise.engine.load import LoadOptions
 from shardwise.engine.sharing import PlannedReads
-from shardwise.errors import AdapterError, CheckpointExistsError, ConversionError, ModuleStateError, some
+from shardwise.errors import AdapterError, ConversionError, ModuleStateError, some
 from shardwise.format.manifest import AliasRecord
-from shardwise.geometry import TensorSpec
-from shardwise.ops.attach import attach
+from shardwise.ops.aside import refuse_existing
 from shardwise.ops.exporting import Export, Piece, batches_of, publish
-from shardwise.ops.merge_input import MergeInput, find_merge, take_extra
+from shardwise.ops.merge_input import MergeInput, attach, find_merge, take_extra
 from shardwise.ops.verify import Progress
-from shardwise.peft.merge import MergedPart, merged_parts
+from shardwise.peft.merge import merged_parts
 from shardwise.plan.deferred import bound
-from shardwise.plan.fragments import Fragment, HeldTensor
-from shardwise.plan.layout import Layout, index_name, lay_out
+from shardwise.plan.fragments import Fragment, HeldTensor, part_in_box
+from shardwise.plan.layout import MAX_FILE_BYTES, Layout, index_name, lay_out
 from shardwise.sources.reader import Reader
 from shardwise.sources.tensor_bytes import byte_blocks
 from shardwise.stateful_wrappers import ModelState
@@ -53,7 +52,6 @@ from shardwise.upstream.torch_tensors import storage_key
 
 __all__ = ["MergeReport", "merge_adapter"]
 
-_MAX_FILE_BYTES = 5_000_000_000
 #: Tensors of the model that are kept in memory: of one that holds many of the files, these are written in turn.
 _MOST_KEPT = 2
 
@@ -116,70 +114,63 @@ def merge_adapter(
     """
     target = Path(output).absolute()
     with using(storage or current()), without_collector():
-        if is_there(target):
-            raise CheckpointExistsError("the output is already there", path=target, hint="Choose another directory.")
+        refuse_existing(target)
         found = find_merge(base, adapter)
-        with _Reading(found) as reading:
-            planned = _planned(found, reading, max_file_bytes)
+        with closing(_Reading(found)) as reading:
+            hub = _merged(found, reading)
+            merged = [spec for group in hub.groups for spec in group.computed.hub]
+            specs = [*(tensor.spec for tensor in hub.held), *merged]
             if verify_export:
-                why = check_described(found.config, planned.specs, found.base / CONFIG)
+                why = check_described(found.config, specs, found.base / CONFIG)
                 if why is not None:
                     found.notes.append(f"not compared with a model class: {why}")
-            publish(planned.export(), target, current(), progress)
-    files, nbytes = tuple(file.name for file in planned.layout.files), planned.layout.total_bytes
-    return MergeReport(target, files, len(planned.specs), planned.merged, nbytes, tuple(found.notes))
+            files = _files_of(reading.source, {spec.name for spec in specs}) if max_file_bytes is None else {}
+            layout = lay_out(specs, base_files=files, max_file_bytes=max_file_bytes or MAX_FILE_BYTES)
+            publish(_export(found, reading, hub, layout), target, current(), progress)
+    changed, names = tuple(spec.name for spec in merged), tuple(file.name for file in layout.files)
+    return MergeReport(target, names, len(specs), changed, layout.total_bytes, tuple(found.notes))
 
 
 class _Reading:
     """Reads tensors of the model, as it is without its adapter, from the base's files: a few at a time in memory."""
 
     def __init__(self, found: MergeInput) -> None:
-        self._source: BaseSource = open_base_source(found.base, Group(None), base_config(found.base))
+        self.source: BaseSource = open_base_source(found.base, Group(None), base_config(found.base))
         self._ties = ties_head(found.config)
         self._notes = found.notes
-        self._reader = Reader(current(), self._source.plain.files, threads=2)
+        self._reader = Reader(current(), self.source.plain.files, threads=2)
         self._wanted: dict[int, list[HeldTensor]] = {}
         self._copied: dict[int, torch.Tensor] = {}
-        self._alive: list[torch.Tensor] = []
+        #: Storages are told apart as long as what they are of lives.
+        self.alive: list[object] = []
         self._kept: OrderedDict[int, torch.Tensor] = OrderedDict()
         self._lock = Lock()
 
-    def __enter__(self) -> _Reading:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Close the base's files."""
         self._reader.close()
 
-    @property
-    def source(self) -> BaseSource:
-        """The base's files."""
-        return self._source
-
     def match(self, adapted: nn.Module) -> None:
-        """Find every tensor of the model in the base's files, and compare shapes and dtypes.
-
-        Raises:
-            ConversionError, ModuleStateError: A tensor has to be computed from several of the base's.
-        """
-        wanted: BaseWanted = match_base([adapted], list(self._source.names()), base_ties=self._ties)
+        """Find every tensor of the model in the base's files, and compare shapes and dtypes."""
+        wanted: BaseWanted = match_base([adapted], list(self.source.names()), base_ties=self._ties)
         if wanted.groups:
             name = wanted.groups[0].computed.hub[0].name
             raise ConversionError(
                 "tensors of the base's files have to be computed to be the model's",
-                path=self._source.path,
+                path=self.source.path,
                 tensor=name,
                 hint="Merge where the model is loaded: peft's merge_and_unload, or export_merged in a run.",
             )
         if wanted.steps:
             raise ModuleStateError(
                 "a module of the model takes its state by a method of its own",
-                path=self._source.path,
+                path=self.source.path,
                 hint="Merge where the model is loaded: peft's merge_and_unload, or export_merged in a run.",
             )
         specs = [tensor.spec for tensor in wanted.held]
         names = {spec.name for spec in specs}
-        unused = self._source.unexpected([name for name in self._source.names() if name not in names], _OPTIONS)
-        self._source.compare(specs, unused, _OPTIONS)
+        unused = self.source.unexpected([name for name in self.source.names() if name not in names], _OPTIONS)
+        self.source.compare(specs, unused, _OPTIONS)
         known, ties = set(expected_unused([adapted], unused)), tuple(declared_ties([adapted]))
         left = [name for name in unused if name not in known and not name.endswith(ties)]
         if left:
@@ -188,7 +179,7 @@ class _Reading:
             for key in {storage_key(fragment.data) for fragment in tensor.fragments}:
                 self._wanted.setdefault(key, []).append(tensor)
         self._copied = {storage_key(second): first for first, second in wanted.copies}
-        self._alive += wanted.tensors  # storages are told apart as long as they live
+        self.alive += wanted.tensors
 
     def whole(self, data: torch.Tensor) -> torch.Tensor:
         """The values behind a tensor without memory, or behind a view of one; of one with memory itself. Any thread."""
@@ -221,13 +212,13 @@ class _Reading:
         if key not in self._wanted:
             raise AdapterError(
                 "merging reads a tensor that neither the base model nor the adapter has",
-                path=self._source.path,
+                path=self.source.path,
                 hint="Merge where the model is loaded: with peft's merge_and_unload, or export_merged in a run.",
             )
         flat = torch.empty(data.untyped_storage().nbytes() // data.element_size(), dtype=data.dtype)
         reads = PlannedReads()
         for tensor in self._wanted[key]:
-            self._source.add(_onto(tensor, key, flat), reads, None)
+            self.source.add(_onto(tensor, key, flat), reads, None)
         reads.execute(self._reader, Group(None))
         return flat
 
@@ -245,77 +236,49 @@ def _onto(tensor: HeldTensor, key: int, flat: torch.Tensor) -> HeldTensor:
     return tensor._replace(parts=tuple(parts))
 
 
-@dataclass(frozen=True)
-class _Planned:
-    """A merged model that is planned; its tensors are told apart by ``part`` as long as that lives."""
-
-    found: MergeInput
-    reading: _Reading
-    hub: HubState
-    part: MergedPart
-    layout: Layout
-    plain: Mapping[str, bytes]
-
-    @property
-    def specs(self) -> list[TensorSpec]:
-        """All tensors."""
-        return [tensor.spec for tensor in self.hub.held] + [s for g in self.hub.groups for s in g.computed.hub]
-
-    @property
-    def merged(self) -> tuple[str, ...]:
-        """Names of those that are computed."""
-        return tuple(spec.name for group in self.hub.groups for spec in group.computed.hub)
-
-    def export(self) -> Export:
-        """The same, to be written."""
-        held = {tensor.spec.name: tensor for tensor in self.hub.held}
-        copied = batches_of(self.layout, lambda name: self._copied(held[name]), held)
-        aliases = [AliasRecord("model", name, kept) for name, kept in self.hub.unwritten_aliases.items()]
-        return Export(
-            self.layout,
-            [self._computed, *copied],
-            lambda _: {**self.plain, index_name("model"): self.layout.index},
-            lambda: None,
-            tuple(aliases),
-            {"source": "merged", "base": str(self.found.base), "adapter": str(self.found.adapter)},
-        )
-
-    def _copied(self, tensor: HeldTensor) -> Iterator[memoryview]:
-        dtype = torch_dtype(tensor.spec.dtype)
-        if len(tensor.fragments) == 1 and tensor.fragments[0].box.sizes == tensor.grid:
-            yield from byte_blocks(self.reading.whole(tensor.fragments[0].data), dtype)
-            return
-        whole = torch.empty(tensor.grid, dtype=dtype)
-        for fragment in tensor.fragments:
-            box = fragment.box
-            place = tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))
-            whole[place] = self.reading.whole(fragment.data)
-        yield from byte_blocks(whole, dtype)
-
-    def _computed(self) -> Iterator[Piece]:
-        """What is merged: one module at a time has memory."""
-        for group in self.hub.groups:
-            values = {native.spec.name: self.reading.fresh(native.fragments[0].data) for native in group.natives}
-            made = group.computed.rule.forward(values)
-            del values
-            for spec in group.computed.hub:
-                yield spec.name, byte_blocks(made.pop(spec.name), torch_dtype(spec.dtype))
+def _copied(reading: _Reading, tensor: HeldTensor) -> Iterator[memoryview]:
+    dtype = torch_dtype(tensor.spec.dtype)
+    if len(tensor.fragments) == 1 and tensor.fragments[0].box.sizes == tensor.grid:
+        yield from byte_blocks(reading.whole(tensor.fragments[0].data), dtype)
+        return
+    whole = torch.empty(tensor.grid, dtype=dtype)
+    for fragment in tensor.fragments:
+        part_in_box(whole, fragment.box).copy_(reading.whole(fragment.data))
+    yield from byte_blocks(whole, dtype)
 
 
-def _planned(found: MergeInput, reading: _Reading, max_file_bytes: int | None) -> _Planned:
-    """Put the adapter on the model, find its tensors in the base, and lay out what becomes of them."""
+def _computed(reading: _Reading, hub: HubState) -> Iterator[Piece]:
+    """What is merged: one module at a time has memory."""
+    for group in hub.groups:
+        values = {native.spec.name: reading.fresh(native.fragments[0].data) for native in group.natives}
+        made = group.computed.rule.forward(values)
+        del values
+        for spec in group.computed.hub:
+            yield spec.name, byte_blocks(made.pop(spec.name), torch_dtype(spec.dtype))
+
+
+def _merged(found: MergeInput, reading: _Reading) -> HubState:
+    """Put the adapter on the model, and find its tensors in the base."""
     adapted = attach(found.model, found.adapter)
     take_extra(adapted, found.adapter)
     reading.match(adapted)
     (part,) = merged_parts([adapted])
-    hub = HubNames().capture(ModelState([part.model]))
-    hub = merged_state(hub, [adapted], [part], MayDiffer())
-    specs = [tensor.spec for tensor in hub.held] + [s for g in hub.groups for s in g.computed.hub]
-    files = _files_of(reading.source, {spec.name for spec in specs}) if max_file_bytes is None else {}
-    layout = lay_out(specs, base_files=files, max_file_bytes=max_file_bytes or _MAX_FILE_BYTES)
-    config = as_text(found.config).encode()
+    reading.alive.append(part)
+    return merged_state(HubNames().capture(ModelState([part.model])), [adapted], [part], MayDiffer())
+
+
+def _export(found: MergeInput, reading: _Reading, hub: HubState, layout: Layout) -> Export:
+    held = {tensor.spec.name: tensor for tensor in hub.held}
     plain = {name: content for name, content in found.plain.items() if name != CONFIG_V5}
-    return _Planned(found, reading, hub, part, layout, {**plain, CONFIG: config})
+    plain |= {CONFIG: as_text(found.config).encode(), index_name("model"): layout.index}
+    return Export(
+        layout,
+        [lambda: _computed(reading, hub), *batches_of(layout, lambda name: _copied(reading, held[name]), held)],
+        lambda _: plain,
+        lambda: None,
+        tuple(AliasRecord("model", name, kept) for name, kept in hub.unwritten_aliases.items()),
+        {"source": "merged", "base": str(found.base), "adapter": str(found.adapter)},
+    )
 
 
 def _files_of(source: BaseSource, names: set[str]) -> dict[str, str]:

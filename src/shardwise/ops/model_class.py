@@ -12,7 +12,7 @@ from torch import nn
 from shardwise.base.class_of_config import build_on_meta, configuration, named_classes
 from shardwise.checkpointing.hub import HubNames, HubState
 from shardwise.disk.names import is_file
-from shardwise.errors import FormatError, MissingTensorError, ShapeMismatchError
+from shardwise.errors import FormatError, MissingTensorError, ShapeMismatchError, some
 from shardwise.format.json_file import read_json
 from shardwise.geometry import TensorSpec
 from shardwise.stateful_wrappers import ModelState
@@ -28,7 +28,6 @@ class ModelClass:
     """The tensors of a class with a configuration.
 
     Attributes:
-        name: The class.
         config: The file that names it.
         native: Name in the model -> shape, each tied tensor under one name.
         hub: The same under the names of its files.
@@ -46,12 +45,7 @@ class ModelClass:
     state: HubState
 
     def compare(self, specs: Sequence[TensorSpec], path: Path, *, whole: bool) -> None:
-        """Compare tensors, under the model's names or those of its files, with those of the class; ``whole``: with all.
-
-        Raises:
-            ShapeMismatchError: One has another shape.
-            MissingTensorError: One is not there.
-        """
+        """Compare tensors, under the model's names or those of its files, with those of the class; ``whole``: all."""
         names = {spec.name for spec in specs}
         known = self._nearest(names)
         for spec in specs:
@@ -68,7 +62,7 @@ class ModelClass:
         if missing:
             raise MissingTensorError(
                 f"{len(missing)} of the {len(known)} tensors that a {self.name} has by {self.config.name} are not "
-                f"there: {', '.join(missing[:_SHOWN])}{', ...' if len(missing) > _SHOWN else ''}",
+                f"there: {some(missing, _SHOWN)}",
                 path=path,
                 tensor=missing[0],
                 hint=_WRONG,
@@ -86,12 +80,8 @@ class ModelClass:
 def model_class(directory: Path) -> ModelClass | None:
     """The class that a directory's ``config.json`` names.
 
-    Returns:
-        ``None`` where there is no such file, or it names no class that transformers or diffusers has (or these are not
-        installed), or one whose tensors the configuration does not tell (quantized).
-
-    Raises:
-        FormatError: The configuration is damaged, or the class refuses it.
+    ``None`` where there is no such file, or it names no class that transformers or diffusers has (or these are not
+    installed), or one whose tensors the configuration does not tell (quantized).
     """
     path = directory / CONFIG_NAME
     found = read_json(path) if is_file(path) else None

@@ -37,14 +37,12 @@ class OptimizerInput:
     """An optimizer's state.
 
     Attributes:
-        place: Where it was found.
         source: Its tensors under the names of our ``optim`` directories.
         plain: Name of a file in such a directory -> its content.
         values: What else is there, in a DCP directory of another tool.
         computed: Tensors whose rows are in another order in the files.
     """
 
-    place: Path
     source: Source
     plain: Mapping[str, bytes]
     values: DcpValues | None = None
@@ -54,10 +52,7 @@ class OptimizerInput:
 def find_optimizer(found: ModelInput) -> OptimizerInput | None:
     """The optimizer of a model, in its directory or beside it; ``None`` where there is none.
 
-    Raises:
-        MisuseError: A run could not go on with it: its parameters are known by number alone, are not the model's, or
-            have state that single ranks keep; or it is in a file that is not read.
-        FormatError, UnsafePickleError: It is damaged, or could run code.
+    One that a run could not go on with is a `MisuseError`.
     """
     if found.unnamed_optimizers:
         raise MisuseError(
@@ -132,7 +127,7 @@ def _own(found: ModelInput, place: Path) -> OptimizerInput:
     plain = {file.name: found.read(file) for file in files if is_file(file)}
     opened = open_source(place, Group(None), exclude=RECORD_TENSORS)
     tensors = {name: once(tensor, name, place) for name, tensor in opened.tensors.items()}
-    return OptimizerInput(place, replace(opened, tensors=tensors), plain)
+    return OptimizerInput(replace(opened, tensors=tensors), plain)
 
 
 def _foreign(found: ModelInput, values: DcpValues, optimizers: Sequence[DcpOptimizer]) -> OptimizerInput:
@@ -150,13 +145,10 @@ def _foreign(found: ModelInput, values: DcpValues, optimizers: Sequence[DcpOptim
     _refuse_counts(named, place)
     opened = open_source(place, Group(None))
     record, dcp_names = ForeignOptimizers(place, tuple(named), opened).described(named)
-    tensors: dict[str, SourceTensor] = {}
-    for name, dcp in dcp_names.items():
-        tensors[name] = once(opened.tensors[dcp], name, place)
+    tensors = {name: once(opened.tensors[dcp], name, place) for name, dcp in dcp_names.items()}
     packed = pack_state(record.to_state())
     plain = {f"optimizer{suffix}": content for suffix, content in packed.items()}
-    computed = _reordered(found, tensors, place)
-    return OptimizerInput(place, replace(opened, tensors=tensors), plain, values, computed)
+    return OptimizerInput(replace(opened, tensors=tensors), plain, values, _reordered(found, tensors, place))
 
 
 def _reordered(found: ModelInput, tensors: Mapping[str, SourceTensor], place: Path) -> dict[str, Computed]:

@@ -10,10 +10,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import json
+import math
 import os
 import pkgutil
 import re
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +27,14 @@ from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import Storage, current, storage_errors, using
 from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.format.sniff import what_is_file
+from shardwise.geometry import DTYPE_BYTES
 from shardwise.ops.aside import refuse_inside
 from shardwise.ops.inspect import inspect
-from shardwise.ops.page_data import page_data
+from shardwise.ops.modules import layer_of, module_of
 
 if TYPE_CHECKING:
+    from shardwise.ops.diff import DiffReport, TensorDifference
+    from shardwise.ops.inspect import CheckpointDescription, TensorDescription
     from shardwise.ops.verify import Progress
 
 __all__ = ["PageReport", "write_page"]
@@ -119,7 +127,7 @@ def _write(target: Path, content: bytes) -> None:
         try:
             write_file(storage, beside, content)
             storage.rename(beside, target)
-        except (OSError, ShardwiseError) as error:
+        except BaseException as error:
             storage.remove_file(beside)
             if isinstance(error, ShardwiseError):
                 error.path = str(target)  # the file beside it is gone
@@ -148,3 +156,124 @@ def _asset(name: str) -> str:
     found = pkgutil.get_data(__package__ or "", f"html/{name}")
     assert found is not None  # our own loader has it
     return found.decode()
+
+
+# --- its data, as JSON that may stand in HTML; pure ------------------------------------------------------------------
+
+
+#: What became of a tensor: not compared; equal; its values differ by so much; they differ, and nobody read by how much;
+#: its shape differs, or its dtype and nobody read the values; the other lacks it. As in ``html/data.js``.
+UNKNOWN, EQUAL, CHANGED, DIFFERS, ANOTHER, ADDED = range(6)
+
+#: Markup cannot begin without the first, end without the second, nor an entity without the third.
+_ESCAPES = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
+
+
+def page_data(found: CheckpointDescription, change: DiffReport | None = None) -> str:
+    """The page's data, as JSON without a ``<``, ``>`` or ``&``; of a change, what is shown is the second of both."""
+    data = {
+        "name": found.path.name or str(found.path),
+        "path": str(found.path),
+        "facts": _facts(found),
+        "manifest": found.verifiable,
+        "files": [[f.path, f.size, f.header_bytes, f.format, f.writer, f.crc32c] for f in found.files],
+        "unread": found.unread,
+        **_columns(found),
+        "change": None if change is None else _change(found, change),
+    }
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).translate(_ESCAPES)
+
+
+def _facts(found: CheckpointDescription) -> list[tuple[str, str]]:
+    facts = {
+        "Step": found.step,
+        "Epoch": found.epoch,
+        "Ranks": found.ranks or "not recorded",
+        "Written by": found.saved_by or "not recorded",
+        "Format": ", ".join(found.formats) or None,
+        "Manifest": "yes, with digests" if found.verifiable else "none: no digests",
+    }
+    facts |= {f"Metric {name}": f"{value:g}" for name, value in found.metrics.items()}
+    return [(name, str(value)) for name, value in facts.items() if value is not None]
+
+
+def _columns(found: CheckpointDescription) -> dict[str, object]:
+    # Tables that number distinct values in order of appearance.
+    tables = [defaultdict[Hashable, int](count().__next__) for _ in range(5)]
+    dtypes, shapes, components, modules, layers = tables
+    numbers = {file.path: number for number, file in enumerate(found.files)}
+    tensors: list[tuple[object, ...]] = []
+    pieces: list[tuple[object, ...]] = []
+    for number, tensor in enumerate(found.tensors):
+        name, shape, dtype = tensor.spec
+        component = components[tensor.component]
+        module, layer = modules[module_of(name)], layers[component, layer_of(name)]
+        tensors.append((name, component, module, layer, dtypes[dtype], shapes[shape], tensor.crc32c))
+        for file, offset, nbytes, crc in tensor.pieces:
+            if file in numbers:
+                pieces.append((number, numbers[file], offset, nbytes, crc))
+    return {
+        "dtypes": [[code, DTYPE_BYTES[str(code)]] for code in dtypes],
+        "shapes": list(shapes),
+        "components": list(components),
+        "modules": list(modules),
+        "layers": list(layers),
+        "tensors": _by_column(("name", "component", "module", "layer", "dtype", "shape", "crc"), tensors),
+        "pieces": _by_column(("tensor", "file", "offset", "nbytes", "crc"), pieces),
+    }
+
+
+def _by_column(names: Sequence[str], rows: Sequence[tuple[object, ...]]) -> dict[str, list[object]]:
+    return {name: [row[at] for row in rows] for at, name in enumerate(names)}
+
+
+def _change(found: CheckpointDescription, change: DiffReport) -> dict[str, object]:
+    place = _component_of(found, change)
+    differing = {(each.component, each.b.name): each for each in change.tensors}
+    status = dict.fromkeys(change.equal, EQUAL) | dict.fromkeys(change.only_b, ADDED)
+    status |= {key: _kind(each) for key, each in differing.items()}
+    keys = [(place(tensor), tensor.spec.name) for tensor in found.tensors]
+    rows = [(number, differing[key]) for number, key in enumerate(keys) if key in differing]
+    return {
+        "against": str(change.a),
+        "status": [status.get(key, UNKNOWN) for key in keys],
+        "tensor": [number for number, _ in rows],
+        "relative": [_number(each.relative) for _, each in rows],
+        "largest": [_number(each.largest) for _, each in rows],
+        "elements": [each.elements for _, each in rows],
+        "was": [f"{each.a.dtype} {list(each.a.shape)}" for _, each in rows],
+        "gone": change.only_a,
+        "configs": [[each.file, each.key, _shown(each.a), _shown(each.b)] for each in change.configs],
+        "notes": change.notes,
+    }
+
+
+def _kind(difference: TensorDifference) -> int:
+    if difference.relative is not None:
+        return CHANGED
+    return DIFFERS if difference.a == difference.b else ANOTHER
+
+
+def _component_of(found: CheckpointDescription, change: DiffReport) -> Callable[[TensorDescription], str]:
+    """The component under which a report has a tensor: of a directory without a manifest, folders are components."""
+    known = {name for name, _ in (*change.equal, *change.only_b, *change.uncompared)}
+    known |= {each.component for each in change.tensors}
+    one = len(found.components) == 1 or any(file.path == ".metadata" for file in found.files)  # DCP is compared whole
+    alone = next(iter(known)) if len(known) == 1 and one else None
+
+    def place(tensor: TensorDescription) -> str:
+        own = tensor.component
+        if own in known:
+            return own
+        return alone if alone is not None else next((name for name in known if own.startswith(f"{name}/")), own)
+
+    return place
+
+
+def _number(value: float | None) -> float | str | None:
+    """JSON has no infinity."""
+    return value if value is None or math.isfinite(value) else "infinite"
+
+
+def _shown(value: object) -> str:
+    return "absent" if value is None else json.dumps(value)

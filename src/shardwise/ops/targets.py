@@ -36,12 +36,10 @@ class Target:
     Attributes:
         directory: The directory that the manifest, if there is one, describes.
         under: The requested part, as a path relative to ``directory``; "" for all of it.
-        nested: Directories below it that have manifests of their own and are targets of their own.
     """
 
     directory: Path
     under: str = ""
-    nested: tuple[str, ...] = ()
 
     @property
     def has_manifest(self) -> bool:
@@ -54,12 +52,6 @@ def find_targets(path: str | os.PathLike[str]) -> tuple[Target, ...]:
 
     Returns:
         One target, or one for each component of a directory whose components have manifests of their own.
-
-    Raises:
-        CheckpointNotFoundError: Nothing is there, or a root in which nothing was published.
-        IncompleteCheckpointError: An interrupted save.
-        MisuseError: It is neither a directory nor a file.
-        StorageError: The file system refused.
     """
     given = Path(path).absolute()
     with storage_errors(given):
@@ -165,13 +157,9 @@ def with_nested(targets: tuple[Target, ...]) -> tuple[Target, ...]:
     """The targets, and exports that `consolidate` put inside them later, which have manifests of their own."""
     found: list[Target] = []
     for target in targets:
-        own = [
-            Target(target.directory / name)
-            for name in EXPORTS
-            if not target.under and target.has_manifest and Target(target.directory / name).has_manifest
-        ]
-        names = tuple(each.directory.relative_to(target.directory).as_posix() for each in own)
-        found += [Target(target.directory, target.under, names), *own]
+        whole = not target.under and target.has_manifest
+        own = [Target(target.directory / name) for name in EXPORTS if whole]
+        found += [target, *(each for each in own if each.has_manifest)]
     return tuple(found)
 
 

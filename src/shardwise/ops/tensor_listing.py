@@ -103,16 +103,12 @@ class TensorDescription:
 
 @dataclass
 class Listing:
-    """Files and their tensors, while they are found; all paths are relative to one directory (POSIX).
+    """What becomes a `CheckpointDescription`, while it is found: by path, relative to one directory (POSIX).
 
     Attributes:
-        files: Path -> the file, without the number of its tensors.
         tensors: (component, name) -> the tensor.
-        counts: Path -> how many tensors have a part in it.
-        unread: Path -> why its tensors, or some of them, are not listed.
-        damaged: Those of ``unread`` that are not what their format promises, in order.
-        tools: Who wrote the files, where that is known.
-        world_size: The number of ranks that wrote them, where they say so.
+        counts: Path -> how many tensors have a part in it, which ``files`` do not say yet.
+        world_size: The number of ranks that wrote the files, where these say so.
     """
 
     files: dict[str, FileDescription] = field(default_factory=dict)
@@ -151,18 +147,11 @@ class Listing:
 
 
 def read_contents(found: Listing, root: Path, listed: Sequence[str], own: str, *, whole: bool) -> None:
-    """Describe files without a manifest.
+    """Add files without a manifest.
 
-    Args:
-        found: What they are added to.
-        root: The directory.
-        listed: The files.
-        own: The component of tensors at the top; a folder is another component, or a pipeline's model.
-        whole: Whether these are all files of a directory: those of other tools are looked for, files that others
-            name are missed, and one that is damaged does not keep the others from being described.
-
-    Raises:
-        FormatError: A safetensors header or DCP's metadata is damaged, and it is not ``whole``.
+    ``own`` is the component of tensors at the top; a folder is another component, or a pipeline's model. Where the
+    files are the ``whole`` of a directory, those of other tools are looked for, files that others name are missed, and
+    one that is damaged is no error but noted.
     """
     dcp = {PurePosixPath(name).parent for name in listed if PurePosixPath(name).name == DCP_SUFFIX}
     laid_out = _add_layouts(root, listed, own, found) if whole else frozenset()
@@ -198,11 +187,9 @@ def _add_absent(root: Path, listed: Sequence[str], found: Listing) -> None:
 
 def _add_layouts(root: Path, listed: Sequence[str], own: str, found: Listing) -> frozenset[str]:
     """Add the tensors of other tools that write per rank, or in flat partitions; returns the files that hold them."""
-    torch = [path for each in listed if (path := PurePosixPath(each)).suffix in TORCH_SUFFIXES]
-    files: set[str] = set()
-    for directory in dict.fromkeys(path.parent.as_posix() for path in torch):
-        files |= _add_layout(root, directory, own if directory == "." else directory, found)
-    return frozenset(files)
+    torch = [path.parent.as_posix() for each in listed if (path := PurePosixPath(each)).suffix in TORCH_SUFFIXES]
+    files = (_add_layout(root, each, own if each == "." else each, found) for each in dict.fromkeys(torch))
+    return frozenset().union(*files)
 
 
 def _add_layout(root: Path, directory: str, component: str, found: Listing) -> set[str]:
@@ -271,11 +258,7 @@ def _add_safetensors(root: Path, relative: str, component: str, found: Listing) 
 
 
 def add_dcp(root: Path, relative: str, component: str, found: Listing) -> None:
-    """Add the tensors that a ``.metadata`` describes.
-
-    Raises:
-        FormatError: It is damaged.
-    """
+    """Add the tensors that a ``.metadata`` describes; a damaged one is a `FormatError`."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     from shardwise.dtypes import dtype_code
@@ -313,8 +296,8 @@ def _add_torch(root: Path, relative: str, component: str, found: Listing) -> Non
         opened = open_bin(root / relative, Group(None))
     except ShardwiseError as error:
         # As `verify` judges: one that is whole may hold something else than a state dict.
-        damage = check_torch_file(root / relative).damage
-        found.leave_out(relative, error if damage is None else damage[1], damaged=damage is not None)
+        kind, message = check_torch_file(root / relative) or (None, "")
+        found.leave_out(relative, error if kind is None else message, damaged=kind is not None)
         return
     for tensor in opened.source.tensors.values():
         pieces = [Piece(relative, chunk.offset, tensor.spec.nbytes) for chunk in tensor.chunks]

@@ -15,11 +15,11 @@ import torch
 
 from shardwise.dtypes import torch_dtype
 from shardwise.errors import ConversionError
-from shardwise.geometry import Box, TensorSpec
+from shardwise.geometry import TensorSpec
 from shardwise.ops.computed_tensors import BlockReader, ComputingReader, read_flat
 from shardwise.ops.consolidate_input import ModelInput
 from shardwise.ops.model_class import ModelClass
-from shardwise.plan.fragments import Fragment, HeldTensor
+from shardwise.plan.fragments import Fragment, HeldTensor, part_in_box
 from shardwise.plan.reads import SourceTensor
 from shardwise.sources.tensor_bytes import byte_blocks
 from shardwise.upstream.torch_tensors import storage_key
@@ -32,12 +32,7 @@ Blocks: TypeAlias = Callable[[], Iterator[memoryview]]
 
 @dataclass(frozen=True)
 class TensorToWrite:
-    """A tensor to write.
-
-    Attributes:
-        spec: What it is as saved.
-        blocks: Its bytes in row-major order, in blocks of whole elements.
-    """
+    """A tensor to write, as saved: its bytes in row-major order, in blocks of whole elements."""
 
     spec: TensorSpec
     blocks: Blocks
@@ -47,9 +42,6 @@ def tensors_to_write(found: ModelInput, files: BlockReader) -> dict[str, TensorT
     """The tensors of a model under the names of its files; those that its class does not know keep their names.
 
     Memory: the tensor, and a few of the model's own.
-
-    Raises:
-        ConversionError: A tensor of the files has to be computed from several.
     """
     reader, kind, tensors = ComputingReader(files, found.computed), found.kind, found.source.tensors
     if not found.native or kind is None:
@@ -73,9 +65,6 @@ def native_tensors_to_write(found: ModelInput, files: BlockReader) -> dict[str, 
     """The tensors of a model under the names that it has for them in memory, where these are known.
 
     Memory: the tensor, and one of its files'.
-
-    Raises:
-        ConversionError: A tensor of the files is computed from several of the model, or one of the model is in none.
     """
     reader, kind, tensors = ComputingReader(files, found.computed), found.kind, found.source.tensors
     if kind is None or kind.native.keys() <= tensors.keys() or not kind.hub.keys() <= tensors.keys():
@@ -135,7 +124,7 @@ def _viewed(held: HeldTensor, names: Sequence[str], spec: TensorSpec, natives: _
     def blocks() -> Iterator[memoryview]:
         whole = torch.empty(held.grid, dtype=torch_dtype(spec.dtype))
         for fragment, name in zip(held.fragments, names, strict=True):
-            _part(whole, fragment.box).copy_(_as(fragment.data, natives.get(name)))
+            part_in_box(whole, fragment.box).copy_(_as(fragment.data, natives.get(name)))
         yield from byte_blocks(whole, whole.dtype)
 
     return blocks
@@ -154,14 +143,10 @@ def _assembled(
         for held, fragment in parts:
             source = tensors[held.spec.name]
             saved = read_flat(source.spec, reader.blocks(source))[: held.spec.numel].view(held.grid)
-            _as(fragment.data, whole).copy_(_part(saved, fragment.box))
+            _as(fragment.data, whole).copy_(part_in_box(saved, fragment.box))
         yield from byte_blocks(whole[: spec.numel], whole.dtype)
 
     return blocks
-
-
-def _part(whole: torch.Tensor, box: Box) -> torch.Tensor:
-    return whole[tuple(slice(low, end) for low, end in zip(box.offsets, box.ends, strict=True))]
 
 
 def _as(view: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ No code of a pickle runs: what torch's allow-list does not have is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -40,8 +40,7 @@ class TorchModel:
     """A model in such files.
 
     Attributes:
-        source: Its tensors.
-        computed: Those that byte ranges of the files do not give.
+        computed: Tensors that byte ranges of the files do not give.
         left: Names of tensors and entries of the file beside it.
         optimizers: Those of them that are optimizers' states.
     """
@@ -53,12 +52,7 @@ class TorchModel:
 
 
 def open_torch_model(path: Path, kind: ModelClass | None, prefix: str | None) -> TorchModel:
-    """Open a file, or the files of a directory; ``kind`` and ``prefix`` say which tensors are the model, if given.
-
-    Raises:
-        AmbiguousFilesError, FormatError, UnsafePickleError: As `open_bin`.
-        MisuseError: It is an optimizer's state, or it is unclear which tensors are the model's.
-    """
+    """Open a file, or the files of a directory; ``kind`` and ``prefix`` say which tensors are the model, if given."""
     try:
         entries = entries_of(path) if is_file(path) else {}
         _refuse_others(path, entries)
@@ -71,7 +65,7 @@ def open_torch_model(path: Path, kind: ModelClass | None, prefix: str | None) ->
             "torch.load(PATH, weights_only=False), and save the model's state dict alone."
         )
         raise
-    tensors = _tensors(opened)
+    tensors = {**opened.source.tensors} | {name: SourceTensor(spec, ()) for name, (spec, _) in opened.loose.items()}
     names = _names(tensors, kind, prefix, path, _LIGHTNING in entries)
     computed = _loose(opened)
     chosen = {new: tensors[name]._replace(spec=tensors[name].spec._replace(name=new)) for new, name in names.items()}
@@ -99,11 +93,6 @@ def _refuse_others(path: Path, entries: Mapping[str, bool]) -> None:
         )
     if is_adapter(path.name):
         raise MisuseError("this is an adapter and no model", path=path, hint="Merge it into its base model with PEFT.")
-
-
-def _tensors(opened: BinSource) -> dict[str, SourceTensor]:
-    loose = {name: SourceTensor(spec, ()) for name, (spec, _) in opened.loose.items()}
-    return {**opened.source.tensors, **loose}
 
 
 def _loose(opened: BinSource) -> dict[str, Computed]:
@@ -160,11 +149,7 @@ def unknown_attribute(path: Path, whole: str) -> MisuseError:
 
 def _place(tensors: Mapping[str, SourceTensor], kind: ModelClass, path: Path) -> str:
     """The one place below which all names of the class are; where its names are not there, that is found later."""
-    own: Sequence[Callable[[], list[str]]] = [
-        lambda: places_of([*tensors], kind.native),
-        lambda: places_of([*tensors], kind.hub),
-    ]
-    places = list(dict.fromkeys(place for each in own for place in each()))
+    places = list(dict.fromkeys(place for own in (kind.native, kind.hub) for place in places_of([*tensors], own)))
     if len(places) > 1 and "" not in places:
         raise MisuseError(
             f"which tensors are the model's is not clear: a {kind.name} fits what is below each of {', '.join(places)}",

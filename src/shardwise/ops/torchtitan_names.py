@@ -60,8 +60,7 @@ class Renamed:
     """A model under transformers' names.
 
     Attributes:
-        tensors: By their new names.
-        computed: Those whose rows are in another order in the file.
+        computed: Tensors whose rows are in another order in the file.
         note: What was done, for the report.
         names: torchtitan's name of each -> transformers'.
         heads: transformers' name of each tensor whose rows are put into another order -> its number of heads.
@@ -84,11 +83,8 @@ def in_transformers_names(
 ) -> Renamed:
     """The tensors under transformers' names, with the rows of q and k in transformers' order.
 
-    ``computed`` are tensors that are not in the files as they are wanted, ``rope`` is how the model rotates.
-
-    Raises:
-        MisuseError: Another class than Llama's, a name that is not known, a count of heads that is absent or does not
-            fit, or ``rope`` was not given.
+    ``computed`` are tensors that are not in the files as they are wanted, ``rope`` is how the model rotates. What is
+    not surely a Llama of these names, and rotates in a way that is known, is a `MisuseError`.
     """
     if kind.name != _CLASS:
         raise _refused(kind, f"what these are in a {kind.name} is not known, only in a {_CLASS}")
@@ -122,18 +118,13 @@ def _made(
     rope: str,
     computed: Mapping[str, Computed],
 ) -> Renamed:
-    renamed: dict[str, SourceTensor] = {}
-    made: dict[str, Computed] = {}
+    renamed = {new: tensors[name]._replace(spec=tensors[name].spec._replace(name=new)) for name, new in found.items()}
+    made = {new: computed[name] for name, new in found.items() if name in computed}
     reordered: dict[str, int] = {}
-    for name, new in found.items():
-        tensor = tensors[name]
-        renamed[new] = tensor._replace(spec=tensor.spec._replace(name=new))
-        count = next((count for tail, count in heads.items() if new.endswith(tail)), None)
-        if count is not None and rope == "interleaved":
+    for name, new in found.items() if rope == "interleaved" else ():
+        for count in [count for tail, count in heads.items() if new.endswith(tail)]:
             reordered[new] = count
-            made[new] = in_halves(tensor, count, computed.get(name))
-        elif name in computed:
-            made[new] = computed[name]
+            made[new] = in_halves(tensors[name], count, computed.get(name))
     counts = " and ".join(map(str, heads.values()))
     note = f"tensors have torchtitan's names; rows of q and k stay as they are ({counts} heads), as was asked for"
     if rope == "interleaved":

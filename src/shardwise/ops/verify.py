@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -115,7 +115,7 @@ def verify(
     level: VerifyLevel = "digests" if digests else "sizes"
     with using(storage or current()), without_collector():
         targets = with_nested(find_targets(path))
-        job = _Job(level, threads or min(8, os.cpu_count() or 1), progress, current())
+        job = _Job(level, threads or min(8, os.cpu_count() or 1), progress, {target.directory for target in targets})
         reports = [job.run(Path(path), target) for target in targets]
     whole = reports[0] if len(reports) == 1 else _merged(targets, reports)
     return replace(whole, seconds=time.monotonic() - started)
@@ -126,7 +126,8 @@ class _Job:
     level: VerifyLevel
     threads: int
     progress: Progress | None
-    storage: Storage
+    #: Directories with manifests of their own, which are not looked at as parts of the ones around them.
+    apart: Set[Path]
 
     def run(self, requested: Path, target: Target) -> VerifyReport:
         report = VerifyReport(requested, target.directory / target.under, self.level, target.has_manifest)
@@ -150,7 +151,7 @@ class _Job:
         damages = check_files(root, files, tensors)
         extra: list[str] = []
         known = {file.path for file in manifest.files} | {MANIFEST_NAME}
-        for relative in _walk(root, target.under, damages, target.nested):
+        for relative in _walk(root, target.under, damages, self.apart):
             if relative not in known and _is_read(relative):
                 damages.append(Damage(relative, "unexpected", "no save wrote this file, and a load would read it"))
             elif relative not in known:
@@ -159,8 +160,8 @@ class _Job:
         if self.level == "digests":
             bad = {damage.file for damage in damages}
             extents = extents_of(manifest, [file for file in files if file.path not in bad])
-            counted = _Counted(sum(extent.nbytes for extent in extents), self.progress)
-            damages += check_extents(root, extents, self.storage, threads=self.threads, advance=counted.add)
+            counted = Counted(sum(extent.nbytes for extent in extents), self.progress)
+            damages += check_extents(root, extents, current(), threads=self.threads, advance=counted.add)
             nbytes = counted.done
         return replace(
             report,
@@ -191,7 +192,7 @@ class _Job:
         )
 
 
-class _Counted:
+class Counted:
     """Adds up bytes that were read or written, and passes the sum on."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
@@ -204,7 +205,7 @@ class _Counted:
             self._progress(self.done, self.total)
 
 
-def _walk(root: Path, under: str, damages: list[Damage], skip: tuple[str, ...] = ()) -> Iterator[str]:
+def _walk(root: Path, under: str, damages: list[Damage], apart: Set[Path] = frozenset()) -> Iterator[str]:
     """Every entry below ``root/under`` that is not a directory, relative to ``root``; links are not followed."""
     if not is_directory(root / under, follows=False):
         return
@@ -217,8 +218,8 @@ def _walk(root: Path, under: str, damages: list[Damage], skip: tuple[str, ...] =
         relative = (PurePosixPath(under) / name).as_posix()
         if kind != "directory":
             yield relative
-        elif relative not in skip:
-            yield from _walk(root, relative, damages, skip)
+        elif root / relative not in apart:
+            yield from _walk(root, relative, damages, apart)
 
 
 def _is_read(relative: str) -> bool:

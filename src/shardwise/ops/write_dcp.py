@@ -34,7 +34,7 @@ from shardwise.dtypes import torch_dtype
 from shardwise.format.dcp_metadata import DCP_METADATA_NAME
 from shardwise.format.header import TensorEntry
 from shardwise.geometry import TensorSpec
-from shardwise.ops.exporting import batches_of, write_tensors
+from shardwise.ops.exporting import TensorWriter, batches_of
 from shardwise.ops.tensors_to_write import TensorToWrite
 from shardwise.plan.layout import FileLayout, Layout, lay_out
 from shardwise.upstream.torch_checkpoint import storage_info
@@ -70,7 +70,7 @@ def write_dcp(
         spec = specs[name]
         return made[spec.shape, spec.dtype].around(tensors[name].blocks())
 
-    write_tensors(layout, directory, batches_of(layout, item, specs), storage, advance)
+    TensorWriter(layout, directory, storage, advance).write(batches_of(layout, item, specs))
     places = {
         entry.spec.name: storage_info(file.name, entry.begin, entry.end - entry.begin, None)
         for file in layout.files

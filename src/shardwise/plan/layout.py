@@ -24,6 +24,8 @@ from shardwise.geometry import TensorSpec
 SPLIT_ABOVE_BYTES = 512 * 2**20
 SMALLEST_SPLIT_BYTES = 256 * 2**20
 SPLIT_WAYS = 8
+#: The largest file, where nothing else is asked for.
+MAX_FILE_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def lay_out(
     specs: Iterable[TensorSpec],
     *,
     base_files: Mapping[str, str] | None = None,
-    max_file_bytes: int | None = 5_000_000_000,
+    max_file_bytes: int | None = MAX_FILE_BYTES,
     stem: str = "model",
     metadata: Mapping[str, str] | None = None,
 ) -> Layout:

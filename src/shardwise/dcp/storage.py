@@ -32,17 +32,9 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from shardwise.comm import Group
+from shardwise.dcp import values as dcp_values
 from shardwise.dcp.items import Task, Totals, refuse_packed, tensors_and_values, union, write_final, write_shards
-from shardwise.dcp.values import (
-    VALUES_NAME,
-    as_stream,
-    merge_values,
-    pack_value,
-    read_values,
-    remove,
-    remove_values,
-    write_values,
-)
+from shardwise.dcp.values import VALUES_NAME, as_stream, remove
 from shardwise.disk.names import exists
 from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import LocalStorage, Storage, using
@@ -131,7 +123,7 @@ class SafetensorsWriter(StorageWriter):
         self._storage.make_directory(self._path)
         for name in (MANIFEST_NAME, index_name(self._stem)):
             remove(self._storage, self._path / name)
-        remove_values(self._storage, self._path)
+        dcp_values.remove_values(self._storage, self._path)
         if self._consolidated:
             self._layout = lay_out(
                 self._specs, base_files=self._base_files, max_file_bytes=self._max_file_bytes, stem=self._stem
@@ -152,7 +144,7 @@ class SafetensorsWriter(StorageWriter):
         refuse_packed(planner)
         tensors, values = tensors_and_values(plan.items)
         # The values first: what can be refused is refused before tensors are written for nothing.
-        packed = [(item.index, pack_value(item, planner)) for item in values]
+        packed = [(item.index, dcp_values.pack_value(item, planner)) for item in values]
         if task.layout is not None:
             results = write_final(self._storage, self._path, tensors, planner, task.layout)
         else:
@@ -173,7 +165,7 @@ class SafetensorsWriter(StorageWriter):
         hint = "Wrap the state dict with shardwise.dcp.regions.as_regions, or check the tensor's placements."
         for spec in self._specs:
             check_written(spec, totals.counts.get(spec.name, 0), self._path, hint)
-        plain = write_values(self._storage, self._path, merge_values(totals.values))
+        plain = dcp_values.write_values(self._storage, self._path, dcp_values.merge_values(totals.values))
         record = ComponentRecord(tuple(totals.files.values()), totals.tensors(self._specs))
         if self._layout is not None:
             write_file(self._storage, self._path / index_name(self._stem), self._layout.index)
@@ -258,7 +250,7 @@ class SafetensorsReader(StorageReader):
         self._failure = None
         try:
             with using(self._storage):
-                self._values = read_values(self._path) or read_record(self._path)
+                self._values = dcp_values.read_values(self._path) or read_record(self._path)
                 self._source = self._open()
                 self._pickled = DcpValues(self._path, self._legacy) if self._source.dcp else None
         except ShardwiseError as error:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
 
-from shardwise.disk.names import is_link, real_path, walk
+from shardwise.disk.names import absent, is_link, real_path, walk
 from shardwise.disk.storage import Status, Storage, current, locating
 from shardwise.errors import CheckpointNotFoundError, FormatError, MisuseError, ShardwiseError, StorageError
 
@@ -52,9 +52,7 @@ def _check_regular(path: Path, error: type[ShardwiseError], follows: bool) -> St
     found = current().status(path, follows=follows)
     if found is None:
         current().real_path(path)  # a link in a circle is an error of its own
-        raise CheckpointNotFoundError(
-            f"no file {str(path)!r}", path=path, hint="Check the path, and that it is mounted on every node."
-        )
+        raise absent(path)
     if found.kind != "file":
         raise error(
             f"{str(path)!r} is a {found.kind}, not a regular file", path=path, hint="Pass the path of the file itself."
@@ -85,12 +83,8 @@ def open_regular(
 ) -> Iterator[tuple[BinaryIO, int]]:
     """Open a regular file, or if ``follows`` a link to one, for reading; gives it with its size in bytes.
 
-    Operating-system errors inside the ``with`` block become typed errors too.
-
-    Raises:
-        CheckpointNotFoundError: Nothing is there.
-        StorageError: The file system refused.
-        ShardwiseError: Of type ``error``; the path is a directory, pipe, socket or device.
+    Operating-system errors inside the ``with`` block become typed errors too: `CheckpointNotFoundError` or
+    `StorageError`. A directory, pipe, socket or device is one of type ``error``.
     """
     text = os.fspath(path)
     if "\0" in text:
@@ -125,13 +119,7 @@ def read_exactly(stream: BinaryIO, count: int) -> bytes:
 
 
 def read_whole(path: str | os.PathLike[str], limit: int, error: type[ShardwiseError], *, follows: bool = True) -> bytes:
-    """Read a regular file of at most ``limit`` bytes. Arguments as for `open_regular`.
-
-    Raises:
-        CheckpointNotFoundError: Nothing is there.
-        StorageError: The file system refused.
-        ShardwiseError: Of type ``error``; not a regular file, or larger than ``limit``.
-    """
+    """Read a regular file of at most ``limit`` bytes, more are an ``error`` too; for the rest see `open_regular`."""
     with open_regular(path, error, follows=follows) as (stream, size):
         data = b"" if size > limit else read_exactly(stream, size + 1)
     if size > limit or len(data) > limit:

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from shardwise.errors import StorageError
+from shardwise.disk.storage import storage_errors
 
 _LOG = logging.getLogger(__name__)
 _PREFIX = ".shardwise-"
@@ -25,30 +25,23 @@ def private_directory(parent: Path) -> Iterator[Path]:
 
     What a killed process has left is removed by the next one on the same machine: an owner holds a lock as long as it
     lives.
-
-    Raises:
-        StorageError: The file system refused.
     """
     handle: int | None = None
     path: Path | None = None
     try:
-        try:
+        with storage_errors(parent):
             parent.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(parent)
             path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{_run()}-", dir=parent))
             handle = _locked(path)
-        except OSError as error:
-            raise StorageError.from_os(error, path=parent) from error
         yield path
     except BaseException:
         if path is not None:
             _remove_after_failure(path)
         raise
     else:
-        try:
+        with storage_errors(path):
             shutil.rmtree(path)
-        except OSError as error:
-            raise StorageError.from_os(error, path=path) from error
     finally:
         if handle is not None:
             os.close(handle)

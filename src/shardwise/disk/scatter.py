@@ -26,9 +26,6 @@ def read_rows(handle: int, into: memoryview, rows: int, width: int, pitch: int, 
 
     They go to places ``pitch`` bytes apart in ``into``, between which nothing is touched; what is between rows in the
     file is read too and dropped. Returns how many rows were read whole, fewer only at the end of the file.
-
-    Raises:
-        OSError: The system failed.
     """
     needed = (rows - 1) * pitch + width if rows else 0
     if into.nbytes < needed or min(width, pitch - width, period - width) < 0:

@@ -262,8 +262,7 @@ class LocalStorage:
 
     def write(self, handle: int, data: Buffer, offset: int) -> None:
         """Write until all is written."""
-        # As in _typed(), without the cost of a context manager for every block.
-        try:
+        try:  # as in _typed(), without the cost of a context manager for every block
             _write_all(handle, data, offset)
         except OSError as error:
             raise StorageError.from_os(error) from error

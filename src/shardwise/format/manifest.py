@@ -316,16 +316,11 @@ _DAMAGED = "The manifest is damaged or forged: restore it from a copy, or resume
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """Return the bytes of a manifest.
-
-    Raises:
-        ManifestError: The manifest contradicts itself or could not be read back.
-    """
+    """Return the bytes of a manifest; `ManifestError` if it contradicts itself or could not be read back."""
 
     def fail(reason: str, tensor: str | None = None) -> NoReturn:
-        raise ManifestError(
-            f"a manifest cannot be written: it {reason}", tensor=tensor, hint="This is a bug: report it."
-        )
+        what = f"a manifest cannot be written: it {reason}"
+        raise ManifestError(what, tensor=tensor, hint="This is a bug: report it.")
 
     check_manifest(manifest, fail)
     check_depth(manifest.info, _MAX_DEPTH, "has info that", fail)
@@ -353,11 +348,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """Read and validate the manifest at ``path``, or of the checkpoint whose directory is ``path``.
-
-    Raises:
-        ManifestError: Not a regular file, too large, damaged, malformed, or of another version.
-    """
+    """Read the manifest at ``path``, or of the checkpoint whose directory it is; raises as `parse_manifest`."""
     text = os.fspath(path)
     if is_directory(Path(text)):
         text = os.path.join(text, MANIFEST_NAME)
@@ -369,9 +360,6 @@ def read_file_records(path: Path) -> tuple[FileRecord, ...]:
 
     A listing of many checkpoints takes a fraction of the time. The manifest's own digest is compared only where its
     lines are not those of `encode_manifest`; the sizes that it has may be believed for a look, not for a restore.
-
-    Raises:
-        As `read_manifest`.
     """
 
     def fail(reason: str) -> NoReturn:

@@ -50,9 +50,7 @@ class TorchArchive:
 def read_torch_archive(
     path: Path, allowed: Collection[PickledGlobal], enums: Collection[PickledGlobal] = ()
 ) -> TorchArchive:
-    """Read a file's pickle and its archive's directory; no code that it names is imported or run, no tensor read.
-
-    It may name the globals ``allowed``, of which ``enums`` are enumerations.
+    """Read a file's pickle, see `read_pickle_tree`, and its archive's directory; no tensor is read.
 
     Raises:
         UnsafePickleError: It names another global.
@@ -141,9 +139,9 @@ def read_torch_value(data: bytes, path: str, name: str, *, legacy: bool = False)
         UnsafePickleError: It names something outside the allow-lists, and ``legacy`` is not set.
         FormatError: It is damaged.
     """
-    pickled = _pickle_in(data, path, name)
     try:
-        return _Plain(path, name).of(read_pickle_tree(pickled, plain_globals(), path), 0)
+        tree = read_pickle_tree(_pickle_in(data, path, name), plain_globals(), path)
+        return _Plain(path, name).of(tree, 0)
     except UnsafePickleError:
         return _by_torch(data, path, name, legacy)
 

@@ -106,11 +106,7 @@ class _Shardwise:
         self._paths.remove(filepath)
 
     def wait_for_saves(self) -> None:
-        """Return when the last checkpoint is complete, in asynchronous mode. All ranks call.
-
-        Raises:
-            ShardwiseError: What failed in it.
-        """
+        """Return when the last checkpoint is complete, in asynchronous mode; raises what failed. All ranks call."""
         self._paths.finish()
 
     def teardown(self) -> None:
@@ -143,11 +139,7 @@ class _TrainerStrategy(_Shardwise):
         return False
 
     def setup(self, trainer: Trainer) -> None:
-        """As in Lightning, where everything can be saved.
-
-        Raises:
-            ConfigError: It cannot; the message names it.
-        """
+        """As in Lightning; `ConfigError` where something cannot be saved."""
         module = self.lightning_module
         if not module.strict_loading:
             self._refuse("strict_loading=False")
@@ -176,11 +168,7 @@ class _TrainerStrategy(_Shardwise):
         return {}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, object], strict: bool = True) -> None:
-        """Nothing: `load_checkpoint` has done it.
-
-        Raises:
-            MisuseError: ``on_load_checkpoint`` has put something into the state of the model.
-        """
+        """Nothing: `load_checkpoint` has done it. `MisuseError` where ``on_load_checkpoint`` has put something in."""
         self._check_untouched(checkpoint, "on_load_checkpoint")
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, object]) -> None:

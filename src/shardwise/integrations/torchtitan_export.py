@@ -27,13 +27,8 @@ if TYPE_CHECKING:
 _Tensors = dict[str, torch.Tensor]
 #: torchtitan's names of RoPE's scalings -> those of Hugging Face.
 _ROPES = {"none": "default", "llama": "llama3", "yarn": "yarn"}
-#: Names of the numbers of Llama's scaling in config.json -> in torchtitan's configuration.
-_LLAMA_ROPE = {
-    "factor": "scaling_factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "original_max_position_embeddings",
-}
+#: Numbers of Llama's scaling that have the same names in config.json, beside ``factor``.
+_LLAMA_ROPE = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 class _TitansAdapter(Protocol):
@@ -57,9 +52,7 @@ class _AsTheyAre:
 class HubAdapter:
     """torchtitan's adapter, asked as `shardwise.convert.adapter.StateDictAdapter` is: one tensor at a time.
 
-    Args:
-        adapter: torchtitan's, which knows q, k and v apart.
-        fused: The model's projections that are one tensor.
+    torchtitan's knows q, k and v apart; ``fused`` are the model's projections that are one tensor.
     """
 
     def __init__(self, adapter: _TitansAdapter, fused: FusedProjections) -> None:
@@ -94,9 +87,7 @@ class _Described(Protocol):
 class _Metadata:
     """Writes what is beside the weights (a `shardwise.addons.huggingface.HFMetadataExporter`).
 
-    Attributes:
-        assets: ``hf_assets_path``.
-        dtype: Torch's name of the weights' dtype.
+    ``assets`` is ``hf_assets_path``, ``dtype`` torch's name of the weights'.
     """
 
     assets: Path
@@ -124,11 +115,7 @@ def divide(parts: Sequence[nn.Module], fused: FusedProjections) -> None:
 
 
 def hub_adapter(parts: Sequence[nn.Module], adapter: object | None, fused: FusedProjections) -> HubAdapter:
-    """Have the parts' tensors named and arranged as torchtitan's adapter says. Local.
-
-    Raises:
-        ConfigError: The model has no adapter.
-    """
+    """Have the parts' tensors named and arranged as torchtitan's adapter says; `ConfigError` without one. Local."""
     if adapter is None:
         raise ConfigError(
             "Hugging Face files are asked for, and torchtitan has no state_dict_adapter for this model",
@@ -146,13 +133,7 @@ def attach_export(
     """Have the parts exported under Hugging Face's names, beside the configuration in ``hf_assets_path``.
 
     All ranks call. The model is built again without memory and compared with that configuration: names, shapes, and
-    the numbers that no shape shows.
-
-    Args:
-        parts: This rank's parts.
-        adapter: torchtitan's adapter.
-        fused: The model's projections that are one tensor.
-        dtype: ``export_dtype``, where it counts.
+    the numbers that no shape shows. ``dtype`` is ``export_dtype``, where it counts.
 
     Raises:
         ConfigError: There is no adapter, no configuration, or the export would be in another dtype than was asked for.
@@ -243,5 +224,6 @@ def _numbers(config: object) -> Iterator[tuple[str, object]]:
         yield "rope.rope_theta", rope.theta
         yield "rope.rope_type", _ROPES.get(rope.scaling, rope.scaling)
         if rope.scaling == "llama":
-            for name, titans in _LLAMA_ROPE.items():
-                yield f"rope.{name}", getattr(rope, titans)
+            yield "rope.factor", rope.scaling_factor
+            for name in _LLAMA_ROPE:
+                yield f"rope.{name}", getattr(rope, name)

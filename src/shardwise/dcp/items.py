@@ -81,11 +81,9 @@ class Totals(Digests):
 
 def tensors_and_values(items: Iterable[WriteItem]) -> tuple[list[WriteItem], list[WriteItem]]:
     """The items that are tensors, and those that DCP would pickle."""
-    tensors: list[WriteItem] = []
-    values: list[WriteItem] = []
-    for item in items:
-        (values if item.type == WriteItemType.BYTE_IO else tensors).append(item)
-    return tensors, values
+    every = list(items)
+    values = [item for item in every if item.type == WriteItemType.BYTE_IO]
+    return [item for item in every if item.type != WriteItemType.BYTE_IO], values
 
 
 def spec_of(item: WriteItem) -> TensorSpec:

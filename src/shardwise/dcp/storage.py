@@ -106,11 +106,7 @@ class SafetensorsWriter(StorageWriter):
         """Nothing to set up."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """The plan as it is.
-
-        Raises:
-            MisuseError: The planner stands for a plan by an empty one where nothing has changed.
-        """
+        """The plan as it is; `MisuseError` where the planner leaves it out since nothing has changed."""
         if not plan.usable:
             # Files are laid out again for each save, from all ranks' plans; without them all files would be removed.
             what = "the planner left its plan out, since it is the same as for an earlier save"
@@ -136,8 +132,7 @@ class SafetensorsWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's tensors and make them durable; its other values go to the coordinator with the results.
 
-        Raises:
-            StateFormatError: A value is of a kind that cannot be stored.
+        A value of a kind that cannot be stored is a `StateFormatError`.
         """
         task = plan.storage_data
         assert isinstance(task, Task)
@@ -293,11 +288,7 @@ class SafetensorsReader(StorageReader):
         return source
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: object, **kwargs: object) -> None:
-        """Nothing to set up.
-
-        Raises:
-            ShardwiseError: What `read_metadata` could not read.
-        """
+        """Nothing to set up; raises what `read_metadata` could not read."""
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
@@ -311,11 +302,7 @@ class SafetensorsReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read this rank's items into place.
-
-        Raises:
-            MissingTensorError: A value is not in the checkpoint.
-        """
+        """Read this rank's items into place; `MissingTensorError` where a value is not in the checkpoint."""
         source = self._source
         assert source is not None
         targets = []
@@ -348,10 +335,9 @@ class SafetensorsReader(StorageReader):
                 planner.load_bytes(item, as_stream(self._pickled.value(name)))
             return
         if name not in self._values:
+            what = "the checkpoint has no value of this name"
             hint = "Leave it out of the state dict, or allow partial loads in the planner."
-            raise MissingTensorError(
-                "the checkpoint has no value of this name", path=self._path, tensor=name, hint=hint
-            )
+            raise MissingTensorError(what, path=self._path, tensor=name, hint=hint)
         planner.load_bytes(item, as_stream(self._values[name]))
 
     @classmethod

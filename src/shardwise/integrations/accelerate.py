@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from shardwise.comm import Group
-from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
+from shardwise.config import CheckpointingConfig
 from shardwise.errors import CheckpointExistsError, CheckpointNotFoundError, ConfigError, MisuseError
 from shardwise.integrations.accelerate_data import Rest, Tracked, tracked
 from shardwise.integrations.host_paths import HostPaths, Parts, is_complete, local_path
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ShardwiseAccelerator"]
 
-_HOST = "accelerate"
 _STATE, _DATA, _SCALER = "accelerate", "accelerate.data", "accelerate.scaler"
 _NAMED = re.compile(r"checkpoint_(\d+)")
 _SHARDING = "Shard with FSDP2 (FullyShardedDataParallelPlugin(fsdp_version=2)), or train with DistributedDataParallel."
@@ -59,9 +58,7 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
 
     def __init__(self, *positional: object, checkpointing: CheckpointingConfig | None = None, **named: object) -> None:
         super().__init__(*positional, **named)
-        self._paths = HostPaths(
-            checkpointing or CheckpointingConfig(save_consolidated=SaveConsolidatedMode.EVERY), _HOST
-        )
+        self._paths = HostPaths(checkpointing, "accelerate")
         self._check()
 
     # --- states -----------------------------------------------------------------------------------------------------

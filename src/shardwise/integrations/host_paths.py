@@ -58,13 +58,14 @@ class Parts:
 
 
 class HostPaths:
-    """Saves to, restores from and removes paths. All ranks call each method; each but `save` also ends an earlier one.
+    """Saves to, restores from and removes paths. All ranks call each method; each ends an earlier save first.
 
-    Making one raises `ConfigError` where a setting contradicts what the ``host`` (its name) decides, or no checkpointer
-    can be built of them.
+    By default each checkpoint has an export. Making one raises `ConfigError` where a setting contradicts what the
+    ``host`` (its name) decides, or no checkpointer can be built of them.
     """
 
-    def __init__(self, settings: CheckpointingConfig, host: str) -> None:
+    def __init__(self, settings: CheckpointingConfig | None, host: str) -> None:
+        settings = settings or CheckpointingConfig(save_consolidated=SaveConsolidatedMode.EVERY)
         if (name := first_set(settings, _DERIVED)) is not None:
             raise ConfigError(
                 f"checkpointing sets {name}, which {host} decides",

@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing.run_state.generators import RandomState
 from shardwise.comm import Group
-from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
+from shardwise.config import CheckpointingConfig
 from shardwise.errors import ConfigError, MisuseError, StateFormatError
 from shardwise.format.state_json import encode_state
 from shardwise.integrations.host_paths import HostPaths, Parts
@@ -47,7 +47,7 @@ __all__ = [
     "ShardwiseSingleDeviceStrategy",
 ]
 
-_STATE, _DATA, _FABRIC = "lightning", "lightning.data", "fabric"
+_STATE, _DATA = "lightning", "lightning.data"
 
 
 class _Shardwise:
@@ -78,8 +78,7 @@ class _Shardwise:
             if named.get(name):
                 self._refuse(name)
         super().__init__(*positional, **named)
-        settings = checkpointing or CheckpointingConfig(save_consolidated=SaveConsolidatedMode.EVERY)
-        self._paths = HostPaths(settings, "Lightning")
+        self._paths = HostPaths(checkpointing, "Lightning")
         self._tokenizer = tokenizer
         self._resumables: list[Resumable] = []
         self._restored_generators: dict[str, object] | None = None
@@ -179,13 +178,11 @@ class _TrainerStrategy(_Shardwise):
     ) -> None:
         """Write a checkpoint at a path, where an earlier one is replaced once the new one is complete. All ranks call.
 
-        Args:
-            checkpoint: What Lightning collects; the model, optimizers and schedulers are taken from where they are.
-            filepath: The path.
-            storage_options: Only ``None``.
+        Of what Lightning collects (``checkpoint``), model, optimizers and schedulers are taken from where they are.
 
         Raises:
-            MisuseError: A hook has put something into the state of the model; or there are storage options.
+            ConfigError: There are storage options.
+            MisuseError: A hook has put something into the state of the model.
             ShardwiseError: What failed, on any rank; what was saved before is untouched.
         """
         if storage_options is not None:
@@ -207,12 +204,7 @@ class _TrainerStrategy(_Shardwise):
     ) -> dict[str, object]:
         """Restore model, optimizers and schedulers in place, on any number of ranks. All ranks call.
 
-        Args:
-            checkpoint_path: A path that was saved to.
-            weights_only: Without effect: nothing is unpickled.
-
-        Returns:
-            What Lightning collected, for it to restore.
+        Returns what Lightning collected, for it to restore. ``weights_only`` is without effect: nothing is unpickled.
 
         Raises:
             CheckpointNotFoundError: Nothing of shardwise's is there.
@@ -375,15 +367,13 @@ def _inside(module: nn.Module) -> nn.Module:
     names = list(module.state_dict(keep_vars=True))
     prefix = ""
     while not (is_pretrained(found) or hasattr(found, "peft_config")):
-        below = [(name, child) for name, child in found.named_children() if _has_all(names, f"{prefix}{name}.")]
-        if not below:
+        for name, child in found.named_children() if names else ():
+            if all(each.startswith(f"{prefix}{name}.") for each in names):
+                prefix, found = f"{prefix}{name}.", child
+                break
+        else:
             return module
-        prefix, found = f"{prefix}{below[0][0]}.", below[0][1]
     return found
-
-
-def _has_all(names: list[str], prefix: str) -> bool:
-    return bool(names) and all(name.startswith(prefix) for name in names)
 
 
 def _on_cpu(state: object) -> object:

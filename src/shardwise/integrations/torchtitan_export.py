@@ -39,35 +39,28 @@ class _TitansAdapter(Protocol):
     def from_hf(self, hf_state_dict: _Tensors) -> _Tensors: ...
 
 
-class _AsTheyAre:
-    """The adapter of a model whose files have torchtitan's own names."""
-
-    def to_hf(self, state_dict: _Tensors) -> _Tensors:
-        return state_dict
-
-    def from_hf(self, hf_state_dict: _Tensors) -> _Tensors:
-        return hf_state_dict
-
-
 class HubAdapter:
     """torchtitan's adapter, asked as `shardwise.convert.adapter.StateDictAdapter` is: one tensor at a time.
 
-    torchtitan's knows q, k and v apart; ``fused`` are the model's projections that are one tensor.
+    torchtitan's knows q, k and v apart; ``fused`` are the model's projections that are one tensor. Without an adapter
+    files have torchtitan's own names.
     """
 
-    def __init__(self, adapter: _TitansAdapter, fused: FusedProjections) -> None:
+    def __init__(self, adapter: _TitansAdapter | None, fused: FusedProjections) -> None:
         self._adapter = adapter
         self._fused = fused
 
     def to_hf(self, state_dict: Mapping[str, torch.Tensor], **options: object) -> _Tensors:
         """Convert torchtitan's tensors."""
-        return self._adapter.to_hf(self._fused.divided(state_dict))
+        apart = self._fused.divided(state_dict)
+        return apart if self._adapter is None else self._adapter.to_hf(apart)
 
     def from_hf(
         self, state_dict: Mapping[str, torch.Tensor], device_mesh: object = None, **options: object
     ) -> _Tensors:
         """Convert tensors of Hugging Face files."""
-        return self._fused.fused(self._adapter.from_hf(dict(state_dict)))
+        found = dict(state_dict)
+        return self._fused.fused(found if self._adapter is None else self._adapter.from_hf(found))
 
     def convert_single_tensor_to_hf(
         self, fqn: str, tensor: torch.Tensor, **options: object
@@ -111,7 +104,7 @@ class _Metadata:
 def divide(parts: Sequence[nn.Module], fused: FusedProjections) -> None:
     """Have the parts' tensors named as torchtitan's own checkpoints name them: q, k and v apart. Local."""
     for part in parts:
-        cast("_Described", part).state_dict_adapter = HubAdapter(_AsTheyAre(), fused)
+        cast("_Described", part).state_dict_adapter = HubAdapter(None, fused)
 
 
 def hub_adapter(parts: Sequence[nn.Module], adapter: object | None, fused: FusedProjections) -> HubAdapter:

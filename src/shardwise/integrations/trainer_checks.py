@@ -11,7 +11,7 @@ from transformers.utils import is_sagemaker_mp_enabled, is_torch_xla_available
 from shardwise.config import CheckpointingConfig
 from shardwise.errors import CheckpointNotFoundError, ConfigError, MisuseError, some
 from shardwise.integrations.host_settings import refuse_derived, refuse_ways
-from shardwise.lifecycle import LATEST, ResolvedCheckpoint, list_checkpoints, resolve
+from shardwise.lifecycle import LATEST, list_checkpoints, resolve
 from shardwise.peft.models import is_peft_adapted
 from shardwise.upstream.transformers_trainer import REPLACED, UNUSED, TrainerCheckpoints
 
@@ -124,23 +124,6 @@ def find_source(args: Any, given: str | os.PathLike[str] | bool | None) -> str |
             path=root,
             hint="Pass resume_from_checkpoint=get_last_checkpoint(output_dir), which is None where there is none.",
         )
-    return _checked(found)
-
-
-def _check_root(root: Path, args: Any) -> None:
-    """The Trainer itself deletes its own checkpoints at the end where ``save_total_limit`` is 1."""
-    if args.save_total_limit != 1 or not root.is_dir():
-        return
-    for path in root.iterdir():
-        if _TRAINERS_OWN.fullmatch(path.name):
-            raise MisuseError(
-                "output_dir has a checkpoint of the Trainer itself, which would delete it at the end of the training",
-                path=path,
-                hint="Choose another output_dir, or a save_total_limit other than 1.",
-            )
-
-
-def _checked(found: ResolvedCheckpoint) -> str:
     if not (found.path / STATE_NAME).is_file():
         raise MisuseError(
             f"the checkpoint has no {STATE_NAME}: no ShardwiseTrainer has saved it",
@@ -154,3 +137,16 @@ def _checked(found: ResolvedCheckpoint) -> str:
             hint="Begin a new run from its model, with from_pretrained.",
         )
     return str(found.path)
+
+
+def _check_root(root: Path, args: Any) -> None:
+    """The Trainer itself deletes its own checkpoints at the end where ``save_total_limit`` is 1."""
+    if args.save_total_limit != 1 or not root.is_dir():
+        return
+    for path in root.iterdir():
+        if _TRAINERS_OWN.fullmatch(path.name):
+            raise MisuseError(
+                "output_dir has a checkpoint of the Trainer itself, which would delete it at the end of the training",
+                path=path,
+                hint="Choose another output_dir, or a save_total_limit other than 1.",
+            )

@@ -12,7 +12,7 @@ from torch import nn
 from shardwise.base.class_of_config import build_on_meta, configuration, named_classes
 from shardwise.checkpointing.hub import HubNames, HubState
 from shardwise.disk.names import is_file
-from shardwise.errors import FormatError, MissingTensorError, ShapeMismatchError
+from shardwise.errors import FormatError, MissingTensorError, ShapeMismatchError, some
 from shardwise.format.json_file import read_json
 from shardwise.geometry import TensorSpec
 from shardwise.stateful_wrappers import ModelState
@@ -68,7 +68,7 @@ class ModelClass:
         if missing:
             raise MissingTensorError(
                 f"{len(missing)} of the {len(known)} tensors that a {self.name} has by {self.config.name} are not "
-                f"there: {', '.join(missing[:_SHOWN])}{', ...' if len(missing) > _SHOWN else ''}",
+                f"there: {some(missing, _SHOWN)}",
                 path=path,
                 tensor=missing[0],
                 hint=_WRONG,

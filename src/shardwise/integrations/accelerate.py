@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ShardwiseAccelerator"]
 
+_LOG = logging.getLogger(__name__)
 _STATE, _DATA, _SCALER = "accelerate", "accelerate.data", "accelerate.scaler"
 _NAMED = re.compile(r"checkpoint_(\d+)")
 _SHARDING = "Shard with FSDP2 (FullyShardedDataParallelPlugin(fsdp_version=2)), or train with DistributedDataParallel."
@@ -90,15 +92,17 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
         project = self.project_configuration
         if self._is_automatic:
             path = self._automatic / f"checkpoint_{project.iteration}"
+            with Group.current().together(f"looking into {path}") as vote:
+                vote.flag = is_complete(path)
+            if vote.any:
+                raise CheckpointExistsError(
+                    "the next automatic name is that of a checkpoint",
+                    path=path,
+                    hint="Resume with load_state(), set ProjectConfiguration(iteration=...) to a number that is free, "
+                    "or choose another project_dir.",
+                )
         else:
             path = _given(output_dir, "save_state was not told where to")
-        if self._is_automatic and Group.current().any(is_complete(path), f"looking into {path}"):
-            raise CheckpointExistsError(
-                "the next automatic name is that of a checkpoint",
-                path=path,
-                hint="Resume with load_state(), set ProjectConfiguration(iteration=...) to a number that is free, or "
-                "choose another project_dir.",
-            )
         self._paths.save(path, self._parts(), (0, project.iteration), False)
         project.iteration += 1
         self._prune()
@@ -139,7 +143,14 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
         data = cast("Mapping[str, object]", parts.extra[_DATA] or {})
         own = cast("list[object]", data["loaders"]) if data.get("world") == self.num_processes else []
         positions = cast("list[Mapping[str, object]]", state["loaders"])
-        for number, (loader, position) in enumerate(zip(self._loaders(), positions, strict=False)):
+        loaders = self._loaders()
+        if len(loaders) != len(positions):
+            _LOG.warning(
+                "the state has the positions of %d loaders, and %d are prepared: they are given out in order",
+                len(positions),
+                len(loaders),
+            )
+        for number, (loader, position) in enumerate(zip(loaders, positions, strict=False)):
             loader.resume(position, own[number] if own else None)
         if self._is_automatic and (found := _NAMED.fullmatch(path.name)) is not None:
             project = self.project_configuration

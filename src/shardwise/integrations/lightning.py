@@ -214,12 +214,13 @@ class _TrainerStrategy(_Shardwise):
         """
         fits = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         found = self._paths.find(checkpoint_path)
-        if fits and not (found / "optim").is_dir():
-            raise MisuseError(
-                "the checkpoint was saved with save_weights_only, and has no optimizer to resume with",
-                path=checkpoint_path,
-                hint="Begin a new run from its model, or pass the path to validate, test or predict.",
-            )
+        with Group.current().together(f"looking into {found}"):
+            if fits and not (found / "optim").is_dir():
+                raise MisuseError(
+                    "the checkpoint was saved with save_weights_only, and has no optimizer to resume with",
+                    path=checkpoint_path,
+                    hint="Begin a new run from its model, or pass the path to validate, test or predict.",
+                )
         before = RandomState().state_dict()
         parts = self._parts({_STATE: None, _DATA: None}, fits)
         self._paths.restore(checkpoint_path, parts)

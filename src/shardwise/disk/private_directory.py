@@ -37,7 +37,10 @@ def private_directory(parent: Path) -> Iterator[Path]:
         yield path
     except BaseException:
         if path is not None:
-            _remove_after_failure(path)
+            try:
+                shutil.rmtree(path)
+            except OSError as error:  # must not hide the error that made the directory useless
+                _LOG.warning("could not remove %s: %s", path, error)
         raise
     else:
         with storage_errors(path):
@@ -85,11 +88,3 @@ def _remove_abandoned(parent: Path) -> None:
                 shutil.rmtree(path.parent)
             finally:
                 os.close(handle)
-
-
-def _remove_after_failure(path: Path) -> None:
-    """Remove a directory without hiding the error that made it useless."""
-    try:
-        shutil.rmtree(path)
-    except OSError as error:
-        _LOG.warning("could not remove %s: %s", path, error)

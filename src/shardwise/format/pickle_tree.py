@@ -86,16 +86,10 @@ def read_pickle_tree(
     """Return what a pickle, which may name the globals ``allowed``, holds: containers, `PickledGlobal`, `PickledCall`.
 
     Time and memory are linear in ``len(data)``. Containers may be shared or contain themselves; the caller has to look
-    out for that.
-
-    Args:
-        data: The pickle.
-        allowed: The globals that it may name.
-        path: The file, for errors.
-        enums: Those of ``allowed`` whose members it may name. Python calls such a class with the member's value, and
-            Python 3.11.0 to 3.11.3 asks for the attribute of the member's name: a `PickledCall` with either.
-        torch_file: It may refer to what is outside of it (`PickledReference`), and attributes of an ``OrderedDict`` are
-            dropped, such as the ``_metadata`` that ``state_dict()`` adds.
+    out for that. Of ``enums`` it may name members too: Python calls such a class with the member's value, and Python
+    3.11.0 to 3.11.3 asks for the attribute of the member's name: a `PickledCall` with either. A ``torch_file`` may
+    refer to what is outside of it (`PickledReference`), and attributes of an ``OrderedDict`` are dropped, such as the
+    ``_metadata`` that ``state_dict()`` adds.
 
     Raises:
         UnsafePickleError: It names another global, or uses an opcode that plain data do not need.

@@ -126,11 +126,7 @@ class HostPaths:
                             LOCAL.remove_tree(info.path)
 
     def restore(self, path: str | os.PathLike[str], parts: Parts) -> RestoreRecord:
-        """Fill the parts from the checkpoint that `find` finds; ``extra`` takes the values that were saved.
-
-        Raises:
-            ShardwiseError: Checkpoint and run do not fit; nothing was restored.
-        """
+        """Fill the parts from the checkpoint that `find` finds, all or nothing; ``extra`` takes the saved values."""
         found = self.find(path)
         with self._built(found.parent, parts.model) as checkpointer:
             record = checkpointer.restore(
@@ -145,12 +141,7 @@ class HostPaths:
         return record
 
     def find(self, path: str | os.PathLike[str]) -> Path:
-        """The checkpoint at a path.
-
-        Raises:
-            CheckpointNotFoundError: There is none.
-            IncompleteCheckpointError: A save was interrupted, and there was none before.
-        """
+        """The checkpoint at a path; `CheckpointNotFoundError` or `IncompleteCheckpointError` where there is none."""
         self.finish()
         root = local_path(path)
         return Path(str(Group.current().broadcast_result(lambda: str(_found(root)), f"looking for {root}")))

@@ -58,20 +58,10 @@ class _Stateful(Protocol):
 class ShardwiseCheckpointManager(titan.BaseCheckpointManager):  # type: ignore[misc] # torchtitan is not followed by mypy
     """A checkpointer of torchtitan's that saves and restores with shardwise. All ranks make the same calls.
 
-    torchtitan builds it from its `Config` and calls ``load``, ``save``, ``maybe_wait_for_staging``,
-    ``maybe_wait_for_saving`` and ``close``. A checkpoint is ``epoch_0_step_S``, visible once it is complete: model,
-    optimizers, schedulers, torchtitan's own state (``train_state``), the loader's position, random number generators.
-    It resumes on other meshes; the position in the data needs as many data-parallel ranks.
-
-    Args:
-        config: The settings.
-        dataloader: The loader, with a position of its own.
-        model_parts: This rank's parts of the model.
-        optimizers: torchtitan's container of optimizers.
-        lr_schedulers: torchtitan's container of schedulers.
-        states: Further states by name.
-        sd_adapter: The model's converter to Hugging Face's names.
-        base_folder: What ``folder`` is below.
+    torchtitan builds it from its `Config`, with what its own is built with, and calls ``load``, ``save``,
+    ``maybe_wait_for_staging``, ``maybe_wait_for_saving`` and ``close``. A checkpoint is ``epoch_0_step_S``, visible
+    once it is complete: model, optimizers, schedulers, torchtitan's own state (``train_state``), the loader's position,
+    random number generators. It resumes on other meshes; the position in the data needs as many data-parallel ranks.
 
     Raises:
         ConfigError: The settings ask for what cannot be done; the message names it.
@@ -223,9 +213,7 @@ def _settings(config: ShardwiseCheckpointManager.Config, folder: Path) -> Checkp
 def _find(root: Path, step: int) -> JsonValue:
     """The checkpoint to resume from, and its step; ``None`` where there is none. One rank calls.
 
-    Raises:
-        CheckpointNotFoundError: There is none of this step.
-        MisuseError: The directory has checkpoints of torchtitan's own.
+    None of this step is a `CheckpointNotFoundError`, a directory with torchtitan's own a `MisuseError`.
     """
     theirs = sorted(path.name for path in root.iterdir() if _TITANS_OWN.fullmatch(path.name)) if root.is_dir() else []
     if theirs:
@@ -245,14 +233,12 @@ class _ByDataRank:
     """A state that each data-parallel rank has one of; in a checkpoint it is that of all of them.
 
     Ranks that share their data (tensor, pipeline and context parallelism) have the same state, so that a checkpoint
-    resumes on any mesh with as many data-parallel ranks.
+    resumes on any mesh with as many data-parallel ranks. One that ``is_bound`` means nothing on another number of them;
+    of others the first rank's is taken then.
     """
 
     def __init__(self, target: _Stateful, rank: int, size: int, is_bound: bool) -> None:
-        self._target = target
-        self._rank, self._size = rank, size
-        #: Whether it means nothing on another number of ranks; the first rank's is taken otherwise.
-        self._is_bound = is_bound
+        self._target, self._rank, self._size, self._is_bound = target, rank, size, is_bound
 
     def gathered(self, name: str, group: Group) -> _State:
         """The states of all data-parallel ranks, the same on every rank. All ranks call."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from tests.support import ranks
 from torch.utils.data import DataLoader
 
 from shardwise import CheckpointingConfig
@@ -17,6 +18,7 @@ from shardwise.errors import (
     ConfigError,
     IncompleteCheckpointError,
     MisuseError,
+    StorageError,
 )
 
 if TYPE_CHECKING:
@@ -127,3 +129,28 @@ def test_more_batches_than_there_are(tmp_path: Path) -> None:
     with pytest.raises(MisuseError, match="asked to skip 4 batches of an epoch that has 3"):
         list(made.skip_first_batches(loader, 4))
     assert [int(batch) for batch in made.skip_first_batches(loader, 2)] == [3]
+
+
+def _saves_where_one_rank_cannot_look(directory: Path) -> None:
+    rank = torch.distributed.get_rank()
+    made = prepared(directory / str(rank))
+    state = directory / str(rank) / "checkpoints" / "checkpoint_0"
+    state.parent.mkdir(parents=True)
+    if rank == 1:
+        state.write_text("a file")
+    made.save_state()
+
+
+def test_a_rank_that_cannot_look_fails_on_all(tmp_path: Path) -> None:
+    error = ranks.failure(2, _saves_where_one_rank_cannot_look, tmp_path, seconds=40)
+    assert isinstance(error, StorageError)
+
+
+def test_another_number_of_loaders_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = prepared(tmp_path)
+    made.prepare(DataLoader([1, 2]), DataLoader([3, 4]))
+    made.save_state()
+    again = prepared(tmp_path)
+    again.prepare(DataLoader([1, 2]))
+    again.load_state()
+    assert "the positions of 2 loaders, and 1 are prepared" in caplog.text

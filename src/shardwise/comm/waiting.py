@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Protocol, Self, cast
 
+from shardwise.errors import some
 from shardwise.upstream.torch_distributed import default_store
 
 _LOG = logging.getLogger(__name__)
@@ -108,9 +109,8 @@ class Waiting:
         )
 
     def _named(self, numbers: Sequence[int]) -> str:
-        ranks = [str(self._ranks[number]) for number in numbers]
-        more = f" and {len(ranks) - _LISTED} more" if len(ranks) > _LISTED else ""
-        return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks[:_LISTED])}{more}"
+        ranks = some([self._ranks[number] for number in numbers], _LISTED)
+        return f"rank{'s' if len(numbers) > 1 else ''} {ranks}"
 
 
 def meeting_name(ranks: Sequence[int]) -> str:

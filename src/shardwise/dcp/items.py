@@ -41,10 +41,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Written:
-    """What a rank sends to the coordinator about one tensor item: bytes written, and its share of the tensor's CRC-32C.
-
-    For a shard file also where the piece is.
-    """
+    """What a rank says of one tensor item: bytes written, its share of the tensor's CRC-32C, its place in a shard."""
 
     nbytes: int
     contribution: int
@@ -65,18 +62,16 @@ class Totals(Digests):
         """Add up the results of all ranks."""
         totals = Totals()
         for result in (result for theirs in results for result in theirs):
-            if isinstance(result.storage_data, PackedValue):
-                totals.values.append((result.index.fqn, result.storage_data))
-            else:
-                assert isinstance(result.storage_data, Written)
-                totals._add(result.index.fqn, result.storage_data)
+            name, written = result.index.fqn, result.storage_data
+            if isinstance(written, PackedValue):
+                totals.values.append((name, written))
+                continue
+            assert isinstance(written, Written)
+            totals.add(name, written.contribution, written.nbytes)
+            if written.chunk is not None and written.file is not None:
+                totals.chunks.setdefault(name, []).append(written.chunk)
+                totals.files[written.file.path] = written.file
         return totals
-
-    def _add(self, name: str, written: Written) -> None:
-        self.add(name, written.contribution, written.nbytes)
-        if written.chunk is not None and written.file is not None:
-            self.chunks.setdefault(name, []).append(written.chunk)
-            self.files[written.file.path] = written.file
 
     def tensors(self, specs: Sequence[TensorSpec]) -> tuple[TensorRecord, ...]:
         """The tensors and the pieces of them that stand in shard files."""
@@ -88,11 +83,9 @@ class Totals(Digests):
 
 def tensors_and_values(items: Iterable[WriteItem]) -> tuple[list[WriteItem], list[WriteItem]]:
     """The items that are tensors, and those that DCP would pickle."""
-    tensors: list[WriteItem] = []
-    values: list[WriteItem] = []
-    for item in items:
-        (values if item.type == WriteItemType.BYTE_IO else tensors).append(item)
-    return tensors, values
+    every = list(items)
+    values = [item for item in every if item.type == WriteItemType.BYTE_IO]
+    return [item for item in every if item.type != WriteItemType.BYTE_IO], values
 
 
 def spec_of(item: WriteItem) -> TensorSpec:
@@ -110,12 +103,7 @@ def box_of(item: WriteItem) -> Box:
 
 
 def resolve(item: WriteItem, planner: SavePlanner, box: Box) -> torch.Tensor:
-    """The memory of an item's region.
-
-    Raises:
-        IncompleteTensorError: It is not of the shape that the plan says.
-        TensorError: Its class wraps other tensors (`plain_memory`).
-    """
+    """The memory of an item's region; `IncompleteTensorError` if it is not of the shape that the plan says."""
     data = planner.resolve_data(item)
     assert isinstance(data, torch.Tensor)
     local = plain_memory(item.index.fqn, local_part(data))
@@ -127,11 +115,7 @@ def resolve(item: WriteItem, planner: SavePlanner, box: Box) -> torch.Tensor:
 
 
 def union(plans: Sequence[SavePlan]) -> tuple[TensorSpec, ...]:
-    """Every tensor of the plans, once.
-
-    Raises:
-        NameCollisionError: Ranks disagree about a tensor, or one has a value of its name.
-    """
+    """Every tensor of the plans, once; `NameCollisionError` where ranks disagree, or one has a value of its name."""
     found: dict[str, TensorSpec] = {}
     others: set[str] = set()
     for plan in plans:

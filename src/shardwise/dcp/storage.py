@@ -32,17 +32,9 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from shardwise.comm import Group
+from shardwise.dcp import values as dcp_values
 from shardwise.dcp.items import Task, Totals, refuse_packed, tensors_and_values, union, write_final, write_shards
-from shardwise.dcp.values import (
-    VALUES_NAME,
-    as_stream,
-    merge_values,
-    pack_value,
-    read_values,
-    remove,
-    remove_values,
-    write_values,
-)
+from shardwise.dcp.values import VALUES_NAME, as_stream, remove
 from shardwise.disk.names import exists
 from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import LocalStorage, Storage, using
@@ -114,11 +106,7 @@ class SafetensorsWriter(StorageWriter):
         """Nothing to set up."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """The plan as it is.
-
-        Raises:
-            MisuseError: The planner stands for a plan by an empty one where nothing has changed.
-        """
+        """The plan as it is; `MisuseError` where the planner leaves it out since nothing has changed."""
         if not plan.usable:
             # Files are laid out again for each save, from all ranks' plans; without them all files would be removed.
             what = "the planner left its plan out, since it is the same as for an earlier save"
@@ -131,7 +119,7 @@ class SafetensorsWriter(StorageWriter):
         self._storage.make_directory(self._path)
         for name in (MANIFEST_NAME, index_name(self._stem)):
             remove(self._storage, self._path / name)
-        remove_values(self._storage, self._path)
+        dcp_values.remove_values(self._storage, self._path)
         if self._consolidated:
             self._layout = lay_out(
                 self._specs, base_files=self._base_files, max_file_bytes=self._max_file_bytes, stem=self._stem
@@ -144,15 +132,14 @@ class SafetensorsWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's tensors and make them durable; its other values go to the coordinator with the results.
 
-        Raises:
-            StateFormatError: A value is of a kind that cannot be stored.
+        A value of a kind that cannot be stored is a `StateFormatError`.
         """
         task = plan.storage_data
         assert isinstance(task, Task)
         refuse_packed(planner)
         tensors, values = tensors_and_values(plan.items)
         # The values first: what can be refused is refused before tensors are written for nothing.
-        packed = [(item.index, pack_value(item, planner)) for item in values]
+        packed = [(item.index, dcp_values.pack_value(item, planner)) for item in values]
         if task.layout is not None:
             results = write_final(self._storage, self._path, tensors, planner, task.layout)
         else:
@@ -173,7 +160,7 @@ class SafetensorsWriter(StorageWriter):
         hint = "Wrap the state dict with shardwise.dcp.regions.as_regions, or check the tensor's placements."
         for spec in self._specs:
             check_written(spec, totals.counts.get(spec.name, 0), self._path, hint)
-        plain = write_values(self._storage, self._path, merge_values(totals.values))
+        plain = dcp_values.write_values(self._storage, self._path, dcp_values.merge_values(totals.values))
         record = ComponentRecord(tuple(totals.files.values()), totals.tensors(self._specs))
         if self._layout is not None:
             write_file(self._storage, self._path / index_name(self._stem), self._layout.index)
@@ -258,7 +245,7 @@ class SafetensorsReader(StorageReader):
         self._failure = None
         try:
             with using(self._storage):
-                self._values = read_values(self._path) or read_record(self._path)
+                self._values = dcp_values.read_values(self._path) or read_record(self._path)
                 self._source = self._open()
                 self._pickled = DcpValues(self._path, self._legacy) if self._source.dcp else None
         except ShardwiseError as error:
@@ -301,11 +288,7 @@ class SafetensorsReader(StorageReader):
         return source
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: object, **kwargs: object) -> None:
-        """Nothing to set up.
-
-        Raises:
-            ShardwiseError: What `read_metadata` could not read.
-        """
+        """Nothing to set up; raises what `read_metadata` could not read."""
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
@@ -319,11 +302,7 @@ class SafetensorsReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read this rank's items into place.
-
-        Raises:
-            MissingTensorError: A value is not in the checkpoint.
-        """
+        """Read this rank's items into place; `MissingTensorError` where a value is not in the checkpoint."""
         source = self._source
         assert source is not None
         targets = []
@@ -356,10 +335,9 @@ class SafetensorsReader(StorageReader):
                 planner.load_bytes(item, as_stream(self._pickled.value(name)))
             return
         if name not in self._values:
+            what = "the checkpoint has no value of this name"
             hint = "Leave it out of the state dict, or allow partial loads in the planner."
-            raise MissingTensorError(
-                "the checkpoint has no value of this name", path=self._path, tensor=name, hint=hint
-            )
+            raise MissingTensorError(what, path=self._path, tensor=name, hint=hint)
         planner.load_bytes(item, as_stream(self._values[name]))
 
     @classmethod

@@ -46,9 +46,7 @@ class PackedValue:
 def pack_value(item: WriteItem, planner: SavePlanner) -> PackedValue:
     """Encode the object that DCP would pickle.
 
-    Raises:
-        MisuseError: The planner does not give objects out.
-        StateFormatError: The object is of a kind that cannot be stored; names the item and the place inside it.
+    `MisuseError` where the planner gives none out; `StateFormatError`, with item and place, where it cannot be stored.
     """
     name = item.index.fqn
     look_up: Callable[[MetadataIndex], object] | None = getattr(planner, "lookup_object", None)
@@ -64,11 +62,7 @@ def pack_value(item: WriteItem, planner: SavePlanner) -> PackedValue:
 
 
 def merge_values(parts: Iterable[tuple[str, PackedValue]]) -> dict[str, object]:
-    """The values of all ranks, in one table.
-
-    Raises:
-        NameCollisionError: Ranks sent different values under one name.
-    """
+    """The values of all ranks, in one table; `NameCollisionError` where they sent different ones under one name."""
     seen: dict[str, PackedValue] = {}
     for name, part in parts:
         if seen.setdefault(name, part) != part:
@@ -87,15 +81,9 @@ def write_values(storage: Storage, directory: Path, values: Mapping[str, object]
 
 
 def read_values(directory: Path) -> dict[str, object]:
-    """Read the values of a directory; none where it has no such file.
-
-    Raises:
-        StateFormatError: The file is damaged or forged.
-    """
+    """The values of a directory; none where it has no such file, `StateFormatError` if that is damaged or forged."""
     path = directory / VALUES_NAME
-    if not is_there(path):
-        return {}
-    return _table(read_packed(path, directory / VALUES_TENSORS_NAME), path)
+    return _table(read_packed(path, directory / VALUES_TENSORS_NAME), path) if is_there(path) else {}
 
 
 def remove_values(storage: Storage, directory: Path) -> None:

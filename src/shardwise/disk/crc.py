@@ -22,17 +22,14 @@ def crc32c(data: Buffer, value: int = 0) -> int:
 
     ``data`` is any C-contiguous buffer. The interpreter's lock is released while large buffers are read.
     """
-    found: int = _crc32c(data, value)
-    return found
+    return int(_crc32c(data, value))
 
 
 def combine(crc_a: int, crc_b: int, len_b: int) -> int:
     """Return the CRC-32C of the concatenation of two runs of bytes, the second of ``len_b`` bytes."""
-    found: int = combine_crc32c(crc_a, crc_b, len_b)
-    return found
+    return int(combine_crc32c(crc_a, crc_b, len_b))
 
 
 def shift(crc: int, nbytes: int) -> int:
     """Return what ``crc`` contributes to the CRC-32C of a run in which ``nbytes`` further bytes follow it."""
-    found: int = combine_crc32c(crc, 0, nbytes)
-    return found
+    return combine(crc, 0, nbytes)

@@ -5,61 +5,47 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
 
-from shardwise.disk.names import is_link, real_path, walk
-from shardwise.disk.storage import Status, Storage, current, locating
+from shardwise.disk.names import absent, is_link, real_path, walk
+from shardwise.disk.storage import current, locating
 from shardwise.errors import CheckpointNotFoundError, FormatError, MisuseError, ShardwiseError, StorageError
 
 #: The file that says what a save wrote.
 MANIFEST_NAME = "manifest.json"
 
 
-class _Stream(io.RawIOBase):
-    """An open file of a storage, as Python's libraries read one."""
+class RangeStream(io.RawIOBase):
+    """Bytes at offsets, as Python's libraries read a file: ``read`` fills memory and says how many bytes there were."""
 
-    def __init__(self, storage: Storage, handle: int) -> None:
-        self._storage, self._handle, self._position = storage, handle, 0
+    def __init__(self, read: Callable[[memoryview, int], int], size: Callable[[], int]) -> None:
+        self._read, self._size, self._position = read, size, 0
 
-    def readable(self) -> bool:
+    def readable(self) -> bool:  # noqa: D102
         return True
 
-    def seekable(self) -> bool:
+    def seekable(self) -> bool:  # noqa: D102
         return True
 
-    def readinto(self, buffer: object) -> int:
-        got = self._storage.read(self._handle, memoryview(cast(bytearray, buffer)).cast("B"), self._position)
+    def readinto(self, buffer: object) -> int:  # noqa: D102
+        got = self._read(memoryview(cast(bytearray, buffer)).cast("B"), self._position)
         self._position += got
         return got
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:  # noqa: D102
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position}.get(whence)
-        position = offset + (self._storage.status_of(self._handle).size if start is None else start)
+        position = offset + (self._size() if start is None else start)
         if position < 0:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         self._position = position
         return position
 
-    def tell(self) -> int:
+    def tell(self) -> int:  # noqa: D102
         return self._position
-
-
-def _check_regular(path: Path, error: type[ShardwiseError], follows: bool) -> Status:
-    found = current().status(path, follows=follows)
-    if found is None:
-        current().real_path(path)  # a link in a circle is an error of its own
-        raise CheckpointNotFoundError(
-            f"no file {str(path)!r}", path=path, hint="Check the path, and that it is mounted on every node."
-        )
-    if found.kind != "file":
-        raise error(
-            f"{str(path)!r} is a {found.kind}, not a regular file", path=path, hint="Pass the path of the file itself."
-        )
-    return found
 
 
 def _open(path: Path, error: type[ShardwiseError], follows: bool) -> tuple[int, int]:
@@ -67,7 +53,13 @@ def _open(path: Path, error: type[ShardwiseError], follows: bool) -> tuple[int, 
     storage = current()
     while True:
         # The kind is looked at before opening, because opening a device can have effects; `Storage.open` looks again.
-        named = _check_regular(path, error, follows)
+        named = storage.status(path, follows=follows)
+        if named is None:
+            storage.real_path(path)  # a link in a circle is an error of its own
+            raise absent(path)
+        if named.kind != "file":
+            what = f"{str(path)!r} is a {named.kind}, not a regular file"
+            raise error(what, path=path, hint="Pass the path of the file itself.")
         handle = storage.open(path, writable=False)
         try:
             opened = storage.status_of(handle)
@@ -85,12 +77,8 @@ def open_regular(
 ) -> Iterator[tuple[BinaryIO, int]]:
     """Open a regular file, or if ``follows`` a link to one, for reading; gives it with its size in bytes.
 
-    Operating-system errors inside the ``with`` block become typed errors too.
-
-    Raises:
-        CheckpointNotFoundError: Nothing is there.
-        StorageError: The file system refused.
-        ShardwiseError: Of type ``error``; the path is a directory, pipe, socket or device.
+    Operating-system errors inside the ``with`` block become typed errors too: `CheckpointNotFoundError` or
+    `StorageError`. A directory, pipe, socket or device is one of type ``error``.
     """
     text = os.fspath(path)
     if "\0" in text:
@@ -101,9 +89,10 @@ def open_regular(
         raise error(f"the path {text!r} is not valid Unicode", hint="No file can have such a name.") from cause
     handle, size = _open(Path(text), error, follows)
     storage = current()
+    read = partial(storage.read, handle)
     try:
         with locating(Path(text)):
-            yield io.BufferedReader(_Stream(storage, handle)), size
+            yield io.BufferedReader(RangeStream(read, lambda: storage.status_of(handle).size)), size
     except ShardwiseError:
         raise
     except OSError as cause:
@@ -125,13 +114,7 @@ def read_exactly(stream: BinaryIO, count: int) -> bytes:
 
 
 def read_whole(path: str | os.PathLike[str], limit: int, error: type[ShardwiseError], *, follows: bool = True) -> bytes:
-    """Read a regular file of at most ``limit`` bytes. Arguments as for `open_regular`.
-
-    Raises:
-        CheckpointNotFoundError: Nothing is there.
-        StorageError: The file system refused.
-        ShardwiseError: Of type ``error``; not a regular file, or larger than ``limit``.
-    """
+    """Read a regular file of at most ``limit`` bytes, more are an ``error`` too; for the rest see `open_regular`."""
     with open_regular(path, error, follows=follows) as (stream, size):
         data = b"" if size > limit else read_exactly(stream, size + 1)
     if size > limit or len(data) > limit:
@@ -197,19 +180,15 @@ def _leads_into_a_store(path: Path) -> bool:
 def resolve_inside(root: str | os.PathLike[str], relative: str, error: type[ShardwiseError] = FormatError) -> Path:
     """Return the real path of ``root/relative``, which need not exist, and make sure that it lies below ``root``.
 
-    ``root`` may itself be reached through symbolic links; ``relative`` is a POSIX path from an index or manifest.
-
-    Raises:
-        ShardwiseError: Of type ``error``; the path is absolute, holds "..", or a symbolic link leads out of ``root``.
-        MisuseError: ``root`` holds a NUL character.
+    ``root`` may itself be reached through symbolic links; ``relative`` is a POSIX path from an index or manifest. It is
+    an ``error`` if that is absolute, holds "..", or a symbolic link leads out of ``root``.
     """
     if "\0" in os.fspath(root):
         raise MisuseError("the directory's path holds a NUL character", hint="Pass another path.")
     reason = why_not_relative(relative)
     if reason is not None:
-        raise error(
-            f"the path {relative!r} {reason}", path=root, hint="Do not use this checkpoint: it is damaged or forged."
-        )
+        hint = "Do not use this checkpoint: it is damaged or forged."
+        raise error(f"the path {relative!r} {reason}", path=root, hint=hint)
     real_root = real_path(Path(root))
     real = real_path(real_root / relative)
     if not real.is_relative_to(real_root):

@@ -37,10 +37,14 @@ def file_size(path: Path) -> int:
     """The bytes of a file, behind links; `CheckpointNotFoundError` where nothing is there."""
     found = status(path)
     if found is None:
-        raise CheckpointNotFoundError(
-            f"no file {str(path)!r}", path=path, hint="Check the path, and that it is mounted on every node."
-        )
+        raise absent(path)
     return found.size
+
+
+def absent(path: Path) -> CheckpointNotFoundError:
+    """The error of a file that is not there."""
+    hint = "Check the path, and that it is mounted on every node."
+    return CheckpointNotFoundError(f"no file {str(path)!r}", path=path, hint=hint)
 
 
 def is_directory(path: Path, *, follows: bool = True) -> bool:
@@ -61,12 +65,7 @@ def real_path(path: Path) -> Path:
 
 
 def names_in(directory: Path) -> list[str]:
-    """The names in a directory, sorted.
-
-    Raises:
-        CheckpointNotFoundError: It does not exist.
-        StorageError: It is no directory.
-    """
+    """The names in a directory, sorted; `CheckpointNotFoundError` if absent, `StorageError` if it is no directory."""
     return [entry.name for entry in current().entries(directory)]
 
 

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from shardwise.errors import StorageError
+from shardwise.disk.storage import storage_errors
 
 _LOG = logging.getLogger(__name__)
 _PREFIX = ".shardwise-"
@@ -25,30 +25,26 @@ def private_directory(parent: Path) -> Iterator[Path]:
 
     What a killed process has left is removed by the next one on the same machine: an owner holds a lock as long as it
     lives.
-
-    Raises:
-        StorageError: The file system refused.
     """
     handle: int | None = None
     path: Path | None = None
     try:
-        try:
+        with storage_errors(parent):
             parent.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(parent)
             path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{_run()}-", dir=parent))
             handle = _locked(path)
-        except OSError as error:
-            raise StorageError.from_os(error, path=parent) from error
         yield path
     except BaseException:
         if path is not None:
-            _remove_after_failure(path)
+            try:
+                shutil.rmtree(path)
+            except OSError as error:  # must not hide the error that made the directory useless
+                _LOG.warning("could not remove %s: %s", path, error)
         raise
     else:
-        try:
+        with storage_errors(path):
             shutil.rmtree(path)
-        except OSError as error:
-            raise StorageError.from_os(error, path=path) from error
     finally:
         if handle is not None:
             os.close(handle)
@@ -92,11 +88,3 @@ def _remove_abandoned(parent: Path) -> None:
                 shutil.rmtree(path.parent)
             finally:
                 os.close(handle)
-
-
-def _remove_after_failure(path: Path) -> None:
-    """Remove a directory without hiding the error that made it useless."""
-    try:
-        shutil.rmtree(path)
-    except OSError as error:
-        _LOG.warning("could not remove %s: %s", path, error)

@@ -17,6 +17,8 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
+from shardwise.disk.storage import read_all
+
 #: Places in one call, if the system does not say.
 _FEWEST_PLACES = 16  # what POSIX promises (_XOPEN_IOV_MAX)
 
@@ -26,9 +28,6 @@ def read_rows(handle: int, into: memoryview, rows: int, width: int, pitch: int, 
 
     They go to places ``pitch`` bytes apart in ``into``, between which nothing is touched; what is between rows in the
     file is read too and dropped. Returns how many rows were read whole, fewer only at the end of the file.
-
-    Raises:
-        OSError: The system failed.
     """
     needed = (rows - 1) * pitch + width if rows else 0
     if into.nbytes < needed or min(width, pitch - width, period - width) < 0:
@@ -45,8 +44,11 @@ def read_rows(handle: int, into: memoryview, rows: int, width: int, pitch: int, 
         places = _places(memory.ctypes.data + done * pitch, some, width, pitch, gap)
         got = _preadv(handle, places, offset + done * period)
         whole = (got + gap.nbytes) // period
-        if not whole and not (whole := _one_row(handle, into[done * pitch :][:width], offset + done * period)):
-            break
+        if not whole:  # one call gave only a part of a row, as network file systems may
+            row = into[done * pitch :][:width]
+            if read_all(handle, row, offset + done * period) < len(row):
+                break
+            whole = 1
         done += whole
     return done
 
@@ -69,17 +71,6 @@ def _preadv(handle: int, places: NDArray[np.uintp], offset: int) -> int:
         code = ctypes.get_errno()
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))
-
-
-def _one_row(handle: int, into: memoryview, offset: int) -> int:
-    """A row of which one call gave only a part, as network file systems may; 1 if there is all of it, else 0."""
-    done = 0
-    while done < len(into):
-        got = os.preadv(handle, [into[done:]], offset + done)
-        if not got:
-            return 0
-        done += got
-    return 1
 
 
 @cache

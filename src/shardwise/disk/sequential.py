@@ -32,11 +32,7 @@ class SequentialFile:
         self.crc32c = 0
 
     def append(self, blocks: Iterable[Block], tensor: str | None = None) -> int:
-        """Append a part of the file, of ``tensor``; returns its CRC-32C.
-
-        Raises:
-            ShardwiseError: The file system refused, or ``blocks`` raised it; names the file and the tensor.
-        """
+        """Append a part of the file; returns its CRC-32C. Errors, those of ``blocks`` too, name file and ``tensor``."""
         crc, nbytes = 0, 0
         try:
             for block in blocks:

@@ -262,24 +262,17 @@ class LocalStorage:
 
     def write(self, handle: int, data: Buffer, offset: int) -> None:
         """Write until all is written."""
-        # As in _typed(), without the cost of a context manager for every block.
-        try:
+        try:  # as in _typed(), without the cost of a context manager for every block
             _write_all(handle, data, offset)
         except OSError as error:
             raise StorageError.from_os(error) from error
 
     def read(self, handle: int, into: memoryview, offset: int) -> int:
         """Read until the buffer is full or the file ends."""
-        done = 0
         try:
-            while done < len(into):
-                got = os.preadv(handle, [into[done:] if done else into], offset + done)
-                if got == 0:
-                    break
-                done += got
+            return read_all(handle, into, offset)
         except OSError as error:
             raise StorageError.from_os(error) from error
-        return done
 
     def read_rows(
         self, handle: int, into: memoryview, rows: int, width: int, pitch: int, period: int, offset: int
@@ -488,6 +481,17 @@ def _write_all(handle: int, data: Buffer, offset: int) -> None:
         view = memoryview(data).cast("B")
         while done < len(view):
             done += os.pwrite(handle, view[done:], offset + done)
+
+
+def read_all(handle: int, into: memoryview, offset: int) -> int:
+    """Read until the buffer is full or the file ends; returns how many bytes there were. Raises ``OSError``."""
+    done = 0
+    while done < len(into):
+        got = os.preadv(handle, [into[done:] if done else into], offset + done)
+        if got == 0:
+            break
+        done += got
+    return done
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from shardwise.errors import (
     MisuseError,
     ShardwiseError,
     StorageError,
+    some,
 )
 from shardwise.format.manifest import (
     MANIFEST_NAME,
@@ -83,7 +84,7 @@ class Damage:
 
     def describe(self) -> str:
         """One line: the file, its tensors, what is wrong."""
-        shown = ", ".join(self.tensors[:4]) + (f" and {len(self.tensors) - 4} more" if len(self.tensors) > 4 else "")
+        shown = some(self.tensors, 4)
         what = f" ({'tensor' if len(self.tensors) == 1 else 'tensors'} {shown} of {self.component})" if shown else ""
         file = "" if self.file == "." else f"{self.file}{what}: "  # the directory itself, which is named beside
         return f"{file}{self.message}"

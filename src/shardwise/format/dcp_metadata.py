@@ -21,27 +21,12 @@ from shardwise.disk.names import is_directory
 from shardwise.errors import FormatError
 from shardwise.format.pickle_tree import PickledCall, PickledGlobal, plain_globals, read_pickle_tree, torch_dtypes
 from shardwise.format.strict_json import MAX_DIMS, MAX_INT
-from shardwise.upstream.torch_checkpoint import (
-    LAYOUT,
-    LEGACY_MEMORY_FORMATS,
-    MEMORY_FORMATS,
-    STORAGE_INFO,
-    storage_info,
-)
+from shardwise.upstream import torch_checkpoint as upstream
+from shardwise.upstream.torch_checkpoint import LAYOUT, LEGACY_MEMORY_FORMATS, MEMORY_FORMATS, STORAGE_INFO
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed.checkpoint.metadata import (
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        StorageMeta,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-
-    from shardwise.upstream.torch_checkpoint import StorageInfo
+    from torch.distributed.checkpoint import metadata as dcp
 
 #: Name of the metadata file in a DCP directory.
 DCP_METADATA_NAME = ".metadata"
@@ -85,7 +70,7 @@ def _allowed() -> frozenset[PickledGlobal]:
     return plain_globals().union(own)
 
 
-def read_dcp_metadata(path: str | os.PathLike[str]) -> Metadata:
+def read_dcp_metadata(path: str | os.PathLike[str]) -> dcp.Metadata:
     """Read the metadata of a DCP checkpoint, given its directory or the ``.metadata`` file itself.
 
     No code named by the file runs: it is interpreted as data, checked, and then built from torch's own classes.
@@ -100,18 +85,20 @@ def read_dcp_metadata(path: str | os.PathLike[str]) -> Metadata:
     return parse_dcp_metadata(read_whole(text, MAX_METADATA_BYTES, FormatError), text)
 
 
-def parse_dcp_metadata(data: bytes, path: str) -> Metadata:
+def parse_dcp_metadata(data: bytes, path: str) -> dcp.Metadata:
     """Do what `read_dcp_metadata` does with a file that is already in memory."""
-    known = _known.get()
-    if known is None:
-        return _Builder(path).metadata(read_pickle_tree(data, _allowed(), path, _FORMAT_ENUMS))
-    digest = sha256(data).digest()
-    if digest not in known:
-        known[digest] = _Builder(path).metadata(read_pickle_tree(data, _allowed(), path, _FORMAT_ENUMS))
-    return known[digest]
+    known, digest = _known.get(), sha256(data).digest()
+    if known is not None and digest in known:
+        return known[digest]
+    found = _Builder(path).metadata(read_pickle_tree(data, _allowed(), path, _FORMAT_ENUMS))
+    if known is not None:
+        known[digest] = found
+    return found
 
 
-_known: contextvars.ContextVar[dict[bytes, Metadata] | None] = contextvars.ContextVar("known_metadata", default=None)
+_known: contextvars.ContextVar[dict[bytes, dcp.Metadata] | None] = contextvars.ContextVar(
+    "known_metadata", default=None
+)
 
 
 @contextlib.contextmanager
@@ -130,8 +117,8 @@ def parsed_once() -> Iterator[None]:
 class _Builder:
     def __init__(self, path: str) -> None:
         self._path = path
-        self._chunk_lists: dict[int, tuple[object, list[ChunkStorageMetadata]]] = {}
-        self._properties: dict[int, tuple[object, TensorProperties]] = {}
+        self._chunk_lists: dict[int, tuple[object, list[dcp.ChunkStorageMetadata]]] = {}
+        self._properties: dict[int, tuple[object, dcp.TensorProperties]] = {}
 
     def _fail(self, reason: str, tensor: str | None = None) -> NoReturn:
         raise FormatError(f"the metadata {self._path!r} {reason}", path=self._path, tensor=tensor, hint=_DAMAGED)
@@ -162,12 +149,12 @@ class _Builder:
     def _text(self, fields: dict[object, object], key: str) -> str | None:
         return self._optional(fields.get(key), lambda value: self._typed(value, str, key))
 
-    def metadata(self, tree: object) -> Metadata:
-        from torch.distributed.checkpoint.metadata import Metadata
+    def metadata(self, tree: object) -> dcp.Metadata:
+        from torch.distributed.checkpoint import metadata as dcp
 
         fields = self._fields(tree, _METADATA, "Metadata")
         items = self._typed(fields.get("state_dict_metadata"), dict, "state_dict_metadata")
-        return Metadata(
+        return dcp.Metadata(
             state_dict_metadata={
                 self._typed(name, str, "a name"): self._item(name, item) for name, item in items.items()
             },
@@ -177,11 +164,11 @@ class _Builder:
             version=self._text(fields, "version"),
         )
 
-    def _item(self, name: str, item: object) -> TensorStorageMetadata | BytesStorageMetadata:
-        from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+    def _item(self, name: str, item: object) -> dcp.TensorStorageMetadata | dcp.BytesStorageMetadata:
+        from torch.distributed.checkpoint import metadata as dcp
 
         if self._is(item, _METADATA, "BytesStorageMetadata"):
-            return BytesStorageMetadata()
+            return dcp.BytesStorageMetadata()
         fields = self._fields(item, _METADATA, "TensorStorageMetadata")
         size = self._size(fields.get("size"))
         chunks = self._chunks(fields.get("chunks"))
@@ -190,7 +177,7 @@ class _Builder:
                 self._fail("has a chunk with another number of dimensions than its tensor", name)
             if any(o + s > n for o, s, n in zip(chunk.offsets, chunk.sizes, size, strict=True)):
                 self._fail("has a chunk that reaches outside its tensor", name)
-        return TensorStorageMetadata(self._tensor_properties(fields.get("properties")), size, chunks)
+        return dcp.TensorStorageMetadata(self._tensor_properties(fields.get("properties")), size, chunks)
 
     def _size(self, value: object) -> torch.Size:
         import torch
@@ -201,18 +188,18 @@ class _Builder:
             self._fail("has a malformed torch.Size")
         return torch.Size([self._count(item, "a size or offset") for item in value.args[0]])
 
-    def _chunks(self, value: object) -> list[ChunkStorageMetadata]:
-        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+    def _chunks(self, value: object) -> list[dcp.ChunkStorageMetadata]:
+        from torch.distributed.checkpoint import metadata as dcp
 
         rows = self._typed(value, list, "chunks")
         if id(rows) not in self._chunk_lists:
             each = [self._fields(row, _METADATA, "ChunkStorageMetadata") for row in rows]
-            chunks = [ChunkStorageMetadata(self._size(f.get("offsets")), self._size(f.get("sizes"))) for f in each]
+            chunks = [dcp.ChunkStorageMetadata(self._size(f.get("offsets")), self._size(f.get("sizes"))) for f in each]
             self._chunk_lists[id(rows)] = (rows, chunks)
         return self._chunk_lists[id(rows)][1]
 
-    def _tensor_properties(self, value: object) -> TensorProperties:
-        from torch.distributed.checkpoint.metadata import TensorProperties
+    def _tensor_properties(self, value: object) -> dcp.TensorProperties:
+        from torch.distributed.checkpoint import metadata as dcp
 
         known = self._properties.get(id(value))
         if known is not None:
@@ -224,7 +211,7 @@ class _Builder:
         dtype, layout, requires_grad, memory_format, pin_memory = value.state
         if not isinstance(dtype, PickledGlobal) or dtype.module != "torch" or dtype.name not in torch_dtypes():
             self._fail("has something else where a dtype belongs")
-        properties = TensorProperties(
+        properties = dcp.TensorProperties(
             dtype=torch_dtypes()[dtype.name],
             layout=self._layout(layout),
             requires_grad=self._typed(requires_grad, bool, "requires_grad"),
@@ -257,24 +244,24 @@ class _Builder:
             self._fail("names an unknown memory format")
         return formats[number]
 
-    def _storage_data(self, value: object) -> dict[MetadataIndex, StorageInfo]:
+    def _storage_data(self, value: object) -> dict[dcp.MetadataIndex, upstream.StorageInfo]:
         rows = self._typed(value, dict, "storage_data")
         result = {self._index(key): self._storage_info(info) for key, info in rows.items()}
         if len(result) != len(rows):
             self._fail("says twice where one item lies")
         return result
 
-    def _index(self, value: object) -> MetadataIndex:
-        from torch.distributed.checkpoint.metadata import MetadataIndex
+    def _index(self, value: object) -> dcp.MetadataIndex:
+        from torch.distributed.checkpoint import metadata as dcp
 
         fields = self._fields(value, _METADATA, "MetadataIndex")
-        return MetadataIndex(
+        return dcp.MetadataIndex(
             self._typed(fields.get("fqn"), str, "a name"),
             self._optional(fields.get("offset"), self._size),
             self._optional(fields.get("index"), lambda index: self._count(index, "an index")),
         )
 
-    def _storage_info(self, value: object) -> StorageInfo:
+    def _storage_info(self, value: object) -> upstream.StorageInfo:
         fields = self._fields(value, *STORAGE_INFO)
         relative = self._typed(fields.get("relative_path"), str, "a file's path")
         reason = why_not_relative(relative)
@@ -286,14 +273,14 @@ class _Builder:
                 self._fail("has malformed transform_descriptors")
             transforms = [self._typed(item, str, "a transform") for item in transforms]
         offset, length = self._count(fields.get("offset"), "an offset"), self._count(fields.get("length"), "a length")
-        return storage_info(relative, offset, length, transforms)
+        return upstream.storage_info(relative, offset, length, transforms)
 
-    def _storage_meta(self, value: object) -> StorageMeta:
-        from torch.distributed.checkpoint.metadata import StorageMeta
+    def _storage_meta(self, value: object) -> dcp.StorageMeta:
+        from torch.distributed.checkpoint import metadata as dcp
 
         fields = self._fields(value, _METADATA, "StorageMeta")
         modules = self._typed(fields.get("modules", []), list, "modules")
-        return StorageMeta(
+        return dcp.StorageMeta(
             checkpoint_id=self._optional(fields.get("checkpoint_id"), self._where),
             save_id=self._text(fields, "save_id"),
             load_id=self._text(fields, "load_id"),

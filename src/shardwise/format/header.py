@@ -85,8 +85,7 @@ class Header:
 def arrange(specs: Iterable[TensorSpec]) -> tuple[TensorEntry, ...]:
     """Lay tensors out as the safetensors library does: by dtype (the widest first), then by name, without gaps.
 
-    Raises:
-        MisuseError: Two tensors have the same name.
+    Two tensors of one name are a `MisuseError`.
     """
     by_dtype: defaultdict[str, list[TensorSpec]] = defaultdict(list)
     for spec in specs:
@@ -146,12 +145,9 @@ def encode_header(entries: Sequence[TensorEntry], metadata: Mapping[str, str] | 
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Read and validate the header of a safetensors file, which may be reached through a symbolic link.
+    """Read the header of a safetensors file, behind links; `HeaderError` for what is none, or contradicts its file.
 
     Memory is bounded by a small multiple of the header, which is never longer than the file or `MAX_HEADER_BYTES`.
-
-    Raises:
-        HeaderError: The path is not a regular file, or the header is malformed or contradicts the file.
     """
     with open_regular(path, HeaderError) as (stream, size):
         text = os.fspath(path)
@@ -164,8 +160,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 def parse_header(buffer: bytes, file_size: int, path: str) -> Header:
     """Validate a header in memory: ``buffer`` has the first bytes of the file, at least to the end of the header.
 
-    Raises:
-        HeaderError: The header is malformed, or the file is shorter or longer than it says.
+    `HeaderError` where it is malformed, or the file is shorter or longer than it says.
     """
     length = _header_length(buffer[:FIRST_BYTES], file_size, path)
     text = bytes(buffer[LENGTH_BYTES : LENGTH_BYTES + length])

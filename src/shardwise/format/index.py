@@ -34,11 +34,8 @@ _DAMAGED = "The index is damaged or forged: fetch or save it again."
 class WeightIndex:
     """A validated ``*.safetensors.index.json``; read-only.
 
-    Attributes:
-        weight_map: Tensor name -> name of the file in the index's own directory.
-        total_size: Bytes of all tensors together, where the index says so.
-        total_parameters: Number of parameters, where the index says so.
-        metadata: The whole ``metadata`` object as it stands.
+    ``weight_map`` has for each tensor the name of the file in the index's own directory; the totals, of bytes and of
+    parameters, are there where the index says them; ``metadata`` is that object as it stands.
     """
 
     weight_map: Mapping[str, str]
@@ -59,8 +56,7 @@ class WeightIndex:
 def encode_index(weight_map: Mapping[str, str], total_size: int, *, total_parameters: int | None = None) -> bytes:
     """Return an index as transformers writes it: sorted keys, two spaces of indent, a newline at the end.
 
-    Raises:
-        MisuseError: A file name is not a plain name.
+    A file's name that is not a plain one is a `MisuseError`.
     """
     for name, file in weight_map.items():
         reason = _why_not_plain(file)
@@ -76,20 +72,12 @@ def encode_index(weight_map: Mapping[str, str], total_size: int, *, total_parame
 
 
 def read_index(path: str | os.PathLike[str]) -> WeightIndex:
-    """Read and validate a weight index.
-
-    Raises:
-        WeightIndexError: Not a regular file, too large, malformed, or naming a file outside its directory.
-    """
+    """Read a weight index; `WeightIndexError` also for what is no regular file, or too large. See `parse_index`."""
     return parse_index(read_whole(path, MAX_INDEX_BYTES, WeightIndexError), os.fspath(path))
 
 
 def parse_index(data: bytes, path: str) -> WeightIndex:
-    """Validate a weight index that is already in memory; ``path`` is for errors.
-
-    Raises:
-        WeightIndexError: Malformed, or naming a file outside its directory.
-    """
+    """Validate a weight index in memory; `WeightIndexError` if malformed, or naming a file outside its directory."""
 
     def fail(reason: str, tensor: str | None = None) -> NoReturn:
         raise WeightIndexError(f"the index {path!r} {reason}", path=path, tensor=tensor, hint=_DAMAGED)

@@ -18,11 +18,7 @@ MAX_JSON_BYTES = 2**28
 
 
 def parse_json(data: bytes, path: str | os.PathLike[str], error: type[ShardwiseError] = FormatError) -> JsonValue:
-    """The value that the content of a file is.
-
-    Raises:
-        ShardwiseError: Of type ``error``; it is not JSON.
-    """
+    """The value that the content of a file is; an ``error`` where it is not JSON."""
     try:
         return cast(JsonValue, json.loads(data))
     except (ValueError, RecursionError) as cause:
@@ -30,11 +26,7 @@ def parse_json(data: bytes, path: str | os.PathLike[str], error: type[ShardwiseE
 
 
 def read_json(path: str | os.PathLike[str], error: type[ShardwiseError] = FormatError) -> JsonValue:
-    """Read a JSON file.
-
-    Raises:
-        ShardwiseError: Of type ``error``; not a regular file, too large, or not JSON.
-    """
+    """Read a JSON file; an ``error`` where it is no regular file, too large, or not JSON."""
     return parse_json(read_whole(path, MAX_JSON_BYTES, error), path, error)
 
 

@@ -97,18 +97,13 @@ class ChunkRecord(NamedTuple):
 
 
 class TensorRecord(NamedTuple):
-    """A tensor of the checkpoint and the chunks that hold it.
-
-    Attributes:
-        component: What it belongs to: ``model``, ``optim``, ...
-        spec: Name in the file, global shape, dtype.
-        crc32c: CRC-32C of the whole tensor in row-major order, however it is spread over chunks; where it was computed.
-        chunks: Regions that cover the tensor exactly once; those of a tensor without elements may be left out.
-    """
+    """A tensor of the checkpoint, by its component (``model``, ``optim``, ...), and the chunks that hold it."""
 
     component: str
     spec: TensorSpec
+    #: CRC-32C of the whole tensor in row-major order, however it is spread over chunks; where it was computed.
     crc32c: int | None
+    #: Regions that cover the tensor exactly once; those of a tensor without elements may be left out.
     chunks: tuple[ChunkRecord, ...]
 
 
@@ -122,17 +117,13 @@ class AliasRecord(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A file of the checkpoint, by its POSIX path relative to the checkpoint's directory.
-
-    Attributes:
-        size: Bytes of the file.
-        crc32c: CRC-32C of the first ``header_bytes`` bytes of a tensor file, of the whole content of any other.
-        header_bytes: Bytes of a tensor file that no chunk covers, at its start; ``None`` for any other file.
-    """
+    """A file of the checkpoint, by its POSIX path relative to the checkpoint's directory."""
 
     path: str
     size: int
+    #: CRC-32C of the first ``header_bytes`` bytes of a tensor file, of the whole content of any other.
     crc32c: int | None
+    #: Bytes of a tensor file that no chunk covers, at its start; ``None`` for any other file.
     header_bytes: int | None
 
     @staticmethod
@@ -164,11 +155,7 @@ class Manifest:
         object.__setattr__(self, "_by_path", {record.path: record for record in self.files})
 
     def file(self, path: str) -> FileRecord:
-        """Return the record of the file at ``path`` (relative, POSIX).
-
-        Raises:
-            ManifestError: The manifest has no such file.
-        """
+        """Return the record of the file at ``path`` (relative, POSIX); `ManifestError` where there is none."""
         found = self._by_path.get(path)
         if found is None:
             raise ManifestError(f"the manifest has no file {path!r}", hint="Pass a path that stands in the manifest.")
@@ -316,16 +303,11 @@ _DAMAGED = "The manifest is damaged or forged: restore it from a copy, or resume
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """Return the bytes of a manifest.
-
-    Raises:
-        ManifestError: The manifest contradicts itself or could not be read back.
-    """
+    """Return the bytes of a manifest; `ManifestError` if it contradicts itself or could not be read back."""
 
     def fail(reason: str, tensor: str | None = None) -> NoReturn:
-        raise ManifestError(
-            f"a manifest cannot be written: it {reason}", tensor=tensor, hint="This is a bug: report it."
-        )
+        what = f"a manifest cannot be written: it {reason}"
+        raise ManifestError(what, tensor=tensor, hint="This is a bug: report it.")
 
     check_manifest(manifest, fail)
     check_depth(manifest.info, _MAX_DEPTH, "has info that", fail)
@@ -353,11 +335,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """Read and validate the manifest at ``path``, or of the checkpoint whose directory is ``path``.
-
-    Raises:
-        ManifestError: Not a regular file, too large, damaged, malformed, or of another version.
-    """
+    """Read the manifest at ``path``, or of the checkpoint whose directory it is; raises as `parse_manifest`."""
     text = os.fspath(path)
     if is_directory(Path(text)):
         text = os.path.join(text, MANIFEST_NAME)
@@ -369,9 +347,6 @@ def read_file_records(path: Path) -> tuple[FileRecord, ...]:
 
     A listing of many checkpoints takes a fraction of the time. The manifest's own digest is compared only where its
     lines are not those of `encode_manifest`; the sizes that it has may be believed for a look, not for a restore.
-
-    Raises:
-        As `read_manifest`.
     """
 
     def fail(reason: str) -> NoReturn:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, NoReturn
 
@@ -86,62 +86,50 @@ def read_pickle_tree(
     """Return what a pickle, which may name the globals ``allowed``, holds: containers, `PickledGlobal`, `PickledCall`.
 
     Time and memory are linear in ``len(data)``. Containers may be shared or contain themselves; the caller has to look
-    out for that.
-
-    Args:
-        data: The pickle.
-        allowed: The globals that it may name.
-        path: The file, for errors.
-        enums: Those of ``allowed`` whose members it may name. Python calls such a class with the member's value, and
-            Python 3.11.0 to 3.11.3 asks for the attribute of the member's name: a `PickledCall` with either.
-        torch_file: It may refer to what is outside of it (`PickledReference`), and attributes of an ``OrderedDict`` are
-            dropped, such as the ``_metadata`` that ``state_dict()`` adds.
+    out for that. Of ``enums`` it may name members too: Python calls such a class with the member's value, and Python
+    3.11.0 to 3.11.3 asks for the attribute of the member's name: a `PickledCall` with either. A ``torch_file`` may
+    refer to what is outside of it (`PickledReference`), and attributes of an ``OrderedDict`` are dropped, such as the
+    ``_metadata`` that ``state_dict()`` adds.
 
     Raises:
         UnsafePickleError: It names another global, or uses an opcode that plain data do not need.
         FormatError: It is malformed.
     """
-    machine = _Machine(data, frozenset(allowed), path, frozenset(enums), torch_file)
     try:
-        return machine.run()
+        return _Machine(data, frozenset(allowed), path, frozenset(enums), torch_file).run()
     except (IndexError, struct.error) as error:
         raise FormatError(f"the pickle {path!r} ends early or is malformed", path=path, hint=_DAMAGED) from error
     except UnicodeDecodeError as error:
         raise FormatError(f"the pickle {path!r} holds text that is not UTF-8", path=path, hint=_DAMAGED) from error
 
 
+@dataclass(eq=False)
 class _Machine:
-    def __init__(
-        self,
-        data: bytes,
-        allowed: frozenset[PickledGlobal],
-        path: str,
-        enums: frozenset[PickledGlobal],
-        torch_file: bool,
-    ) -> None:
-        self._data, self._allowed, self._path, self._enums = data, allowed, path, enums
-        self._torch_file = torch_file
-        self._at = self._uncalled = 0
-        self._stack: list[object] = []
-        self._memo: dict[int, object] = {}
-        self._handlers: dict[int, Callable[[], object]] = self._table()
+    _data: bytes
+    _allowed: frozenset[PickledGlobal]
+    _path: str
+    _enums: frozenset[PickledGlobal]
+    _torch_file: bool
+    _at: int = 0
+    _uncalled: int = 0
+    _stack: list[object] = field(default_factory=list)
+    _memo: dict[int, object] = field(default_factory=dict)
 
     def run(self) -> object:
-        handlers, data = self._handlers, self._data
+        handlers, data = self._table(), self._data
         while True:
             opcode = data[self._at]
             self._at += 1
             if opcode == 0x2E:
                 break
-            handler = handlers.get(opcode)
-            if handler is None:
+            if opcode not in handlers:
                 raise UnsafePickleError(
                     f"the pickle {self._path!r} uses the opcode {bytes([opcode])!r} at byte {self._at - 1}, which "
                     "plain data do not need",
                     path=self._path,
                     hint=_UNSAFE_HINT,
                 )
-            handler()
+            handlers[opcode]()
         if self._uncalled:
             self._refuse(_GETATTR[0])
         if len(self._stack) != 1 or self._stack[0] is _MARK:
@@ -320,10 +308,10 @@ class _Machine:
             self._fail("calls something that is not a global")
         if function.name == "getattr" and function in _GETATTR:
             self._stack.append(self._member(function, args))
-            return
-        self._stack.append(
-            self._plain(function, args) if function.module in _PLAIN_MODULES else PickledCall(function, args)
-        )
+        elif function.module in _PLAIN_MODULES:
+            self._stack.append(self._plain(function, args))
+        else:
+            self._stack.append(PickledCall(function, args))
 
     def _member(self, function: PickledGlobal, args: tuple[object, ...]) -> PickledCall | PickledGlobal:
         """A member of an enumeration, or a class inside of a class: the only allowed uses of ``getattr``."""

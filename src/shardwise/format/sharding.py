@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from shardwise.errors import HeaderError
 from shardwise.format.header import DAMAGED, Header
-from shardwise.format.strict_json import MAX_INT, JsonValue, as_counts, as_object, loads
+from shardwise.format.strict_json import MAX_INT, as_counts, as_object, loads
 
 #: Key of ``__metadata__`` that holds the record.
 DCP_SHARDING_KEY = "DCP_SHARDING_INFO"
@@ -26,32 +26,25 @@ def encode_sharding_metadata(offsets: Mapping[str, Sequence[int]]) -> dict[str, 
 def saved_offsets(header: Header) -> dict[str, tuple[int, ...]] | None:
     """Return where each tensor of a DCP shard starts in its global tensor, or ``None`` where the file has no record.
 
-    Raises:
-        HeaderError: The record is malformed, lacks a tensor, or disagrees with a tensor's number of dimensions.
+    A record that is malformed, lacks a tensor or disagrees with one's number of dimensions is a `HeaderError`.
     """
     text = header.metadata.get(DCP_SHARDING_KEY)
     if text is None:
         return None
+    tensor: str | None = None
 
     def fail(reason: str) -> NoReturn:
-        raise HeaderError(f"the record {DCP_SHARDING_KEY} {reason}", hint=DAMAGED)
+        raise HeaderError(f"the record {DCP_SHARDING_KEY} {reason}", tensor=tensor, hint=DAMAGED)
 
     record = as_object(loads(text.encode("utf-8"), fail=fail), "which", fail)
     result: dict[str, tuple[int, ...]] = {}
-    for (name, shape, _), _, _ in header.entries:
-        if name not in record:
-            raise HeaderError(f"the record {DCP_SHARDING_KEY} lacks the tensor", tensor=name, hint=DAMAGED)
-        result[name] = _checked(record[name], name, shape)
+    for (tensor, shape, _), _, _ in header.entries:
+        if tensor not in record:
+            fail("lacks the tensor")
+        offsets = as_counts(as_object(record[tensor], "its entry", fail).get("saved_offsets"), "saved_offsets", fail)
+        if len(offsets) != len(shape):
+            fail(f"gives {len(offsets)} offsets for {len(shape)} dimensions")
+        if any(offset + size > MAX_INT for offset, size in zip(offsets, shape, strict=True)):
+            fail("puts it outside any possible tensor")
+        result[tensor] = offsets
     return result
-
-
-def _checked(info: JsonValue, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    def fail(reason: str) -> NoReturn:
-        raise HeaderError(f"the record {DCP_SHARDING_KEY} {reason}", tensor=name, hint=DAMAGED)
-
-    offsets = as_counts(as_object(info, "its entry", fail).get("saved_offsets"), "saved_offsets", fail)
-    if len(offsets) != len(shape):
-        fail(f"gives {len(offsets)} offsets for {len(shape)} dimensions")
-    if any(offset + size > MAX_INT for offset, size in zip(offsets, shape, strict=True)):
-        fail("puts it outside any possible tensor")
-    return offsets

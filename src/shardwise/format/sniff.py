@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -53,91 +52,44 @@ _TORCH_HINT = (
     "files, or save its state dict as safetensors."
 )
 _FETCH_AGAIN = "Fetch the file again."
-_SAFETENSORS = Recognised(Kind.SAFETENSORS, "a safetensors file", "Open it as such.")
-_EMPTY = Recognised(Kind.EMPTY, "an empty file", f"The copy or download failed. {_FETCH_AGAIN}")
-_ZEROS = Recognised(
-    Kind.EMPTY,
-    "nothing but zero bytes where it begins",
-    f"Its space was reserved and its content never arrived, or the disk lost it. {_FETCH_AGAIN}",
-)
-_TORCH_ZIP = Recognised(Kind.TORCH, "a zip archive as torch.save writes it (.pt, .pth, .ckpt, .bin)", _TORCH_HINT)
-_TORCH_LEGACY = Recognised(Kind.TORCH, "a pickle as torch.save wrote it before torch 1.6", _TORCH_HINT)
-_PICKLE = Recognised(
-    Kind.TORCH,
-    "a pickle",
-    "If it holds a state dict of torch, load it as a base model; otherwise save what it holds as safetensors yourself, "
-    "if you trust whoever wrote it.",
-)
-_TAR = Recognised(
-    Kind.ARCHIVE,
-    "a tar archive (a packed directory, a .nemo file, or torch.save before 0.2)",
-    "Unpack it and pass the file in it that holds the weights.",
-)
-_ZIP = Recognised(Kind.ARCHIVE, "a zip archive", "Unpack it and pass the file in it that holds the weights.")
-_NPZ = Recognised(
-    Kind.FOREIGN, "a zip archive of NumPy arrays (.npz)", "Save its arrays with safetensors.numpy.save_file."
-)
+_UNPACK = "Unpack it and pass the file in it that holds the weights."
+_TAR = "a tar archive (a packed directory, a .nemo file, or torch.save before 0.2)"
 _USE_OTHERS = "cannot be loaded: use the model's safetensors or .bin files"
-_GGUF = Recognised(Kind.GGUF, "a GGUF file (llama.cpp)", f"GGUF {_USE_OTHERS}.")
-_GGML = Recognised(Kind.GGUF, "a GGML file (llama.cpp before GGUF)", f"GGML {_USE_OTHERS}.")
-_LFS = Recognised(
-    Kind.POINTER,
-    "a git LFS pointer, not the file that it stands for",
-    "Run `git lfs pull` in the repository, or download the file itself (hf download).",
-)
-_ANNEX = Recognised(
-    Kind.POINTER,
-    "a git-annex pointer, not the file that it stands for",
-    "Run `git annex get` for it in the repository.",
-)
-_HTML = Recognised(
-    Kind.TEXT,
-    "an HTML page",
-    "A server sent a page in the file's place (a login, an error, or a page about the file): download the file itself.",
-)
-_XML = Recognised(
-    Kind.TEXT, "an XML document", "A server sent it in the file's place, as buckets do for errors: download it again."
-)
-_JSON = Recognised(
-    Kind.TEXT,
-    "JSON text",
-    "It is a configuration, an index, or a server's error message: pass the file that holds the weights, or the "
-    "directory that an index lies in.",
-)
-_NPY = Recognised(Kind.FOREIGN, "a NumPy array (.npy)", "Save it with safetensors.numpy.save_file.")
-_HDF5 = Recognised(
-    Kind.FOREIGN,
-    "an HDF5 file (Keras, TensorFlow)",
-    f"HDF5 {_USE_OTHERS}, or convert it with the tool that wrote it.",
-)
-_ONNX = Recognised(Kind.FOREIGN, "an ONNX model", f"ONNX {_USE_OTHERS}.")
-_TFLITE = Recognised(Kind.FOREIGN, "a TensorFlow Lite model", f"It {_USE_OTHERS}.")
-_MSGPACK = Recognised(Kind.FOREIGN, "MessagePack (Flax)", f"Flax weights {_USE_OTHERS}.")
-_PARQUET = Recognised(Kind.FOREIGN, "a Parquet file", "It holds a table: pass the file that holds the weights.")
-_PDF = Recognised(Kind.TEXT, "a PDF document", "Pass the file that holds the weights.")
 
 
 def _packed(name: str) -> Recognised:
     return Recognised(Kind.ARCHIVE, name, "Unpack it first.")
 
 
-_SIGNATURES: tuple[tuple[bytes, Recognised], ...] = (
-    (b"GGUF", _GGUF),
-    *((magic, _GGML) for magic in (b"lmgg", b"fmgg", b"tjgg", b"algg")),
-    (b"\x93NUMPY", _NPY),
-    (b"\x89HDF\r\n\x1a\n", _HDF5),
-    (b"version https://git-lfs.github.com/spec/", _LFS),
-    (b"version https://hawser.github.com/spec/", _LFS),
-    (b"/annex/objects/", _ANNEX),
-    (b"\x1f\x8b", _packed("a gzip file")),
-    (b"\x28\xb5\x2f\xfd", _packed("a Zstandard file")),
-    (b"\xfd7zXZ\x00", _packed("an xz file")),
-    (b"BZh", _packed("a bzip2 file")),
-    (b"\x04\x22\x4d\x18", _packed("an LZ4 file")),
-    (b"7z\xbc\xaf\x27\x1c", _packed("a 7-Zip archive")),
-    (b"Rar!\x1a\x07", _packed("a RAR archive")),
-    (b"PAR1", _PARQUET),
-    (b"%PDF-", _PDF),
+def _pointer(name: str, hint: str) -> Recognised:
+    return Recognised(Kind.POINTER, f"a {name} pointer, not the file that it stands for", hint)
+
+
+_GGML = Recognised(Kind.GGUF, "a GGML file (llama.cpp before GGUF)", f"GGML {_USE_OTHERS}.")
+_LFS = _pointer("git LFS", "Run `git lfs pull` in the repository, or download the file itself (hf download).")
+_HDF5_HINT = f"HDF5 {_USE_OTHERS}, or convert it with the tool that wrote it."
+_PARQUET_HINT = "It holds a table: pass the file that holds the weights."
+
+#: What stands at a byte of a file, and the format that it is the signature of.
+_SIGNATURES: tuple[tuple[int, bytes, Recognised], ...] = (
+    (0, b"GGUF", Recognised(Kind.GGUF, "a GGUF file (llama.cpp)", f"GGUF {_USE_OTHERS}.")),
+    *((0, magic, _GGML) for magic in (b"lmgg", b"fmgg", b"tjgg", b"algg")),
+    (0, b"\x93NUMPY", Recognised(Kind.FOREIGN, "a NumPy array (.npy)", "Save it with safetensors.numpy.save_file.")),
+    (0, b"\x89HDF\r\n\x1a\n", Recognised(Kind.FOREIGN, "an HDF5 file (Keras, TensorFlow)", _HDF5_HINT)),
+    (0, b"version https://git-lfs.github.com/spec/", _LFS),
+    (0, b"version https://hawser.github.com/spec/", _LFS),
+    (0, b"/annex/objects/", _pointer("git-annex", "Run `git annex get` for it in the repository.")),
+    (0, b"\x1f\x8b", _packed("a gzip file")),
+    (0, b"\x28\xb5\x2f\xfd", _packed("a Zstandard file")),
+    (0, b"\xfd7zXZ\x00", _packed("an xz file")),
+    (0, b"BZh", _packed("a bzip2 file")),
+    (0, b"\x04\x22\x4d\x18", _packed("an LZ4 file")),
+    (0, b"7z\xbc\xaf\x27\x1c", _packed("a 7-Zip archive")),
+    (0, b"Rar!\x1a\x07", _packed("a RAR archive")),
+    (0, b"PAR1", Recognised(Kind.FOREIGN, "a Parquet file", _PARQUET_HINT)),
+    (0, b"%PDF-", Recognised(Kind.TEXT, "a PDF document", "Pass the file that holds the weights.")),
+    (257, b"ustar", Recognised(Kind.ARCHIVE, _TAR, _UNPACK)),
+    (4, b"TFL3", Recognised(Kind.FOREIGN, "a TensorFlow Lite model", f"It {_USE_OTHERS}.")),
 )
 #: torch's number of its own format before 1.6, as protocol 2 pickles it (torch.serialization.MAGIC_NUMBER).
 _TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -153,12 +105,15 @@ def what_is(first_bytes: bytes) -> Recognised | None:
     as safetensors does is named so, whatever comes behind.
     """
     start = first_bytes[:FIRST_BYTES]
-    if not start:
-        return _EMPTY
+    if not start.strip(b"\0"):
+        if start:
+            hint = f"Its space was reserved and its content never arrived, or the disk lost it. {_FETCH_AGAIN}"
+            return Recognised(Kind.EMPTY, "nothing but zero bytes where it begins", hint)
+        return Recognised(Kind.EMPTY, "an empty file", f"The copy or download failed. {_FETCH_AGAIN}")
     if start[8:9] == b"{" and 2 <= int.from_bytes(start[:8], "little") <= _LONGEST_HEADER:
-        return _SAFETENSORS
-    looks: tuple[Callable[[bytes], Recognised | None], ...] = (_signed, _zip, _pickle, _text)
-    return next((found for look in looks if (found := look(start)) is not None), None)
+        return Recognised(Kind.SAFETENSORS, "a safetensors file", "Open it as such.")
+    signed = next((found for at, magic, found in _SIGNATURES if start.startswith(magic, at)), None)
+    return signed or _zip(start) or _pickle(start) or _text(start)
 
 
 def what_is_file(path: str | os.PathLike[str]) -> Recognised | None:
@@ -170,19 +125,6 @@ def what_is_file(path: str | os.PathLike[str]) -> Recognised | None:
         return None
 
 
-def _signed(start: bytes) -> Recognised | None:
-    for magic, found in _SIGNATURES:
-        if start.startswith(magic):
-            return found
-    if start[257:262] == b"ustar":
-        return _TAR
-    if start[4:8] == b"TFL3":
-        return _TFLITE
-    if not start.strip(b"\0"):
-        return _ZEROS
-    return None
-
-
 def _zip(start: bytes) -> Recognised | None:
     if not start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return None
@@ -190,31 +132,45 @@ def _zip(start: bytes) -> Recognised | None:
     length = int.from_bytes(start[26:28], "little")
     name = start[30 : 30 + length]
     if re.search(rb"(?:^|/)(?:data\.pkl|data/\d+|version|byteorder)$", name):
-        return _TORCH_ZIP
-    return _NPZ if name.endswith(b".npy") else _ZIP
+        return Recognised(Kind.TORCH, "a zip archive as torch.save writes it (.pt, .pth, .ckpt, .bin)", _TORCH_HINT)
+    if name.endswith(b".npy"):
+        hint = "Save its arrays with safetensors.numpy.save_file."
+        return Recognised(Kind.FOREIGN, "a zip archive of NumPy arrays (.npz)", hint)
+    return Recognised(Kind.ARCHIVE, "a zip archive", _UNPACK)
 
 
 def _pickle(start: bytes) -> Recognised | None:
     if start.startswith(_TORCH_MAGIC):
-        return _TORCH_LEGACY
-    if len(start) > 2 and start[0] == 0x80 and 2 <= start[1] <= 5 and start[2:3] in b"\x95}]()c\x8aXKMN\x8c":
-        return _PICKLE
-    if _OLD_PICKLE.match(start):
-        return _PICKLE
+        return Recognised(Kind.TORCH, "a pickle as torch.save wrote it before torch 1.6", _TORCH_HINT)
+    framed = len(start) > 2 and start[0] == 0x80 and 2 <= start[1] <= 5 and start[2:3] in b"\x95}]()c\x8aXKMN\x8c"
+    if framed or _OLD_PICKLE.match(start):
+        hint = (
+            "If it holds a state dict of torch, load it as a base model; otherwise save what it holds as safetensors "
+            "yourself, if you trust whoever wrote it."
+        )
+        return Recognised(Kind.TORCH, "a pickle", hint)
     if _ONNX_START.match(start):
-        return _ONNX
-    return _MSGPACK if _MSGPACK_START.match(start) else None
+        return Recognised(Kind.FOREIGN, "an ONNX model", f"ONNX {_USE_OTHERS}.")
+    if _MSGPACK_START.match(start):
+        return Recognised(Kind.FOREIGN, "MessagePack (Flax)", f"Flax weights {_USE_OTHERS}.")
+    return None
 
 
 def _text(start: bytes) -> Recognised | None:
     bare = start.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
     low = bare[:15].lower()
     if low.startswith((b"<!doctype html", b"<html", b"<head", b"<body", b"<!--")):
-        return _HTML
+        hint = "A server sent a page in its place (a login, an error, or one about the file): download the file itself."
+        return Recognised(Kind.TEXT, "an HTML page", hint)
     if low.startswith((b"<?xml", b"<error")):
-        return _XML
+        hint = "A server sent it in the file's place, as buckets do for errors: download it again."
+        return Recognised(Kind.TEXT, "an XML document", hint)
     if low[:1] in (b"{", b"[") and _readable(bare) is not None:
-        return _JSON
+        hint = (
+            "It is a configuration, an index, or a server's error message: pass the file that holds the weights, or "
+            "the directory that an index lies in."
+        )
+        return Recognised(Kind.TEXT, "JSON text", hint)
     text = _readable(bare)
     if text is None:
         return None

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 from shardwise.dtypes import dtype_code
 from shardwise.errors import MisuseError, StateFormatError
+from shardwise.format.pickle_tree import torch_dtypes
 from shardwise.format.strict_json import JsonValue, as_array, as_counts, as_object, as_row, as_text, exact_keys, loads
 
 if TYPE_CHECKING:
@@ -67,11 +68,7 @@ def encode_state(value: object) -> tuple[bytes, dict[str, torch.Tensor]]:
 
 
 def decode_state(data: bytes, tensors: Mapping[str, torch.Tensor]) -> object:
-    """Put a state together again.
-
-    Raises:
-        StateFormatError: The text is malformed or does not fit the tensors.
-    """
+    """Put a state together again; `StateFormatError` where the text is malformed or does not fit the tensors."""
     if len(data) > MAX_STATE_BYTES:
         fail(f"has {len(data)} bytes; at most {MAX_STATE_BYTES} are read")
     table = as_object(loads(data, fail=fail), "it", fail)
@@ -189,19 +186,16 @@ class _Encoder:
             return self._encode_quantized(value, path)
         if value.layout is not torch.strided or value.device.type == "meta":
             self._refuse(path, f"it is a tensor without ordinary dense data ({value.layout}, device {value.device})")
-        name = self._names.get(id(value))
         plain = torch.view_as_real(value.detach().resolve_conj()) if value.dtype == torch.complex128 else value
-        if name is None:
+        if id(value) not in self._names:
             try:
                 dtype_code(plain.dtype)
             except MisuseError as error:
-                raise StateFormatError(
-                    f"the state at {path or 'its top'} cannot be stored: {error.message}", hint=error.hint
-                ) from error
-            name = self._store(plain, path)
-            self._names[id(value)] = name
+                what = f"the state at {path or 'its top'} cannot be stored: {error.message}"
+                raise StateFormatError(what, hint=error.hint) from error
+            self._names[id(value)] = self._store(plain, path)
             self._alive.append(value)
-        return {"$tensor": name} if plain is value else {"$complex_tensor": name}
+        return {"$tensor" if plain is value else "$complex_tensor": self._names[id(value)]}
 
     def _encode_quantized(self, value: torch.Tensor, path: str) -> JsonValue:
         import torch
@@ -227,7 +221,7 @@ class _Encoder:
                 stored = stored.clone()
         self._storages.add(stored.untyped_storage().data_ptr())
         readable = re.sub(r"[^0-9A-Za-z_.\-]+", ".", path).strip(".")[:200]
-        name = f"{len(self.tensors):05d}.{readable}" if readable else f"{len(self.tensors):05d}"
+        name = f"{len(self.tensors):05d}" + (f".{readable}" if readable else "")
         self.tensors[name] = stored
         return name
 
@@ -268,18 +262,15 @@ def fail(reason: str) -> NoReturn:
 
 
 class Decoder:
-    """Turns the JSON tree of a state back into Python values.
-
-    Attributes:
-        used: Names of the tensors that the tree referred to so far.
-    """
+    """Turns the JSON tree of a state back into Python values."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        #: Names of the tensors that the tree referred to so far.
         self.used: set[str] = set()
         self._tensors = tensors
         self._by_tag: dict[str, Callable[[JsonValue, int], object]] = {
             "$int": self._int,
-            "$float": self._float,
+            "$float": lambda value, depth: struct.unpack(">d", self._unhex(value, 8, "$float"))[0],
             "$complex": self._complex,
             "$bytes": self._bytes,
             "$tuple": lambda value, depth: tuple(self._list(value, depth)),
@@ -287,7 +278,7 @@ class Decoder:
             "$frozenset": lambda value, depth: frozenset(self._hashable(value, depth)),
             "$dict": self._pairs,
             "$ordered_dict": lambda value, depth: collections.OrderedDict(self._pairs(value, depth)),
-            "$counter": self._counter,
+            "$counter": lambda value, depth: collections.Counter(cast("dict[object, int]", self._pairs(value, depth))),
             "$deque": self._deque,
             "$tensor": lambda value, depth: self._tensor(value),
             "$complex_tensor": self._complex_tensor,
@@ -300,11 +291,7 @@ class Decoder:
         }
 
     def decode(self, value: JsonValue, depth: int) -> object:
-        """Return the value that ``value`` stands for, ``depth`` levels below the top.
-
-        Raises:
-            StateFormatError: The tree is malformed or does not fit the tensors.
-        """
+        """Return the value that ``value`` stands for, ``depth`` levels below the top; raises as `decode_state`."""
         if depth > MAX_DEPTH:
             fail(f"is nested deeper than {MAX_DEPTH} levels")
         if isinstance(value, list):
@@ -348,9 +335,6 @@ class Decoder:
         if len(items) > 100 and 2 * distinct < len(items):
             fail("has a dict or set whose keys were chosen to collide")
 
-    def _counter(self, value: JsonValue, depth: int) -> object:
-        return collections.Counter(cast("dict[object, int]", self._pairs(value, depth)))
-
     def _deque(self, value: JsonValue, depth: int) -> object:
         items, limit = as_row(value, 2, "$deque", fail)
         if limit is not None and type(limit) is not int:
@@ -365,10 +349,6 @@ class Decoder:
         if not _HEX.fullmatch(text):
             fail("has $int that is not hexadecimal")
         return int(text, 16)
-
-    def _float(self, value: JsonValue, depth: int) -> float:
-        raw = self._unhex(value, 8, "$float")
-        return cast("float", struct.unpack(">d", raw)[0])
 
     def _unhex(self, value: JsonValue, count: int, tag: str) -> bytes:
         text = as_text(value, tag, fail)
@@ -440,13 +420,10 @@ class Decoder:
         return torch.Size(as_counts(value, "$size", fail))
 
     def _dtype(self, value: JsonValue, depth: int) -> object:
-        import torch
-
         name = as_text(value, "$dtype", fail)
-        found = vars(torch).get(name)
-        if not isinstance(found, torch.dtype):
+        if name not in torch_dtypes():
             fail(f"names the unknown dtype {name[:80]!r}")
-        return found
+        return torch_dtypes()[name]
 
     def _numpy_dtype(self, value: JsonValue) -> np.dtype[np.generic]:
         import numpy as np

@@ -10,10 +10,11 @@ import io
 import re
 import struct
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO
 
 from shardwise.disk.guarded import open_regular, read_exactly
 from shardwise.errors import FormatError, UnsafePickleError
@@ -50,9 +51,7 @@ class TorchArchive:
 def read_torch_archive(
     path: Path, allowed: Collection[PickledGlobal], enums: Collection[PickledGlobal] = ()
 ) -> TorchArchive:
-    """Read a file's pickle and its archive's directory; no code that it names is imported or run, no tensor read.
-
-    It may name the globals ``allowed``, of which ``enums`` are enumerations.
+    """Read a file's pickle, see `read_pickle_tree`, and its archive's directory; no tensor is read.
 
     Raises:
         UnsafePickleError: It names another global.
@@ -65,9 +64,10 @@ def read_torch_archive(
             raise FormatError(f"the file is {found.name}, and no zip archive of torch.save", path=path, hint=_OTHER)
         try:
             with zipfile.ZipFile(stream) as archive:
-                front = _front(archive, path)
+                pickle = _pickle_of(archive, MAX_PICKLE_BYTES, partial(_torn, path))
+                front = pickle.filename.removesuffix(_PICKLE)
                 _refuse_byte_order(archive, front, path)
-                data = archive.read(f"{front}{_PICKLE}")
+                data = archive.read(pickle)
                 storages = _storages(archive, f"{front}data/", stream, path)
         except FormatError:
             raise
@@ -78,19 +78,21 @@ def read_torch_archive(
     return TorchArchive(path, read_pickle_tree(data, allowed, str(path), enums, torch_file=True), storages)
 
 
-def _fail(path: Path, reason: str) -> NoReturn:
-    raise FormatError(f"the archive {reason}", path=path, hint=_DAMAGED)
+#: The error of something that is wrong in an archive.
+_Wrong = Callable[[str], FormatError]
 
 
-def _front(archive: zipfile.ZipFile, path: Path) -> str:
-    """What the names in the archive have in front: its pickle's directory."""
-    pickles = [name for name in archive.namelist() if name == _PICKLE or name.endswith(f"/{_PICKLE}")]
+def _torn(path: Path, reason: str) -> FormatError:
+    return FormatError(f"the archive {reason}", path=path, hint=_DAMAGED)
+
+
+def _pickle_of(archive: zipfile.ZipFile, most: int, wrong: _Wrong) -> zipfile.ZipInfo:
+    pickles = [entry for entry in archive.infolist() if entry.filename.rpartition("/")[2] == _PICKLE]
     if len(pickles) != 1:
-        _fail(path, f"has {len(pickles)} entries that are called {_PICKLE}, where torch.save writes one")
-    entry = archive.getinfo(pickles[0])
-    if entry.file_size > MAX_PICKLE_BYTES or entry.compress_type != zipfile.ZIP_STORED:
-        _fail(path, f"has a pickle of more than {MAX_PICKLE_BYTES} bytes, or a compressed one")
-    return pickles[0].removesuffix(_PICKLE)
+        raise wrong(f"has {len(pickles)} entries that are called {_PICKLE}, where torch.save writes one")
+    if pickles[0].file_size > most or pickles[0].compress_type != zipfile.ZIP_STORED:
+        raise wrong(f"has a pickle of more than {most} bytes, or a compressed one")
+    return pickles[0]
 
 
 def _refuse_byte_order(archive: zipfile.ZipFile, front: str, path: Path) -> None:
@@ -106,19 +108,19 @@ def _storages(archive: zipfile.ZipFile, front: str, stream: BinaryIO, path: Path
         if not entry.filename.startswith(front):
             continue
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-            _fail(path, f"has the compressed entry {entry.filename}, which torch.save never writes")
+            raise _torn(path, f"has the compressed entry {entry.filename}, which torch.save never writes")
         stream.seek(entry.header_offset)
         local = stream.read(_LOCAL_HEADER)
         if len(local) < _LOCAL_HEADER or local[:4] != b"PK\x03\x04":
-            _fail(path, f"has no entry where its directory puts {entry.filename}")
+            raise _torn(path, f"has no entry where its directory puts {entry.filename}")
         # The entry's own name and extra field may be longer than those in the directory (APPNOTE.TXT, 4.3.7).
         name, extra = struct.unpack("<HH", local[26:30])
         start = entry.header_offset + _LOCAL_HEADER + name + extra
         if start + entry.file_size > archive.start_dir:
-            _fail(path, f"has the entry {entry.filename}, which reaches beyond its content")
+            raise _torn(path, f"has the entry {entry.filename}, which reaches beyond its content")
         key = entry.filename.removeprefix(front)
         if key in found:
-            _fail(path, f"has {entry.filename} twice")
+            raise _torn(path, f"has {entry.filename} twice")
         found[key] = StoredBytes(start, entry.file_size, entry.CRC)
     return found
 
@@ -141,38 +143,32 @@ def read_torch_value(data: bytes, path: str, name: str, *, legacy: bool = False)
         UnsafePickleError: It names something outside the allow-lists, and ``legacy`` is not set.
         FormatError: It is damaged.
     """
-    pickled = _pickle_in(data, path, name)
+
+    def wrong(why: str) -> FormatError:
+        hint = "The checkpoint is damaged: restore it from a copy."
+        return FormatError(f"this value of the checkpoint {why}", path=path, tensor=name, hint=hint)
+
     try:
-        return _Plain(path, name).of(read_pickle_tree(pickled, plain_globals(), path), 0)
+        return _Plain(wrong).of(read_pickle_tree(_pickle_in(data, wrong), plain_globals(), path), 0)
     except UnsafePickleError:
-        return _by_torch(data, path, name, legacy)
+        return _by_torch(data, path, name, legacy, wrong)
 
 
-def _pickle_in(data: bytes, path: str, name: str) -> bytes:
+def _pickle_in(data: bytes, wrong: _Wrong) -> bytes:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            entries = [each for each in archive.infolist() if each.filename.rpartition("/")[2] == _PICKLE]
-            if len(entries) != 1 or entries[0].compress_type != zipfile.ZIP_STORED:
-                raise _damaged(path, name, "is not what torch.save writes")
-            if entries[0].file_size > min(len(data), _MAX_VALUE_PICKLE_BYTES):
-                raise _damaged(path, name, "claims to be larger than what holds it")
-            return archive.read(entries[0])
+            return archive.read(_pickle_of(archive, min(len(data), _MAX_VALUE_PICKLE_BYTES), wrong))
+    except FormatError:
+        raise
     except (zipfile.BadZipFile, zipfile.LargeZipFile, ValueError, OSError, NotImplementedError, RuntimeError) as error:
-        if isinstance(error, FormatError):
-            raise
-        raise _damaged(path, name, f"is not what torch.save writes ({error})") from error
-
-
-def _damaged(path: str, name: str, why: str) -> FormatError:
-    hint = "The checkpoint is damaged: restore it from a copy."
-    return FormatError(f"this value of the checkpoint {why}", path=path, tensor=name, hint=hint)
+        raise wrong(f"is not what torch.save writes ({error})") from error
 
 
 class _Plain:
     """Turns a tree into plain values; what is shared stays shared, so that time is linear in its size."""
 
-    def __init__(self, path: str, name: str) -> None:
-        self._path, self._name = path, name
+    def __init__(self, wrong: _Wrong) -> None:
+        self._wrong = wrong
         self._done: dict[int, object] = {}
         self._kept: list[object] = []  # so that no number of `id` is used twice
 
@@ -182,7 +178,7 @@ class _Plain:
         if not isinstance(tree, (dict, list, tuple)):
             return tree
         if depth > _MAX_DEPTH:
-            raise _damaged(self._path, self._name, "is nested too deeply, or contains itself")
+            raise self._wrong("is nested too deeply, or contains itself")
         known = self._done.get(id(tree))
         if known is not None:
             return known
@@ -206,10 +202,10 @@ class _Plain:
             sizes = tree.args[0]
             if all(type(size) is int for size in sizes) and tree.state is None:
                 return tuple(sizes)
-        raise _damaged(self._path, self._name, "has something else where a plain value belongs")
+        raise self._wrong("has something else where a plain value belongs")
 
 
-def _by_torch(data: bytes, path: str, name: str, legacy: bool) -> object:
+def _by_torch(data: bytes, path: str, name: str, legacy: bool, wrong: _Wrong) -> object:
     from pickle import UnpicklingError
 
     import torch
@@ -226,4 +222,4 @@ def _by_torch(data: bytes, path: str, name: str, legacy: bool) -> object:
             "allow_legacy_pickle_restore, which does that.",
         ) from error
     except Exception as error:
-        raise _damaged(path, name, f"cannot be read ({type(error).__name__}: {error})") from error
+        raise wrong(f"cannot be read ({type(error).__name__}: {error})") from error

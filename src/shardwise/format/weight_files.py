@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardwise.disk.names import exists
-from shardwise.errors import AmbiguousFilesError, CheckpointNotFoundError, WeightIndexError
+from shardwise.errors import AmbiguousFilesError, CheckpointNotFoundError, WeightIndexError, some
 from shardwise.format.index import WeightIndex
 
 _SHOWN = 8
@@ -98,24 +98,20 @@ def choose_weights(
     chosen = _index(directory, candidates, indices, naming)
     if chosen is None:
         return _without_index(directory, candidates, naming)
-    listed = read(directory / chosen).files
+    index = read(directory / chosen)
     first, _ = naming.standard
-    if first in present and chosen == f"{first}.index.json" and first not in listed and listed:
+    if first in present and chosen == f"{first}.index.json" and index.files and first not in index.files:
         return WeightFiles((first,), None, chosen)
-    if not listed:
+    if not index.files:
         # A model without a tensor has an index that lists nothing, and a file with nothing but its header.
         plain = _without_index(directory, candidates, naming)
         return WeightFiles(() if plain is None else plain.files, chosen)
-    return _listed(directory, chosen, listed, present, read)
+    return _listed(directory / chosen, index, present)
 
 
 def files_of_index(index: Path, names: Sequence[str], read: Callable[[Path], WeightIndex]) -> WeightFiles:
-    """The files of an index that was given by its path.
-
-    Raises:
-        WeightIndexError: It is malformed, or names a file that is absent.
-    """
-    return _listed(index.parent, index.name, read(index).files, names, read)
+    """The files of an index that was given by its path; `WeightIndexError` if it is malformed or one is absent."""
+    return _listed(index, read(index), names)
 
 
 def is_adapter(name: str) -> bool:
@@ -128,24 +124,17 @@ def is_index(name: str) -> bool:
     return any(naming.index_stem(name) is not None for naming in (SAFETENSORS, TORCH))
 
 
-def _listed(
-    directory: Path,
-    index: str,
-    listed: tuple[str, ...],
-    present: Sequence[str],
-    read: Callable[[Path], WeightIndex],
-) -> WeightFiles:
-    for name in listed:
+def _listed(path: Path, index: WeightIndex, present: Sequence[str]) -> WeightFiles:
+    for name in index.files:
         # A link of a hub cache may lead nowhere.
-        if name not in present or not exists(directory / name):
-            weight_map = read(directory / index).weight_map
+        if name not in present or not exists(path.parent / name):
             raise WeightIndexError(
                 f"the index names {name}, which is absent",
-                path=directory / index,
-                tensor=next(tensor for tensor, file in weight_map.items() if file == name),
+                path=path,
+                tensor=next(tensor for tensor, file in index.weight_map.items() if file == name),
                 hint="Fetch or restore the missing file; the checkpoint is not whole without it.",
             )
-    return WeightFiles(listed, index)
+    return WeightFiles(index.files, path.name)
 
 
 def _index(directory: Path, candidates: Sequence[_Candidate], indices: Mapping[str, str], naming: Naming) -> str | None:
@@ -220,9 +209,7 @@ def _ambiguous(
     directory: Path, candidates: Sequence[_Candidate], indices: Iterable[str], naming: Naming
 ) -> AmbiguousFilesError:
     labels = [each.label + ("" if each.total is None else f" ({len(each.files)} files)") for each in candidates]
-    labels = sorted([*indices, *labels])
-    more = len(labels) - _SHOWN
-    listed = ", ".join(labels[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    listed = some(sorted([*indices, *labels]), _SHOWN)
     first, _ = naming.standard
     return AmbiguousFilesError(
         f"the directory holds several models' files, and no index and no standard name says which is meant: {listed}",

@@ -7,20 +7,21 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import nn
 
 from shardwise.comm import Group
-from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
+from shardwise.config import CheckpointingConfig
 from shardwise.errors import CheckpointExistsError, CheckpointNotFoundError, ConfigError, MisuseError
 from shardwise.integrations.accelerate_data import Rest, Tracked, tracked
-from shardwise.integrations.host_paths import HostPaths, Parts, is_complete, local_path, state_of
+from shardwise.integrations.host_paths import HostPaths, Parts, is_complete, local_path
+from shardwise.integrations.host_settings import refuse_ways
 from shardwise.stateful_wrappers.wrapping import unwrap
 from shardwise.upstream.accelerate import lists_of
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ShardwiseAccelerator"]
 
-_HOST = "accelerate"
+_LOG = logging.getLogger(__name__)
 _STATE, _DATA, _SCALER = "accelerate", "accelerate.data", "accelerate.scaler"
 _NAMED = re.compile(r"checkpoint_(\d+)")
 _SHARDING = "Shard with FSDP2 (FullyShardedDataParallelPlugin(fsdp_version=2)), or train with DistributedDataParallel."
@@ -59,9 +60,7 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
 
     def __init__(self, *positional: object, checkpointing: CheckpointingConfig | None = None, **named: object) -> None:
         super().__init__(*positional, **named)
-        self._paths = HostPaths(
-            checkpointing or CheckpointingConfig(save_consolidated=SaveConsolidatedMode.EVERY), _HOST
-        )
+        self._paths = HostPaths(checkpointing, "accelerate")
         self._check()
 
     # --- states -----------------------------------------------------------------------------------------------------
@@ -79,7 +78,7 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
             **others: None.
 
         Returns:
-            The directory. In asynchronous mode the checkpoint in it is complete at the next call of `save_state`,
+            The directory, whose checkpoint is complete; in asynchronous mode at the next call of `save_state`,
             `wait_for_saves` or `end_training`.
 
         Raises:
@@ -91,14 +90,19 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
             self._refuse_arguments("save_state", ["safe_serialization=False", *others][bool(safe_serialization) :])
         self.wait_for_saves()
         project = self.project_configuration
-        path = self._automatic / f"checkpoint_{project.iteration}" if self._is_automatic else _given(output_dir)
-        if self._is_automatic and Group.current().any(is_complete(path), f"looking into {path}"):
-            raise CheckpointExistsError(
-                "the next automatic name is that of a checkpoint",
-                path=path,
-                hint="Resume with load_state(), set ProjectConfiguration(iteration=...) to a number that is free, or "
-                "choose another project_dir.",
-            )
+        if self._is_automatic:
+            path = self._automatic / f"checkpoint_{project.iteration}"
+            with Group.current().together(f"looking into {path}") as vote:
+                vote.flag = is_complete(path)
+            if vote.any:
+                raise CheckpointExistsError(
+                    "the next automatic name is that of a checkpoint",
+                    path=path,
+                    hint="Resume with load_state(), set ProjectConfiguration(iteration=...) to a number that is free, "
+                    "or choose another project_dir.",
+                )
+        else:
+            path = _given(output_dir, "save_state was not told where to")
         self._paths.save(path, self._parts(), (0, project.iteration), False)
         project.iteration += 1
         self._prune()
@@ -127,27 +131,33 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
         if load_kwargs or others:
             self._refuse_arguments("load_state", ["load_kwargs"] * bool(load_kwargs) + list(others))
         self.wait_for_saves()
-        path = self._newest() if input_dir is None else local_path(input_dir)
+        if input_dir is None and self._is_automatic:
+            path = self._newest()
+        else:
+            path = _given(input_dir, "load_state was not told from where")
         parts = self._parts()
         parts.extra[_STATE] = parts.extra[_DATA] = None
         self._paths.restore(path, parts)
-        state = state_of(parts.extra, _STATE)
+        state = cast("Mapping[str, object]", parts.extra[_STATE])
         self.step = state["step"]
         data = cast("Mapping[str, object]", parts.extra[_DATA] or {})
         own = cast("list[object]", data["loaders"]) if data.get("world") == self.num_processes else []
         positions = cast("list[Mapping[str, object]]", state["loaders"])
-        for number, (loader, position) in enumerate(zip(self._loaders(), positions, strict=False)):
+        loaders = self._loaders()
+        if len(loaders) != len(positions):
+            _LOG.warning(
+                "the state has the positions of %d loaders, and %d are prepared: they are given out in order",
+                len(positions),
+                len(loaders),
+            )
+        for number, (loader, position) in enumerate(zip(loaders, positions, strict=False)):
             loader.resume(position, own[number] if own else None)
         if self._is_automatic and (found := _NAMED.fullmatch(path.name)) is not None:
             project = self.project_configuration
             project.iteration = max(project.iteration, int(found[1]) + 1)
 
     def wait_for_saves(self) -> None:
-        """Return when the last state is complete, in asynchronous mode. All ranks call.
-
-        Raises:
-            ShardwiseError: What failed in it.
-        """
+        """Return when the last state is complete, in asynchronous mode; raises what failed in it. All ranks call."""
         self._paths.finish()
         self._prune()
 
@@ -179,7 +189,7 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
         """
         if max_shard_size != _MAX_SHARD_SIZE or not safe_serialization:
             self._refuse_arguments(
-                "save_model", ["safe_serialization=False" if not safe_serialization else "max_shard_size"]
+                "save_model", ["max_shard_size" if safe_serialization else "safe_serialization=False"]
             )
         self._paths.write_model(model, local_path(save_directory))
 
@@ -243,20 +253,9 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
         )
 
     def _check(self) -> None:
-        kind, fsdp = self.distributed_type, getattr(self.state, "fsdp_plugin", None)
-        asked = {
-            "DeepSpeed": (kind == DistributedType.DEEPSPEED, _SHARDING),
-            "Megatron-LM": (kind == DistributedType.MEGATRON_LM, _SHARDING),
-            "torch_xla": (kind == DistributedType.XLA, _SHARDING),
-            "FSDP 1": (fsdp is not None and fsdp.fsdp_version != 2, "Set fsdp_version to 2."),
-            "save_on_each_node": (
-                self.project_configuration.save_on_each_node,
-                "Leave it out: all ranks write one checkpoint, in a directory that every node sees.",
-            ),
-        }
-        for name, (is_asked, hint) in asked.items():
-            if is_asked:
-                raise ConfigError(f"ShardwiseAccelerator does not support {name}", hint=hint)
+        hint = "Leave it out: all ranks write one checkpoint, in a directory that every node sees."
+        further = {"save_on_each_node": (self.project_configuration.save_on_each_node, hint)}
+        refuse_ways(self, "ShardwiseAccelerator", _SHARDING, further)
         if self._is_automatic and self.project_dir is not None:
             local_path(self.project_dir)  # refused now, not at the first save
 
@@ -298,41 +297,37 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
             )
         return local_path(self.project_dir) / "checkpoints"
 
-    def _numbered(self) -> list[tuple[int, Path]]:
-        """The automatic names that have a complete checkpoint, in order."""
+    def _numbered(self) -> list[Path]:
+        """The automatic names that have a complete checkpoint, in order, as rank 0 sees them. All ranks call."""
         root = self._automatic
-        found = [(_NAMED.fullmatch(path.name), path) for path in (root.iterdir() if root.is_dir() else ())]
-        return sorted((int(match[1]), path) for match, path in found if match is not None and is_complete(path))
+
+        def look() -> list[str]:
+            found = [(_NAMED.fullmatch(path.name), path) for path in (root.iterdir() if root.is_dir() else ())]
+            complete = sorted((int(name[1]), path) for name, path in found if name is not None and is_complete(path))
+            return [str(path) for _, path in complete]
+
+        return [
+            Path(path) for path in cast("list[str]", Group.current().broadcast_result(look, f"looking into {root}"))
+        ]
 
     def _newest(self) -> Path:
-        if not self._is_automatic:
-            raise MisuseError(
-                "load_state was not told from where", hint="Pass a directory, or set automatic_checkpoint_naming."
-            )
-        numbered = Group.current().broadcast_result(
-            lambda: [str(path) for _, path in self._numbered()], f"looking into {self._automatic}"
-        )
+        numbered = self._numbered()
         if not numbered:
             raise CheckpointNotFoundError(
                 "there is no checkpoint to load", path=self._automatic, hint="Begin without load_state()."
             )
-        return Path(str(cast("list[str]", numbered)[-1]))
+        return numbered[-1]
 
     def _prune(self) -> None:
         """Remove the oldest automatic names above ``total_limit``."""
         limit = self.project_configuration.total_limit
         if not self._is_automatic or limit is None or limit < 1 or self._paths.is_writing:
             return
-        doomed = Group.current().broadcast_result(
-            lambda: [str(path) for _, path in self._numbered()[:-limit]], f"looking into {self._automatic}"
-        )
-        for path in cast("list[str]", doomed):
+        for path in self._numbered()[:-limit]:
             self._paths.remove(path)
 
 
-def _given(output_dir: str | os.PathLike[str] | None) -> Path:
-    if output_dir is None:
-        raise MisuseError(
-            "save_state was not told where to", hint="Pass a directory, or set automatic_checkpoint_naming."
-        )
-    return local_path(output_dir)
+def _given(directory: str | os.PathLike[str] | None, absent: str) -> Path:
+    if directory is None:
+        raise MisuseError(absent, hint="Pass a directory, or set automatic_checkpoint_naming.")
+    return local_path(directory)

@@ -15,7 +15,7 @@ from torch.utils.data import RandomSampler
 from shardwise.checkpointing.run_state.data_order import DataOrder
 from shardwise.checkpointing.run_state.generators import RandomState
 from shardwise.errors import MisuseError
-from shardwise.integrations.loaders import Pass, length
+from shardwise.integrations.loaders import Pass, first_then, length
 
 if TYPE_CHECKING:
     from torchdata.stateful_dataloader import StatefulDataLoader
@@ -29,10 +29,8 @@ _END = object()
 class _Resumed:
     """A position that was restored and that the loop has not come to yet.
 
-    Attributes:
-        position: What `Tracked.position` gave.
-        own: What `Tracked.own_state` gave; ``None`` on another number of ranks.
-        generators: What the process's generators were set to.
+    What `Tracked.position` and `Tracked.own_state` gave (``None`` on another number of ranks), and what the process's
+    generators were set to.
     """
 
     position: Mapping[str, object]
@@ -111,10 +109,9 @@ class Tracked:
         self._start = cast("dict[str, object]", own["start"])
         RandomState().load_state_dict(self._start)  # of which a sampler without a generator draws the order
         self._begun = {"epoch": resumed.epoch, "generator": start, "count": count, "was_made": was_made}
-        for number, batch in enumerate(self._epoch()):
-            if number == 0:
-                RandomState().load_state_dict(resumed.generators)  # making the iterator has drawn
-            self._begun["count"] = count + number + 1
+        for batch in first_then(self._epoch(), resumed.generators):
+            count += 1
+            self._begun["count"] = count
             yield batch
 
     def _from_start(self, epoch: int) -> Iterator[object]:
@@ -162,12 +159,7 @@ class Tracked:
         return {"loader": self.state_dict(), "start": self._start}  # type: ignore[attr-defined]
 
     def resume(self, position: Mapping[str, object], own: object) -> None:
-        """Take in a position.
-
-        Args:
-            position: What `position` gave.
-            own: What `own_state` gave; ``None`` on another number of ranks.
-        """
+        """Take in what `position` and `own_state` gave, the latter ``None`` on another number of ranks."""
         self._order, self._begun = DataOrder(), None
         if self._is_made and position["count"]:  # a run that went on would have to make one
             self.load_state_dict({})  # type: ignore[attr-defined]

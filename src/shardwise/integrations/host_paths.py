@@ -6,7 +6,7 @@ is removed after that: at no moment is there none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -18,7 +18,7 @@ from shardwise.comm import Group
 from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 from shardwise.disk.storage import LOCAL, storage_errors
 from shardwise.errors import CheckpointNotFoundError, ConfigError, IncompleteCheckpointError
-from shardwise.integrations.decided_settings import first_set
+from shardwise.integrations.host_settings import first_set
 from shardwise.integrations.model_files import write_pretrained
 from shardwise.lifecycle import checkpoint_name, list_checkpoints, resolve
 from shardwise.peft.models import is_peft_adapted
@@ -48,15 +48,7 @@ _DERIVED = (
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a checkpoint is made of.
-
-    Attributes:
-        model: The model.
-        optimizers: Its optimizers.
-        schedulers: Their schedulers.
-        extra: Everything else, by name.
-        tokenizer: Goes beside the weights.
-    """
+    """What a checkpoint is made of; ``extra`` is everything else by name, the tokenizer goes beside the weights."""
 
     model: nn.Module
     optimizers: list[Optimizer]
@@ -66,17 +58,14 @@ class Parts:
 
 
 class HostPaths:
-    """Saves to, restores from and removes paths. All ranks call each method.
+    """Saves to, restores from and removes paths. All ranks call each method; each ends an earlier save first.
 
-    Args:
-        settings: The settings beside those that the host decides.
-        host: The host's name, for messages.
-
-    Raises:
-        ConfigError: A setting contradicts what the host decides, or no checkpointer can be built of them.
+    By default each checkpoint has an export. Making one raises `ConfigError` where a setting contradicts what the
+    ``host`` (its name) decides, or no checkpointer can be built of them.
     """
 
-    def __init__(self, settings: CheckpointingConfig, host: str) -> None:
+    def __init__(self, settings: CheckpointingConfig | None, host: str) -> None:
+        settings = settings or CheckpointingConfig(save_consolidated=SaveConsolidatedMode.EVERY)
         if (name := first_set(settings, _DERIVED)) is not None:
             raise ConfigError(
                 f"checkpointing sets {name}, which {host} decides",
@@ -93,17 +82,10 @@ class HostPaths:
         return self._writing is not None
 
     def save(self, path: str | os.PathLike[str], parts: Parts, numbers: tuple[int, int] | None, is_final: bool) -> None:
-        """Write a checkpoint; in asynchronous mode it is complete after `finish`, which each other method calls first.
+        """Write a checkpoint; in asynchronous mode it is complete after `finish`.
 
-        Args:
-            path: Where.
-            parts: What.
-            numbers: Epoch and step; of a step that is there already, the next free one counts. By default saves to the
-                path are counted.
-            is_final: Whether this is the run's last save.
-
-        Raises:
-            ShardwiseError: What failed, on any rank. What was at the path before is still there.
+        ``numbers`` are epoch and step; of a step that is there already, the next free one counts. By default saves to
+        the path are counted. Where this fails, on any rank, what was at the path before is still there.
         """
         self.finish()
         root = local_path(path)
@@ -130,11 +112,7 @@ class HostPaths:
             self.finish()
 
     def finish(self) -> None:
-        """Return when what was saved is complete, and what it replaces is removed.
-
-        Raises:
-            ShardwiseError: What failed in an asynchronous save.
-        """
+        """Return when what was saved is complete, and what it replaces is removed; raises what failed in the save."""
         if self._writing is None:
             return
         (checkpointer, root, name), self._writing = self._writing, None
@@ -148,13 +126,7 @@ class HostPaths:
                             LOCAL.remove_tree(info.path)
 
     def restore(self, path: str | os.PathLike[str], parts: Parts) -> RestoreRecord:
-        """Fill the parts from a path; ``extra`` takes the values that were saved.
-
-        Raises:
-            CheckpointNotFoundError: There is no checkpoint at the path.
-            IncompleteCheckpointError: A save to it was interrupted, and there was none before.
-            ShardwiseError: Checkpoint and run do not fit; nothing was restored.
-        """
+        """Fill the parts from the checkpoint that `find` finds, all or nothing; ``extra`` takes the saved values."""
         found = self.find(path)
         with self._built(found.parent, parts.model) as checkpointer:
             record = checkpointer.restore(
@@ -169,32 +141,20 @@ class HostPaths:
         return record
 
     def find(self, path: str | os.PathLike[str]) -> Path:
-        """The checkpoint at a path.
-
-        Raises:
-            CheckpointNotFoundError: There is none.
-            IncompleteCheckpointError: A save was interrupted, and there was none before.
-        """
+        """The checkpoint at a path; `CheckpointNotFoundError` or `IncompleteCheckpointError` where there is none."""
         self.finish()
         root = local_path(path)
         return Path(str(Group.current().broadcast_result(lambda: str(_found(root)), f"looking for {root}")))
 
     def remove(self, path: str | os.PathLike[str]) -> None:
-        """Remove a path with everything below it; nothing where there is none.
-
-        Raises:
-            StorageError: It cannot be removed.
-        """
+        """Remove a path with everything below it; nothing where there is none."""
         self.finish()
         target = local_path(path)
         group = Group.current()
         with group.together(f"removing {target}"):
-            if group.is_main and (target.exists() or target.is_symlink()):
+            if group.is_main:
                 with storage_errors(target):
-                    if target.is_dir() and not target.is_symlink():
-                        LOCAL.remove_tree(target)
-                    else:
-                        LOCAL.remove_file(target)
+                    LOCAL.remove_tree(target)
 
     def _built(self, root: Path, model: nn.Module) -> Checkpointer:
         settings = replace(self.settings, checkpoint_dir=root, is_peft=is_peft_adapted([model]))
@@ -210,11 +170,7 @@ class HostPaths:
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
-    """The absolute path. A host's string is passed as it is: made a `Path`, a URL would be the name of a directory.
-
-    Raises:
-        ConfigError: It is a URL.
-    """
+    """The absolute path; `ConfigError` for a URL, which, were a host's string made a `Path`, would be a directory."""
     if "://" in str(path):
         raise ConfigError(
             "the path is a URL, which the mounted file systems cannot reach",
@@ -227,12 +183,6 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 def is_complete(path: Path) -> bool:
     """Whether a path has a checkpoint that may be resumed from. Any rank calls."""
     return any(info.complete for info in list_checkpoints(path.absolute()))
-
-
-def state_of(extra: Mapping[str, object], name: str) -> Mapping[str, object]:
-    """An entry of restored extra state that is a dict."""
-    found = extra[name]
-    return found if isinstance(found, Mapping) else {}
 
 
 def _free(root: Path, numbers: tuple[int, int] | None) -> tuple[int, int]:

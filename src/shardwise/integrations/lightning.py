@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from shardwise.addons.base import SavesPretrained
 from shardwise.checkpointing.run_state.generators import RandomState
 from shardwise.comm import Group
-from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
+from shardwise.config import CheckpointingConfig
 from shardwise.errors import ConfigError, MisuseError, StateFormatError
 from shardwise.format.state_json import encode_state
 from shardwise.integrations.host_paths import HostPaths, Parts
@@ -47,7 +47,7 @@ __all__ = [
     "ShardwiseSingleDeviceStrategy",
 ]
 
-_STATE, _DATA, _FABRIC = "lightning", "lightning.data", "fabric"
+_STATE, _DATA = "lightning", "lightning.data"
 
 
 class _Shardwise:
@@ -78,8 +78,7 @@ class _Shardwise:
             if named.get(name):
                 self._refuse(name)
         super().__init__(*positional, **named)
-        settings = checkpointing or CheckpointingConfig(save_consolidated=SaveConsolidatedMode.EVERY)
-        self._paths = HostPaths(settings, "Lightning")
+        self._paths = HostPaths(checkpointing, "Lightning")
         self._tokenizer = tokenizer
         self._resumables: list[Resumable] = []
         self._restored_generators: dict[str, object] | None = None
@@ -106,11 +105,7 @@ class _Shardwise:
         self._paths.remove(filepath)
 
     def wait_for_saves(self) -> None:
-        """Return when the last checkpoint is complete, in asynchronous mode. All ranks call.
-
-        Raises:
-            ShardwiseError: What failed in it.
-        """
+        """Return when the last checkpoint is complete, in asynchronous mode; raises what failed. All ranks call."""
         self._paths.finish()
 
     def teardown(self) -> None:
@@ -143,11 +138,7 @@ class _TrainerStrategy(_Shardwise):
         return False
 
     def setup(self, trainer: Trainer) -> None:
-        """As in Lightning, where everything can be saved.
-
-        Raises:
-            ConfigError: It cannot; the message names it.
-        """
+        """As in Lightning; `ConfigError` where something cannot be saved."""
         module = self.lightning_module
         if not module.strict_loading:
             self._refuse("strict_loading=False")
@@ -176,11 +167,7 @@ class _TrainerStrategy(_Shardwise):
         return {}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, object], strict: bool = True) -> None:
-        """Nothing: `load_checkpoint` has done it.
-
-        Raises:
-            MisuseError: ``on_load_checkpoint`` has put something into the state of the model.
-        """
+        """Nothing: `load_checkpoint` has done it. `MisuseError` where ``on_load_checkpoint`` has put something in."""
         self._check_untouched(checkpoint, "on_load_checkpoint")
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, object]) -> None:
@@ -191,13 +178,11 @@ class _TrainerStrategy(_Shardwise):
     ) -> None:
         """Write a checkpoint at a path, where an earlier one is replaced once the new one is complete. All ranks call.
 
-        Args:
-            checkpoint: What Lightning collects; the model, optimizers and schedulers are taken from where they are.
-            filepath: The path.
-            storage_options: Only ``None``.
+        Of what Lightning collects (``checkpoint``), model, optimizers and schedulers are taken from where they are.
 
         Raises:
-            MisuseError: A hook has put something into the state of the model; or there are storage options.
+            ConfigError: There are storage options.
+            MisuseError: A hook has put something into the state of the model.
             ShardwiseError: What failed, on any rank; what was saved before is untouched.
         """
         if storage_options is not None:
@@ -219,12 +204,7 @@ class _TrainerStrategy(_Shardwise):
     ) -> dict[str, object]:
         """Restore model, optimizers and schedulers in place, on any number of ranks. All ranks call.
 
-        Args:
-            checkpoint_path: A path that was saved to.
-            weights_only: Without effect: nothing is unpickled.
-
-        Returns:
-            What Lightning collected, for it to restore.
+        Returns what Lightning collected, for it to restore. ``weights_only`` is without effect: nothing is unpickled.
 
         Raises:
             CheckpointNotFoundError: Nothing of shardwise's is there.
@@ -234,12 +214,13 @@ class _TrainerStrategy(_Shardwise):
         """
         fits = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         found = self._paths.find(checkpoint_path)
-        if fits and not (found / "optim").is_dir():
-            raise MisuseError(
-                "the checkpoint was saved with save_weights_only, and has no optimizer to resume with",
-                path=checkpoint_path,
-                hint="Begin a new run from its model, or pass the path to validate, test or predict.",
-            )
+        with Group.current().together(f"looking into {found}"):
+            if fits and not (found / "optim").is_dir():
+                raise MisuseError(
+                    "the checkpoint was saved with save_weights_only, and has no optimizer to resume with",
+                    path=checkpoint_path,
+                    hint="Begin a new run from its model, or pass the path to validate, test or predict.",
+                )
         before = RandomState().state_dict()
         parts = self._parts({_STATE: None, _DATA: None}, fits)
         self._paths.restore(checkpoint_path, parts)
@@ -387,15 +368,13 @@ def _inside(module: nn.Module) -> nn.Module:
     names = list(module.state_dict(keep_vars=True))
     prefix = ""
     while not (is_pretrained(found) or hasattr(found, "peft_config")):
-        below = [(name, child) for name, child in found.named_children() if _has_all(names, f"{prefix}{name}.")]
-        if not below:
+        for name, child in found.named_children() if names else ():
+            if all(each.startswith(f"{prefix}{name}.") for each in names):
+                prefix, found = f"{prefix}{name}.", child
+                break
+        else:
             return module
-        prefix, found = f"{prefix}{below[0][0]}.", below[0][1]
     return found
-
-
-def _has_all(names: list[str], prefix: str) -> bool:
-    return bool(names) and all(name.startswith(prefix) for name in names)
 
 
 def _on_cpu(state: object) -> object:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from shardwise.checkpointing.run_state.data_order import DataOrder
 from shardwise.checkpointing.run_state.generators import RandomState
 from shardwise.comm import Group
-from shardwise.integrations.loaders import Pass, length
+from shardwise.integrations.loaders import Pass, first_then, length
 
 _LOG = logging.getLogger(__name__)
 _NAME = "loader"
@@ -37,21 +37,15 @@ class Resumable:
         saved, self._saved = self._saved, None
         generators, self._generators = self._generators, None
         self._epoch += saved is None
-        if (
-            self._sets_epoch
-            and (sampler := getattr(self, "sampler", None)) is not None
-            and hasattr(sampler, "set_epoch")
-        ):
-            sampler.set_epoch(self._epoch)
+        set_epoch = getattr(getattr(self, "sampler", None), "set_epoch", None)
+        if self._sets_epoch and set_epoch is not None:
+            set_epoch(self._epoch)
         if saved is not None and generators is None:
             generators = RandomState().state_dict()
         if saved is None or generators is None:
             yield from self._order.batches(self._pass(), self._epoch, _NAME)
         elif self.keeps_position:
-            for number, batch in enumerate(self._pass()):
-                if number == 0:
-                    RandomState().load_state_dict(generators)  # making the iterator has drawn
-                yield batch
+            yield from first_then(self._pass(), generators)
         elif saved["own"] is not None:
             self._order.resume(generators, DataOrder.parsed(saved["own"]), ())
             yield from self._order.batches(self._pass(), self._epoch, _NAME)
@@ -112,9 +106,7 @@ class Resumable:
 def resumable(loader: object, sets_epoch: bool) -> object:
     """The loader with its position; anything but a ``DataLoader`` as it is.
 
-    Args:
-        loader: What Lightning iterates over.
-        sets_epoch: Whether to tell the sampler its epoch, where the host counts from 0 in every process.
+    If it ``sets_epoch``, it tells the sampler its epoch: for a host that counts from 0 in every process.
     """
     if not isinstance(loader, DataLoader) or isinstance(loader, Resumable):
         return loader
@@ -128,9 +120,7 @@ def resumable(loader: object, sets_epoch: bool) -> object:
 def without_own(state: object, is_over: bool) -> tuple[object, list[object]]:
     """A state tree whose positions have lost what is each rank's own, and that, in the order of the tree.
 
-    Args:
-        state: Plain containers.
-        is_over: Whether all positions count as those of epochs that are over.
+    If ``is_over``, all positions count as those of epochs that are over.
     """
     own: list[object] = []
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import cast
+
+from shardwise.checkpointing.run_state.generators import RandomState
 
 
 class Pass:
     """One pass over a loader: its batches, their number, and what the order is drawn from, but no position of its own.
 
-    Args:
-        loader: The loader.
-        begin: Begins the pass.
-        order: What has the generators of the order, by the names under which a ``DataLoader`` has it.
+    ``begin`` begins the pass; ``order`` has the generators of the order, by a ``DataLoader``'s names of them.
     """
 
     def __init__(self, loader: object, begin: Callable[[], Iterator[object]], **order: object) -> None:
@@ -24,6 +23,14 @@ class Pass:
 
     def __len__(self) -> int:
         return len(cast(Sized, self._loader))
+
+
+def first_then(batches: Iterable[object], generators: dict[str, object]) -> Iterator[object]:
+    """The batches; once the first is there, the process's generators are set, since making an iterator draws."""
+    for number, batch in enumerate(batches):
+        if number == 0:
+            RandomState().load_state_dict(generators)
+        yield batch
 
 
 def length(loader: object) -> int | None:

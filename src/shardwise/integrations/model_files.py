@@ -38,12 +38,9 @@ def write_pretrained(
 
     ``build`` makes the checkpointer of ``settings``, changed to those of a model that is written once.
     """
+    every = SaveConsolidatedMode.EVERY
     settings = replace(
-        settings,
-        is_async=False,
-        model_save_format="safetensors",
-        save_consolidated=SaveConsolidatedMode.EVERY,
-        export_merged=False,
+        settings, is_async=False, model_save_format="safetensors", save_consolidated=every, export_merged=False
     )
     with build(settings) as checkpointer:
         checkpointer.save_model(model, target / _SCRATCH, tokenizer=tokenizer, is_final_checkpoint=True)

@@ -18,19 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Protocol, cast
 
 import tyro
 from torchdata.stateful_dataloader import StatefulDataLoader
-from torchtitan.components.checkpointer import (
-    DATALOADER,
-    LR_SCHEDULER,
-    OPTIMIZER,
-    BaseCheckpointManager,
-    CheckpointManager,
-)
+from torchtitan.components import checkpointer as titan
+from torchtitan.components.checkpointer import DATALOADER, LR_SCHEDULER, OPTIMIZER
 from torchtitan.components.dataloader import ParallelAwareDataloader
 
 from shardwise.comm import Group, JsonValue
 from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 from shardwise.errors import ConfigError, MisuseError
-from shardwise.integrations.decided_settings import first_set
+from shardwise.integrations.host_settings import refuse_derived
 from shardwise.integrations.torchtitan_export import attach_export, divide, hub_adapter
 from shardwise.integrations.torchtitan_qkv import take_over
 from shardwise.lifecycle import LATEST, resolve
@@ -60,23 +55,13 @@ class _Stateful(Protocol):
     def load_state_dict(self, state_dict: _State) -> object: ...
 
 
-class ShardwiseCheckpointManager(BaseCheckpointManager):  # type: ignore[misc] # torchtitan is not followed by mypy
+class ShardwiseCheckpointManager(titan.BaseCheckpointManager):  # type: ignore[misc] # torchtitan is not followed by mypy
     """A checkpointer of torchtitan's that saves and restores with shardwise. All ranks make the same calls.
 
-    torchtitan builds it from its `Config` and calls ``load``, ``save``, ``maybe_wait_for_staging``,
-    ``maybe_wait_for_saving`` and ``close``. A checkpoint is ``epoch_0_step_S``, visible once it is complete: model,
-    optimizers, schedulers, torchtitan's own state (``train_state``), the loader's position, random number generators.
-    It resumes on other meshes; the position in the data needs as many data-parallel ranks.
-
-    Args:
-        config: The settings.
-        dataloader: The loader, with a position of its own.
-        model_parts: This rank's parts of the model.
-        optimizers: torchtitan's container of optimizers.
-        lr_schedulers: torchtitan's container of schedulers.
-        states: Further states by name.
-        sd_adapter: The model's converter to Hugging Face's names.
-        base_folder: What ``folder`` is below.
+    torchtitan builds it from its `Config`, with what its own is built with, and calls ``load``, ``save``,
+    ``maybe_wait_for_staging``, ``maybe_wait_for_saving`` and ``close``. A checkpoint is ``epoch_0_step_S``, visible
+    once it is complete: model, optimizers, schedulers, torchtitan's own state (``train_state``), the loader's position,
+    random number generators. It resumes on other meshes; the position in the data needs as many data-parallel ranks.
 
     Raises:
         ConfigError: The settings ask for what cannot be done; the message names it.
@@ -85,7 +70,7 @@ class ShardwiseCheckpointManager(BaseCheckpointManager):  # type: ignore[misc] #
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(CheckpointManager.Config):  # type: ignore[misc]
+    class Config(titan.CheckpointManager.Config):  # type: ignore[misc]
         """Settings: those of torchtitan's ``CheckpointManager``, and shardwise's.
 
         Attributes:
@@ -140,10 +125,8 @@ class ShardwiseCheckpointManager(BaseCheckpointManager):  # type: ignore[misc] #
 
     def _save(self, curr_step: int, last_step: bool = False) -> bool:
         config = self._config
-        is_due = (
-            last_step or curr_step % config.interval == 0 or (curr_step == 1 and config.enable_first_step_checkpoint)
-        )
-        if config.load_only or not is_due:
+        is_due = curr_step % config.interval == 0 or (curr_step == 1 and config.enable_first_step_checkpoint)
+        if config.load_only or not (last_step or is_due):
             return False
         whole = not (last_step and config.last_save_model_only)
         group = Group.current()
@@ -163,8 +146,7 @@ class ShardwiseCheckpointManager(BaseCheckpointManager):  # type: ignore[misc] #
 
     def _load(self, step: int = -1) -> bool:
         config = self._config
-        group = Group.current()
-        found = group.broadcast_result(lambda: _find(self._root, step), "finding checkpoints")
+        found = Group.current().broadcast_result(lambda: _find(self._root, step), "finding checkpoints")
         if found is not None:
             path, resumed_step = cast("tuple[str, int | None]", found)
             self._restore(Path(path), model_only=resumed_step == 0)
@@ -208,17 +190,9 @@ class ShardwiseCheckpointManager(BaseCheckpointManager):  # type: ignore[misc] #
 
 
 def _settings(config: ShardwiseCheckpointManager.Config, folder: Path) -> CheckpointingConfig:
-    """The checkpointer's settings.
-
-    Raises:
-        ConfigError: They contradict torchtitan's, or something is asked for that is not supported.
-    """
+    """The checkpointer's settings; `ConfigError` where they contradict torchtitan's, or are not supported."""
     given = config.checkpointing or CheckpointingConfig(save_consolidated=SaveConsolidatedMode.FALSE)
-    if (name := first_set(given, _DERIVED)) is not None:
-        raise ConfigError(
-            f"checkpointing sets {name}, which ShardwiseCheckpointManager takes from {_DERIVED[name]}",
-            hint=f"Leave {name} out, and set {_DERIVED[name]}.",
-        )
+    refuse_derived(given, _DERIVED, "ShardwiseCheckpointManager")
     if config.initial_load_in_hf_quantized:
         raise ConfigError(
             "ShardwiseCheckpointManager does not support initial_load_in_hf_quantized",
@@ -239,9 +213,7 @@ def _settings(config: ShardwiseCheckpointManager.Config, folder: Path) -> Checkp
 def _find(root: Path, step: int) -> JsonValue:
     """The checkpoint to resume from, and its step; ``None`` where there is none. One rank calls.
 
-    Raises:
-        CheckpointNotFoundError: There is none of this step.
-        MisuseError: The directory has checkpoints of torchtitan's own.
+    None of this step is a `CheckpointNotFoundError`, a directory with torchtitan's own a `MisuseError`.
     """
     theirs = sorted(path.name for path in root.iterdir() if _TITANS_OWN.fullmatch(path.name)) if root.is_dir() else []
     if theirs:
@@ -261,14 +233,12 @@ class _ByDataRank:
     """A state that each data-parallel rank has one of; in a checkpoint it is that of all of them.
 
     Ranks that share their data (tensor, pipeline and context parallelism) have the same state, so that a checkpoint
-    resumes on any mesh with as many data-parallel ranks.
+    resumes on any mesh with as many data-parallel ranks. One that ``is_bound`` means nothing on another number of them;
+    of others the first rank's is taken then.
     """
 
     def __init__(self, target: _Stateful, rank: int, size: int, is_bound: bool) -> None:
-        self._target = target
-        self._rank, self._size = rank, size
-        #: Whether it means nothing on another number of ranks; the first rank's is taken otherwise.
-        self._is_bound = is_bound
+        self._target, self._rank, self._size, self._is_bound = target, rank, size, is_bound
 
     def gathered(self, name: str, group: Group) -> _State:
         """The states of all data-parallel ranks, the same on every rank. All ranks call."""
@@ -286,11 +256,7 @@ class _ByDataRank:
         return {"size": self._size, "states": {str(self._rank): self._own()}}
 
     def load_state_dict(self, state_dict: _State) -> None:
-        """Take this rank's state out of all.
-
-        Raises:
-            MisuseError: It is of another number of data-parallel ranks, or torchtitan's own.
-        """
+        """Take this rank's state out of all; `MisuseError` for torchtitan's own, or another number of ranks."""
         states, size = state_dict.get("states"), state_dict.get("size")
         if not isinstance(states, Mapping):
             raise MisuseError(
@@ -303,18 +269,16 @@ class _ByDataRank:
                 hint="Resume on as many, or begin the data afresh: set checkpoint.exclude_from_loading to "
                 f"['{DATALOADER}'].",
             )
-        self._put(cast(_State, states[str(self._rank if size == self._size else 0)]))
+        state = cast(_State, states[str(self._rank if size == self._size else 0)])
+        if isinstance(self._target, ParallelAwareDataloader):
+            StatefulDataLoader.load_state_dict(self._target, state)
+        else:
+            self._target.load_state_dict(state)
 
     def _own(self) -> _State:
         if isinstance(self._target, ParallelAwareDataloader):  # its own method pickles this, and unpickles it
             return cast(_State, StatefulDataLoader.state_dict(self._target))
         return self._target.state_dict()
-
-    def _put(self, state: _State) -> None:
-        if isinstance(self._target, ParallelAwareDataloader):
-            StatefulDataLoader.load_state_dict(self._target, state)
-        else:
-            self._target.load_state_dict(state)
 
 
 def _by_data_rank(dataloader: _Stateful | None, states: Mapping[str, _Stateful]) -> dict[str, _ByDataRank]:

@@ -27,13 +27,8 @@ if TYPE_CHECKING:
 _Tensors = dict[str, torch.Tensor]
 #: torchtitan's names of RoPE's scalings -> those of Hugging Face.
 _ROPES = {"none": "default", "llama": "llama3", "yarn": "yarn"}
-#: Names of the numbers of Llama's scaling in config.json -> in torchtitan's configuration.
-_LLAMA_ROPE = {
-    "factor": "scaling_factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "original_max_position_embeddings",
-}
+#: Numbers of Llama's scaling that have the same names in config.json, beside ``factor``.
+_LLAMA_ROPE = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 class _TitansAdapter(Protocol):
@@ -44,37 +39,28 @@ class _TitansAdapter(Protocol):
     def from_hf(self, hf_state_dict: _Tensors) -> _Tensors: ...
 
 
-class _AsTheyAre:
-    """The adapter of a model whose files have torchtitan's own names."""
-
-    def to_hf(self, state_dict: _Tensors) -> _Tensors:
-        return state_dict
-
-    def from_hf(self, hf_state_dict: _Tensors) -> _Tensors:
-        return hf_state_dict
-
-
 class HubAdapter:
     """torchtitan's adapter, asked as `shardwise.convert.adapter.StateDictAdapter` is: one tensor at a time.
 
-    Args:
-        adapter: torchtitan's, which knows q, k and v apart.
-        fused: The model's projections that are one tensor.
+    torchtitan's knows q, k and v apart; ``fused`` are the model's projections that are one tensor. Without an adapter
+    files have torchtitan's own names.
     """
 
-    def __init__(self, adapter: _TitansAdapter, fused: FusedProjections) -> None:
+    def __init__(self, adapter: _TitansAdapter | None, fused: FusedProjections) -> None:
         self._adapter = adapter
         self._fused = fused
 
     def to_hf(self, state_dict: Mapping[str, torch.Tensor], **options: object) -> _Tensors:
         """Convert torchtitan's tensors."""
-        return self._adapter.to_hf(self._fused.divided(state_dict))
+        apart = self._fused.divided(state_dict)
+        return apart if self._adapter is None else self._adapter.to_hf(apart)
 
     def from_hf(
         self, state_dict: Mapping[str, torch.Tensor], device_mesh: object = None, **options: object
     ) -> _Tensors:
         """Convert tensors of Hugging Face files."""
-        return self._fused.fused(self._adapter.from_hf(dict(state_dict)))
+        found = dict(state_dict)
+        return self._fused.fused(found if self._adapter is None else self._adapter.from_hf(found))
 
     def convert_single_tensor_to_hf(
         self, fqn: str, tensor: torch.Tensor, **options: object
@@ -94,9 +80,7 @@ class _Described(Protocol):
 class _Metadata:
     """Writes what is beside the weights (a `shardwise.addons.huggingface.HFMetadataExporter`).
 
-    Attributes:
-        assets: ``hf_assets_path``.
-        dtype: Torch's name of the weights' dtype.
+    ``assets`` is ``hf_assets_path``, ``dtype`` torch's name of the weights'.
     """
 
     assets: Path
@@ -120,15 +104,11 @@ class _Metadata:
 def divide(parts: Sequence[nn.Module], fused: FusedProjections) -> None:
     """Have the parts' tensors named as torchtitan's own checkpoints name them: q, k and v apart. Local."""
     for part in parts:
-        cast("_Described", part).state_dict_adapter = HubAdapter(_AsTheyAre(), fused)
+        cast("_Described", part).state_dict_adapter = HubAdapter(None, fused)
 
 
 def hub_adapter(parts: Sequence[nn.Module], adapter: object | None, fused: FusedProjections) -> HubAdapter:
-    """Have the parts' tensors named and arranged as torchtitan's adapter says. Local.
-
-    Raises:
-        ConfigError: The model has no adapter.
-    """
+    """Have the parts' tensors named and arranged as torchtitan's adapter says; `ConfigError` without one. Local."""
     if adapter is None:
         raise ConfigError(
             "Hugging Face files are asked for, and torchtitan has no state_dict_adapter for this model",
@@ -146,13 +126,7 @@ def attach_export(
     """Have the parts exported under Hugging Face's names, beside the configuration in ``hf_assets_path``.
 
     All ranks call. The model is built again without memory and compared with that configuration: names, shapes, and
-    the numbers that no shape shows.
-
-    Args:
-        parts: This rank's parts.
-        adapter: torchtitan's adapter.
-        fused: The model's projections that are one tensor.
-        dtype: ``export_dtype``, where it counts.
+    the numbers that no shape shows. ``dtype`` is ``export_dtype``, where it counts.
 
     Raises:
         ConfigError: There is no adapter, no configuration, or the export would be in another dtype than was asked for.
@@ -243,5 +217,6 @@ def _numbers(config: object) -> Iterator[tuple[str, object]]:
         yield "rope.rope_theta", rope.theta
         yield "rope.rope_type", _ROPES.get(rope.scaling, rope.scaling)
         if rope.scaling == "llama":
-            for name, titans in _LLAMA_ROPE.items():
-                yield f"rope.{name}", getattr(rope, titans)
+            yield "rope.factor", rope.scaling_factor
+            for name in _LLAMA_ROPE:
+                yield f"rope.{name}", getattr(rope, name)

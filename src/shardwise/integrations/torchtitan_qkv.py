@@ -25,12 +25,7 @@ _FUSED, _APART = "wqkv", ("wq", "wk", "wv")
 
 @dataclass(frozen=True, slots=True)
 class Projections:
-    """The fused projections of one attention.
-
-    Attributes:
-        head: Size of a head.
-        queries: Heads of q for each head of k and of v.
-    """
+    """The fused projections of one attention: the size of a head, and the heads of q for each one of k and of v."""
 
     head: int
     queries: int

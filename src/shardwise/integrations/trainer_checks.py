@@ -6,19 +6,14 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import DistributedType
 from transformers.utils import is_sagemaker_mp_enabled, is_torch_xla_available
 
 from shardwise.config import CheckpointingConfig
-from shardwise.errors import CheckpointNotFoundError, ConfigError, MisuseError
-from shardwise.integrations.decided_settings import first_set
-from shardwise.lifecycle import LATEST, ResolvedCheckpoint, list_checkpoints, resolve
+from shardwise.errors import CheckpointNotFoundError, ConfigError, MisuseError, some
+from shardwise.integrations.host_settings import refuse_derived, refuse_ways
+from shardwise.lifecycle import LATEST, list_checkpoints, resolve
 from shardwise.peft.models import is_peft_adapted
-from shardwise.upstream.transformers_trainer import (
-    REPLACED,
-    UNUSED,
-    TrainerCheckpoints,
-)
+from shardwise.upstream.transformers_trainer import REPLACED, UNUSED, TrainerCheckpoints
 
 if TYPE_CHECKING:
     import os
@@ -39,11 +34,7 @@ _TRAINERS_OWN = re.compile(r"checkpoint-\d+")
 
 
 def check_class(cls: type[TrainerCheckpoints]) -> None:
-    """Refuse methods of other classes that would never be called. Local.
-
-    Raises:
-        ConfigError: There is one; the message names it.
-    """
+    """Raise `ConfigError` where a method of another class would never be called. Local."""
     base = TrainerCheckpoints.__mro__[1]
     ours = next(each for each in cls.__mro__ if TrainerCheckpoints in each.__bases__)
     order = list(cls.__mro__)
@@ -64,14 +55,7 @@ def check_class(cls: type[TrainerCheckpoints]) -> None:
 
 
 def check_arguments(args: Any) -> None:
-    """Refuse arguments that cannot work, before the Trainer acts on them. Local.
-
-    Args:
-        args: The ``TrainingArguments``, or ``None`` for the Trainer's defaults.
-
-    Raises:
-        ConfigError: There is one; the message names it.
-    """
+    """Raise `ConfigError` for ``TrainingArguments`` that cannot work, before the Trainer acts on them. Local."""
     hints = {
         "push_to_hub": "Leave it out, call save_model(directory), and upload that with huggingface_hub.upload_folder.",
         "enable_jit_checkpoint": "Leave it out, and save by save_steps: it writes into the Trainer's own directories.",
@@ -84,37 +68,18 @@ def check_arguments(args: Any) -> None:
 
 
 def check_strategy(trainer: TrainerCheckpoints) -> None:
-    """Refuse ways of spreading a model that cannot be saved. Local.
-
-    Raises:
-        ConfigError: It is spread in one of them; the message names it.
-    """
-    accelerator = trainer.accelerator
-    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
-    kind = accelerator.distributed_type
-    asked = {
+    """Raise `ConfigError` where the model is spread in a way that cannot be saved. Local."""
+    further = {
         "DeepSpeed": (trainer.is_deepspeed_enabled, _SHARDING),
-        "Megatron-LM": (kind == DistributedType.MEGATRON_LM, _SHARDING),
         "SageMaker's model parallelism": (is_sagemaker_mp_enabled(), _SHARDING),
-        "torch_xla": (is_torch_xla_available() or kind == DistributedType.XLA, _SHARDING),
-        "FSDP 1": (fsdp is not None and fsdp.fsdp_version != 2, "Set 'version' in fsdp_config to 2."),
+        "torch_xla": (is_torch_xla_available(), _SHARDING),
     }
-    for name, (is_asked, hint) in asked.items():
-        if is_asked:
-            raise ConfigError(f"ShardwiseTrainer does not support {name}", hint=hint)
+    refuse_ways(trainer.accelerator, "ShardwiseTrainer", _SHARDING, further)
 
 
 def check_settings(settings: CheckpointingConfig, trainer: TrainerCheckpoints) -> None:
-    """Refuse settings that follow from the Trainer's arguments, or contradict them. Local.
-
-    Raises:
-        ConfigError: There is one; the message names it.
-    """
-    if (name := first_set(settings, _DERIVED)) is not None:
-        raise ConfigError(
-            f"checkpointing sets {name}, which ShardwiseTrainer takes from {_DERIVED[name]}",
-            hint=f"Leave {name} out, and set it in TrainingArguments.",
-        )
+    """Raise `ConfigError` for settings that follow from the Trainer's arguments, or contradict them. Local."""
+    refuse_derived(settings, _DERIVED, "ShardwiseTrainer")
     if settings.is_peft and not is_peft_adapted([trainer.model]):
         raise ConfigError(
             f"checkpointing sets is_peft, and the {type(trainer.model).__name__} has no adapter of peft's",
@@ -128,14 +93,7 @@ def check_settings(settings: CheckpointingConfig, trainer: TrainerCheckpoints) -
 
 
 def find_source(args: Any, given: str | os.PathLike[str] | bool | None) -> str | None:
-    """Find the checkpoint that ``resume_from_checkpoint`` means. One rank calls.
-
-    Args:
-        args: The ``TrainingArguments``.
-        given: What was passed.
-
-    Returns:
-        Its path; ``None`` where training begins afresh.
+    """The path of the checkpoint that ``resume_from_checkpoint`` means; ``None`` to begin afresh. One rank calls.
 
     Raises:
         CheckpointNotFoundError: There is none.
@@ -148,7 +106,7 @@ def find_source(args: Any, given: str | os.PathLike[str] | bool | None) -> str |
         there = [info.name for info in list_checkpoints(root)]
         if there and args.save_strategy != "no":
             raise MisuseError(
-                f"a run is to begin afresh in a directory that has checkpoints ({', '.join(there[:3])}, ...)",
+                f"a run is to begin afresh in a directory that has checkpoints ({some(there)})",
                 path=root,
                 hint="Pass resume_from_checkpoint=True to go on from the newest one, or choose another output_dir.",
             )
@@ -166,23 +124,6 @@ def find_source(args: Any, given: str | os.PathLike[str] | bool | None) -> str |
             path=root,
             hint="Pass resume_from_checkpoint=get_last_checkpoint(output_dir), which is None where there is none.",
         )
-    return _checked(found)
-
-
-def _check_root(root: Path, args: Any) -> None:
-    """The Trainer itself deletes its own checkpoints at the end where ``save_total_limit`` is 1."""
-    if args.save_total_limit != 1 or not root.is_dir():
-        return
-    for path in root.iterdir():
-        if _TRAINERS_OWN.fullmatch(path.name):
-            raise MisuseError(
-                "output_dir has a checkpoint of the Trainer itself, which would delete it at the end of the training",
-                path=path,
-                hint="Choose another output_dir, or a save_total_limit other than 1.",
-            )
-
-
-def _checked(found: ResolvedCheckpoint) -> str:
     if not (found.path / STATE_NAME).is_file():
         raise MisuseError(
             f"the checkpoint has no {STATE_NAME}: no ShardwiseTrainer has saved it",
@@ -196,3 +137,16 @@ def _checked(found: ResolvedCheckpoint) -> str:
             hint="Begin a new run from its model, with from_pretrained.",
         )
     return str(found.path)
+
+
+def _check_root(root: Path, args: Any) -> None:
+    """The Trainer itself deletes its own checkpoints at the end where ``save_total_limit`` is 1."""
+    if args.save_total_limit != 1 or not root.is_dir():
+        return
+    for path in root.iterdir():
+        if _TRAINERS_OWN.fullmatch(path.name):
+            raise MisuseError(
+                "output_dir has a checkpoint of the Trainer itself, which would delete it at the end of the training",
+                path=path,
+                hint="Choose another output_dir, or a save_total_limit other than 1.",
+            )

@@ -24,16 +24,9 @@ from shardwise.addons.base import SavesPretrained
 from shardwise.comm import Group
 from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 from shardwise.errors import MisuseError
+from shardwise.integrations import trainer_checks as checks
 from shardwise.integrations.loaders import Pass
 from shardwise.integrations.model_files import write_pretrained
-from shardwise.integrations.trainer_checks import (
-    STATE_NAME,
-    check_arguments,
-    check_class,
-    check_settings,
-    check_strategy,
-    find_source,
-)
 from shardwise.lifecycle import checkpoint_name, resolve
 from shardwise.peft.models import is_peft_adapted
 from shardwise.upstream.transformers_trainer import TrainerCheckpoints
@@ -87,8 +80,8 @@ class ShardwiseTrainer(TrainerCheckpoints):
         checkpointing: CheckpointingConfig | None = None,
         **named: object,
     ) -> None:
-        check_class(type(self))
-        check_arguments(args)
+        checks.check_class(type(self))
+        checks.check_arguments(args)
         super().__init__(model, args, *others, **named)
         if checkpointing is not None:
             self.checkpointing = checkpointing
@@ -97,8 +90,8 @@ class ShardwiseTrainer(TrainerCheckpoints):
         self._batches: Iterator[object] | None = None
         self.is_replayable = False
         self._resumed = _Position()
-        check_strategy(self)
-        check_settings(self.checkpointing, self)
+        checks.check_strategy(self)
+        checks.check_settings(self.checkpointing, self)
         self._built(self.checkpointing).close()  # refuses what no checkpointer can be built of
 
     # --- training ---------------------------------------------------------------------------------------------------
@@ -129,7 +122,9 @@ class ShardwiseTrainer(TrainerCheckpoints):
         if trial is not None:
             self.hyperparameter_search()
         group = Group.current()
-        found = group.broadcast_result(lambda: find_source(self.args, resume_from_checkpoint), "finding checkpoints")
+        found = group.broadcast_result(
+            lambda: checks.find_source(self.args, resume_from_checkpoint), "finding checkpoints"
+        )
         self._resumed = _Position()
         try:
             with self._built(self.checkpointing) as self._checkpointer:
@@ -162,10 +157,8 @@ class ShardwiseTrainer(TrainerCheckpoints):
                 # Without accelerate's state_dict, which is empty unless torchdata's loader is in it.
                 epoch = Pass(loader, loader.__iter__, generator=getattr(loader, "synchronized_generator", None))
                 self._batches = self._checkpointer.batches(epoch, self.current_epoch)
-        return cast(
-            "tuple[list[object], torch.Tensor | int | None]",
-            super().get_batch_samples(self._batches, num_batches, device),
-        )
+        found = super().get_batch_samples(self._batches, num_batches, device)
+        return cast("tuple[list[object], torch.Tensor | int | None]", found)
 
     def write_checkpoint(self) -> None:
         """Save one checkpoint."""
@@ -183,7 +176,7 @@ class ShardwiseTrainer(TrainerCheckpoints):
             scheduler=self.lr_scheduler if whole else None,
             tokenizer=_tokenizer(self),
             metrics=_metrics(self),
-            extra_state={"trainer": _Position.of(self).to_state(), **_scaler(self)} if whole else None,
+            extra_state={"trainer": asdict(_Position.of(self)), **_scaler(self)} if whole else None,
             is_final_checkpoint=state.global_step >= state.max_steps or self.control.should_training_stop,
         )
 
@@ -297,13 +290,10 @@ def get_last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class _Position:
-    """Where a run was in its data when a checkpoint was saved, and with how many samples in a step.
+    """Where a run was in its data when a checkpoint was saved: epoch -1 where nothing was resumed.
 
-    Attributes:
-        epoch: The epoch; -1 where nothing was resumed.
-        batch_size: Samples in one step of the optimizer, of all ranks.
-        world_size: Number of ranks.
-        is_replayable: Whether the checkpoint has the generators of the epoch's start, and the number of batches.
+    ``batch_size`` are the samples in one step of the optimizer, of all ranks; with ``is_replayable`` the checkpoint has
+    the generators of the epoch's start, and the number of batches.
     """
 
     epoch: int = -1
@@ -314,23 +304,14 @@ class _Position:
     @staticmethod
     def of(trainer: ShardwiseTrainer) -> _Position:
         """The present one."""
-        args = trainer.args
-        return _Position(
-            trainer.current_epoch,
-            int(trainer.get_total_train_batch_size(args)),
-            int(args.world_size),
-            trainer.is_replayable,
-        )
+        size = int(trainer.get_total_train_batch_size(trainer.args))
+        return _Position(trainer.current_epoch, size, int(trainer.args.world_size), trainer.is_replayable)
 
     @staticmethod
     def from_state(state: Mapping[str, object]) -> _Position:
-        """What `to_state` gave, also in another release; what is not said counts as not replayable."""
+        """What a checkpoint has, also of another release; what is not said counts as not replayable."""
         known = {field.name for field in fields(_Position)}
         return _Position(**{name: value for name, value in state.items() if name in known})  # type: ignore[arg-type]
-
-    def to_state(self) -> dict[str, int | bool]:
-        """The fields by name."""
-        return asdict(self)
 
     def has_batches_of(self, other: _Position) -> bool:
         """Whether a step has the same samples, on the same ranks."""
@@ -347,7 +328,7 @@ class _TrainerState:
         """Write it. All ranks call."""
         group = kwargs["group"]
         if group is None or group.is_main:
-            self._trainer.state.save_to_json(str(Path(kwargs["model_path"]).parent / STATE_NAME))
+            self._trainer.state.save_to_json(str(Path(kwargs["model_path"]).parent / checks.STATE_NAME))
 
     def post_save(self, **kwargs: Unpack[SaveHookArgs]) -> None:
         """Nothing."""

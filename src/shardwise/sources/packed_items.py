@@ -9,7 +9,6 @@ is shape, dtype and byte order), and is as long, has them at the same place.
 from __future__ import annotations
 
 import io
-import os
 import sys
 import threading
 import zipfile
@@ -18,6 +17,7 @@ from typing import IO
 
 import torch
 
+from shardwise.disk.guarded import RangeStream
 from shardwise.dtypes import torch_dtype
 from shardwise.errors import FormatError
 from shardwise.upstream.torch_dispatch import place_in_archive, without_memory
@@ -57,8 +57,14 @@ class PackedItems:
 
 
 def _look(fill: Fill, nbytes: int, shape: tuple[int, ...], dtype: torch.dtype) -> int | None:
+    def read(into: memoryview, at: int) -> int:
+        part = into[: max(0, nbytes - at)]
+        if part:
+            fill(part, at)
+        return len(part)
+
     try:
-        with io.BufferedReader(_Archive(fill, nbytes)) as archive, without_memory():
+        with io.BufferedReader(RangeStream(read, lambda: nbytes)) as archive, without_memory():
             if not in_this_byte_order(archive):
                 return None
             archive.seek(0)
@@ -98,34 +104,3 @@ def in_this_byte_order(archive: IO[bytes]) -> bool:
         notes = [entry for entry in entries.infolist() if entry.filename.rpartition("/")[2] == "byteorder"]
         sound = len(notes) < 2 and all(entry.file_size < _LONGEST_NOTE for entry in notes)
         return sound and all(entries.read(entry) == sys.byteorder.encode() for entry in notes)
-
-
-class _Archive(io.RawIOBase):
-    """An archive that lies somewhere in a file, as a file of its own."""
-
-    def __init__(self, fill: Fill, nbytes: int) -> None:
-        super().__init__()
-        self._nbytes = nbytes
-        self._fill = fill
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._nbytes}[whence]
-        self._at = max(0, base + offset)
-        return self._at
-
-    def readinto(self, into: memoryview) -> int:  # type: ignore[override]
-        part = memoryview(into).cast("B")[: max(0, self._nbytes - self._at)]
-        if part:
-            self._fill(part, self._at)
-        self._at += len(part)
-        return len(part)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from shardwise.errors import ReplicasDifferError
+from shardwise.errors import ReplicasDifferError, some
 from shardwise.stateful_wrappers.names import NamedTensor
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord, SavedGroup, label_of
 from shardwise.stateful_wrappers.state_dict_overrides import EXTRA
@@ -201,10 +201,7 @@ def _shown(value: object) -> str:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    listed = ", ".join(map(str, ranks[:_SHOWN]))
-    return f"ranks {listed}" + (f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {some(ranks, _SHOWN)}"
 
 
 def _without(record: OptimizerRecord, dropped: set[str], owners: _Owners) -> OptimizerRecord:

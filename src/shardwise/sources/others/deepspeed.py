@@ -24,7 +24,7 @@ from shardwise.geometry import DTYPE_BYTES, Box, TensorSpec, covers_once
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.plan.views import refine_range
 from shardwise.sources.dcp_model import unwrapped_names
-from shardwise.sources.others.layout import Layout, OtherModel
+from shardwise.sources.others.layout import Layout, OtherModel, require_ranks
 from shardwise.sources.others.stored import (
     PLAIN_NAMES,
     StoredTensor,
@@ -94,7 +94,7 @@ class DeepSpeedDirectory:
     def _optimizers(self, names: Sequence[str], world: int) -> list[_Partitions]:
         """Every rank's optimizer file, in the order of the ranks."""
         found = {int(m["dp"]): m[0] for name in names if (m := _OPTIM.fullmatch(name)) is not None}
-        _require(self.directory, found, world, "optim_states")
+        require_ranks(self.directory, world, found, "optim_states files")
         return [_Partitions(self._read(found[rank])) for rank in range(world)]
 
     def _stage2(self, first: _States, names: Sequence[str]) -> OtherModel:
@@ -133,7 +133,7 @@ class DeepSpeedDirectory:
         """Master weights of ZeRO-3: each parameter by itself is cut into equal parts."""
         first = _States(self._read(models[min(models)]))
         world = first.world
-        _require(self.directory, models, world, "model_states")
+        require_ranks(self.directory, world, models, "model_states files")
         states = [first, *(_States(self._read(models[rank])) for rank in range(1, world))]
         ranks = self._optimizers(names, world)
         result = _Result([*(each.archive.path for each in states), *(each.archive.path for each in ranks)])
@@ -406,17 +406,6 @@ def _refuse_rest(first: _States, group: int, used: int, there: int, align: int) 
     """Refuse a group that has more elements than its parameters and padding to a multiple."""
     if -(-used // align) != -(-there // align):
         raise first.wrong(f"says that the parameters of group {group} have {used} elements; the ranks have {there}")
-
-
-def _require(directory: Path, found: Mapping[int, str], world: int, what: str) -> None:
-    missing = [rank for rank in range(world) if rank not in found]
-    if missing:
-        raise CheckpointNotFoundError(
-            f"of the {what} files of {world} ranks, {len(missing)} are absent: those of rank "
-            f"{', '.join(map(str, missing[:5]))}{', ...' if len(missing) > 5 else ''}",
-            path=directory,
-            hint="Every rank wrote one; copy them from the nodes that the others ran on.",
-        )
 
 
 def _refuse_parallel(directory: Path, names: Sequence[str]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from shardwise.errors import CheckpointNotFoundError, some
 from shardwise.sources.sources import Source
 
 
@@ -48,3 +49,14 @@ class Layout:
     open: Callable[[], OtherModel]
     dcp: Path | None = None
     has_masters: bool = False
+
+
+def require_ranks(directory: Path, world: int, found: Mapping[int, str], what: str = "files") -> None:
+    """Raise `CheckpointNotFoundError` where a rank's file is not among those ``found``, by rank."""
+    missing = [rank for rank in range(world) if rank not in found]
+    if missing:
+        raise CheckpointNotFoundError(
+            f"of the {what} of {world} ranks, {len(missing)} are absent: those of rank {some(missing, 5)}",
+            path=directory,
+            hint="Every rank wrote one; copy them from the nodes that the others ran on.",
+        )

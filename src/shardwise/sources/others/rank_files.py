@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 
 from shardwise.disk.names import is_directory, is_file, names_in
-from shardwise.errors import AmbiguousFilesError, CheckpointNotFoundError, FormatError, MisuseError
+from shardwise.errors import AmbiguousFilesError, FormatError, MisuseError
 from shardwise.format.sniff import Kind, what_is_file
 from shardwise.format.torch_archive import TorchArchive, read_torch_archive
 from shardwise.sources.others.distributed import RANK_ENUMS, RANK_NAMES, RankTensor, rank_tensor
 from shardwise.sources.others.join import RankFile, join
-from shardwise.sources.others.layout import Layout, OtherModel
+from shardwise.sources.others.layout import Layout, OtherModel, require_ranks
 from shardwise.sources.others.stored import refuse_tensors_inside
 from shardwise.sources.sources import Source
 from shardwise.sources.torch_state import distributed_class, unwrapped
@@ -46,7 +46,7 @@ class RankFiles:
     def open(self) -> OtherModel:
         """Join what the files have; see `Layout`."""
         if self.world_size is not None:
-            _require_ranks(self.directory, self.world_size, self.names)
+            require_ranks(self.directory, self.world_size, self.names)
         found = [file for number, name in sorted(self.names.items()) if (file := self._read(number, name)) is not None]
         if not found:
             raise MisuseError(
@@ -113,18 +113,6 @@ def _elements(archive: TorchArchive, value: object) -> int | None:
     return None if tensor is None else math.prod(tensor.shape)
 
 
-def _require_ranks(directory: Path, world: int, names: Mapping[int, str]) -> None:
-    """Refuse where a rank's file is not there."""
-    missing = [rank for rank in range(world) if rank not in names]
-    if missing:
-        some = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
-        raise CheckpointNotFoundError(
-            f"of the files of {world} ranks, {len(missing)} are absent: those of rank {some}",
-            path=directory,
-            hint="Every rank wrote one; copy them from the nodes that the others ran on.",
-        )
-
-
 def _by_rank(directory: Path, found: Sequence[RankFile]) -> tuple[list[RankFile], int | None]:
     """The files in the order of the ranks that they say to be of, and how many there have to be."""
     by_rank: dict[int, RankFile] = {}
@@ -145,7 +133,7 @@ def _by_rank(directory: Path, found: Sequence[RankFile]) -> tuple[list[RankFile]
         )
     world = next(iter(worlds), None)
     if world is not None:
-        _require_ranks(directory, world, {rank: file.path.name for rank, file in by_rank.items()})
+        require_ranks(directory, world, {rank: file.path.name for rank, file in by_rank.items()})
     return [by_rank[rank] for rank in sorted(by_rank)], world
 
 

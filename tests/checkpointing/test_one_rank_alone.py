@@ -23,6 +23,7 @@ from peft import LoraConfig
 from shardwise import Checkpointer, CheckpointingConfig
 from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, SaveHookArgs
 from shardwise.comm import Group
+from shardwise.disk.storage import LocalStorage, Status
 from shardwise.engine.agreement import Agreement
 from shardwise.engine.background import Background, waiting_for_copies
 from shardwise.engine.computed import gather
@@ -30,7 +31,7 @@ from shardwise.engine.jobs import SaveJob
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.row_exchange import exchange_rows
 from shardwise.engine.staging import Stager
-from shardwise.errors import AdapterError, CheckpointNotFoundError, MisuseError, RemoteError
+from shardwise.errors import AdapterError, CheckpointNotFoundError, MisuseError, RemoteError, StorageError
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.layout import lay_out
 from shardwise.plan.schedule import WriteRun, schedule
@@ -451,3 +452,29 @@ def exchange_lost() -> int:
 def test_a_holder_of_columns_that_cannot_read_its_memory() -> None:
     error = failure(3, exchange_lost)
     assert (error.rank, error.message) == (1, "RuntimeError: the device is lost")
+
+
+# --- extra state ----------------------------------------------------------------------------------------------------
+
+
+class Blind(LocalStorage):
+    """A file system on which rank 1 cannot see whether there is extra state."""
+
+    def status(self, path: Path, *, follows: bool = True) -> Status | None:
+        if path.name == "extra" and dist.get_rank() == 1:
+            raise StorageError("input/output error", path=path)
+        return super().status(path, follows=follows)
+
+
+def restore_blindly(root: Path) -> None:
+    config = CheckpointingConfig(checkpoint_dir=root / "run", collective_timeout_seconds=15)
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    Checkpointer(config, 0, 0, 0).save(0, 1, model, extra_state={"note": 1})
+    Checkpointer(config, 0, 0, 0, storage=Blind()).restore(model, extra_state={"note": 2})
+
+
+def test_extra_state_that_one_rank_cannot_look_for(tmp_path: Path) -> None:
+    error = failure(2, restore_blindly, tmp_path, seconds=60)
+    assert isinstance(error, StorageError)
+    assert error.rank == 1

@@ -382,7 +382,9 @@ def find_extras(session: Session, directory: Path, extra_state: MutableMapping[s
     group = session.group
     # For other tools' checkpoints; ours have a directory of extra state.
     foreign: Mapping[str, object] = {}
-    if group.any(bool(extra_state) and not is_directory(directory / "extra"), "looking for extra state"):
+    with group.together("looking for extra state") as vote:
+        vote.flag = bool(extra_state) and not is_directory(directory / "extra")
+    if vote.any:
         legacy = session.config.allow_legacy_pickle_restore
         foreign = read_states(directory, extra_state, group, legacy)
 

@@ -30,6 +30,10 @@ from shardwise.sources.torch_files import open_bin
 #: where the file does not name it.
 _QUANTIZERS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
+_LOG = logging.getLogger(__name__)
+
+_STANDARD_BIN = re.compile(r"(?:(diffusion_pytorch_model)|pytorch_model|model)(-\d+-of-\d+)?\.bin")
+
 
 def find_base(root_dir: str | Path | None, model_name: str, cache: str | Path | None = None) -> Path:
     """The directory or file of a base model; the network is never asked.
@@ -166,11 +170,6 @@ def is_torch_base(path: Path) -> bool:
 
 
 # --- the files of a model that is saved over it ----------------------------------------------------------------------
-
-
-_LOG = logging.getLogger(__name__)
-
-_STANDARD_BIN = re.compile(r"(?:(diffusion_pytorch_model)|pytorch_model|model)(-\d+-of-\d+)?\.bin")
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def _blocks(key: str, shape: tuple[int, ...], part: Fragment) -> Iterator[tuple[
 
 
 def _own_row(tensor: DTensor, index: int) -> torch.Tensor:
-    """This rank's part of a row, in place; memory of no consequence where the row is another rank's."""
+    """This rank's part of a row, in place; where the row is another rank's, memory that nobody reads."""
     for fragment in held_tensor("row", tensor, MeshRegister()).fragments:
         low = fragment.box.offsets[0]
         if low <= index < fragment.box.ends[0]:

@@ -51,7 +51,7 @@ def pack_value(item: WriteItem, planner: SavePlanner) -> PackedValue:
     name = item.index.fqn
     look_up: Callable[[MetadataIndex], object] | None = getattr(planner, "lookup_object", None)
     if look_up is None:
-        what = f"{type(planner).__name__} has no lookup_object, so that this value is to be had as a pickle only"
+        what = f"{type(planner).__name__} has no lookup_object, so that this value could only be saved as a pickle"
         hint = "Derive the planner from DCP's DefaultSavePlanner, or keep the value out of the state dict."
         raise MisuseError(what, tensor=name, hint=hint)
     try:

@@ -1,4 +1,4 @@
-"""Python's garbage collector rests while a call of the checkpointer runs, and afterwards is as it was."""
+"""Python's garbage collector rests during a call of the checkpointer or offline work, and afterwards is as it was."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Unpack
 
 import pytest
+import torch
+from tests.ops.damaged import save_dcp
 from torch import nn
 
 from shardwise import Checkpointer, CheckpointingConfig
 from shardwise.addons import CheckpointAddon, SaveHookArgs
+from shardwise.engine.collector import without_collector
+from shardwise.errors import CheckpointNotFoundError
+from shardwise.ops.consolidate import consolidate
+from shardwise.ops.verify import verify
 
 
 class Looking(CheckpointAddon):
@@ -55,3 +61,16 @@ def test_it_is_on_again_after_a_save_that_failed(tmp_path: Path) -> None:
         with pytest.raises(Exception, match="not today"):
             checkpointer.save_model(nn.Linear(2, 2), tmp_path)
         assert gc.isenabled()
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_it_rests_inside_and_is_as_it_was_before(tmp_path: Path, is_on: bool) -> None:
+    (gc.enable if is_on else gc.disable)()
+    with without_collector():
+        with without_collector():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    with pytest.raises(CheckpointNotFoundError):
+        verify(tmp_path / "absent")
+    consolidate(save_dcp({"a": torch.ones(2)}, tmp_path / "dcp"), tmp_path / "export")
+    assert gc.isenabled() == is_on

@@ -99,8 +99,8 @@ def make(seed: int, kind: str) -> tuple[nn.Module, torch.optim.Optimizer, object
     multiprocessing.current_process().daemon = False  # which may not have workers
     context = "fork" if workers else None  # a worker's process starts no servers
     if workers:
-        # Garbage of earlier tests may hold process groups. Collected in a forked worker, they would wait for threads that
-        # only this process has (so torch 2.13's gloo: the worker hangs).
+        # Garbage of earlier tests may hold process groups. Collected in a forked worker, they would wait for threads
+        # that only this process has (so torch 2.13's gloo: the worker hangs).
         gc.collect()
     loader = DataLoader(
         Noisy(), 2, shuffle=True, num_workers=workers, generator=generator, multiprocessing_context=context

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
 
 import torch
 from torch import nn
 
 from shardwise.checkpointing.hub import HubNames, HubState, natives_of
 from shardwise.checkpointing.session import Session
-from shardwise.comm import JsonValue
 from shardwise.convert import Computed, HeldGroup
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.agreement import Agreement
@@ -224,12 +222,9 @@ class Declared:
 
 def declare(session: Session, captured: AdapterTensors) -> Declared:
     """Gather the layers of the model on each rank; `AdapterError` if a pipeline stage is missing. All ranks call."""
-    group = session.group
-    layers: dict[str, JsonValue] = {path: list(indices) for path, indices in captured.inventory.items()}
-    own: JsonValue = [layers, bool(captured.cut), session.stage, bool(captured.extra)]
-    rows = cast(
-        "list[tuple[dict[str, list[int]], bool, int, bool]]", group.gather_json(own, "comparing the stages' layers")
-    )
+    layers = {path: list(indices) for path, indices in captured.inventory.items()}
+    own = layers, bool(captured.cut), session.stage, bool(captured.extra)
+    rows = session.group.gather_json(own, "comparing the stages' layers")
     check_stages({stage for _, _, stage, _ in rows})
     # A list with fewer layers than the configuration says is a pruned model; a stage's has keys, or holes.
     inventories = tuple(theirs for theirs, *_ in rows) if any(cut for _, cut, _, _ in rows) else ()

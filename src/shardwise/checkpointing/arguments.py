@@ -18,13 +18,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple, TypeAlias, cast
+from typing import NamedTuple
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
 from shardwise.disk.names import is_directory, names_in, real_path, status
 from shardwise.disk.storage import IsLocal, Storage, why_not_writable
 from shardwise.engine.records import ComponentRecord
@@ -104,21 +104,16 @@ class FirstExchange:
     token: str
 
 
-_Row: TypeAlias = tuple[dict[str, str], list[bool], tuple[str, str, list[int] | None], str]
-
-
 def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExchange:
     """Raise `ConfigError` if ranks differ in a setting they share, or in their root on one machine. All ranks call."""
     names_base = config.model_repo_id is not None or config.original_model_root_dir is not None
     values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in _OWN}
     values["staging_dir"] = "not given" if config.staging_dir is None else "given"
     own = {key: str(value.value if isinstance(value, Enum) else value) for key, value in values.items()}
-    names = [names_base, bool(config.model_state_dict_keys)]
-    mine = [cast(JsonValue, own), cast(JsonValue, names), [*RootLocation.own(root)], uuid.uuid4().hex]
-    rows = cast(list[_Row], group.gather_json(mine, "comparing settings"))
-    everyone = [theirs for theirs, _, _, _ in rows]
-    for rank, theirs in enumerate(everyone):
-        for key, value in everyone[0].items():
+    names = names_base, bool(config.model_state_dict_keys)
+    rows = group.gather_json((own, names, RootLocation.own(root), uuid.uuid4().hex), "comparing settings")
+    for rank, (theirs, *_) in enumerate(rows):
+        for key, value in rows[0][0].items():
             if theirs[key] != value:
                 raise ConfigError(
                     f"{key} is {value} on rank 0 and {theirs[key]} on rank {rank}",
@@ -127,7 +122,7 @@ def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExch
     locations = tuple(RootLocation(*location) for _, _, location, _ in rows)
     if not config.is_remote:
         check_same_root(locations)
-    named, listed = (any(theirs[number] for _, theirs, _, _ in rows) for number in range(2))
+    named, listed = (any(theirs) for theirs in zip(*(names for _, names, _, _ in rows), strict=True))
     return FirstExchange(named, listed, locations, rows[0][3])
 
 

@@ -10,14 +10,13 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.checkpointing.hub import HubState
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
 from shardwise.convert import HeldGroup
 from shardwise.disk.names import files_under, is_file
 from shardwise.disk.storage import Storage
@@ -293,15 +292,15 @@ def open_module_load(
     """
     found: SavedModuleState | None = None
 
-    def describe() -> JsonValue:
+    def describe() -> tuple[int, list[int]]:
         nonlocal found
         found = read_module_state(stems)
         names = [] if found is None else sorted(found.values)
         if found is not None and is_strict and not options.allow_missing:
             _require_extra(steps, found)
-        return [sum(1 for _ in _rounds(steps)), [int(any(_takes(step, name) for step in steps)) for name in names]]
+        return sum(1 for _ in _rounds(steps)), [int(any(_takes(step, name) for step in steps)) for name in names]
 
-    everyone = cast("list[tuple[int, list[int]]]", group.gather(describe, "comparing the state that modules load"))
+    everyone = group.gather(describe, "comparing the state that modules load")
     counts = [sum(column) for column in zip(*(theirs for _, theirs in everyone), strict=True)]
     names = [] if found is None else sorted(found.values)
     lost = [name for name, count in zip(names, counts, strict=True) if not count]

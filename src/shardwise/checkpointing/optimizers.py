@@ -209,7 +209,7 @@ def open_optimizer(
     names: dict[str, str] = {}
     compared: list[tuple[OptimizerRestore, FoundSchedules, OwnRead | None]] = []
 
-    def compare() -> JsonValue:
+    def compare() -> tuple[bool, list[int], Sequence[str], bool]:
         own = None
         if foreign is not None:
             plan, found, dcp_names = foreign.compared(state, schedulers, changes, buffered.any)
@@ -220,10 +220,9 @@ def open_optimizer(
         if own is not None:
             plan.keep({saved.spec.name for saved, _ in own.pairs}, own.parameters)
         compared.append((plan, found, own))
-        return [bool(plan.targets), sorted(found.used), list(found.chosen), bool(found.schedules)]
+        return bool(plan.targets), sorted(found.used), found.chosen, bool(found.schedules)
 
-    gathered = group.gather(compare, f"comparing the optimizer with {directory}")
-    rows = cast(list[tuple[bool, list[int], list[str], bool]], gathered)
+    rows = group.gather(compare, f"comparing the optimizer with {directory}")
     [(plan, found, own)] = compared
     if plan.fresh:
         _LOG.warning(

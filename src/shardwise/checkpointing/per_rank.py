@@ -7,12 +7,10 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from torch import nn
 
 from shardwise.checkpointing.session import Session
-from shardwise.comm import JsonValue
 from shardwise.disk.names import exists
 from shardwise.engine.jobs import Step, local_step
 from shardwise.engine.name_suggestions import listed
@@ -41,15 +39,15 @@ def check_patterns(session: Session, state: ModelState) -> None:
         return
     names: list[str] = []
 
-    def look() -> JsonValue:
+    def look() -> list[bool]:
         tensors = state.listing(values=False).tensors
         _require_members(session.may_differ.own(tensors), state.model)
         names.extend([name for named in tensors for name in (named.name, *named.aliases)])
         return [session.may_differ.matches(pattern, names) for pattern in patterns]
 
-    rows = cast(list[list[bool]], session.group.gather(look, "looking for the tensors of per_rank_state"))
-    for number, pattern in enumerate(patterns):
-        if not any(row[number] for row in rows):
+    rows = session.group.gather(look, "looking for the tensors of per_rank_state")
+    for pattern, *is_matched in zip(patterns, *rows, strict=True):
+        if not any(is_matched):
             raise ConfigError(
                 f"per_rank_state has {pattern!r}, which matches no tensor of the model on any rank",
                 hint="Patterns are as of file names ('*.experts.*') and match whole names, those of state_dict() "

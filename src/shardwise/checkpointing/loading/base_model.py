@@ -91,7 +91,7 @@ def _agreed_seed(model: nn.Module) -> int:
             mesh = parameter.device_mesh
             seen.add(mesh)
             for dim in range(mesh.ndim):
-                seed = cast(int, Group(mesh.get_group(dim)).broadcast_json(seed, 0, "agreeing on a seed"))
+                seed = Group(mesh.get_group(dim)).broadcast_json(seed, 0, "agreeing on a seed")
     return seed
 
 
@@ -150,7 +150,7 @@ def load_base_model(
 
 def _begin_peft(group: Group, parts: Sequence[nn.Module], fresh: Sequence[nn.Module]) -> None:
     """Give the adapters of parts that were on the meta device their first values. All ranks call."""
-    seed = cast(int, group.broadcast_json(torch.initial_seed(), 0, "agreeing on a seed"))
+    seed = group.broadcast_json(torch.initial_seed(), 0, "agreeing on a seed")
     with group.together("beginning the adapters"):  # apart, since DTensors communicate: no rank may have failed before
         for part in fresh:
             if is_peft_adapted([part]):
@@ -165,11 +165,11 @@ def _found(session: Session, root_dir: str | Path | None, model_name: str | None
             raise MisuseError("no base model is named", hint="Pass model_name, a hub id, a directory or a file.")
         return str(find_base(root_dir, model_name, session.config.model_cache_dir))
 
-    return Path(cast(str, session.group.broadcast_result(find, f"looking for the base model {model_name}")))
+    return Path(session.group.broadcast_result(find, f"looking for the base model {model_name}"))
 
 
 def _materialise(group: Group, parts: Sequence[nn.Module], device: torch.device, wanted: BaseWanted | None) -> None:
-    seed = cast(int, group.broadcast_json(torch.initial_seed(), 0, "agreeing on a seed"))
+    seed = group.broadcast_json(torch.initial_seed(), 0, "agreeing on a seed")
     with group.together("materialising the model"):
         for part in parts:
             slots = slots_of(part)
@@ -203,7 +203,11 @@ def fill_from_base(
             for part in parts:
                 if is_peft_adapted([part]):
                     refuse_changed_base([part])
-    told, stems = _agreed_config(path, group)
+    # The base's config decides which tensors exist; beside it are the files of module state.
+    told, stems = group.broadcast_result(
+        lambda: (cast(dict[str, JsonValue], base_config(path)), find_module_state(path)),
+        "reading the base model's config",
+    )
     source = open_base_source(
         path,
         group,
@@ -250,18 +254,6 @@ def fill_from_base(
 def _described(wanted: BaseWanted) -> list[HeldTensor]:
     """What a base fills, whether or not it has to be computed."""
     return [*wanted.held, *declared(wanted.groups)]
-
-
-def _agreed_config(path: Path, group: Group) -> tuple[dict[str, object], list[str]]:
-    """The base's config, which decides which tensors exist, and the files of module state. All ranks call."""
-
-    def look() -> JsonValue:
-        return [cast(JsonValue, base_config(path)), cast(JsonValue, find_module_state(path))]
-
-    config, stems = cast(
-        "tuple[dict[str, object], list[str]]", group.broadcast_result(look, "reading the base model's config")
-    )
-    return config, stems
 
 
 def _matched(

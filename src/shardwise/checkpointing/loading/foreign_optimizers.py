@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from shardwise.checkpointing.loading.restoring import Stateful
 from shardwise.checkpointing.run_state.schedulers import FoundSchedules, check_rates, no_scheduler, other_number
 from shardwise.checkpointing.session import Session
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
 from shardwise.convert import rename
 from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.engine.name_suggestions import listed
@@ -137,12 +137,9 @@ def read_states(directory: Path, wanted: Iterable[str], group: Group, legacy: bo
     A name is the path of a part of the state dict, joined by dots. Empty where the checkpoint is not a DCP directory.
     What cannot be read otherwise is unpickled without restrictions if ``legacy`` is true.
     """
-    own = sorted(wanted)
-
-    def describe() -> JsonValue:
-        return [cast(JsonValue, own), group.is_main and is_dcp(directory)]
-
-    gathered = cast("list[tuple[list[str], bool]]", group.gather(describe, "comparing what is to be restored"))
+    gathered = group.gather(
+        lambda: (sorted(wanted), group.is_main and is_dcp(directory)), "comparing what is to be restored"
+    )
     names = sorted({name for theirs, _ in gathered for name in theirs})
     if not gathered[0][1] or not names:
         return {}
@@ -311,8 +308,7 @@ class ForeignOptimizers:
         if any(each.numbered for each in self.found):
             # Each rank named numbered entries by its own parameters.
             own = hashlib.blake2b(json.dumps(sorted(dcp_names.items())).encode(), digest_size=16).hexdigest()
-            gathered = group.gather_json(own, "comparing parameters of optimizers")
-            if len(set(cast("list[str]", gathered))) > 1:
+            if len(set(group.gather_json(own, "comparing parameters of optimizers"))) > 1:
                 raise MisuseError(
                     "the checkpoint's optimizer knows its parameters by number alone, and the ranks' optimizers have "
                     "different parameters",
@@ -347,7 +343,7 @@ def find_foreign(
     )
     if not found_place:
         return None
-    place = Path(cast(str, found_place))
+    place = Path(found_place)
     steers = group.any(bool(state.optimizers), "asking which ranks have optimizers")
 
     def read() -> list[object]:

@@ -208,7 +208,7 @@ def _opened(
             plain = source.without(metadata.passed)
             matched = _match(state, hub, plain)
     assert matched is not None
-    everyone = group.gather_json(cast(JsonValue, dict(matched.ties)), "comparing tied tensors")
+    everyone = group.gather_json(dict(matched.ties), "comparing tied tensors")
     source = untied(plain, everyone, group, session.storage)
     ignored = listed_anywhere(matched.unused, source, group)
     exact = {alias: metadata.exact[name] for alias, name in kept.items() if name in metadata.exact}
@@ -272,14 +272,14 @@ class ModelMetadata:
 
 def read_model_metadata(path: Path, group: Group) -> ModelMetadata:
     """Read the metadata beside a model on rank 0 and broadcast it. All ranks of the group call."""
-    found = group.broadcast_result(lambda: _noted(path), "reading what was noted beside the model")
+
+    def look() -> tuple[JsonValue, JsonValue, int, list[str]]:
+        exact, passed = _note(path, NATIVE_DTYPES, {}), _note(path, PASSED_THROUGH, [])
+        return exact, passed, saved_ranks(path), find_module_state(path)
+
+    found = group.broadcast_result(look, "reading what was noted beside the model")
     exact, passed, ranks, module_state = cast(tuple[dict[str, str], list[str], int, list[str]], found)
     return ModelMetadata(exact, tuple(passed), ranks, tuple(module_state))
-
-
-def _noted(path: Path) -> JsonValue:
-    exact, passed = _note(path, NATIVE_DTYPES, {}), _note(path, PASSED_THROUGH, [])
-    return [exact, passed, saved_ranks(path), cast(JsonValue, find_module_state(path))]
 
 
 def _note(path: Path, name: str, absent: JsonValue) -> JsonValue:

@@ -11,14 +11,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import filterfalse
 from operator import attrgetter
-from typing import cast
 
 from torch import nn
 
 from shardwise.base.names import names_in_files, names_of_ties, under_names_of_files
 from shardwise.checkpointing.hub import HubState
 from shardwise.checkpointing.shared_names import file_name, recomputed_buffers
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
 from shardwise.convert import HeldGroup, rename
 from shardwise.disk.storage import Storage
 from shardwise.engine.load import listed_anywhere
@@ -116,7 +115,7 @@ def model_part(
         return source
     native, hub = frozenset[str](), frozenset[str]()
 
-    def look() -> JsonValue:
+    def look() -> list[str] | None:
         nonlocal native, hub
         own = capture()
         native, hub = own.native_names, own.names
@@ -124,14 +123,14 @@ def model_part(
             return None
         return [*dict.fromkeys([*places_of([*source.tensors], native), *places_of([*source.tensors], hub)])]
 
-    everyone = cast("list[list[str] | None]", group.gather(look, "looking for the model"))
+    everyone = group.gather(look, "looking for the model")
     place = _common([heads for heads in everyone if heads is not None], source)
     expected: frozenset[str] = frozenset()
     if place is not None:
         front = f"{place}." if place else ""
         expected = listed_anywhere([front + name for name in native | hub], source, group)
 
-    def decide() -> JsonValue:
+    def decide() -> tuple[str, dict[str, str]] | None:
         metadata = read_dcp_metadata(source.path)
         try:
             model = model_below(metadata, source.path, place, expected) if place is not None else None
@@ -141,12 +140,12 @@ def model_part(
                 return None  # the caller says which names are the model's
             error.hint = _HINT
             raise
-        return [model.prefix, cast(JsonValue, dict(model.names))]
+        return model.prefix, dict(model.names)
 
     found_model = group.broadcast_result(decide, f"looking for the model in {source.path}")
     if found_model is None:
         return source
-    prefix, found = cast("tuple[str, dict[str, str]]", found_model)
+    prefix, found = found_model
     model = DcpModel(found, prefix)
     if key_mapping and prefix:
         mapped = frozenset(rename([*model.names.values()], key_mapping))
@@ -194,13 +193,13 @@ def under_saved_names(
     return [tensor.renamed(found.get(tensor.spec.name, tensor.spec.name)) for tensor in held]
 
 
-def untied(source: Source, ties: Sequence[JsonValue], group: Group, storage: Storage) -> Source:
+def untied(source: Source, ties: Sequence[Mapping[str, str]], group: Group, storage: Storage) -> Source:
     """The source with each tensor that the model ties under one name: other tools write both, or the other one.
 
     All ranks call. ``ties`` are every rank's: the name that is not kept -> the name that is. Where the source has both,
     they are compared, by one rank each; if they differ, one would be lost, which is a `TensorError`.
     """
-    pairs = {alias: str(name) for theirs in ties if isinstance(theirs, dict) for alias, name in theirs.items()}
+    pairs = {alias: name for theirs in ties for alias, name in theirs.items()}
     there: dict[str, list[str]] = {}
     for alias, name in sorted(pairs.items()):
         if alias in source.tensors:
@@ -258,19 +257,16 @@ def with_aliases(
     All ranks of the group call if any of them lacks a name, and get the same result. One rank reads the manifest.
     ``lacking`` are this rank's `names_lacking`; the source's names were passed through ``key_mapping``.
     """
-    received = group.broadcast_result(
+    aliases = group.broadcast_result(
         lambda: dict(_renamed(saved_aliases(source), key_mapping)), "reading which tensors were shared"
     )
-    aliases = {name: str(kept) for name, kept in cast(dict[str, JsonValue], received).items()}
     if not aliases:
         return source, {}
     lacking = list(lacking)
     # A source of native names, such as a DCP directory, has native aliases.
     lacking += filterfalse(source.tensors.__contains__, map(_NAME, hub.native))
-    own = cast(JsonValue, sorted(aliases.keys() & set(lacking)))
-    wanted = {
-        str(name) for theirs in group.gather_json(own, "comparing shared tensors") for name in cast(list[str], theirs)
-    }
+    own = sorted(aliases.keys() & set(lacking))
+    wanted = {name for theirs in group.gather_json(own, "comparing shared tensors") for name in theirs}
     found = {name: aliases[name] for name in sorted(wanted) if aliases[name] in source.tensors}
     added = {name: source.tensors[kept].renamed(name) for name, kept in found.items()}
     return replace(source, tensors={**source.tensors, **added}), found

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ from shardwise.checkpointing.run_state.extras import (
     unrestored,
 )
 from shardwise.checkpointing.session import Session
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
 from shardwise.engine.name_suggestions import listed
 from shardwise.engine.verify import VerifyLevel, check_checkpoint
 from shardwise.lifecycle import Start
@@ -83,12 +83,11 @@ class _Opened:
                 self.steering.fill()
             self.extras.spread.fill(group)
 
-            def finish() -> JsonValue:
+            def finish() -> int:
                 self.extras.set_generators(order)
                 return recording.nbytes
 
-            read = group.gather(finish, "setting the random number generators")
-        return sum(cast(list[int], read))
+            return sum(group.gather(finish, "setting the random number generators"))
 
 
 @dataclass(frozen=True, slots=True)

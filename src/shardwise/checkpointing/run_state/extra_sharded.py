@@ -23,7 +23,7 @@ from shardwise.checkpointing.loading.models import OpenedModel, open_model
 from shardwise.checkpointing.saving.hooks import ModelRequest
 from shardwise.checkpointing.saving.models import ModelSave
 from shardwise.checkpointing.session import Session
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
 from shardwise.engine.agreement import Agreement
 from shardwise.engine.jobs import Step, below
 from shardwise.engine.load import OpenedLoad, open_described
@@ -186,11 +186,11 @@ def shared_modules(values: Mapping[str, object], group: Group) -> list[str]:
     Other modules have a separate state on each rank, such as metrics that a rank counts for itself.
     """
 
-    def describe() -> JsonValue:
+    def describe() -> dict[str, _Row]:
         rows = {name: _row(value) for name, value in values.items() if isinstance(value, nn.Module)}
-        return cast(JsonValue, {name: row for name, row in rows.items() if row is not None})
+        return {name: row for name, row in rows.items() if row is not None}
 
-    everyone = cast(list[dict[str, _Row]], group.gather(describe, "looking at modules in extra state"))
+    everyone = group.gather(describe, "looking at modules in extra state")
     names = sorted({name for theirs in everyone for name in theirs})
     return [name for name in names if _is_one([theirs.get(name) for theirs in everyone])]
 

@@ -44,7 +44,7 @@ from shardwise.checkpointing.run_state.extra_sharded import (
 )
 from shardwise.checkpointing.run_state.generators import RandomState, as_stateful
 from shardwise.checkpointing.session import Session
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
 from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.engine.jobs import Step, below
 from shardwise.engine.records import ComponentRecord, write_state
@@ -65,8 +65,8 @@ def capture_steps(session: Session, values: Mapping[str, object], directory: Pat
     group = session.group
     packed, spread, modules = _captured(values, group)
     digests = {name: hashlib.blake2b(joined(found), digest_size=16).hexdigest() for name, found in packed.items()}
-    own = {name: [digest, name in spread] for name, digest in digests.items()}
-    everyone = cast(list[dict[str, tuple[str, bool]]], group.gather_json(cast(JsonValue, own), "comparing extra state"))
+    own = {name: (digest, name in spread) for name, digest in digests.items()}
+    everyone = group.gather_json(own, "comparing extra state")
     shared = {n for n, digest in digests.items() if all(theirs.get(n, ("",))[0] == digest for theirs in everyone)}
 
     def write(group: Group) -> ComponentRecord:
@@ -250,8 +250,7 @@ def saved_names(directory: Path) -> list[str]:
 def open_spread(session: Session, found: FoundValues, directory: Path) -> OpenedSharded:
     """Open what is spread over the ranks, and compare it. All ranks call; nothing is changed."""
     group = session.group
-    own: JsonValue = [cast(JsonValue, list(found.spread)), cast(JsonValue, list(found.tensors))]
-    everyone = cast(list[tuple[list[str], list[str]]], group.gather_json(own, "comparing extra state"))
+    everyone = group.gather_json((found.spread, list(found.tensors)), "comparing extra state")
     modules = sorted({name for names, _ in everyone for name in names})
     tensors = sorted({name for _, names in everyone for name in names})
     for name in modules:
@@ -320,19 +319,19 @@ def load_rank_state(session: Session, state: Stateful, state_name: str, path: Pa
 def locate(session: Session, restore_from: str | Path | int, seen: Callable[[Start], None]) -> RestoreRecord | None:
     """Resolve a checkpoint on rank 0, which calls ``seen`` with it, and broadcast the result. All ranks call."""
 
-    def find() -> JsonValue:
+    def find() -> tuple[str, int | None, int | None, dict[str, float]] | None:
         found = resolve(session.root, restore_from)
         if found is None:
             return None
         seen(Start.at(found.path))
         inside = found.path.is_relative_to(session.root)
         path = found.path.relative_to(session.root) if inside else found.path
-        return [str(path), found.epoch, found.step, dict(found.metrics)]
+        return str(path), found.epoch, found.step, dict(found.metrics)
 
     found = session.group.broadcast_result(find, f"looking for {restore_from}")
     if found is None:
         return None
-    path, epoch, step, metrics = cast(tuple[str, int | None, int | None, dict[str, float]], found)
+    path, epoch, step, metrics = found
     # Below each rank's own root, which may be mounted elsewhere than rank 0's.
     return RestoreRecord(epoch, step, session.root / path, metrics)
 
@@ -445,11 +444,11 @@ def unrestored(
     """
     group = session.group
 
-    def describe() -> JsonValue:
-        has: list[JsonValue] = [*_components(directory, model_place)] if group.is_main else []
-        return [has, [*found.extra.skipped, *found.generators.skipped], [*given]]
+    def describe() -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
+        has = _components(directory, model_place) if group.is_main else []
+        return has, [*found.extra.skipped, *found.generators.skipped], given
 
-    rows = cast(list[tuple[list[str], list[str], list[str]]], group.gather(describe, "comparing what is restored"))
+    rows = group.gather(describe, "comparing what is restored")
     wanted = {name for _, _, theirs in rows for name in theirs}
     left = [name for name in rows[0][0] if name not in wanted] + [*partly]
     skipped = list(dict.fromkeys(name for _, theirs, _ in rows for name in theirs))

@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from shardwise.checkpointing.loading.restoring import Stateful
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatError
 from shardwise.sources.state_files import has_state, joined, pack_state, read_state, split, unpack_state
 from shardwise.stateful_wrappers.names import list_parameters
@@ -216,8 +216,8 @@ def gather_distinct(group: Group, blobs: Sequence[bytes]) -> list[list[DistinctV
 
     Many ranks have equal values, so only digests and one copy of each distinct value are sent, in the order of ranks.
     """
-    own: JsonValue = [hashlib.blake2b(blob, digest_size=16).hexdigest() if blob else "" for blob in blobs]
-    everyone = cast(list[list[str]], group.gather_json(own, "comparing states"))
+    own = [hashlib.blake2b(blob, digest_size=16).hexdigest() if blob else "" for blob in blobs]
+    everyone = group.gather_json(own, "comparing states")
     found = []
     for number, blob in enumerate(blobs):
         digests = [theirs[number] for theirs in everyone]

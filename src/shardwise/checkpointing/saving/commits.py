@@ -16,7 +16,7 @@ import yaml
 from shardwise.checkpointing.arguments import check_claim, check_files_visible
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
-from shardwise.disk.names import walk
+from shardwise.disk.names import is_there, walk
 from shardwise.disk.sequential import digest_file, sync_file, write_file
 from shardwise.disk.storage import Storage
 from shardwise.engine.records import ComponentRecord, merged, write_manifest
@@ -35,6 +35,7 @@ from shardwise.lifecycle import (
     abandon,
     best_checkpoint,
     claim,
+    doomed_name,
     lacks_metric,
     list_checkpoints,
     make_root,
@@ -124,12 +125,16 @@ class RunLine:
 class Unfinished:
     """A directory that is written under a temporary name, with a claim on the name that it gets in the end.
 
-    ``info`` goes into its manifest. Rank 0 knows the ``total_bytes`` of its files after the commit.
+    Messages call it ``name``; ``info`` goes into its manifest. Rank 0 knows after the commit the ``total_bytes`` of its
+    files, and the names of the checkpoints that were removed (``pruned``).
     """
 
-    def __init__(self, session: Session, place: Path, info: Mapping[str, JsonValue]) -> None:
-        self.place, self.temp = place, place.with_name(temporary_name(place.name))
+    _committing = "publishing {}"
+
+    def __init__(self, session: Session, place: Path, name: str, info: Mapping[str, JsonValue]) -> None:
+        self.place, self.temp, self.name = place, place.with_name(temporary_name(place.name)), name
         self.total_bytes: int | None = None
+        self.pruned: tuple[str, ...] = ()
         self._session, self._info = session, info
         self._claim: Claim | None = None
         self._is_reserved = False
@@ -140,11 +145,11 @@ class Unfinished:
             make_root(self.place.parent)
             self._claim = claim(self.place.parent, self.place.name, self._session.first_exchange.token)
 
-    def _gather(self, group: Group, record: ComponentRecord, closing: Closing) -> Callable[[], ComponentRecord]:
-        """Gather to rank 0 the files, tensors and aliases that each rank wrote. All ranks call.
+    @phase("publish")
+    def commit(self, group: Group, record: ComponentRecord, closing: Closing) -> None:
+        """Do the local work in ``closing``, and publish what every rank has made durable. All ranks call.
 
-        ``closing`` is local work to be done first. Returns a function for rank 0 that merges the records and checks
-        that rank 0 sees every file. A rank that writes elsewhere than rank 0 is a `StorageError`.
+        A rank that writes elsewhere than rank 0 is a `StorageError`.
         """
         is_remote, met = self._session.is_remote, self._session.first_exchange
 
@@ -156,15 +161,21 @@ class Unfinished:
             return None if group.is_main else record.encoded()
 
         rows = group.collect(close, "gathering records")
+        with group.together(self._committing.format(self.place)):
+            if group.is_main:
+                self._publish([record, *map(ComponentRecord.decoded, rows[1:])])
+                self._release()
 
-        def union() -> ComponentRecord:
-            records = [record, *map(ComponentRecord.decoded, rows[1:])]
-            whole = merged(records)
-            if not is_remote:
-                check_files_visible(self.temp, records, met.locations)
-            return replace(whole, aliases=_sound(whole.aliases, whole.tensors))
+    def _publish(self, records: Sequence[ComponentRecord]) -> None:
+        """Put the directory in its place, given what each rank wrote. Rank 0 calls."""
+        raise NotImplementedError
 
-        return union
+    def _union(self, records: Sequence[ComponentRecord]) -> ComponentRecord:
+        """All files, tensors and aliases, if rank 0 sees every file. Rank 0 calls."""
+        whole = merged(records)
+        if not self._session.is_remote:
+            check_files_visible(self.temp, records, self._session.first_exchange.locations)
+        return replace(whole, aliases=_sound(whole.aliases, whole.tensors))
 
     def _write_manifest(self, record: ComponentRecord) -> None:
         """Write the manifest of every file that is there; others' are digested and synced. Rank 0 calls."""
@@ -207,42 +218,31 @@ class Publication(Unfinished):
         info: Mapping[str, JsonValue],
         metrics: Mapping[str, float],
         line: RunLine,
+        make_room: Callable[[], None],
     ) -> None:
-        super().__init__(session, final, info)
-        self._metrics, self._line = metrics, line
-        #: The names of the checkpoints that were removed; known on rank 0 after `commit`.
-        self.pruned: tuple[str, ...] = ()
+        super().__init__(session, final, final.name, info)
+        self._metrics, self._line, self._make_room = metrics, line, make_room
 
-    def reserved(self, make_room: Callable[[], None]) -> Callable[[], None]:
-        """A function that claims the name and makes the directory with ``make_room``, which can then be abandoned."""
+    def reserve(self) -> None:
+        """Claim the name and make the directory, which can then be abandoned. Rank 0 calls."""
+        self._claim_name()
+        self._make_room()
+        self._is_reserved = True
 
-        def reserve() -> None:
-            self._claim_name()
-            make_room()
-            self._is_reserved = True
-
-        return reserve
-
-    @phase("publish")
-    def commit(self, group: Group, record: ComponentRecord, closing: Closing = ()) -> None:
-        """Publish. All ranks of ``group`` call; every rank's files are durable."""
+    def _publish(self, records: Sequence[ComponentRecord]) -> None:
         session = self._session
-        union = self._gather(group, record, closing)
-        with group.together(f"publishing {self.place}"):
-            if group.is_main:
-                write_run_files(session.storage, self.temp, session.config, self._metrics)
-                found = union()
-                with nullcontext() if session.is_remote else publishing(session.root):
-                    # The line names other checkpoints; they must not change until this one is published.
-                    lineage = self._write_lineage()
-                    self._write_manifest(found)
-                    put_in_place(self.temp, self.place, self._line.left_from)
-                    # Whatever fails from here on, the checkpoint is there: the run goes on from it, and nothing is
-                    # abandoned (what it replaced may be all that a power failure leaves).
-                    self._line.start, self._is_reserved = Start(self.place, lineage), False
-                    settle(self.temp, self.place)
-                    self._point()
-                self._release()
+        write_run_files(session.storage, self.temp, session.config, self._metrics)
+        found = self._union(records)
+        with nullcontext() if session.is_remote else publishing(session.root):
+            # The line names other checkpoints; they must not change until this one is published.
+            lineage = self._write_lineage()
+            self._write_manifest(found)
+            put_in_place(self.temp, self.place, self._line.left_from)
+            # Whatever fails from here on, the checkpoint is there: the run goes on from it, and nothing is abandoned
+            # (what it replaced may be all that a power failure leaves).
+            self._line.start, self._is_reserved = Start(self.place, lineage), False
+            settle(self.temp, self.place)
+            self._point()
 
     def _write_lineage(self) -> Lineage:
         numbers = parse_checkpoint_name(self.place.name)
@@ -282,3 +282,49 @@ class Publication(Unfinished):
             )
         with phase("prune"):
             self.pruned = tuple(prune(session.root, policy))
+
+
+class Replacement(Unfinished):
+    """Reserve, fill and put in place one component's directory."""
+
+    _committing = "putting {} in place"
+
+    def reserve(self) -> None:
+        """Make the directory to write into, removing what an interrupted save left. Rank 0 calls."""
+        session = self._session
+        session.storage.make_directory(self.place.parent)
+        self._claim_name()
+        self._is_reserved = True
+        session.storage.remove_tree(self.temp)
+        if is_there(self._doomed) and not is_there(self.place):
+            # A crash between the two renames of commit(): what stood here is the only copy there is.
+            session.storage.rename_new(self._doomed, self.place)
+            session.storage.sync_directory(self.place.parent)
+        session.storage.remove_tree(self._doomed)
+        session.storage.make_directory(self.temp)
+
+    @property
+    def _doomed(self) -> Path:
+        return self.place.with_name(doomed_name(self.place.name))
+
+    def _publish(self, records: Sequence[ComponentRecord]) -> None:
+        self._write_manifest(self._union(records))
+        for where, _ in walk(self.temp):
+            self._session.storage.sync_directory(where)
+        self._put_in_place()
+        # It is there: nothing is abandoned any more. What it replaced may be all that a power failure leaves.
+        self._is_reserved = False
+        settle(self.temp, self.place)
+
+    def _put_in_place(self) -> None:
+        storage = self._session.storage
+        if not is_there(self.place):
+            storage.rename(self.temp, self.place)
+        elif not storage.exchange(self.temp, self.place):
+            # In two steps where there is no better way; reserve() sees to a crash between them.
+            storage.rename(self.place, self._doomed)
+            try:
+                storage.rename(self.temp, self.place)
+            except BaseException:
+                storage.rename_new(self._doomed, self.place)
+                raise

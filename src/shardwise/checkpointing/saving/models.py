@@ -355,7 +355,7 @@ class ModelSave:
         config, group = self._session.config, self._session.group
         verifies = config.verify_export and self._exports
 
-        def compare() -> JsonValue:
+        def compare() -> list[str]:
             if verifies:
                 require_equal(compare_with_keys(specs, facts.expectation), self._directory)
             if base is None:
@@ -365,9 +365,9 @@ class ModelSave:
             if verifies:
                 require_equal(differences, base.directory)
             base.check_readable(passed)
-            return cast(JsonValue, passed)
+            return passed
 
-        return cast(list[str], group.broadcast_result(compare, "comparing the export with the base model"))
+        return group.broadcast_result(compare, "comparing the export with the base model")
 
     def _prepare_directory(self, facts: Facts, passed: Sequence[str] = ()) -> None:
         """Make the directory and write the files beside the weights. Local; only rank 0 writes."""

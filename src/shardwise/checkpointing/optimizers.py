@@ -19,7 +19,7 @@ from shardwise.checkpointing.loading.foreign_optimizers import (
     foreign_components,
 )
 from shardwise.checkpointing.loading.restoring import Stateful, Undos
-from shardwise.checkpointing.per_rank import OwnRead, find_optimizer, optimizer_steps
+from shardwise.checkpointing.per_rank import OwnRead, find_of_optimizer, optimizer_steps
 from shardwise.checkpointing.run_state.schedulers import (
     SCHEDULER_STATE,
     FoundSchedules,
@@ -216,7 +216,7 @@ def open_optimizer(
             names.update(dcp_names)
         else:
             plan, found = _compared(session, state, model, schedulers, directory, changes, buffered.any)
-            own = find_optimizer(session, plan, directory)
+            own = find_of_optimizer(session, plan, directory)
         if own is not None:
             plan.keep({saved.spec.name for saved, _ in own.pairs}, own.parameters)
         compared.append((plan, found, own))

@@ -128,7 +128,7 @@ class OwnRead:
             read_own(self.path, self.pairs, session.storage, session.threads)
 
 
-def find_model(session: Session, state: ModelState, directory: Path, ranks: int) -> OwnRead | None:
+def find_of_model(session: Session, state: ModelState, directory: Path, ranks: int) -> OwnRead | None:
     """Find this rank's own tensors of a model, and compare them, before anything is overwritten. All ranks call.
 
     Returns ``None`` on all ranks unless as many ranks saved such tensors (``ranks``) as load now.
@@ -145,8 +145,8 @@ def find_model(session: Session, state: ModelState, directory: Path, ranks: int)
     return session.group.attempt(lambda: _find(session, directory, by_name), "looking for each rank's own tensors")
 
 
-def find_optimizer(session: Session, plan: OptimizerRestore, directory: Path) -> OwnRead | None:
-    """As `find_model`, for the state that optimizers are about to have. Local."""
+def find_of_optimizer(session: Session, plan: OptimizerRestore, directory: Path) -> OwnRead | None:
+    """As `find_of_model`, for the state that optimizers are about to have. Local."""
     if not _is_for(session, directory, saved_ranks(directory)):
         return None
     return _find(

@@ -16,7 +16,7 @@ from shardwise.base.files import BaseModel, find_base_path, open_base
 from shardwise.checkpointing.arguments import FirstExchange
 from shardwise.checkpointing.hub import HubNames, HubState, Recast
 from shardwise.checkpointing.parallel_ranks import ParallelRanks
-from shardwise.checkpointing.saving.class_check import ClassCheck
+from shardwise.checkpointing.saving.checks import ClassCheck
 from shardwise.comm import Group
 from shardwise.disk.storage import IsLocal, Storage
 from shardwise.engine.agreement import Agreement

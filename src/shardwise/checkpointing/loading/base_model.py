@@ -37,7 +37,7 @@ from shardwise.base.initialise import (
 from shardwise.base.names import BaseWanted, match_base
 from shardwise.base.source import BaseSource
 from shardwise.checkpointing.hub import require_memory
-from shardwise.checkpointing.loading.names import expected_unused
+from shardwise.checkpointing.loading.models import expected_unused
 from shardwise.checkpointing.loading.restoring import overwriting
 from shardwise.checkpointing.module_state import ModuleLoad, claimed, find_module_state, in_shapes_of, open_module_load
 from shardwise.checkpointing.session import Session

@@ -25,7 +25,7 @@ from shardwise.checkpointing.adapters import (
 )
 from shardwise.checkpointing.hub import HubState, memory_of, require_memory
 from shardwise.checkpointing.optimizers import Optimizers, as_list
-from shardwise.checkpointing.saving.header_checks import Facts
+from shardwise.checkpointing.saving.checks import Facts
 from shardwise.checkpointing.saving.hooks import ModelRequest, hook_arguments, run_after, run_hooks
 from shardwise.checkpointing.saving.models import Described, ModelSave
 from shardwise.checkpointing.session import Session

@@ -23,11 +23,10 @@ from shardwise.addons.huggingface import (
     write_metadata,
 )
 from shardwise.checkpointing.arguments import refuse_whole_adapter
-from shardwise.checkpointing.hub import HubState, Recast, memory_of, natives_of, require_memory
+from shardwise.checkpointing.hub import HubState, Recast, loose_ties, memory_of, natives_of, require_memory, settle_ties
 from shardwise.checkpointing.module_state import module_state_names, module_state_step
 from shardwise.checkpointing.per_rank import model_steps
-from shardwise.checkpointing.saving.commits import Closing
-from shardwise.checkpointing.saving.header_checks import (
+from shardwise.checkpointing.saving.checks import (
     Expectation,
     Facts,
     compare_with_base,
@@ -36,9 +35,9 @@ from shardwise.checkpointing.saving.header_checks import (
     read_back,
     require_equal,
 )
+from shardwise.checkpointing.saving.commits import Closing
 from shardwise.checkpointing.saving.hooks import ModelRequest, hook_arguments, leading_own, run_after, run_hooks
 from shardwise.checkpointing.saving.torch_format import capture_distcp, tensors_alone, write_distcp
-from shardwise.checkpointing.shared_names import loose_ties, settle_ties
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup
 from shardwise.disk.names import is_file

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -40,48 +40,25 @@ from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, plan
 from shardwise.stateful_wrappers.state_tensors import SavedTensor
 from shardwise.stateful_wrappers.wrapping import plain_name
 
-#: An attribute of torch's schedulers that some releases lack.
-_MAY_DIFFER = {"verbose"}
 _NO_SCHEDULER = "Or restore without it, and it starts afresh."
 _NO_OPTIMIZER = "Or restore without an optimizer (and its scheduler), which then starts afresh."
 
 
-@dataclass(frozen=True, slots=True)
-class ForeignSchedules:
-    """The schedulers' states in a DCP directory, by place, and whether they were a list there."""
-
-    directory: Path
-    states: Mapping[str, object]
-    listed: bool
-
-
-def read_schedules(directory: Path, group: Group, legacy: bool) -> ForeignSchedules:
-    """Read what a DCP directory has of schedulers. All ranks call."""
-
-    def read() -> dict[str, object]:
-        values = DcpValues(directory, legacy)
-        places = scheduler_places(values)
-        states = {".".join(map(str, place)): state_at(values, place) for place in places}
-        return {"states": states, "listed": all(isinstance(place[-1], int) for place in places if place)}
-
-    found = cast("dict[str, object]", broadcast_state(read, group, f"reading the schedulers of {directory}"))
-    return ForeignSchedules(directory, cast("dict[str, object]", found["states"]), cast(bool, found["listed"]))
-
-
 def foreign_schedules(
-    schedulers: Sequence[Stateful], found: ForeignSchedules
+    schedulers: Sequence[Stateful], states: Mapping[str, object], is_list: bool, path: Path
 ) -> list[tuple[Stateful, dict[str, object]]]:
-    """Each scheduler with its saved state; `MisuseError` unless they match without doubt. Local; nothing is changed."""
-    path = found.directory
-    if not found.states:
+    """Each scheduler with its state of those in a DCP directory, by place; ``is_list`` where they were a list there.
+
+    `MisuseError` unless they match without doubt. Local; nothing is changed.
+    """
+    if not states:
         raise no_scheduler(path)
-    if len(found.states) != len(schedulers) or (len(schedulers) > 1 and not found.listed):
-        unclear = "" if len(found.states) != len(schedulers) else ": which is which is not known"
-        names = f" ({listed([*found.states])})"
-        raise other_number(len(found.states), len(schedulers), path, unclear, names)
+    if len(states) != len(schedulers) or (len(schedulers) > 1 and not is_list):
+        unclear = "" if len(states) != len(schedulers) else ": which is which is not known"
+        raise other_number(len(states), len(schedulers), path, unclear, f" ({listed([*states])})")
     return [
         (scheduler, _fitting(scheduler, place, state, path))
-        for scheduler, (place, state) in zip(schedulers, found.states.items(), strict=True)
+        for scheduler, (place, state) in zip(schedulers, states.items(), strict=True)
     ]
 
 
@@ -90,11 +67,12 @@ def _fitting(scheduler: Stateful, place: str, saved: object, path: Path) -> dict
     state = filled(own, saved)
     if not isinstance(state, dict):
         raise StateFormatError(f"what is saved as {place!r} is no scheduler's state", path=path, hint=_NO_SCHEDULER)
-    lacking = sorted({str(key) for key in own} - {str(key) for key in state} - _MAY_DIFFER)
+    may_lack = {"verbose"}  # some releases' schedulers have it
+    lacking = sorted({str(key) for key in own} - {str(key) for key in state} - may_lack)
     if isinstance(getattr(scheduler, "scheduler", scheduler), LRScheduler):
         # Attributes with a leading underscore differ between releases of torch.
         lacking = [key for key in lacking if not key.startswith("_")]
-        beyond = sorted(key for key in {*state} - {*own} - _MAY_DIFFER if not str(key).startswith("_"))
+        beyond = sorted(key for key in {*state} - {*own} - may_lack if not str(key).startswith("_"))
     else:
         beyond = []
     if lacking or beyond:
@@ -177,36 +155,37 @@ def broadcast_state(read: Callable[[], object], group: Group, what: str) -> obje
 class ForeignOptimizers:
     """Optimizers in a DCP directory, with all its tensors under DCP's names, on every rank alike.
 
-    ``schedules`` is what is there of schedulers; none, as ``found``, where none is to be restored.
+    ``schedules`` are the schedulers' states by place, a list there with ``lists_schedules``. What is not to be restored
+    is not read.
     """
 
     directory: Path
     found: tuple[DcpOptimizer, ...]
     source: Source
-    schedules: ForeignSchedules | None = None
+    schedules: Mapping[str, object] = field(default_factory=dict)
+    lists_schedules: bool = False
 
     def compared(
         self, state: OptimizerState, schedulers: Sequence[Stateful], changes: Changes, is_buffered: bool
     ) -> tuple[OptimizerRestore, FoundSchedules, dict[str, str]]:
         """What this rank's optimizers and schedulers will get, and DCP's name of each tensor. Local."""
-        record, names = self.matched(state, changes.key_mapping)
+        record, names = self._matched(state, changes.key_mapping)
         try:
             plan = plan_restore(state, record, allow_new=changes.allow_new, aside=is_buffered)
         except ShardwiseError as error:
             error.path = error.path or str(self.directory)
             _add_names(error, record)
             raise
-        fitting = foreign_schedules(schedulers, self.schedules) if schedulers and self.schedules is not None else []
-        return plan, FoundSchedules(tuple(fitting)), names
+        own = foreign_schedules(schedulers, self.schedules, self.lists_schedules, self.directory) if schedulers else []
+        return plan, FoundSchedules(tuple(own)), names
 
-    def matched(
+    def _matched(
         self, state: OptimizerState, key_mapping: Mapping[str, str] | None
     ) -> tuple[OptimizerRecord, dict[str, str]]:
-        """The state that this rank's optimizers will get, and DCP's name of each tensor. Local."""
-        named = [_in_names(each, key_mapping) for each in self.found if not each.numbered]
-        numbered = [each for each in self.found if each.numbered]
         if not state.optimizers:
             return OptimizerRecord((), {}, {}), {}
+        named = [_in_names(each, key_mapping) for each in self.found if not each.numbered]
+        numbered = [each for each in self.found if each.numbered]
         if numbered and named:
             raise MisuseError(
                 f"of the checkpoint's optimizers {_places(numbered)} knows its parameters by number and "
@@ -215,10 +194,9 @@ class ForeignOptimizers:
                 hint=f"Save them in one way. {_NO_OPTIMIZER}",
             )
         if numbered:
-            named = [
-                self._by_position(each, optimizer, state)
-                for each, optimizer in self._paired(numbered, state.optimizers)
-            ]
+            self._check_order(numbered, state.optimizers)
+            pairs = zip(numbered, state.optimizers, strict=True)
+            named = [self._by_position(each, optimizer, state) for each, optimizer in pairs]
         return self.described(named)
 
     def described(self, named: Sequence[DcpOptimizer]) -> tuple[OptimizerRecord, dict[str, str]]:
@@ -231,15 +209,12 @@ class ForeignOptimizers:
         for each in named:
             values |= each.values
             for param, keys in each.tensors.items():
-                tensors[param] = {key: self._saved(name) for key, name in keys.items()}
+                specs = {key: self.source.tensors[name].spec for key, name in keys.items()}
+                tensors[param] = {key: SavedTensor(spec.dtype, spec.shape) for key, spec in specs.items()}
                 dcp_names |= {f"state.{param}.{key}": name for key, name in keys.items()}
             for param in each.values:
                 tensors.setdefault(param, {})
         return OptimizerRecord(tuple(groups), tensors, values, is_old=True), dcp_names
-
-    def _saved(self, name: str) -> SavedTensor:
-        spec = self.source.tensors[name].spec
-        return SavedTensor(spec.dtype, spec.shape)
 
     def _refuse_shared(self, named: Sequence[DcpOptimizer]) -> None:
         owner: dict[str, DcpOptimizer] = {}
@@ -254,9 +229,7 @@ class ForeignOptimizers:
                             hint=f"Save each model with its optimizer in a directory of its own. {_NO_OPTIMIZER}",
                         )
 
-    def _paired(
-        self, numbered: Sequence[DcpOptimizer], optimizers: Sequence[Optimizer]
-    ) -> list[tuple[DcpOptimizer, Optimizer]]:
+    def _check_order(self, numbered: Sequence[DcpOptimizer], optimizers: Sequence[Optimizer]) -> None:
         if len(numbered) != len(optimizers) or (len(numbered) > 1 and not all(each.listed for each in numbered)):
             raise MisuseError(
                 f"the checkpoint has {len(numbered)} optimizers ({_places(numbered)}), whose parameters are known by "
@@ -266,7 +239,6 @@ class ForeignOptimizers:
                 "torch.distributed.checkpoint.state_dict.get_optimizer_state_dict, which names parameters. "
                 f"{_NO_OPTIMIZER}",
             )
-        return list(zip(numbered, optimizers, strict=True))
 
     def _by_position(self, saved: DcpOptimizer, optimizer: Optimizer, state: OptimizerState) -> DcpOptimizer:
         """The saved optimizer with names for numbers, where counts of parameters and groups and all shapes agree."""
@@ -279,19 +251,16 @@ class ForeignOptimizers:
         for group, (group_names, params) in zip(saved.groups, own, strict=True):
             for number, name, param in zip(group.params, group_names, params, strict=True):
                 names[number] = name
-                self._compare(saved, number, name, param)
+                for key, dcp_name in saved.tensors.get(number, {}).items():
+                    shape = self.source.tensors[dcp_name].spec.shape
+                    if shape not in ((), (1,)) and shape != tuple(param.shape):
+                        raise self._no_match(
+                            saved,
+                            f"{key!r} of its parameter {number} has the shape {list(shape)}, and the parameter in that "
+                            f"place, {name}, {list(param.shape)}",
+                            name,
+                        )
         return saved.renamed(names)
-
-    def _compare(self, saved: DcpOptimizer, number: str, name: str, param: torch.Tensor) -> None:
-        for key, dcp_name in saved.tensors.get(number, {}).items():
-            shape = self.source.tensors[dcp_name].spec.shape
-            if shape not in ((), (1,)) and shape != tuple(param.shape):
-                raise self._no_match(
-                    saved,
-                    f"{key!r} of its parameter {number} has the shape {list(shape)}, and the parameter in that place, "
-                    f"{name}, {list(param.shape)}",
-                    name,
-                )
 
     def _no_match(self, saved: DcpOptimizer, why: str, tensor: str | None = None) -> MisuseError:
         return MisuseError(
@@ -338,9 +307,13 @@ def find_foreign(
 ) -> ForeignOptimizers | None:
     """Read what another tool saved of optimizers and schedulers, where ours is not in ``directory``. All ranks call."""
     group, legacy = session.group, session.config.allow_legacy_pickle_restore
-    found_place = group.broadcast_result(
-        lambda: str(_foreign_place(directory) or ""), f"looking for an optimizer at {directory}"
-    )
+
+    def look() -> str:
+        # ``optim`` itself, or the checkpoint around it.
+        places = () if has_state(directory / "optimizer") else (directory, directory.parent)
+        return str(next((place for place in places if is_dcp(place)), ""))
+
+    found_place = group.broadcast_result(look, f"looking for an optimizer at {directory}")
     if not found_place:
         return None
     place = Path(found_place)
@@ -349,11 +322,22 @@ def find_foreign(
     def read() -> list[object]:
         return [each.to_state() for each in _read(place, legacy)] if steers else []
 
+    def read_schedules() -> list[object]:
+        values = DcpValues(place, legacy)
+        paths = scheduler_places(values)
+        is_list = all(isinstance(path[-1], int) for path in paths if path)
+        return [{".".join(map(str, path)): state_at(values, path) for path in paths}, is_list]
+
     states = cast("list[object]", broadcast_state(read, group, f"reading the optimizers of {place}"))
-    has_schedulers = group.any(bool(schedulers), "comparing schedulers")
-    schedules = read_schedules(place, group, legacy) if has_schedulers else None
+    schedules: dict[str, object] = {}
+    lists_schedules = False
+    if group.any(bool(schedulers), "comparing schedulers"):
+        schedules, lists_schedules = cast(
+            "tuple[dict[str, object], bool]",
+            broadcast_state(read_schedules, group, f"reading the schedulers of {place}"),
+        )
     found = tuple(map(DcpOptimizer.from_state, states))
-    return ForeignOptimizers(place, found, open_source(place, group, spread=True), schedules)
+    return ForeignOptimizers(place, found, open_source(place, group, spread=True), schedules, lists_schedules)
 
 
 def count_in_tensors(plan: OptimizerRestore) -> None:
@@ -373,13 +357,6 @@ def count_in_tensors(plan: OptimizerRestore) -> None:
         dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
         device = each.param.device if on_device else "cpu"
         each.state["step"] = torch.tensor(float(cast(float, step)), dtype=dtype, device=device)
-
-
-def _foreign_place(directory: Path) -> Path | None:
-    """The DCP directory that has the optimizer: ``optim`` itself, or the checkpoint around it. Local."""
-    if has_state(directory / "optimizer"):
-        return None
-    return next((place for place in (directory, directory.parent) if is_dcp(place)), None)
 
 
 def _read(place: Path, legacy: bool) -> list[DcpOptimizer]:

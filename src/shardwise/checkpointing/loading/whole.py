@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+import logging
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,28 +18,33 @@ from shardwise.checkpointing.averages import MODEL_EMA, Average
 from shardwise.checkpointing.lifetime import Lifetime, check_same_call
 from shardwise.checkpointing.loading import base_model
 from shardwise.checkpointing.loading.adapters import OpenedAdapter, open_adapter
-from shardwise.checkpointing.loading.foreign_optimizers import Changes
+from shardwise.checkpointing.loading.foreign_optimizers import Changes, foreign_components, torch_leftovers
 from shardwise.checkpointing.loading.models import OpenedModel, open_model
 from shardwise.checkpointing.loading.restoring import Undos, overwriting, undone_on_failure
-from shardwise.checkpointing.optimizers import OpenedOptimizer, Optimizers, Schedulers, as_list, open_optimizer
+from shardwise.checkpointing.optimizers import (
+    OpenedOptimizer,
+    Optimizers,
+    Schedulers,
+    as_list,
+    open_optimizer,
+    optimizer_components,
+)
 from shardwise.checkpointing.reports import Call, RestoreRecord
 from shardwise.checkpointing.run_state.data_order import DataOrder, with_loader
-from shardwise.checkpointing.run_state.extras import (
-    FoundExtras,
-    find_extras,
-    locate,
-    model_place,
-    require_position,
-    unrestored,
-)
+from shardwise.checkpointing.run_state.extras import FoundExtras, find_extras, require_position, saved_names
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
+from shardwise.disk.names import is_directory
 from shardwise.engine.name_suggestions import listed
 from shardwise.engine.verify import VerifyLevel, check_checkpoint
-from shardwise.lifecycle import Start
+from shardwise.lifecycle import Start, resolve
+from shardwise.lifecycle.resolve import is_verifiable
+from shardwise.sources.dcp_values import is_dcp
 from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.model import Model
 from shardwise.timing import Recording, phase
+
+_LOG = logging.getLogger(__name__)
 
 
 class _OpenedAverage(NamedTuple):
@@ -147,7 +153,7 @@ def _restore(life: Lifetime, what: WhatToRestore, told: Call) -> RestoreRecord |
             check_before_training(session, what.model, is_adapted=True)
     starts: list[Start] = []
     with phase("resolve"):
-        record = locate(session, what.restore_from, starts.append)
+        record = _locate(session, what.restore_from, starts.append)
     if record is None:
         with session.group.together("looking at the optimizer"):
             if what.optimizer is not None and life.config.enabled:
@@ -176,7 +182,7 @@ def _open(life: Lifetime, what: WhatToRestore, path: Path, steers: bool) -> tupl
     wanted = {"optim": steers, "extra": extras, "rng": life.config.save_rng, MODEL_EMA: what.ema is not None}
     components = ["model", *(name for name, is_wanted in wanted.items() if is_wanted)]
     check_checkpoint(path, what.verify, session.group, life.storage, components=components, threads=session.threads)
-    model = _open_component(session, what.model, model_place(path, session.group), what.key_mapping)
+    model = _open_component(session, what.model, _model_place(path, session.group), what.key_mapping)
     averaged = None if what.ema is None else _open_ema(session, what.ema, path / MODEL_EMA, what.key_mapping)
     steering: OpenedOptimizer | None = None
     if steers:
@@ -190,7 +196,7 @@ def _open(life: Lifetime, what: WhatToRestore, path: Path, steers: bool) -> tupl
     taken += ["ema"] * (what.ema is not None) + [*(what.extra_state or ()), *found.generators.values]
     partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
     below_name = model.direct.source.plain.below if isinstance(model, OpenedModel) else None
-    left = unrestored(session, path, found, taken, partly, below_name)
+    left = _unrestored(session, path, found, taken, partly, below_name)
     return _Opened(model, averaged, steering, found), left
 
 
@@ -286,3 +292,74 @@ def _open_ema(session: Session, ema: Model, directory: Path, key_mapping: Mappin
     )
     opened = _open_component(session.of_model(MODEL_EMA), average.model, directory, key_mapping)
     return _OpenedAverage(opened, partial(average.take_in, saved))
+
+
+def _locate(session: Session, restore_from: str | Path | int, seen: Callable[[Start], None]) -> RestoreRecord | None:
+    """Resolve a checkpoint on rank 0, which calls ``seen`` with it, and broadcast the result. All ranks call."""
+
+    def find() -> tuple[str, int | None, int | None, dict[str, float]] | None:
+        found = resolve(session.root, restore_from)
+        if found is None:
+            return None
+        seen(Start.at(found.path))
+        inside = found.path.is_relative_to(session.root)
+        path = found.path.relative_to(session.root) if inside else found.path
+        return str(path), found.epoch, found.step, dict(found.metrics)
+
+    found = session.group.broadcast_result(find, f"looking for {restore_from}")
+    if found is None:
+        return None
+    path, epoch, step, metrics = found
+    # Below each rank's own root, which may be mounted elsewhere than rank 0's.
+    return RestoreRecord(epoch, step, session.root / path, metrics)
+
+
+def _model_place(directory: Path, group: Group) -> Path:
+    """A checkpoint's directory of the model: ``model``, or the DCP directory that holds everything. All ranks call."""
+    is_one = group.broadcast_result(
+        lambda: not is_directory(directory / "model") and is_dcp(directory), f"looking into {directory}"
+    )
+    return directory if is_one else directory / "model"
+
+
+def _unrestored(
+    session: Session,
+    directory: Path,
+    found: FoundExtras,
+    given: Sequence[str],
+    partly: Sequence[str],
+    model_place: str | None = None,
+) -> tuple[str, ...]:
+    """Names of states in the checkpoint that this run does not load; rank 0 logs them once. All ranks call.
+
+    This rank restores what is in ``given``: ``optimizer``, ``scheduler``, ``rng``, and names of extra state. ``partly``
+    has parts of restored states that no rank loads. In a DCP directory with more than a model, ``model_place`` is the
+    prefix of the model's names.
+    """
+    group = session.group
+
+    def describe() -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
+        has = _components(directory, model_place) if group.is_main else []
+        return has, [*found.extra.skipped, *found.generators.skipped], given
+
+    rows = group.gather(describe, "comparing what is restored")
+    wanted = {name for _, _, theirs in rows for name in theirs}
+    left = [name for name in rows[0][0] if name not in wanted] + [*partly]
+    skipped = list(dict.fromkeys(name for _, theirs, _ in rows for name in theirs))
+    if left and group.is_main:
+        _LOG.warning("%s also has %s, which restore() was not given: left as it is", directory, ", ".join(left))
+    if skipped and group.is_main:
+        _LOG.warning("saved on another number of ranks and left as they are: %s", ", ".join(skipped))
+    return tuple(dict.fromkeys([*left, *skipped]))
+
+
+def _components(directory: Path, model_place: str | None) -> list[str]:
+    """Names of the states in a checkpoint beside its model."""
+    is_ours = is_verifiable(directory)
+    return [
+        *([] if is_ours else [*foreign_components(directory, model_place), *torch_leftovers(directory)]),
+        *["ema"] * is_directory(directory / MODEL_EMA),
+        *optimizer_components(directory / "optim"),
+        *saved_names(directory / "extra"),
+        *saved_names(directory / "rng"),
+    ]

@@ -70,7 +70,7 @@ from shardwise.plan.deferred import release
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.ownership import left_to_others
 from shardwise.plan.roster import Roster
-from shardwise.plan.shards import ShardFile, plan_shards
+from shardwise.plan.shards import plan_shards
 from shardwise.settings import SaveConsolidatedMode
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.model_parts import described_part
@@ -128,14 +128,11 @@ class ModelSave:
         self._args["consolidated_path"] = str(directory / CONSOLIDATED_DIR) if self._exports else None
 
     def steps(self) -> list[Step]:
-        """Capture the model, run the addons' ``pre_save`` hooks, and return the steps that write it. All ranks call.
-
-        What the model's own metadata exporter refused with is raised as it is on its rank, and reported on the others.
-        """
+        """Capture the model, run the addons' ``pre_save`` hooks, and return the steps that write it. All ranks call."""
         try:
             steps = self._written()
         except ShardwiseError:
-            if self._refusal is not None:
+            if self._refusal is not None:  # of this rank's metadata exporter; the other ranks get a report of it
                 raise self._refusal from None
             raise
         steps += model_steps(self._session, self.state, self._directory)
@@ -197,7 +194,7 @@ class ModelSave:
             self._carried = self._compare_with_base(facts.specs, facts)
         with session.group.together("preparing the model's directory"):
             self._prepare_directory(facts)
-        self._before()
+        run_hooks(self._addons, "pre_save", self._args, session.group)
         rank = session.group.rank
         replicas, others = comparison(held, roster, rank), left_to_others(held, roster, rank)
         write = partial(write_distcp, tensors, self._directory, replicas=replicas, others=others)
@@ -210,18 +207,6 @@ class ModelSave:
         if not any(any(names) for names in facts.beside):
             return steps
         return [module_state_step(listing, facts.beside, self._directory, session.group, session.storage), *steps]
-
-    @staticmethod
-    def _release_after(step: Step) -> Step:
-        """The step, which then releases the tensors that modules have made for it."""
-
-        def run(group: Group) -> ComponentRecord:
-            try:
-                return step(group)
-            finally:
-                release()
-
-        return run
 
     def _exported(self) -> list[Step]:
         """Plan an export and prepare its directory; all ranks call."""
@@ -248,8 +233,14 @@ class ModelSave:
             return plan
 
         plan = session.group.attempt(prepare, "planning the export and preparing its directory")
-        self._before()
-        steps = [self._settling_ties(self._export(plan, roster))]
+        run_hooks(self._addons, "pre_save", self._args, session.group)
+        if self._merges:
+            patience = session.config.consolidation_timeout_minutes * 60
+            merge = MergeOptions(session.config.single_rank_consolidation, session.staging_dir, patience)
+            write = partial(write_merged, plan, roster, storage=session.storage, options=merge)
+        else:
+            write = partial(write_export, plan, storage=session.storage)
+        steps = [self._settling_ties(_release_after(write))]
         if session.config.verify_export:
             self.closing.append(partial(read_back, plan))
         return [*steps, *self._beside(described)]
@@ -455,10 +446,6 @@ class ModelSave:
         values = (options.stem, options.max_file_bytes, directory, files, self._carried)
         return dict(zip(EXPORT_KEYS, values, strict=True))
 
-    def _before(self) -> None:
-        """Run the other addons' first hooks now, while the model may be read."""
-        run_hooks(self._addons, "pre_save", self._args, self._session.group)
-
     def _leave_script(self, group: Group) -> None:
         """Put the script that makes the export later beside shards that have none. Local."""
         if group.is_main:
@@ -478,15 +465,6 @@ class ModelSave:
         """Whether shards are merged into the export, instead of writing it in place."""
         config = self._session.config
         return config.single_rank_consolidation or config.staging_dir is not None or not config.random_writes
-
-    def _export(self, plan: ExportPlan, roster: Roster) -> Step:
-        session = self._session
-        config = session.config
-        if self._merges:
-            patience = config.consolidation_timeout_minutes * 60
-            options = MergeOptions(config.single_rank_consolidation, session.staging_dir, patience)
-            return self._release_after(lambda group: write_merged(plan, roster, group, session.storage, options))
-        return self._release_after(lambda group: write_export(plan, group, session.storage))
 
     def _shards(
         self,
@@ -513,27 +491,38 @@ class ModelSave:
         _, [total] = session.group.fold([], [nbytes], "planning the shards and preparing their directory", failure)
         assert known is not None
         if described is not None:
-            self._before()
+            run_hooks(self._addons, "pre_save", self._args, session.group)
         plan = replace(known, directory=self._directory, all_bytes=total)
-        return self._release_after(lambda group: write_shards(plan, group, session.storage))
+        return _release_after(partial(write_shards, plan, storage=session.storage))
 
     def _shard_plan(
         self, held: Sequence[HeldTensor], roster: Roster, component: str, excluded: Collection[str]
     ) -> ShardPlan:
+        rank = self._session.group.rank
         # Exact values beside an export are compared with the export; only excluded tensors are compared here.
         compared = held if component != EXACT else [t for t in held if t.spec.name in excluded]
-        replicas = (comparison(compared, roster, self._session.group.rank),)
-        return ShardPlan(self._directory, component, roster, self._files_of_shards(held, roster), replicas=replicas)
-
-    def _files_of_shards(self, held: Sequence[HeldTensor], roster: Roster) -> tuple[ShardFile, ...]:
-        if not roster.specs:
-            return (without_tensors(),) if self._session.group.is_main else ()
         index = None
         if self.base is not None:
             numbers = self.base.numbers
             last = max(numbers.values(), default=1)
             index = {s.name: numbers.get(self.base.files.get(s.name, ""), last) for s in roster.specs}
-        return plan_shards(held, roster, self._session.group.rank, index)
+        if roster.specs:
+            files = plan_shards(held, roster, rank, index)
+        else:
+            files = (without_tensors(),) if rank == 0 else ()
+        return ShardPlan(self._directory, component, roster, files, replicas=(comparison(compared, roster, rank),))
+
+
+def _release_after(step: Step) -> Step:
+    """The step, which then releases the tensors that modules have made for it."""
+
+    def run(group: Group) -> ComponentRecord:
+        try:
+            return step(group)
+        finally:
+            release()
+
+    return run
 
 
 def default_addons(is_peft: bool) -> list[CheckpointAddon]:

@@ -240,12 +240,6 @@ class RootLocation(NamedTuple):
         identity = None if found is None or found.identity is None else list(found.identity)
         return RootLocation(socket.gethostname(), str(path), identity)
 
-    def is_another(self, other: RootLocation) -> bool:
-        """Whether the two are certainly different directories; unknown (false) on different machines."""
-        if self.path == other.path or self.host != other.host:
-            return False
-        return self.identity is None or self.identity != other.identity
-
     def __str__(self) -> str:
         return f"{self.path} on {self.host}"
 
@@ -253,10 +247,10 @@ class RootLocation(NamedTuple):
 def check_same_root(locations: Sequence[RootLocation]) -> None:
     """Raise `ConfigError` if two ranks of one machine use different root directories."""
     for rank, location in enumerate(locations):
-        first = next(number for number, other in enumerate(locations) if other.host == location.host)
-        if locations[first].is_another(location):
+        first, known = next((n, other) for n, other in enumerate(locations) if other.host == location.host)
+        if location.path != known.path and (known.identity is None or known.identity != location.identity):
             raise ConfigError(
-                f"checkpoint_dir is {locations[first].path} on rank {first} and {location.path} on rank {rank}",
+                f"checkpoint_dir is {known.path} on rank {first} and {location.path} on rank {rank}",
                 hint=_SHARE_THE_ROOT,
             )
 

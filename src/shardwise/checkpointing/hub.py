@@ -111,23 +111,14 @@ class HubState:
         return replace(self, held=tuple(t for t in self.held if t.spec.name not in self.copies), copies=frozenset())
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Captured:
-    """A captured state, and the tensors and names it was captured from."""
-
-    names: list[str]
-    aliases: list[tuple[str, tuple[str, ...]]]
-    memory: Memory
-    state: HubState
-
-
 class HubNames:
     """Derives a model's conversion once and applies it at every save and load."""
 
     def __init__(self, may_differ: MayDiffer | None = None) -> None:
         self._may_differ = may_differ or MayDiffer()
         self._known: dict[tuple[type[nn.Module], tuple[TensorSpec, ...]], Conversion] = {}
-        self._captured: _Captured | None = None
+        #: The names, aliases and memory of a model's tensors, and what was captured of them.
+        self._captured: tuple[object, Memory, HubState] | None = None
         self._last: tuple[Snapshot, HubState] | None = None
         self._stand_ins = StandIns()
 
@@ -143,16 +134,16 @@ class HubNames:
             return self._last[1]
         listing = state.listing(self._stand_ins, values=not load, norms=norms)
         tensors, modules = listing.tensors, listing.modules
-        names, own = [named.name for named in tensors], [named.tensor for named in tensors]
-        aliases = [(named.name, named.aliases) for named in tensors if named.aliases]
+        names, own = [(named.name, named.aliases) for named in tensors], [named.tensor for named in tensors]
         known = self._captured
-        if known is None or known.names != names or known.aliases != aliases or not known.memory.is_of(own):
+        if known is None or known[0] != names or not known[1].is_of(own):
             captured = self._capture(state, tensors)  # raises for tensors without memory
-            known = self._captured = _Captured(names, aliases, Memory(own), captured)
+            known = self._captured = names, Memory(own), captured
+        _, memory, hub = known
         # FSDP2 adds its hooks at the first step: an earlier snapshot is outdated then, though no tensor moved.
         if state.is_whole:
-            self._last = None if modules is None else (Snapshot(state.model, known.memory, modules), known.state)
-        return known.state if modules is not None else replace(known.state, listing=listing)
+            self._last = None if modules is None else (Snapshot(state.model, memory, modules), hub)
+        return hub if modules is not None else replace(hub, listing=listing)
 
     def _capture(self, state: ModelState, tensors: Sequence[NamedTensor]) -> HubState:
         meshes = MeshRegister(self._may_differ.of_model(tensors, state.model))
@@ -186,12 +177,13 @@ class HubNames:
                 joined |= _joined(conversion, own)
             excluded += [tensor for tensor in own if tensor.spec.name in ignored] if ignored else ()
             tied = [(alias, tensor) for named, tensor in part.own for alias in named.aliases]
-            shared = shared_names(part.module, tied, expected)
-            held += shared.copies
-            copies += [tensor.spec.name for tensor in shared.copies]
-            kept |= shared.kept
-            absent += shared.absent
-            ties |= part.ties
+            again, own_kept, unwritten = shared_names(part.module, tied, expected)
+            held += again
+            copies += [tensor.spec.name for tensor in again]
+            kept |= own_kept
+            absent += unwritten
+            ties |= part.outer
+            ties |= {alias: named.name for named, _ in part.own for alias in named.aliases}
         outside = [tensor for part in parts for tensor in part.outside]
         kept |= outer_names(parts, held)
         check_outside(outside, held, absent)
@@ -297,34 +289,25 @@ class Recast:
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class SharedNames:
-    """How the aliases of a part's tensors are saved; names as in the files, except in ``absent``.
+def shared_names(
+    part: nn.Module, tied: Sequence[tuple[str, HeldTensor]], expected: Collection[str]
+) -> tuple[Sequence[HeldTensor], dict[str, str], Sequence[str]]:
+    """How aliases, each with its tensor, are saved; ``expected`` are declared (`loaders_ties`). Local.
 
-    Attributes:
-        copies: The tensors again, under the aliases that are written too.
-        kept: Undeclared alias -> the name under which the tensor is always written.
-        absent: Aliases that are not written, under the model's names and under those of files.
+    Returns the tensors again, under the aliases that are written too; undeclared alias -> the name under which the
+    tensor is always written; and aliases that are not written, under the model's names and under those of files.
     """
-
-    copies: tuple[HeldTensor, ...] = ()
-    kept: Mapping[str, str] = field(default_factory=dict)
-    absent: tuple[str, ...] = ()
-
-
-def shared_names(part: nn.Module, tied: Sequence[tuple[str, HeldTensor]], expected: Collection[str]) -> SharedNames:
-    """Decide how aliases, each with its tensor, are saved; ``expected`` are declared (`loaders_ties`). Local."""
     names = tuple(alias for alias, _ in tied)
     module = unwrap(part)
     if not tied or adapter_of(module) is not None:
-        return SharedNames(absent=names)
+        return (), {}, names
     aliases = [tensor.renamed(alias) for alias, tensor in tied]
     specs = dict.fromkeys([*(tensor.spec for tensor in aliases), *(tensor.spec for _, tensor in tied)])
     try:
         conversion = derive(module, list(specs))
     except ConversionError:
         # A rule that needs more than these tensors gives them no separate names.
-        return SharedNames(absent=names)
+        return (), {}, names
     # huggingface_hub's mixin loads into a model that shares what it shares.
     is_loaded_by_others = wrapping.is_loaded_by_others(module) and not wrapping.is_hub_mixin(module)
     undeclared = {alias for alias in names if alias not in expected} if is_loaded_by_others else set()
@@ -340,7 +323,7 @@ def shared_names(part: nn.Module, tied: Sequence[tuple[str, HeldTensor]], expect
             kept |= {a.name: b.name for a, b in zip(theirs, ours, strict=True)}
     there = {tensor.spec.name for tensor in copies}
     hub_names = [hub.name for alias in names for hub in conversion.by_native(alias)]
-    return SharedNames(copies, kept, tuple(name for name in dict.fromkeys([*names, *hub_names]) if name not in there))
+    return copies, kept, [name for name in dict.fromkeys([*names, *hub_names]) if name not in there]
 
 
 def _views(tensors: Sequence[HubTensor]) -> list[object]:
@@ -455,11 +438,6 @@ class ExportedPart:
     own: tuple[_Pair, ...]
     outside: tuple[HeldTensor, ...] = ()
     outer: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def ties(self) -> dict[str, str]:
-        """Alias of a tensor -> the exported model's name under which it is kept."""
-        return {**self.outer, **{alias: named.name for named, _ in self.own for alias in named.aliases}}
 
 
 def exported_part(part: nn.Module, own: Sequence[_Pair]) -> ExportedPart:

@@ -226,7 +226,8 @@ class Checkpointer:
             ema=ema,
             dataloader=dataloader,
         )
-        return saving.save_checkpoint(self._life, rest, mistake)
+        with self._life.reports.call("save") as told:
+            return saving.save_checkpoint(self._life, rest, mistake, told)
 
     @public_call
     def restore(
@@ -302,7 +303,8 @@ class Checkpointer:
             allow_new_parameters,
             dataloader,
         )
-        return loading.restore_checkpoint(self._life, what)
+        with self._life.reports.call("restore") as told:
+            return loading.restore_checkpoint(self._life, what, told)
 
     @public_call
     def checkpoints(self) -> tuple[CheckpointInfo, ...]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import nn
 
 from shardwise.checkpointing.session import Session
 from shardwise.disk.names import exists
@@ -21,7 +19,6 @@ from shardwise.format.header import read_header
 from shardwise.plan.deferred import refuse_stand_ins
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState, OptimizerState
-from shardwise.stateful_wrappers.names import NamedTensor
 from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.stateful_wrappers.wrapping import unwrap
@@ -41,7 +38,16 @@ def check_patterns(session: Session, state: ModelState) -> None:
 
     def look() -> list[bool]:
         tensors = state.listing(values=False).tensors
-        _require_members(session.may_differ.own(tensors), state.model)
+        # A load can fill parameters and buffers in place.
+        modules = [module for part in state.model for module in unwrap(part).modules()]
+        members = {id(t) for m in modules for t in (*own_parameters(m).values(), *own_buffers(m).values())}
+        for named in session.may_differ.own(tensors):
+            if id(named.tensor) not in members:
+                raise MisuseError(
+                    "per_rank_state names what is neither a parameter nor a buffer of the model",
+                    tensor=named.name,
+                    hint="Pass such state through extra_state, which is kept for each rank where it differs.",
+                )
         names.extend([name for named in tensors for name in (named.name, *named.aliases)])
         return [session.may_differ.matches(pattern, names) for pattern in patterns]
 
@@ -52,23 +58,6 @@ def check_patterns(session: Session, state: ModelState) -> None:
                 f"per_rank_state has {pattern!r}, which matches no tensor of the model on any rank",
                 hint="Patterns are as of file names ('*.experts.*') and match whole names, those of state_dict() "
                 "without what wrappers add.",
-            )
-
-
-def _require_members(own: Iterable[NamedTensor], parts: Sequence[nn.Module]) -> None:
-    """Check that tensors are parameters or buffers, which a load can fill in place."""
-    members = {
-        id(tensor)
-        for part in parts
-        for module in unwrap(part).modules()
-        for tensor in (*own_parameters(module).values(), *own_buffers(module).values())
-    }
-    for named in own:
-        if id(named.tensor) not in members:
-            raise MisuseError(
-                "per_rank_state names what is neither a parameter nor a buffer of the model",
-                tensor=named.name,
-                hint="Pass such state through extra_state, which is kept for each rank where it differs.",
             )
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -47,19 +46,15 @@ from shardwise.timing import Recording, phase
 _LOG = logging.getLogger(__name__)
 
 
-class _OpenedAverage(NamedTuple):
-    """An average that was matched with a checkpoint; ``take_in`` puts its wrapper's saved tensors in place."""
-
-    model: OpenedModel | OpenedAdapter
-    take_in: Callable[[Undos], None]
-
-
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """All state of a run matched with a checkpoint, on every rank; nothing has been changed yet."""
+    """All state of a run matched with a checkpoint, on every rank; nothing has been changed yet.
+
+    Of an average there is the model, and what puts its wrapper's saved tensors in place.
+    """
 
     model: OpenedModel | OpenedAdapter
-    averaged: _OpenedAverage | None
+    averaged: tuple[OpenedModel | OpenedAdapter, Callable[[Undos], None]] | None
     steering: OpenedOptimizer | None
     extras: FoundExtras
 
@@ -70,7 +65,7 @@ class _Opened:
         After that only reading can fail, and the error says what is partly overwritten.
         """
         if self.steering is not None:
-            self.steering.read_buffered()
+            self.steering.fill(ahead=True)
         with (
             phase("install"),
             undone_on_failure() as undos,
@@ -80,13 +75,13 @@ class _Opened:
                 self.steering.take_in(undos)
             self.extras.extra.take_in(undos)
             if self.averaged is not None:
-                self.averaged.take_in(undos)
+                self.averaged[1](undos)
         with overwriting("the run's state"):
             self.model.fill()
             if self.averaged is not None:
-                self.averaged.model.fill()
+                self.averaged[0].fill()
             if self.steering is not None:
-                self.steering.fill()
+                self.steering.fill(ahead=False)
             self.extras.spread.fill(group)
 
             def finish() -> int:
@@ -112,14 +107,8 @@ class WhatToRestore:
     dataloader: object | None = None
 
 
-def restore_checkpoint(life: Lifetime, what: WhatToRestore) -> RestoreRecord | None:
+def restore_checkpoint(life: Lifetime, what: WhatToRestore, told: Call) -> RestoreRecord | None:
     """See `Checkpointer.restore`. All ranks call."""
-    with life.reports.call("restore") as told:
-        return _restore(life, what, told)
-
-
-def _restore(life: Lifetime, what: WhatToRestore, told: Call) -> RestoreRecord | None:
-    """As `restore_checkpoint`. All ranks call."""
     session = life.begin(call := f"restore({what.restore_from})")
     life.wait()
     steers = what.optimizer is not None or bool(as_list(what.scheduler))
@@ -183,7 +172,13 @@ def _open(life: Lifetime, what: WhatToRestore, path: Path, steers: bool) -> tupl
     components = ["model", *(name for name, is_wanted in wanted.items() if is_wanted)]
     check_checkpoint(path, what.verify, session.group, life.storage, components=components, threads=session.threads)
     model = _open_component(session, what.model, _model_place(path, session.group), what.key_mapping)
-    averaged = None if what.ema is None else _open_ema(session, what.ema, path / MODEL_EMA, what.key_mapping)
+    averaged = None
+    if what.ema is not None:
+        with session.group.together("looking at the averaged model"):
+            average = Average.of(what.ema)
+            saved = average.find(path / MODEL_EMA)
+        theirs = _open_component(session.of_model(MODEL_EMA), average.model, path / MODEL_EMA, what.key_mapping)
+        averaged = theirs, partial(average.take_in, saved)
     steering: OpenedOptimizer | None = None
     if steers:
         changes = Changes(what.key_mapping, what.allow_new_parameters)
@@ -246,11 +241,11 @@ def load_optimizer(
         session = life.begin(call := f"load_optimizer({place.parent})")
         check_same_call(call, lambda: life.looked(model, optimizer, scheduler), given, session.group)
         opened = open_optimizer(session, optimizer, model, scheduler, place, changes)
-        opened.read_buffered()
+        opened.fill(ahead=True)
         with undone_on_failure() as undos, session.group.together("setting the optimizer's options"):
             opened.take_in(undos)
         with overwriting("the optimizer's state"):
-            opened.fill()
+            opened.fill(ahead=False)
         told.over(session.group, place)
 
 
@@ -283,15 +278,6 @@ def _open_component(
         return open_adapter(session, model, path, key_mapping=key_mapping, allow_missing=allow_missing)
     options = replace(session.load_options, allow_missing=allow_missing)
     return open_model(session, model, path, key_mapping=key_mapping, options=options)
-
-
-def _open_ema(session: Session, ema: Model, directory: Path, key_mapping: Mapping[str, str] | None) -> _OpenedAverage:
-    """Compare an average with a checkpoint's. All ranks call; nothing is changed."""
-    average, saved = session.group.attempt(
-        lambda: (own := Average.of(ema), own.find(directory)), "looking at the averaged model"
-    )
-    opened = _open_component(session.of_model(MODEL_EMA), average.model, directory, key_mapping)
-    return _OpenedAverage(opened, partial(average.take_in, saved))
 
 
 def _locate(session: Session, restore_from: str | Path | int, seen: Callable[[Start], None]) -> RestoreRecord | None:

@@ -39,13 +39,8 @@ from shardwise.timing import phase
 _LOG = logging.getLogger(__name__)
 
 
-def save_checkpoint(life: Lifetime, what: WhatToSave, mistake: MisuseError | None) -> Path | None:
+def save_checkpoint(life: Lifetime, what: WhatToSave, mistake: MisuseError | None, told: Call) -> Path | None:
     """See `Checkpointer.save`; a ``mistake`` in the arguments is raised where all ranks receive it. All ranks call."""
-    with life.reports.call("save") as told:
-        return _save(life, what, mistake, told)
-
-
-def _save(life: Lifetime, what: WhatToSave, mistake: MisuseError | None, told: Call) -> Path | None:
     session = life.begin(call := f"save(epoch {what.epoch}, step {what.step})")
     if not life.config.enabled:
         if mistake is not None:

@@ -73,26 +73,17 @@ def initialize_model_weights(model: nn.Module, device: torch.device, peft_init_m
     All ranks that hold parts of this model call, since they agree on the seed. A tensor that no code gives values is a
     `MisuseError`.
     """
-    seed = _agreed_seed(model)
+    seed = torch.initial_seed()
+    meshes = dict.fromkeys(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
+    for mesh in meshes:
+        for dim in range(mesh.ndim):
+            seed = Group(mesh.get_group(dim)).broadcast_json(seed, 0, "agreeing on a seed")
     if is_peft_adapted([model]):
         check_can_begin([model])
     slots = slots_of(model)
     initialise(model, device, seed, _of_adapters(model, slots), slots)
     _fresh_adapters([model], peft_init_method, seed)
     check_attributes(model)
-
-
-def _agreed_seed(model: nn.Module) -> int:
-    """The seed of the first rank of the meshes that the parameters are spread over."""
-    seed = torch.initial_seed()
-    seen = set()
-    for parameter in model.parameters():
-        if isinstance(parameter, DTensor) and parameter.device_mesh not in seen:
-            mesh = parameter.device_mesh
-            seen.add(mesh)
-            for dim in range(mesh.ndim):
-                seed = Group(mesh.get_group(dim)).broadcast_json(seed, 0, "agreeing on a seed")
-    return seed
 
 
 def _fresh_adapters(parts: Sequence[nn.Module], method: str | None, seed: int) -> None:
@@ -121,8 +112,8 @@ def load_base_model(
     root_dir: str | Path | None,
     model_name: str | None,
     load: bool,
-) -> LoadReport | None:
-    """Materialise a model and fill it from its base; what was loaded, unless ``load`` is false. All ranks call.
+) -> None:
+    """Materialise a model, and fill it from its base where ``load`` is true. All ranks call.
 
     Parts on the meta device get memory on ``device``; what the base does not fill gets fresh values. Parts that have
     memory are moved to ``device`` and keep what the base does not fill, but for buffers that are in no file: these are
@@ -130,26 +121,23 @@ def load_base_model(
     before any memory is allocated.
     """
     parts = [model] if isinstance(model, nn.Module) else list(model)
-    fresh: list[nn.Module] = []
     with session.group.together("looking at the adapters"):
-        fresh += [part for part in parts if has_meta(slots_of(part))]
+        fresh = [part for part in parts if has_meta(slots_of(part))]
         for part in parts:
             if is_peft_adapted([part]):
                 (check_can_begin if part in fresh else refuse_changed_base)([part])
-    if not load:
-        _materialise(session.group, parts, device, None)
-        _begin_peft(session.group, parts, fresh)
-        return None
-    path = _found(session, root_dir, model_name)
-    report = fill_from_base(
-        session, parts, path, before=lambda wanted: _materialise(session.group, parts, device, wanted)
-    )
-    _begin_peft(session.group, parts, fresh)
-    return report
 
+    def find() -> str:
+        if not model_name:
+            raise MisuseError("no base model is named", hint="Pass model_name, a hub id, a directory or a file.")
+        return str(find_base(root_dir, model_name, session.config.model_cache_dir))
 
-def _begin_peft(group: Group, parts: Sequence[nn.Module], fresh: Sequence[nn.Module]) -> None:
-    """Give the adapters of parts that were on the meta device their first values. All ranks call."""
+    group = session.group
+    if load:
+        path = Path(group.broadcast_result(find, f"looking for the base model {model_name}"))
+        fill_from_base(session, parts, path, before=lambda wanted: _materialise(group, parts, device, wanted))
+    else:
+        _materialise(group, parts, device, None)
     seed = group.broadcast_json(torch.initial_seed(), 0, "agreeing on a seed")
     with group.together("beginning the adapters"):  # apart, since DTensors communicate: no rank may have failed before
         for part in fresh:
@@ -157,15 +145,6 @@ def _begin_peft(group: Group, parts: Sequence[nn.Module], fresh: Sequence[nn.Mod
                 initialise_peft([part], seed=seed)
         for part in parts:
             check_attributes(part)
-
-
-def _found(session: Session, root_dir: str | Path | None, model_name: str | None) -> Path:
-    def find() -> str:
-        if not model_name:
-            raise MisuseError("no base model is named", hint="Pass model_name, a hub id, a directory or a file.")
-        return str(find_base(root_dir, model_name, session.config.model_cache_dir))
-
-    return Path(session.group.broadcast_result(find, f"looking for the base model {model_name}"))
 
 
 def _materialise(group: Group, parts: Sequence[nn.Module], device: torch.device, wanted: BaseWanted | None) -> None:
@@ -191,7 +170,7 @@ def fill_from_base(
     key_mapping: Mapping[str, str] | None = None,
     allow_missing: bool = False,
     before: Callable[[BaseWanted], None] | None = None,
-) -> LoadReport:
+) -> None:
     """Fill a model from a base (a directory or file) in place. All ranks of the session's group call.
 
     ``before`` is called when all is known to fit, before anything is read; only then may ``parts`` be on the meta
@@ -248,7 +227,6 @@ def fill_from_base(
     with group.together("telling what was loaded"):
         if group.is_main:
             _tell(report, parts, _described(wanted), source)
-    return report
 
 
 def _described(wanted: BaseWanted) -> list[HeldTensor]:

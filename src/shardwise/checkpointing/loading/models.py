@@ -116,10 +116,9 @@ def open_model(
     """Open a checkpoint, and compare names, shapes and dtypes with the model's. All ranks call; nothing is written."""
     group, storage = session.group, session.storage
     state = ModelState(model)
-    opened = _opened(session, state, path, key_mapping, options)
-    own = find_of_model(session, state, path, opened.metadata.ranks)
-    source, hub, options = opened.source, opened.hub, opened.options
-    speaks_native = opened.differs and _speaks_native(hub, source, group)
+    source, hub, options, differs, metadata = _opened(session, state, path, key_mapping, options)
+    own = find_of_model(session, state, path, metadata.ranks)
+    speaks_native = differs and _speaks_native(hub, source, group)
     computed = [] if speaks_native else [each for each in hub.groups if not _are_in(each.natives, source)]
 
     steps: list[Step] = []
@@ -139,10 +138,9 @@ def open_model(
         return held if hub.listing is None else [*as_modules_load(held, hub, computed, source), *extra]
 
     load = open_described(direct, source, group, storage, options, lambda: bool(steps))
-    has_computed = opened.differs and not speaks_native
+    has_computed = differs and not speaks_native
     there = open_computed(computed, CheckpointSource(source), group, options) if has_computed else None
-    # Every rank knows which module state was saved.
-    stems = opened.metadata.module_state
+    stems = metadata.module_state  # the same on every rank
     module_load = ModuleLoad((), None, options, 0)
     if load.asked or stems:
         is_own = bool(stems) and Path(stems[0]).parent.parent == path  # and not of the directory around an export
@@ -150,50 +148,28 @@ def open_model(
     return OpenedModel(session, load, there, module_load, own)
 
 
-@dataclass(frozen=True, slots=True)
-class _Opened:
-    """A source, what this rank holds, and the allowed differences between the two.
-
-    It ``differs`` where any rank's model has other names than the source, ties, or tensors that have to be computed.
-    """
-
-    source: Source
-    hub: HubState
-    options: LoadOptions
-    differs: bool
-    metadata: ModelMetadata
-
-
-@dataclass(frozen=True, slots=True)
-class _Matched:
+def _match(state: ModelState, hub: HubState, source: Source) -> tuple[HubState, dict[str, str], list[str]]:
     """A rank's model under the names of files, the names that it ties, and the source's names that it does not use."""
-
-    hub: HubState
-    ties: Mapping[str, str]
-    unused: Sequence[str]
-
-
-def _match(state: ModelState, hub: HubState, source: Source) -> _Matched:
-    hub, ties = in_names_of_files(state.model, hub, {**hub.kept, **hub.ties}, list(source.tensors))
+    hub, ties = _in_names_of_files(state.model, hub, {**hub.kept, **hub.ties}, list(source.tensors))
     own = {tensor.spec.name for tensor in hub.held}
     unused = expected_unused(exported_modules(state.model), [name for name in source.tensors if name not in own])
     # Computed tensors are read separately, by the ranks of their stage only.
     unused += [spec.name for held in hub.groups for spec in held.computed.hub]
-    return _Matched(hub, ties, unused)
+    return hub, ties, unused
 
 
 def _opened(
     session: Session, state: ModelState, path: Path, key_mapping: Mapping[str, str] | None, options: LoadOptions
-) -> _Opened:
-    """Open the checkpoint and match it with the model. All ranks call."""
+) -> tuple[Source, HubState, LoadOptions, bool, ModelMetadata]:
+    """Open the checkpoint and match it with the model. All ranks call.
+
+    Returns also the allowed differences between the two, and whether any rank's model has other names than the source,
+    ties, or tensors that have to be computed.
+    """
     group = session.group
-    hub: HubState | None = None
     metadata = read_model_metadata(path, group)
     source = open_source(path, group, spread=True)
-
     source = model_part(source, lambda: session.names.capture(state, load=True), key_mapping, group)
-    lacking: list[str] = []
-    matched: _Matched | None = None
     with group.together("describing the model") as differs:
         if key_mapping:
             source = renamed(source, key_mapping)
@@ -201,41 +177,31 @@ def _opened(
         if hub is not session.checked_state:
             require_memory(memory_of(hub.native), "memory to load into")
             session.checked_state = hub
-        if _lacks_buffers(hub, source):
-            # torch's normalisation layers accept files without their counters.
+        absent = (tensor.spec.name for tensor in hub.held if tensor.spec.name not in source.tensors)
+        if any(name.rpartition(".")[2] == "num_batches_tracked" for name in absent):
+            # torch's normalisation layers accept files without their counters, which older ones did not have.
             hub = session.names.capture(state, load=True, norms=True)
         if _has_wrappers_prefix(source, hub):
             source = renamed(source, {"^" + re.escape(_PREFIX): ""})
         hub = hub.once
         lacking = names_lacking(source, hub)
         plain = source.without(metadata.passed)
-        if not lacking:
-            matched = _match(state, hub, plain)
-        differs.flag = matched is None or bool(matched.ties or matched.unused or names_lacking(plain, matched.hub))
-    assert hub is not None
+        matched, ties, unused = (hub, {}, []) if lacking else _match(state, hub, plain)
+        differs.flag = bool(lacking or ties or unused or names_lacking(plain, matched))
     if not differs.any:
-        assert matched is not None
-        options = replace(options, exact=dict(metadata.exact))
-        return _Opened(plain, matched.hub, options, False, metadata)
+        return plain, matched, replace(options, exact=dict(metadata.exact)), False, metadata
     kept: dict[str, str] = {}
     if group.any(bool(lacking), "comparing names"):
         source, kept = with_aliases(source, hub, lacking, key_mapping, group)
         with group.together("matching the model's names with the checkpoint's"):
             plain = source.without(metadata.passed)
-            matched = _match(state, hub, plain)
-    assert matched is not None
-    everyone = group.gather_json(dict(matched.ties), "comparing tied tensors")
+            matched, ties, unused = _match(state, hub, plain)
+    everyone = group.gather_json(ties, "comparing tied tensors")
     source = untied(plain, everyone, group, session.storage)
-    ignored = listed_anywhere(matched.unused, source, group)
+    ignored = listed_anywhere(unused, source, group)
     exact = {alias: metadata.exact[name] for alias, name in kept.items() if name in metadata.exact}
     options = replace(options, exact={**metadata.exact, **exact}, ignored=ignored)
-    return _Opened(source, matched.hub, options, True, metadata)
-
-
-def _lacks_buffers(hub: HubState, source: Source) -> bool:
-    """Whether the source lacks counters that older normalisation layers did not have."""
-    lacking = (tensor.spec.name for tensor in hub.held if tensor.spec.name not in source.tensors)
-    return any(name.rpartition(".")[2] == "num_batches_tracked" for name in lacking)
+    return source, matched, options, True, metadata
 
 
 def _has_wrappers_prefix(source: Source, hub: HubState) -> bool:
@@ -313,16 +279,13 @@ def _note(path: Path, name: str, absent: JsonValue) -> JsonValue:
     return absent
 
 
-def in_names_of_files(
+def _in_names_of_files(
     parts: Sequence[nn.Module], hub: HubState, ties: Mapping[str, str], names: Sequence[str]
 ) -> tuple[HubState, dict[str, str]]:
-    """Give this rank's tensors of a model the names that the files have. Local.
+    """Give ``hub`` and ``ties`` the ``names`` that the files have. Local.
 
-    ``ties`` are native: the alias of a tied tensor -> the name under which it is kept; ``names`` are all in the files.
-
-    Returns:
-        ``hub`` and ``ties`` in the names of the files; as they are where the files have the hub's names, or the
-            model's own, or where the parts are not of transformers. A tensor that is not there keeps its hub name.
+    They stay as they are where the files have the hub's names, or the model's own, or where the parts are not of
+    transformers. A tensor that is not there keeps its hub name. ``ties`` are native: alias -> the name that is kept.
     """
     available = set(names)
     fits = hub.names <= available or hub.native_names <= available
@@ -334,20 +297,19 @@ def in_names_of_files(
     found_ties = dict(ties)
     for part in parts:
         module = unwrap(part)
-        own = [by_name.pop(name) for name in _names_of(part, parts, hub) if name in by_name]
+        part_names = [*by_name]
+        if len(parts) > 1:
+            part_names = [plain_name(name) for name in module.state_dict(keep_vars=True)]
+        own = [by_name.pop(name) for name in part_names if name in by_name]
         _, converted = under_names_of_files(module, own, names)
         own_names = {tensor.spec.name for tensor in own}
-        found_ties |= _ties_in_files(module, {a: name for a, name in ties.items() if name in own_names}, names)
+        own_ties = {alias: name for alias, name in ties.items() if name in own_names}
+        if own_ties:  # those for which the files have the alias, under the files' names
+            there = names_in_files(module, [*own_ties, *own_ties.values()], names)
+            found_ties |= {there[alias]: there.get(name, name) for alias, name in own_ties.items() if alias in there}
         held += converted.held
         groups += converted.groups
     return replace(hub, held=tuple(held), groups=tuple(groups)), found_ties
-
-
-def _names_of(part: nn.Module, parts: Sequence[nn.Module], hub: HubState) -> list[str]:
-    """The names of a part's tensors, in its order."""
-    if len(parts) == 1:
-        return [tensor.spec.name for tensor in hub.native]
-    return [plain_name(name) for name in unwrap(part).state_dict(keep_vars=True)]
 
 
 def expected_unused(parts: Sequence[nn.Module], names: Iterable[str]) -> list[str]:
@@ -363,14 +325,6 @@ def expected_unused(parts: Sequence[nn.Module], names: Iterable[str]) -> list[st
         return []
     search = re.compile("|".join(f"(?:{pattern})" for pattern in patterns)).search
     return [name for name in names if search(name)]
-
-
-def _ties_in_files(module: nn.Module, ties: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
-    """The ties for which the files have the alias, under the files' names."""
-    if not ties:
-        return {}
-    found = names_in_files(module, [*ties, *ties.values()], names)
-    return {found[alias]: found.get(name, name) for alias, name in ties.items() if alias in found}
 
 
 _HINT = (
@@ -429,7 +383,10 @@ def model_part(
         covers = native <= mapped or hub <= mapped
         if not group.any(not covers, "comparing names"):
             model = DcpModel({name: name for name in model.names.values()}, "")
-    return _only(source, model)
+    if len(model.names) == len(source.tensors) and all(name == known for name, known in model.names.items()):
+        return source
+    tensors = {name: source.tensors[known].renamed(name) for name, known in model.names.items()}
+    return replace(source, tensors=tensors, below=model.prefix.removesuffix("."))
 
 
 def _common(everyone: Sequence[Collection[str]], source: Source) -> str | None:
@@ -446,13 +403,6 @@ def _common(everyone: Sequence[Collection[str]], source: Source) -> str | None:
             hint=_HINT,
         )
     return chosen[0] if chosen else None
-
-
-def _only(source: Source, model: DcpModel) -> Source:
-    if len(model.names) == len(source.tensors) and all(name == known for name, known in model.names.items()):
-        return source
-    tensors = {name: source.tensors[known].renamed(name) for name, known in model.names.items()}
-    return replace(source, tensors=tensors, below=model.prefix.removesuffix("."))
 
 
 def under_saved_names(

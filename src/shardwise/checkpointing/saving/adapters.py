@@ -28,7 +28,6 @@ from shardwise.checkpointing.optimizers import Optimizers, as_list
 from shardwise.checkpointing.saving.checks import Facts
 from shardwise.checkpointing.saving.hooks import ModelRequest, hook_arguments, run_after, run_hooks
 from shardwise.checkpointing.saving.models import Described, ModelSave
-from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
 from shardwise.engine.agreement import Agreement
 from shardwise.engine.export import ExportOptions, ExportPlan, plan_export, write_export
@@ -103,10 +102,13 @@ class AdapterSave:
 
         def look(roster: Roster) -> ExportOptions:
             check_adapter_file(roster, settings, declared, captured, name, parts, component)
-            if group.is_main and not component:
-                _log_vllm_limits(session, name, roster, settings, declared)
             if component:
                 check_opens(parts, self._config, file, session.logged)
+            elif group.is_main:
+                limits = vllm_limits([spec.name for spec in roster.specs], settings, has_extra=declared.extra)
+                text = f"vLLM does not serve the adapter {name!r} as it was trained: {'; '.join(limits)}"
+                if limits:
+                    session.log_once(logging.INFO, text, f"vLLM/{name}")
             return ExportOptions(
                 max_file_bytes=None,
                 stem=(LORA_WEIGHTS_NAME if component else ADAPTER_WEIGHTS_NAME).removesuffix(".safetensors"),
@@ -157,7 +159,12 @@ class AdapterSave:
 
         def look(roster: Roster) -> ExportOptions:
             if session.group.is_main:
-                _log_extra_weights(session, roster)
+                names = [spec.name for spec in roster.specs]
+                text = (
+                    f"{len(names)} tensors change beside the adapter and are saved in {ADAPTER_EXTRA_NAME}, which "
+                    f"restore and load_model read and peft does not: {listed(names)}"
+                )
+                session.log_once(logging.INFO, text, ADAPTER_EXTRA_NAME)
             return ExportOptions(max_file_bytes=None, stem=stem, component=stem, index=False)
 
         hold = partial(hold_extra, session, captured, self.state.model)
@@ -169,26 +176,6 @@ def stepped(optimizer: Optimizers | None) -> frozenset[int]:
     states = [getattr(each, "state", None) for each in as_list(optimizer)]
     return frozenset(
         id(parameter) for state in states if isinstance(state, Mapping) for parameter in state if state[parameter]
-    )
-
-
-def _log_vllm_limits(
-    session: Session, name: str, roster: Roster, settings: Mapping[str, object], declared: Declared
-) -> None:
-    """Log once which features of an adapter vLLM does not serve."""
-    limits = vllm_limits([spec.name for spec in roster.specs], settings, has_extra=declared.extra)
-    if limits:
-        text = f"vLLM does not serve the adapter {name!r} as it was trained: {'; '.join(limits)}"
-        session.log_once(logging.INFO, text, f"vLLM/{name}")
-
-
-def _log_extra_weights(session: Session, roster: Roster) -> None:
-    names = [spec.name for spec in roster.specs]
-    session.log_once(
-        logging.INFO,
-        f"{len(names)} tensors change beside the adapter and are saved in {ADAPTER_EXTRA_NAME}, which restore and "
-        f"load_model read and peft does not: {listed(names)}",
-        ADAPTER_EXTRA_NAME,
     )
 
 

@@ -108,11 +108,6 @@ def _merged(rows: Sequence[Expectation]) -> Expectation:
     )
 
 
-def _tail(name: str) -> str:
-    """``rotary_emb.inv_freq`` of ``model.layers.0.self_attn.rotary_emb.inv_freq``: releases move such buffers about."""
-    return ".".join(name.split(".")[-2:])
-
-
 def compare_with_base(
     specs: Sequence[TensorSpec], base: BaseModel, expectation: Expectation, *, pass_through: bool
 ) -> tuple[list[str], list[str]]:
@@ -122,8 +117,12 @@ def compare_with_base(
     ``pass_through``), and one sentence for each difference; none for a correct export.
     """
     written = {spec.name: spec for spec in specs}
-    config = _base_config(base.directory)
-    same = _same_architecture(config, expectation)
+    try:
+        config: Mapping[str, object] = base_config(base.directory)
+    except FormatError:
+        config = {}  # the base's config is not ours to judge: an unreadable one adds no expectation
+    named = config.get("architectures")
+    same = isinstance(named, list) and set(map(str, named)) == set(expectation.architectures)
     differences = [
         difference
         for name, spec in written.items()
@@ -145,26 +144,23 @@ def compare_with_keys(specs: Sequence[TensorSpec], expectation: Expectation) -> 
 
 
 def _differs(spec: TensorSpec, known: TensorSpec, config: Mapping[str, object], expectation: Expectation) -> str | None:
-    quantized = bool(config.get("quantization_config"))
-    if spec.shape != known.shape and not (quantized or _resized(spec, known, expectation)):
+    if config.get("quantization_config"):
+        return None
+    # A vocabulary may have been resized, as the model's configuration says too.
+    resized = (expectation.vocab_size, *known.shape[1:]) if known.shape else ()
+    if spec.shape not in (known.shape, resized):
         return f"{spec.name}: shape {list(spec.shape)}, in the base model {list(known.shape)}"
-    if spec.dtype != known.dtype and not quantized:
+    if spec.dtype != known.dtype:
         return f"{spec.name}: dtype {spec.dtype}, in the base model {known.dtype}"
     return None
-
-
-def _resized(spec: TensorSpec, known: TensorSpec, expectation: Expectation) -> bool:
-    """Whether the only difference is a vocabulary that was resized, as the model's configuration says too."""
-    if len(spec.shape) != len(known.shape) or spec.shape[1:] != known.shape[1:] or expectation.vocab_size is None:
-        return False
-    return spec.shape[0] == expectation.vocab_size
 
 
 def _accounted(
     name: str, written: Mapping[str, TensorSpec], expectation: Expectation, config: Mapping[str, object]
 ) -> bool:
     """Whether a tensor of the base is in the export under another name, or may be absent."""
-    if name in expectation.aliases or _tail(name) in expectation.computed:
+    # ``rotary_emb.inv_freq`` of ``model.layers.0.self_attn.rotary_emb.inv_freq``: releases move such buffers about.
+    if name in expectation.aliases or ".".join(name.split(".")[-2:]) in expectation.computed:
         return True
     if config.get("quantization_config") and _QUANTIZED.search(name):
         return True
@@ -174,19 +170,6 @@ def _accounted(
     prefix = f"{expectation.prefix}." if expectation.prefix else ""
     candidates = (plain, prefix + plain, plain.removeprefix(prefix))
     return any(candidate in written or candidate in expectation.aliases for candidate in candidates)
-
-
-def _base_config(directory: Path) -> Mapping[str, object]:
-    try:
-        return base_config(directory)
-    except FormatError:
-        # The base's config is not ours to judge: an unreadable one adds no expectation.
-        return {}
-
-
-def _same_architecture(config: Mapping[str, object], expectation: Expectation) -> bool:
-    named = config.get("architectures")
-    return isinstance(named, list) and set(map(str, named)) == set(expectation.architectures)
 
 
 def require_equal(differences: Sequence[str], path: Path) -> None:

@@ -362,14 +362,11 @@ def expected_ties(parts: Sequence[ExportedPart]) -> frozenset[str]:
             found |= loaders_ties([part.module])
             continue
         ties = ties_by_config(part.module)
-        if not _loose(ties, part):
+        places = {name: number for number, (named, _) in enumerate(part.own) for name in (named.name, *named.aliases)}
+        there = [(name, source) for name, source in ties.items() if name in places and source in places]
+        if all(places[name] == places[source] for name, source in there):
             found |= ties.keys()
     return frozenset(found)
-
-
-def _loose(ties: Mapping[str, str], part: ExportedPart) -> bool:
-    places = {name: number for number, (named, _) in enumerate(part.own) for name in (named.name, *named.aliases)}
-    return any(name in places and source in places and places[name] != places[source] for name, source in ties.items())
 
 
 def loose_ties(parts: Sequence[nn.Module], written: Collection[str]) -> dict[str, str]:

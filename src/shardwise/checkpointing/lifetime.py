@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import wraps
 from itertools import chain
 from pathlib import Path
@@ -20,8 +20,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from shardwise.addons import CheckpointAddon
-from shardwise.checkpointing.arguments import check_arguments, check_same_settings, check_stateful, refuse_alone
-from shardwise.checkpointing.loading.restoring import Stateful
+from shardwise.checkpointing.arguments import check_arguments, check_same_settings, refuse_alone
 from shardwise.checkpointing.optimizers import Optimizers
 from shardwise.checkpointing.parallel_ranks import ParallelRanks
 from shardwise.checkpointing.reports import Call, Reports
@@ -210,12 +209,6 @@ class Lifetime:
             self.process_group, self.config.collective_timeout_seconds, call, absent_seconds=self.absent_seconds
         )
 
-    def of_ranks(self, call: str, state: Stateful) -> Session:
-        """Begin a call that saves or loads one state per rank. All ranks call."""
-        session = self.begin(call)
-        check_same_call(call, lambda: check_stateful(state), {}, session.group)
-        return session
-
     def looked(
         self,
         model: Model,
@@ -301,7 +294,15 @@ class Lifetime:
                 target.commit(group, record, closing)
                 told.over(group, target.place, epoch, step, target.total_bytes, target.pruned)
 
-            self._run(SaveJob(f"saving {target.place}", tuple(steps), commit, target.abandon))
+            if self.session.stager is not None:
+                steps = [waiting_for_copies(self.session.stager), *steps]
+            job = SaveJob(f"saving {target.place}", tuple(steps), commit, target.abandon)
+            if self.background is None:
+                job.run(self.session.group)
+            else:
+                self.background.submit(job)
+                if self.config.wait_for_staging:
+                    self.background.wait_for_staging()
             if earlier is not None:
                 self.wait()
         except ShardwiseError as error:
@@ -312,17 +313,6 @@ class Lifetime:
             made = f"This one, of {target.name}, was made all the same and is published."
             earlier.hint = f"{made} {earlier.hint}" if earlier.hint else made
             raise earlier
-
-    def _run(self, job: SaveJob) -> None:
-        stager = self.session.stager
-        if stager is not None:
-            job = replace(job, steps=(waiting_for_copies(stager), *job.steps))
-        if self.background is None:
-            job.run(self.session.group)
-            return
-        self.background.submit(job)
-        if self.config.wait_for_staging:
-            self.background.wait_for_staging()
 
     def allocate_staging(self, model: Model, optimizer: Optimizers | None = None) -> None:
         """As `Checkpointer.allocate_staging`, within another call. All ranks call."""

@@ -101,7 +101,7 @@ def capture_optimizer(
         held.extend(found if is_torchs else session.staged("optim", found))
         return held
 
-    roster = session.optimizer_agreement.roster(describe, "describing the optimizer's tensors")
+    roster = session.agreement("optim").roster(describe, "describing the optimizer's tensors")
     own_steps = optimizer_steps(session, state, directory)
     if is_torchs:
         replicas, others = comparison(held, roster, group.rank), left_to_others(held, roster, group.rank)

@@ -298,8 +298,13 @@ class Changes:
         allow_new: Parameters that the saved optimizer did not update start without state.
     """
 
-    key_mapping: Mapping[str, str] | None = None
-    allow_new: bool = False
+    key_mapping: Mapping[str, str] | None
+    allow_new: bool
+
+    def given(self) -> dict[str, bool]:
+        """As `check_same_call` compares them."""
+        named = f"key_mapping={self.key_mapping}"
+        return {named: bool(self.key_mapping), "allow_new_parameters=True": self.allow_new}
 
 
 def find_foreign(

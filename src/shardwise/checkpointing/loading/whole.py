@@ -101,10 +101,9 @@ class WhatToRestore:
     restore_from: str | Path | int
     extra_state: MutableMapping[str, object] | None
     verify: VerifyLevel
-    key_mapping: Mapping[str, str] | None
+    changes: Changes
     ema: Model | None
-    allow_new_parameters: bool
-    dataloader: object | None = None
+    dataloader: object | None
 
 
 def restore_checkpoint(life: Lifetime, what: WhatToRestore, told: Call) -> RestoreRecord | None:
@@ -115,16 +114,15 @@ def restore_checkpoint(life: Lifetime, what: WhatToRestore, told: Call) -> Resto
     given = {
         "an optimizer or scheduler": steers,
         "verify='digests'": what.verify == "digests",
-        f"key_mapping={what.key_mapping}": bool(what.key_mapping),
         "an ema": what.ema is not None,
-        "allow_new_parameters=True": what.allow_new_parameters,
         "a dataloader": what.dataloader is not None,
+        **what.changes.given(),
     }
 
     def look() -> str:
         nonlocal what
         check_mapping("extra_state", what.extra_state, MutableMapping)
-        check_mapping("key_mapping", what.key_mapping)
+        check_mapping("key_mapping", what.changes.key_mapping)
         given_state = what.extra_state if what.extra_state is not None else {}
         what = replace(what, extra_state=with_loader(given_state, what.dataloader, session.group.world_size))
         if what.ema is not None:
@@ -171,19 +169,18 @@ def _open(life: Lifetime, what: WhatToRestore, path: Path, steers: bool) -> tupl
     wanted = {"optim": steers, "extra": extras, "rng": life.config.save_rng, MODEL_EMA: what.ema is not None}
     components = ["model", *(name for name, is_wanted in wanted.items() if is_wanted)]
     check_checkpoint(path, what.verify, session.group, life.storage, components=components, threads=session.threads)
-    model = _open_component(session, what.model, _model_place(path, session.group), what.key_mapping)
+    model = _open_component(session, what.model, _model_place(path, session.group), what.changes.key_mapping)
     averaged = None
     if what.ema is not None:
         with session.group.together("looking at the averaged model"):
             average = Average.of(what.ema)
             saved = average.find(path / MODEL_EMA)
-        theirs = _open_component(session.of_model(MODEL_EMA), average.model, path / MODEL_EMA, what.key_mapping)
+        theirs = _open_component(session.of_model(MODEL_EMA), average.model, path / MODEL_EMA, what.changes.key_mapping)
         averaged = theirs, partial(average.take_in, saved)
     steering: OpenedOptimizer | None = None
     if steers:
-        changes = Changes(what.key_mapping, what.allow_new_parameters)
         optimizer = [] if what.optimizer is None else what.optimizer
-        steering = open_optimizer(session, optimizer, what.model, what.scheduler, path / "optim", changes)
+        steering = open_optimizer(session, optimizer, what.model, what.scheduler, path / "optim", what.changes)
     found = find_extras(session, path, what.extra_state if what.extra_state is not None else {})
     if what.dataloader is not None:
         require_position(found, what.dataloader, path, session.group)
@@ -232,14 +229,10 @@ def load_optimizer(
 ) -> None:
     """See `Checkpointer.load_optimizer`. All ranks call."""
     place = Path(weights_path).absolute() / "optim"
-    given = {
-        f"key_mapping={changes.key_mapping}": bool(changes.key_mapping),
-        "allow_new_parameters=True": changes.allow_new,
-    }
     with life.reports.call("load_optimizer") as told:
         life.wait()
         session = life.begin(call := f"load_optimizer({place.parent})")
-        check_same_call(call, lambda: life.looked(model, optimizer, scheduler), given, session.group)
+        check_same_call(call, lambda: life.looked(model, optimizer, scheduler), changes.given(), session.group)
         opened = open_optimizer(session, optimizer, model, scheduler, place, changes)
         opened.fill(ahead=True)
         with undone_on_failure() as undos, session.group.together("setting the optimizer's options"):

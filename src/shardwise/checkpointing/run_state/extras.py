@@ -24,6 +24,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from shardwise.checkpointing.arguments import check_stateful
+from shardwise.checkpointing.lifetime import Lifetime, check_same_call
 from shardwise.checkpointing.loading.foreign_optimizers import filled, read_states
 from shardwise.checkpointing.loading.models import OpenedModel, open_model
 from shardwise.checkpointing.loading.restoring import Stateful, Undos
@@ -39,7 +41,6 @@ from shardwise.checkpointing.saving.models import ModelSave
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
 from shardwise.disk.names import is_directory, is_file, names_in
-from shardwise.engine.agreement import Agreement
 from shardwise.engine.jobs import Step, below, local_step
 from shardwise.engine.load import OpenedLoad, open_described
 from shardwise.engine.records import ComponentRecord, write_state
@@ -147,8 +148,7 @@ def tensor_steps(session: Session, name: str, tensors: Mapping[str, DTensor], di
         held.extend(session.staged(component, found))
         return held
 
-    agreement = session.extra_agreements.setdefault(name, Agreement(session.group, session.stage))
-    roster = agreement.roster(describe, f"describing the DTensors of {name!r}")
+    roster = session.agreement(component).roster(describe, f"describing the DTensors of {name!r}")
     plan = shard_plan(held, roster, session.group, own, component, "extra")
 
     def write(group: Group) -> ComponentRecord:
@@ -461,20 +461,40 @@ def _stem(path: Path, state_name: str, rank: str) -> Path:
     return path / state_name / f"{state_name}_{rank}"
 
 
-def save_rank_state(session: Session, state: Stateful, state_name: str, path: Path, rank: str, writes: bool) -> None:
-    """Write ``path/state_name/state_name_<rank>.json``. All ranks call; those with ``writes`` write."""
+def _begin_of_ranks(life: Lifetime, call: str, state: Stateful, by_dp: bool) -> tuple[Session, str, bool]:
+    """Begin a call about one state per rank; returns what this rank is called, and whether it writes. All ranks call.
+
+    With ``by_dp`` ranks are data-parallel ones, whose TP 0, PP 0 peers write.
+    """
+    session = life.begin(call)
+    group = session.group
+    check_same_call(call, lambda: check_stateful(state), {}, group)
+    if not by_dp:
+        return session, f"rank_{group.global_rank}", True
+    coordinates = life.ranks.all_coordinates(group)
+    own = coordinates[group.rank]
+    # Ranks that share a sequence (context parallelism) have the same coordinates: one of them writes.
+    return session, f"dp_rank_{own.dp}", (own.tp, own.pp) == (0, 0) and coordinates.index(own) == group.rank
+
+
+def save_rank_state(life: Lifetime, state: Stateful, state_name: str, path: str | Path, *, by_dp: bool) -> None:
+    """Write ``path/state_name/state_name_<rank>.json``. All ranks call."""
+    call = f"save_on_{'dp' if by_dp else 'global'}_ranks({state_name})"
+    session, rank, writes = _begin_of_ranks(life, call, state, by_dp)
     with session.group.together(f"writing {state_name} of every rank"):
-        stem = _stem(path, state_name, rank)
+        stem = _stem(Path(path).absolute(), state_name, rank)
         if writes:
             session.storage.make_directory(stem.parent)
             write_state(session.storage, stem, pack_state(state.state_dict()))
             session.storage.sync_directory(stem.parent)
 
 
-def load_rank_state(session: Session, state: Stateful, state_name: str, path: Path, rank: str) -> None:
-    """Read what `save_rank_state` wrote for ``rank``, or another tool by ``torch.save`` (``.pt``). All ranks call."""
+def load_rank_state(life: Lifetime, state: Stateful, state_name: str, path: str | Path, *, by_dp: bool) -> None:
+    """Read what `save_rank_state` wrote for this rank, or another tool by ``torch.save`` (``.pt``). All ranks call."""
+    call = f"load_on_{'dp' if by_dp else 'global'}_ranks({state_name})"
+    session, rank, _ = _begin_of_ranks(life, call, state, by_dp)
     with session.group.together(f"reading {state_name} of every rank"):
-        stem = _stem(path, state_name, rank)
+        stem = _stem(Path(path).absolute(), state_name, rank)
         theirs = stem.with_name(f"{stem.name}.pt")
         if has_state(stem):
             found = read_state(stem)

@@ -82,7 +82,12 @@ class AdapterSave:
         ]
         if declared.extra:
             steps.append(self._extra_step(captured))
-        return [*steps, *self._merged_steps(), partial(run_after, self._addons, self._args, session)]
+        if session.config.exports(is_final_checkpoint=self._request.is_final):
+            merged = group.attempt(lambda: merged_parts(parts), "describing the merged model")
+            save = MergedSave(replace(self._request, session=session.of_model(MERGED)), parts, merged)
+            steps += save.steps()
+            self.closing += save.closing
+        return [*steps, partial(run_after, self._addons, self._args, session)]
 
     def _file_step(
         self,
@@ -141,17 +146,6 @@ class AdapterSave:
         roster = Agreement(session.group, session.stage).roster(describe, f"describing {what}")
         planned = session.group.attempt(plan, f"checking {what}")
         return lambda group: write_export(planned, group, session.storage).below(directory)
-
-    def _merged_steps(self) -> list[Step]:
-        """The steps of the merged export, where this save writes one. All ranks call."""
-        session, request = self._session, self._request
-        if not session.config.exports(is_final_checkpoint=request.is_final):
-            return []
-        merged = session.group.attempt(lambda: merged_parts(self.state.model), "describing the merged model")
-        save = MergedSave(replace(request, session=session.of_model(MERGED)), self.state.model, merged)
-        steps = save.steps()
-        self.closing += save.closing
-        return steps
 
     def _extra_step(self, captured: AdapterTensors) -> Step:
         """Tensors that are trained beside the adapter, in a file of their own. All ranks call."""

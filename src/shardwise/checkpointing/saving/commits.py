@@ -21,7 +21,7 @@ from shardwise.disk.sequential import digest_file, sync_file, write_file
 from shardwise.disk.storage import Storage
 from shardwise.engine.records import ComponentRecord, merged, write_manifest
 from shardwise.errors import MisuseError, ShardwiseError
-from shardwise.format.manifest import AliasRecord, FileRecord, TensorRecord
+from shardwise.format.manifest import FileRecord
 from shardwise.lifecycle import (
     BEST,
     LATEST,
@@ -57,14 +57,6 @@ CONFIG_NAME = "config.yaml"
 
 #: Local work with which the writing of a component ends.
 Closing = Sequence[Callable[[Group], None]]
-
-
-def _sound(aliases: Sequence[AliasRecord], tensors: Sequence[TensorRecord]) -> tuple[AliasRecord, ...]:
-    """The aliases, without names under which another stage has a tensor."""
-    if not aliases:
-        return ()
-    saved = {(tensor.component, tensor.spec.name) for tensor in tensors}
-    return tuple(alias for alias in sorted(aliases) if (alias.component, alias.name) not in saved)
 
 
 def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
@@ -175,7 +167,10 @@ class Unfinished:
         whole = merged(records)
         if not self._session.is_remote:
             check_files_visible(self.temp, records, self._session.first_exchange.locations)
-        return replace(whole, aliases=_sound(whole.aliases, whole.tensors))
+        # Without aliases under which another stage has a tensor.
+        saved = {(tensor.component, tensor.spec.name) for tensor in whole.tensors} if whole.aliases else set()
+        aliases = tuple(alias for alias in sorted(whole.aliases) if (alias.component, alias.name) not in saved)
+        return replace(whole, aliases=aliases)
 
     def _write_manifest(self, record: ComponentRecord) -> None:
         """Write the manifest of every file that is there; others' are digested and synced. Rank 0 calls."""

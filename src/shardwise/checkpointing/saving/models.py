@@ -188,7 +188,7 @@ class ModelSave:
                 facts = facts._replace(expectation=expectation_of(self.state.model, hub.absent, None), specs=specs)
             return Statement((held,), cast(JsonValue, facts))
 
-        agreed = session.model_agreement.reach(describe, "describing the model")
+        agreed = session.agreement("model").reach(describe, "describing the model")
         facts, [roster] = Facts.merged(agreed.notes), agreed.rosters
         if carries:
             self._carried = self._compare_with_base(facts.specs, facts)
@@ -281,7 +281,7 @@ class ModelSave:
             )
             return Statement((own.export, natives if self._exports else [], exact), cast(JsonValue, facts))
 
-        agreed = session.model_agreement.reach(describe, "describing the model")
+        agreed = session.agreement("model").reach(describe, "describing the model")
         roster, computed, beside = agreed.rosters
         return Described(*captured[0], roster, computed, beside, Facts.merged(agreed.notes))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -59,26 +60,29 @@ BATCHES = "batches"
 SHARDS = ".shards"
 
 
-def split_tree(value: object) -> tuple[object, dict[str, DTensor]]:
-    """A tree of containers without its DTensors, and these by the keys that lead to them. Local."""
-    found: dict[str, DTensor] = {}
-    rest = _split(value, "", found)
-    return (rest, found) if found else (value, found)
-
-
-def _split(value: object, path: str, found: dict[str, DTensor]) -> object:
+def split_tree(value: object, found: dict[str, DTensor], path: str = "") -> object:
+    """A tree of containers without its DTensors, which are put into ``found`` by the keys that lead to them. Local."""
     if isinstance(value, DTensor):
         found[path] = value
         return None
-    if isinstance(value, Mapping) and type(value).__module__ in ("builtins", "collections"):
-        rest = {key: _split(item, _below(path, key), found) for key, item in value.items()}
-        if type(value) is dict:
-            return rest
-        has_tensors = any(rest[key] is not item for key, item in value.items())
-        return type(value)(rest) if has_tensors else value  # type: ignore[call-arg]
+    return _changed(value, lambda key, item: split_tree(item, found, _below(path, key)))
+
+
+def fill_tree(rest: object, tensors: Mapping[str, torch.Tensor], path: str = "") -> object:
+    """The tree with DTensors in their places again."""
+    if path in tensors:
+        return tensors[path]
+    return _changed(rest, lambda key, item: fill_tree(item, tensors, _below(path, key)))
+
+
+def _changed(value: object, change: Callable[[object, object], object]) -> object:
+    """A container that can be saved with its items changed, given their keys or numbers; any other value as it is."""
+    if type(value) in (dict, OrderedDict, Counter):
+        mapping = cast("dict[object, object]", value)
+        return type(mapping)({key: change(key, item) for key, item in mapping.items()})
     if type(value) in (list, tuple):
-        items = [_split(item, _below(path, number), found) for number, item in enumerate(cast(Sequence[object], value))]
-        return items if type(value) is list else tuple(items)
+        items = cast("list[object]", value)
+        return type(items)(change(number, item) for number, item in enumerate(items))
     return value
 
 
@@ -86,20 +90,6 @@ def _below(path: str, key: object) -> str:
     """The name of the value under a key: text keys unchanged, apart from escapes for separators and numbers."""
     own = key.replace("%", "%25").replace("/", "%2F").replace("#", "%23") if isinstance(key, str) else f"#{key!r}"
     return f"{path}/{own}" if path else own
-
-
-def fill_tree(rest: object, tensors: Mapping[str, torch.Tensor], path: str = "") -> object:
-    """The tree with DTensors in their places again."""
-    if path in tensors:
-        return tensors[path]
-    if isinstance(rest, dict):
-        filled = {key: fill_tree(item, tensors, _below(path, key)) for key, item in rest.items()}
-        return filled if type(rest) is dict else type(rest)(filled)
-    if type(rest) in (list, tuple):
-        items = cast(Sequence[object], rest)
-        each = [fill_tree(item, tensors, _below(path, number)) for number, item in enumerate(items)]
-        return each if type(rest) is list else tuple(each)
-    return rest
 
 
 def directory_of(directory: Path, name: str) -> Path:
@@ -266,7 +256,8 @@ def _captured(
     spread: dict[str, dict[str, DTensor]] = {}
 
     def take(name: str, value: object) -> None:
-        rest, found = split_tree(state_of(as_stateful(value)))
+        found: dict[str, DTensor] = {}
+        rest = split_tree(state_of(as_stateful(value)), found)
         if found:
             spread[name] = found
         try:
@@ -364,7 +355,7 @@ def find_values(values: MutableMapping[str, object], directory: Path, rank: int,
         if found is not None:
             states[name] = read_state(found)
             if is_directory(directory_of(directory, name)):
-                tensors[name] = split_tree(state_of(value))[1]
+                split_tree(state_of(value), tensors.setdefault(name, {}))
             continue
         if is_directory(directory_of(directory, name)) and not _of_ranks(directory, name):
             if not isinstance(value, nn.Module):

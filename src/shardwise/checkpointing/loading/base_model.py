@@ -46,14 +46,8 @@ from shardwise.engine.computed import declared, open_computed
 from shardwise.engine.load import LoadOptions, LoadReport, compare_load, open_load
 from shardwise.engine.name_suggestions import listed
 from shardwise.errors import MisuseError
+from shardwise.peft import initial_values
 from shardwise.peft.builtin_lora import find_sites
-from shardwise.peft.initial_values import (
-    adapter_tensors,
-    check_can_begin,
-    check_method,
-    initialise_peft,
-    refuse_changed_base,
-)
 from shardwise.peft.models import is_peft_adapted
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.names import declared_ties
@@ -79,7 +73,7 @@ def initialize_model_weights(model: nn.Module, device: torch.device, peft_init_m
         for dim in range(mesh.ndim):
             seed = Group(mesh.get_group(dim)).broadcast_json(seed, 0, "agreeing on a seed")
     if is_peft_adapted([model]):
-        check_can_begin([model])
+        initial_values.check_can_begin([model])
     slots = slots_of(model)
     initialise(model, device, seed, _of_adapters(model, slots), slots)
     _fresh_adapters([model], peft_init_method, seed)
@@ -90,8 +84,8 @@ def _fresh_adapters(parts: Sequence[nn.Module], method: str | None, seed: int) -
     """Begin the adapters of models with memory: peft's as peft does, and a model's own LoRA factors."""
     if is_peft_adapted(parts):
         if method is not None:
-            check_method(parts, method)
-        initialise_peft(parts, seed=seed)
+            initial_values.check_method(parts, method)
+        initial_values.initialise_peft(parts, seed=seed)
         if method is not None:
             initialise_adapters(parts, None, method, seed=seed)
     elif any(find_sites(part) for part in parts):
@@ -102,7 +96,7 @@ def _fresh_adapters(parts: Sequence[nn.Module], method: str | None, seed: int) -
 
 def _of_adapters(part: nn.Module, slots: Sequence[Slot]) -> frozenset[str]:
     """Names of tensors that peft begins by itself when the base weights are there."""
-    return names_of(slots, adapter_tensors(part)) if is_peft_adapted([part]) else frozenset()
+    return names_of(slots, initial_values.adapter_tensors(part)) if is_peft_adapted([part]) else frozenset()
 
 
 def load_base_model(
@@ -125,7 +119,7 @@ def load_base_model(
         fresh = [part for part in parts if has_meta(slots_of(part))]
         for part in parts:
             if is_peft_adapted([part]):
-                (check_can_begin if part in fresh else refuse_changed_base)([part])
+                (initial_values.check_can_begin if part in fresh else initial_values.refuse_changed_base)([part])
 
     def find() -> str:
         if not model_name:
@@ -142,7 +136,7 @@ def load_base_model(
     with group.together("beginning the adapters"):  # apart, since DTensors communicate: no rank may have failed before
         for part in fresh:
             if is_peft_adapted([part]):
-                initialise_peft([part], seed=seed)
+                initial_values.initialise_peft([part], seed=seed)
         for part in parts:
             check_attributes(part)
 
@@ -181,7 +175,7 @@ def fill_from_base(
         with group.together("looking at the adapters"):
             for part in parts:
                 if is_peft_adapted([part]):
-                    refuse_changed_base([part])
+                    initial_values.refuse_changed_base([part])
     # The base's config decides which tensors exist; beside it are the files of module state.
     told, stems = group.broadcast_result(
         lambda: (cast(dict[str, JsonValue], base_config(path)), find_module_state(path)),

@@ -13,16 +13,7 @@ from functools import partial
 from torch import nn
 
 from shardwise.addons import ConsolidatedHFAddon
-from shardwise.checkpointing.adapters import (
-    Declared,
-    capture,
-    check_adapter_file,
-    declare,
-    diffusers_component,
-    hold_extra,
-    merged_state,
-    refuse_wrappers,
-)
+from shardwise.checkpointing import adapters
 from shardwise.checkpointing.hub import HubState, memory_of, require_memory
 from shardwise.checkpointing.optimizers import Optimizers, as_list
 from shardwise.checkpointing.saving.checks import Facts
@@ -60,12 +51,14 @@ class AdapterSave:
         """Capture the adapters, check that they are complete, and return the steps that write them. All ranks call."""
         session, group, parts = self._session, self._session.group, self.state.model
         with group.together("preparing the adapter's directory"):
-            refuse_wrappers(parts)
+            adapters.refuse_wrappers(parts)
             if group.is_main:
                 self._request.reserve()
                 session.storage.make_directory(self._directory)
         run_hooks(self._addons, "pre_save", self._args, group)
-        component = group.attempt(lambda: diffusers_component(session, parts, self._config), "looking at the adapter")
+        component = group.attempt(
+            lambda: adapters.diffusers_component(session, parts, self._config), "looking at the adapter"
+        )
         settings = adapter_settings(
             parts,
             self._config,
@@ -75,8 +68,10 @@ class AdapterSave:
             legacy_layout=session.config.legacy_paramwrapper_layout,
             diffusers_compatible=session.config.diffusers_compatible,
         )
-        captured = group.attempt(lambda: capture(session, parts, self._config, self._stepped), "describing the adapter")
-        declared = declare(session, captured)
+        captured = group.attempt(
+            lambda: adapters.capture(session, parts, self._config, self._stepped), "describing the adapter"
+        )
+        declared = adapters.declare(session, captured)
         steps = [
             self._file_step(file, settings[file.adapter_name], component, declared, captured) for file in captured.files
         ]
@@ -94,7 +89,7 @@ class AdapterSave:
         file: AdapterFile,
         settings: Mapping[str, object],
         component: str,
-        declared: Declared,
+        declared: adapters.Declared,
         captured: AdapterTensors,
     ) -> Step:
         """One adapter's file. All ranks call."""
@@ -106,7 +101,7 @@ class AdapterSave:
             return hold_adapter(entries, MeshRegister(session.may_differ.of_adapter(named, parts)))
 
         def look(roster: Roster) -> ExportOptions:
-            check_adapter_file(roster, settings, declared, captured, name, parts, component)
+            adapters.check_adapter_file(roster, settings, declared, captured, name, parts, component)
             if component:
                 check_opens(parts, self._config, file, session.logged)
             elif group.is_main:
@@ -161,7 +156,7 @@ class AdapterSave:
                 session.log_once(logging.INFO, text, ADAPTER_EXTRA_NAME)
             return ExportOptions(max_file_bytes=None, stem=stem, component=stem, index=False)
 
-        hold = partial(hold_extra, session, captured, self.state.model)
+        hold = partial(adapters.hold_extra, session, captured, self.state.model)
         return self._writing(hold, "adapter_extra", "what is trained beside the adapter", look)
 
 
@@ -192,7 +187,7 @@ class MergedSave(ModelSave):
     def _captured(self) -> tuple[HubState, bool]:
         session = self._session
         hub = session.names.capture(self.state)
-        hub = merged_state(hub, self._parts, self._merged, session.may_differ)
+        hub = adapters.merged_state(hub, self._parts, self._merged, session.may_differ)
         require_memory(memory_of(hub.held), "values to save")
         return self._staged(hub), self._look_at_parameters()
 

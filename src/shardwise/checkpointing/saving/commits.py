@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from shardwise import lifecycle
 from shardwise.checkpointing.arguments import check_claim, check_files_visible
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
@@ -22,32 +23,6 @@ from shardwise.disk.storage import Storage
 from shardwise.engine.records import ComponentRecord, merged, write_manifest
 from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.format.manifest import FileRecord
-from shardwise.lifecycle import (
-    BEST,
-    LATEST,
-    LINEAGE_NAME,
-    MANIFEST_NAME,
-    METRICS_NAME,
-    Claim,
-    Lineage,
-    Retention,
-    Start,
-    abandon,
-    best_checkpoint,
-    claim,
-    doomed_name,
-    lacks_metric,
-    list_checkpoints,
-    make_root,
-    next_lineage,
-    parse_checkpoint_name,
-    prune,
-    publishing,
-    put_in_place,
-    set_pointer,
-    settle,
-    temporary_name,
-)
 from shardwise.settings import Settings
 from shardwise.timing import phase
 
@@ -89,7 +64,7 @@ def write_run_files(storage: Storage, directory: Path, config: Settings, metrics
     plain = {field.name: _plain(getattr(config, field.name)) for field in fields(config)}
     write_file(storage, directory / CONFIG_NAME, yaml.safe_dump({"checkpoint": plain}, sort_keys=False).encode())
     finite = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
-    write_file(storage, directory / METRICS_NAME, (json.dumps(finite, indent=2) + "\n").encode())
+    write_file(storage, directory / lifecycle.METRICS_NAME, (json.dumps(finite, indent=2) + "\n").encode())
 
 
 def _plain(value: object) -> object:
@@ -105,11 +80,11 @@ class RunLine:
     Only a restored run may have left checkpoints behind, which it may replace.
     """
 
-    start: Start | None = None
+    start: lifecycle.Start | None = None
     restored: bool = False
 
     @property
-    def left_from(self) -> Start | None:
+    def left_from(self) -> lifecycle.Start | None:
         """The start, where checkpoints that do not come from it may be ones that the run left behind."""
         return self.start if self.restored else None
 
@@ -124,18 +99,18 @@ class Unfinished:
     _committing = "publishing {}"
 
     def __init__(self, session: Session, place: Path, name: str, info: Mapping[str, JsonValue]) -> None:
-        self.place, self.temp, self.name = place, place.with_name(temporary_name(place.name)), name
+        self.place, self.temp, self.name = place, place.with_name(lifecycle.temporary_name(place.name)), name
         self.total_bytes: int | None = None
         self.pruned: tuple[str, ...] = ()
         self._session, self._info = session, info
-        self._claim: Claim | None = None
+        self._claim: lifecycle.Claim | None = None
         self._is_reserved = False
 
     def _claim_name(self) -> None:
         """Make the directory around the place and claim its name, unless another process saves it. Rank 0 calls."""
         if not self._session.is_remote:
-            make_root(self.place.parent)
-            self._claim = claim(self.place.parent, self.place.name, self._session.first_exchange.token)
+            lifecycle.make_root(self.place.parent)
+            self._claim = lifecycle.claim(self.place.parent, self.place.name, self._session.first_exchange.token)
 
     @phase("publish")
     def commit(self, group: Group, record: ComponentRecord, closing: Closing) -> None:
@@ -175,7 +150,7 @@ class Unfinished:
     def _write_manifest(self, record: ComponentRecord) -> None:
         """Write the manifest of every file that is there; others' are digested and synced. Rank 0 calls."""
         storage, files = self._session.storage, list(record.files)
-        known = {file.path for file in record.files} | {MANIFEST_NAME}
+        known = {file.path for file in record.files} | {lifecycle.MANIFEST_NAME}
         for where, names in walk(self.temp):
             for path in (where / name for name in names):
                 relative = path.relative_to(self.temp).as_posix()
@@ -196,7 +171,7 @@ class Unfinished:
             return
         try:
             if self._is_reserved:
-                abandon(self.temp)
+                lifecycle.abandon(self.temp)
         except (OSError, ShardwiseError) as error:
             _LOG.warning("could not remove the unfinished %s: %s", self.temp, error)
         finally:
@@ -228,29 +203,31 @@ class Publication(Unfinished):
         session = self._session
         write_run_files(session.storage, self.temp, session.config, self._metrics)
         found = self._union(records)
-        with nullcontext() if session.is_remote else publishing(session.root):
+        with nullcontext() if session.is_remote else lifecycle.publishing(session.root):
             # The line names other checkpoints; they must not change until this one is published.
             lineage = self._write_lineage()
             self._write_manifest(found)
-            put_in_place(self.temp, self.place, self._line.left_from)
+            lifecycle.put_in_place(self.temp, self.place, self._line.left_from)
             # Whatever fails from here on, the checkpoint is there: the run goes on from it, and nothing is abandoned
             # (what it replaced may be all that a power failure leaves).
-            self._line.start, self._is_reserved = Start(self.place, lineage), False
-            settle(self.temp, self.place)
+            self._line.start, self._is_reserved = lifecycle.Start(self.place, lineage), False
+            lifecycle.settle(self.temp, self.place)
             self._point()
 
-    def _write_lineage(self) -> Lineage:
-        numbers = parse_checkpoint_name(self.place.name)
+    def _write_lineage(self) -> lifecycle.Lineage:
+        numbers = lifecycle.parse_checkpoint_name(self.place.name)
         assert numbers is not None
         root = self._session.root
-        lineage = next_lineage(root, list_checkpoints(root), self.place.name, *numbers, self._line.start)
-        write_file(self._session.storage, self.temp / LINEAGE_NAME, lineage.encode())
+        lineage = lifecycle.next_lineage(
+            root, lifecycle.list_checkpoints(root), self.place.name, *numbers, self._line.start
+        )
+        write_file(self._session.storage, self.temp / lifecycle.LINEAGE_NAME, lineage.encode())
         return lineage
 
     def _point(self) -> None:
         session = self._session
-        set_pointer(session.root, LATEST, self.place.name)
-        policy = Retention.from_config(session.config)
+        lifecycle.set_pointer(session.root, lifecycle.LATEST, self.place.name)
+        policy = lifecycle.Retention.from_config(session.config)
         # This checkpoint is published. A save that failed now would be repeated, and find its name taken.
         try:
             self._tidy(policy)
@@ -262,21 +239,21 @@ class Publication(Unfinished):
                 ShardwiseError.wrap(error),
             )
 
-    def _tidy(self, policy: Retention) -> None:
+    def _tidy(self, policy: lifecycle.Retention) -> None:
         """Set the pointer to the best checkpoint, and delete what is not to be kept."""
         session = self._session
-        checkpoints = list_checkpoints(session.root)
-        best = best_checkpoint(checkpoints, policy)
+        checkpoints = lifecycle.list_checkpoints(session.root)
+        best = lifecycle.best_checkpoint(checkpoints, policy)
         if best is not None:
-            set_pointer(session.root, BEST, best)
-        if lacks_metric(checkpoints, policy) and len(checkpoints) > (policy.max_recent or len(checkpoints)):
+            lifecycle.set_pointer(session.root, lifecycle.BEST, best)
+        if lifecycle.lacks_metric(checkpoints, policy) and len(checkpoints) > (policy.max_recent or len(checkpoints)):
             _LOG.warning(
                 "no checkpoint in %s has the metric %r, by which keep_best chooses the best: none is deleted",
                 session.root,
                 policy.metric_key,
             )
         with phase("prune"):
-            self.pruned = tuple(prune(session.root, policy))
+            self.pruned = tuple(lifecycle.prune(session.root, policy))
 
 
 class Replacement(Unfinished):
@@ -300,7 +277,7 @@ class Replacement(Unfinished):
 
     @property
     def _doomed(self) -> Path:
-        return self.place.with_name(doomed_name(self.place.name))
+        return self.place.with_name(lifecycle.doomed_name(self.place.name))
 
     def _publish(self, records: Sequence[ComponentRecord]) -> None:
         self._write_manifest(self._union(records))
@@ -309,7 +286,7 @@ class Replacement(Unfinished):
         self._put_in_place()
         # It is there: nothing is abandoned any more. What it replaced may be all that a power failure leaves.
         self._is_reserved = False
-        settle(self.temp, self.place)
+        lifecycle.settle(self.temp, self.place)
 
     def _put_in_place(self) -> None:
         storage = self._session.storage

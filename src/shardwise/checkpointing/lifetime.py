@@ -54,15 +54,10 @@ def check_same_call(
 ) -> list[JsonValue]:
     """Check that all ranks make the same call with the same kinds of arguments; `MisuseError` if not. All ranks call.
 
-    Every call begins with this exchange, so that two different calls that meet are named at once.
-
-    Args:
-        call: The method and its target, as messages show it: ``save(epoch_0_step_1)``.
-        look: Checks this rank's arguments and returns what is saved; a constant text where that does not depend on
-            the caller. An error on one rank is raised on all.
-        given: Name of an optional argument that decides which collectives follow -> whether it was passed.
-        group: The ranks that save or load together.
-        note: Another value to gather from every rank; the notes are returned.
+    Every call begins with this exchange, so that two different calls that meet are named at once: ``call`` is the
+    method and its target, as messages show it. ``look`` checks this rank's arguments and returns what is saved; a
+    constant text where that does not depend on the caller. ``given`` has the optional arguments that decide which
+    collectives follow. Returns every rank's ``note``.
     """
     names = sorted(key for key, is_given in given.items() if is_given)
     with group.coming(call):

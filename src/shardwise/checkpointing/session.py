@@ -47,8 +47,7 @@ class Session:
         class_check: Checks that the model's class can load an export; each kind of export is checked once.
         logged: What is logged once per run and was logged already; see `log_once`.
         warned: Checkpoints whose per-rank tensors a warning has named.
-        model_plan: The last export's plan.
-        shard_plans: The last plan of each component's shards.
+        model_plan: The last export's plan; ``shard_plans`` has that of each component's shards.
         checked_state: The last captured state that passed the checks.
         prefix: Put before the names of staging memory where a checkpoint has more than one model.
     """

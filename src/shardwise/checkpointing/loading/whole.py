@@ -82,7 +82,7 @@ class _Opened:
                 self.averaged[0].fill()
             if self.steering is not None:
                 self.steering.fill(ahead=False)
-            self.extras.spread.fill(group)
+            self.extras.fill(group)
 
             def finish() -> int:
                 self.extras.set_generators(order)

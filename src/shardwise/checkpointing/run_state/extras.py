@@ -150,25 +150,6 @@ def tensor_steps(session: Session, name: str, tensors: Mapping[str, DTensor], di
     return [write]
 
 
-@dataclass(frozen=True, slots=True)
-class OpenedSharded:
-    """Values that are spread over the ranks, opened and not read; ``then`` loads objects' states when they are."""
-
-    modules: Sequence[OpenedModel]
-    tensors: Sequence[OpenedLoad]
-    then: Callable[[], None]
-
-    def fill(self, group: Group) -> None:
-        """Read everything. All ranks call."""
-        for module in self.modules:
-            module.fill()
-        for load in self.tensors:
-            load.read()
-        if self.tensors:
-            with group.together("loading extra state"):
-                self.then()
-
-
 #: A module on one rank: whether it has DTensors; a digest of its state; the names in it.
 _Row: TypeAlias = tuple[bool, str, list[str]]
 
@@ -306,13 +287,6 @@ class FoundValues:
     spread: tuple[str, ...] = ()
     tensors: Mapping[str, Mapping[str, DTensor]] = field(default_factory=dict)
 
-    def load_spread(self) -> None:
-        """Load the state of objects with DTensors, once these have been read. Local."""
-        for name, tensors in self.tensors.items():
-            value = self.values[name]
-            if isinstance(value, Stateful):
-                value.load_state_dict(cast(dict[str, object], fill_tree(self.states[name], tensors)))
-
     def take_in(self, undos: Undos) -> None:
         """Put the states in place; an object may refuse its own (`MisuseError`). Local.
 
@@ -404,8 +378,10 @@ def saved_names(directory: Path) -> list[str]:
     return list(dict.fromkeys(map(unquote, stems)))
 
 
-def open_spread(session: Session, found: FoundValues, directory: Path) -> OpenedSharded:
-    """Open what is spread over the ranks, and compare it. All ranks call; nothing is changed."""
+def _open_spread(
+    session: Session, found: FoundValues, directory: Path
+) -> tuple[Sequence[OpenedModel], Sequence[OpenedLoad]]:
+    """Open and compare modules and DTensors that are spread over the ranks. All ranks call; nothing is changed."""
     group = session.group
     everyone = group.gather_json((found.spread, list(found.tensors)), "comparing extra state")
     modules = sorted({name for names, _ in everyone for name in names})
@@ -428,7 +404,7 @@ def open_spread(session: Session, found: FoundValues, directory: Path) -> Opened
         source = open_source(directory_of(directory, name), group, spread=True)
         describe = partial(held_tensors, found.tensors.get(name, {}).items(), MeshRegister())
         loads.append(open_described(describe, source, group, session.storage, session.load_options))
-    return OpenedSharded(opened, loads, found.load_spread)
+    return opened, loads
 
 
 def check_generators(state: object) -> None:
@@ -517,11 +493,30 @@ def capture_extras(
 
 @dataclass(frozen=True, slots=True)
 class FoundExtras:
-    """Extra state and generators that were found, read and looked at, on every rank."""
+    """Extra state and generators that were found, read and looked at, on every rank.
+
+    What is spread over the ranks is only opened: ``modules``, and ``tensors`` in other values.
+    """
 
     extra: FoundValues
     generators: FoundValues
-    spread: OpenedSharded
+    modules: Sequence[OpenedModel]
+    tensors: Sequence[OpenedLoad]
+
+    def fill(self, group: Group) -> None:
+        """Read what is spread over the ranks, and load the objects that have DTensors. All ranks call."""
+        for module in self.modules:
+            module.fill()
+        for load in self.tensors:
+            load.read()
+        if not self.tensors:
+            return
+        with group.together("loading extra state"):
+            for name, tensors in self.extra.tensors.items():
+                value = self.extra.values[name]
+                if isinstance(value, Stateful):
+                    state = fill_tree(self.extra.states[name], tensors)
+                    value.load_state_dict(cast(dict[str, object], state))
 
     def set_generators(self, order: DataOrder) -> None:
         """Set the generators, after everything else, since other code may draw numbers. Local."""
@@ -562,7 +557,7 @@ def find_extras(session: Session, directory: Path, extra_state: MutableMapping[s
         return extra, generators
 
     extra, generators = group.attempt(find, "looking for extra state")
-    return FoundExtras(extra, generators, open_spread(session, extra, directory / "extra"))
+    return FoundExtras(extra, generators, *_open_spread(session, extra, directory / "extra"))
 
 
 def require_position(found: FoundExtras, loader: object, directory: Path, group: Group) -> None:

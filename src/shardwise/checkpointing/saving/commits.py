@@ -19,7 +19,6 @@ from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.disk.names import is_there, walk
 from shardwise.disk.sequential import digest_file, sync_file, write_file
-from shardwise.disk.storage import Storage
 from shardwise.engine.records import ComponentRecord, merged, write_manifest
 from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.format.manifest import FileRecord
@@ -57,20 +56,6 @@ def warn_of_metrics(metrics: Mapping[str, float], config: Settings) -> None:
         key,
         what,
     )
-
-
-def write_run_files(storage: Storage, directory: Path, config: Settings, metrics: Mapping[str, float]) -> None:
-    """Write ``config.yaml`` and ``losses.json``. One rank calls."""
-    plain = {field.name: _plain(getattr(config, field.name)) for field in fields(config)}
-    write_file(storage, directory / CONFIG_NAME, yaml.safe_dump({"checkpoint": plain}, sort_keys=False).encode())
-    finite = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
-    write_file(storage, directory / lifecycle.METRICS_NAME, (json.dumps(finite, indent=2) + "\n").encode())
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, Enum):
-        return value.value
-    return str(value) if isinstance(value, Path) else value
 
 
 @dataclass(slots=True)
@@ -200,8 +185,15 @@ class Publication(Unfinished):
         self._is_reserved = True
 
     def _publish(self, records: Sequence[ComponentRecord]) -> None:
-        session = self._session
-        write_run_files(session.storage, self.temp, session.config, self._metrics)
+        session, settings = self._session, dict[str, object]()
+        for field in fields(session.config):
+            value = getattr(session.config, field.name)
+            plain = value.value if isinstance(value, Enum) else value
+            settings[field.name] = str(plain) if isinstance(plain, Path) else plain
+        text = yaml.safe_dump({"checkpoint": settings}, sort_keys=False)
+        write_file(session.storage, self.temp / CONFIG_NAME, text.encode())
+        finite = {name: value if math.isfinite(value) else str(value) for name, value in self._metrics.items()}
+        write_file(session.storage, self.temp / lifecycle.METRICS_NAME, (json.dumps(finite, indent=2) + "\n").encode())
         found = self._union(records)
         with nullcontext() if session.is_remote else lifecycle.publishing(session.root):
             # The line names other checkpoints; they must not change until this one is published.
@@ -230,7 +222,20 @@ class Publication(Unfinished):
         policy = lifecycle.Retention.from_config(session.config)
         # This checkpoint is published. A save that failed now would be repeated, and find its name taken.
         try:
-            self._tidy(policy)
+            checkpoints = lifecycle.list_checkpoints(session.root)
+            best = lifecycle.best_checkpoint(checkpoints, policy)
+            if best is not None:
+                lifecycle.set_pointer(session.root, lifecycle.BEST, best)
+            if lifecycle.lacks_metric(checkpoints, policy) and len(checkpoints) > (
+                policy.max_recent or len(checkpoints)
+            ):
+                _LOG.warning(
+                    "no checkpoint in %s has the metric %r, by which keep_best chooses the best: none is deleted",
+                    session.root,
+                    policy.metric_key,
+                )
+            with phase("prune"):
+                self.pruned = tuple(lifecycle.prune(session.root, policy))
         except (OSError, ShardwiseError) as error:
             _LOG.warning(
                 "%s is published, but finding the best checkpoint or deleting old ones failed; the next save tries "
@@ -238,22 +243,6 @@ class Publication(Unfinished):
                 self.place,
                 ShardwiseError.wrap(error),
             )
-
-    def _tidy(self, policy: lifecycle.Retention) -> None:
-        """Set the pointer to the best checkpoint, and delete what is not to be kept."""
-        session = self._session
-        checkpoints = lifecycle.list_checkpoints(session.root)
-        best = lifecycle.best_checkpoint(checkpoints, policy)
-        if best is not None:
-            lifecycle.set_pointer(session.root, lifecycle.BEST, best)
-        if lifecycle.lacks_metric(checkpoints, policy) and len(checkpoints) > (policy.max_recent or len(checkpoints)):
-            _LOG.warning(
-                "no checkpoint in %s has the metric %r, by which keep_best chooses the best: none is deleted",
-                session.root,
-                policy.metric_key,
-            )
-        with phase("prune"):
-            self.pruned = tuple(lifecycle.prune(session.root, policy))
 
 
 class Replacement(Unfinished):

@@ -76,7 +76,15 @@ def merged_state(
     named = [(_source(g, name), t) for part in merged for g in part.groups for name, t in g.sources.items()]
     meshes = MeshRegister(may_differ.of_adapter(named, parts))
     sources = {tensor.spec.name: tensor for tensor in held_tensors(named, meshes)}
-    computed = [_held_group(together, sources) for together in _together(made)]
+    computed: list[HeldGroup] = []
+    for together in _together(made):
+        own = list({id(group): group for each in together for group in each.groups}.values())
+        natives = [sources[_source(group, name)] for group in own for name in group.sources]
+        for each in together:  # the model's tensors that are joined with merged ones, under unique names
+            natives += {tensor.spec.name: tensor for tensor in each.beside if tensor is not None}.values()
+        specs = tuple(native.spec for native in natives), tuple(each.tensor.spec for each in together)
+        rule = Computed(*specs, MergeRule(own, together), "an adapter is merged into it", has_inverse=False)
+        computed.append(HeldGroup(rule, tuple(natives)))
     return replace(hub, held=tuple(held), groups=(*hub.groups, *computed), excluded=())
 
 
@@ -122,21 +130,6 @@ def _together(made: Sequence[_Made]) -> list[list[_Made]]:
                 keys, own = keys | known, [*theirs, *own]
         lists = [*outside, (keys, own)]
     return [own for _, own in lists]
-
-
-def _held_group(made: Sequence[_Made], sources: Mapping[str, HeldTensor]) -> HeldGroup:
-    groups = list({id(group): group for each in made for group in each.groups}.values())
-    natives = [sources[_source(group, name)] for group in groups for name in group.sources]
-    for each in made:  # the model's tensors that are joined with merged ones, under unique names
-        natives += {tensor.spec.name: tensor for tensor in each.beside if tensor is not None}.values()
-    computed = Computed(
-        tuple(native.spec for native in natives),
-        tuple(each.tensor.spec for each in made),
-        MergeRule(groups, made),
-        "an adapter is merged into it",
-        has_inverse=False,
-    )
-    return HeldGroup(computed, tuple(natives))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

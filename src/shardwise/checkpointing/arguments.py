@@ -120,8 +120,14 @@ def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExch
                     hint="Give every rank the same settings.",
                 )
     locations = tuple(RootLocation(*location) for _, _, location, _ in rows)
-    if not config.is_remote:
-        check_same_root(locations)
+    for rank, location in () if config.is_remote else enumerate(locations):
+        # The same directory has one path or one identity on a machine; of two machines nothing is known.
+        first, known = next((n, other) for n, other in enumerate(locations) if other.host == location.host)
+        if location.path != known.path and (known.identity is None or known.identity != location.identity):
+            raise ConfigError(
+                f"checkpoint_dir is {known.path} on rank {first} and {location.path} on rank {rank}",
+                hint=_SHARE_THE_ROOT,
+            )
     named, listed = (any(theirs) for theirs in zip(*(names for _, names, _, _ in rows), strict=True))
     return FirstExchange(named, listed, locations, rows[0][3])
 
@@ -242,17 +248,6 @@ class RootLocation(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.path} on {self.host}"
-
-
-def check_same_root(locations: Sequence[RootLocation]) -> None:
-    """Raise `ConfigError` if two ranks of one machine use different root directories."""
-    for rank, location in enumerate(locations):
-        first, known = next((n, other) for n, other in enumerate(locations) if other.host == location.host)
-        if location.path != known.path and (known.identity is None or known.identity != location.identity):
-            raise ConfigError(
-                f"checkpoint_dir is {known.path} on rank {first} and {location.path} on rank {rank}",
-                hint=_SHARE_THE_ROOT,
-            )
 
 
 def check_claim(directory: Path, name: str, token: str, group: Group, locations: Sequence[RootLocation]) -> None:

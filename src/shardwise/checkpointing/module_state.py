@@ -292,7 +292,14 @@ def open_module_load(
         found = read_module_state(stems)
         names = [] if found is None else sorted(found[0])
         if found is not None and is_strict and not options.allow_missing:
-            _require_extra(steps, found[0])
+            for step in steps:
+                name = plain_name(step.prefix + EXTRA)
+                if step.kind == "extra" and name not in found[0]:
+                    raise MissingTensorError(
+                        f"the checkpoint has no extra state for {label(step.module, step.prefix)}",
+                        tensor=name,
+                        hint="Build the model as it was when the checkpoint was saved, or allow a subset of the keys.",
+                    )
         return sum(1 for _ in _rounds(steps)), [int(any(_takes(step, name) for step in steps)) for name in names]
 
     everyone = group.gather(describe, "comparing the state that modules load")
@@ -309,17 +316,6 @@ def open_module_load(
             hint="Build the model as it was when the checkpoint was saved.",
         )
     return ModuleLoad(steps, found, options, max(rounds for rounds, _ in everyone), skips_empty)
-
-
-def _require_extra(steps: Sequence[Step], saved: Collection[str]) -> None:
-    for step in steps:
-        name = plain_name(step.prefix + EXTRA)
-        if step.kind == "extra" and name not in saved:
-            raise MissingTensorError(
-                f"the checkpoint has no extra state for {label(step.module, step.prefix)}",
-                tensor=name,
-                hint="Build the model as it was when the checkpoint was saved, or allow a subset of the keys.",
-            )
 
 
 def _takes(step: Step, name: str) -> bool:

@@ -174,7 +174,10 @@ class ForeignOptimizers:
             plan = plan_restore(state, record, allow_new=changes.allow_new, aside=is_buffered)
         except ShardwiseError as error:
             error.path = error.path or str(self.directory)
-            _add_names(error, record)
+            if isinstance(error, MissingTensorError):  # the names are another tool's
+                there = listed([param for group in record.groups for param in group.params])
+                mapping = "If these are the same parameters under other names, pass key_mapping."
+                error.hint = f"It has {there}. {mapping} {error.hint or ''}".strip()
             raise
         own = foreign_schedules(schedulers, self.schedules, self.lists_schedules, self.directory) if schedulers else []
         return plan, FoundSchedules(tuple(own)), names
@@ -382,16 +385,6 @@ def _in_names(saved: DcpOptimizer, key_mapping: Mapping[str, str] | None) -> Dcp
     names = [param for group in saved.groups for param in group.params]
     plain = [plain_name(name) for name in names]
     return saved.renamed(dict(zip(names, rename(plain, key_mapping) if key_mapping else plain, strict=True)))
-
-
-def _add_names(error: ShardwiseError, record: OptimizerRecord) -> None:
-    """Add the other tool's names to an error about absent parameters."""
-    if isinstance(error, MissingTensorError):
-        there = [param for group in record.groups for param in group.params]
-        error.hint = (
-            f"It has {listed(there)}. If these are the same parameters under other names, pass key_mapping. "
-            f"{error.hint or ''}"
-        ).strip()
 
 
 def _places(found: Sequence[DcpOptimizer]) -> str:

@@ -19,6 +19,7 @@ from typing import cast
 from torch import nn
 
 from shardwise.base.names import names_in_files, names_of_ties, under_names_of_files
+from shardwise.checkpointing import module_state
 from shardwise.checkpointing.hub import (
     HubState,
     exported_modules,
@@ -27,14 +28,6 @@ from shardwise.checkpointing.hub import (
     natives_of,
     recomputed_buffers,
     require_memory,
-)
-from shardwise.checkpointing.module_state import (
-    ModuleLoad,
-    as_modules_load,
-    find_module_state,
-    open_module_load,
-    steps_of,
-    with_extra_in_files,
 )
 from shardwise.checkpointing.per_rank import OwnRead, find_of_model
 from shardwise.checkpointing.session import Session
@@ -89,7 +82,7 @@ class OpenedModel:
     session: Session
     direct: OpenedLoad
     computed: OpenedComputed | None
-    module_load: ModuleLoad
+    module_load: module_state.ModuleLoad
     own: OwnRead | None = None
 
     def fill(self) -> LoadReport:
@@ -133,18 +126,18 @@ def open_model(
             absent = [tensor.spec.name for tensor in hub.excluded if tensor.spec.name not in source.tensors]
             if absent:
                 _LOG.warning("%s, which the model's class keeps out of files, keep their values", listed(absent))
-        own_steps, extra = with_extra_in_files(steps_of(state.model, hub.listing), source)
+        own_steps, extra = module_state.with_extra_in_files(module_state.steps_of(state.model, hub.listing), source)
         steps.extend(own_steps)
-        return held if hub.listing is None else [*as_modules_load(held, hub, computed, source), *extra]
+        return held if hub.listing is None else [*module_state.as_modules_load(held, hub, computed, source), *extra]
 
     load = open_described(direct, source, group, storage, options, lambda: bool(steps))
     has_computed = differs and not speaks_native
     there = open_computed(computed, CheckpointSource(source), group, options) if has_computed else None
     stems = metadata.module_state  # the same on every rank
-    module_load = ModuleLoad((), None, options, 0)
+    module_load = module_state.ModuleLoad((), None, options, 0)
     if load.asked or stems:
         is_own = bool(stems) and Path(stems[0]).parent.parent == path  # and not of the directory around an export
-        module_load = open_module_load(steps, stems, group, options, is_strict=is_own)
+        module_load = module_state.open_module_load(steps, stems, group, options, is_strict=is_own)
     return OpenedModel(session, load, there, module_load, own)
 
 
@@ -257,11 +250,11 @@ def read_model_metadata(path: Path, group: Group) -> ModelMetadata:
 
     def look() -> tuple[JsonValue, JsonValue, int, list[str]]:
         exact, passed = _note(path, NATIVE_DTYPES, {}), _note(path, PASSED_THROUGH, [])
-        return exact, passed, saved_ranks(path), find_module_state(path)
+        return exact, passed, saved_ranks(path), module_state.find_module_state(path)
 
     found = group.broadcast_result(look, "reading what was noted beside the model")
-    exact, passed, ranks, module_state = cast(tuple[dict[str, str], list[str], int, list[str]], found)
-    return ModelMetadata(exact, tuple(passed), ranks, tuple(module_state))
+    exact, passed, ranks, stems = cast(tuple[dict[str, str], list[str], int, list[str]], found)
+    return ModelMetadata(exact, tuple(passed), ranks, tuple(stems))
 
 
 def _note(path: Path, name: str, absent: JsonValue) -> JsonValue:

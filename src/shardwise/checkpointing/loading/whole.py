@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from shardwise.checkpointing import optimizers
 from shardwise.checkpointing.adapters import check_before_training
 from shardwise.checkpointing.arguments import check_mapping, refuse_whole_adapter
 from shardwise.checkpointing.averages import MODEL_EMA, Average
@@ -20,14 +21,6 @@ from shardwise.checkpointing.loading.adapters import OpenedAdapter, open_adapter
 from shardwise.checkpointing.loading.foreign_optimizers import Changes, foreign_components, torch_leftovers
 from shardwise.checkpointing.loading.models import OpenedModel, open_model
 from shardwise.checkpointing.loading.restoring import Undos, overwriting, undone_on_failure
-from shardwise.checkpointing.optimizers import (
-    OpenedOptimizer,
-    Optimizers,
-    Schedulers,
-    as_list,
-    open_optimizer,
-    optimizer_components,
-)
 from shardwise.checkpointing.reports import Call, RestoreRecord
 from shardwise.checkpointing.run_state.data_order import DataOrder, with_loader
 from shardwise.checkpointing.run_state.extras import FoundExtras, find_extras, require_position, saved_names
@@ -55,7 +48,7 @@ class _Opened:
 
     model: OpenedModel | OpenedAdapter
     averaged: tuple[OpenedModel | OpenedAdapter, Callable[[Undos], None]] | None
-    steering: OpenedOptimizer | None
+    steering: optimizers.OpenedOptimizer | None
     extras: FoundExtras
 
     def restore(self, group: Group, order: DataOrder, recording: Recording) -> int:
@@ -96,8 +89,8 @@ class WhatToRestore:
     """The arguments of `Checkpointer.restore`, which says what they are."""
 
     model: Model
-    optimizer: Optimizers | None
-    scheduler: Schedulers | None
+    optimizer: optimizers.Optimizers | None
+    scheduler: optimizers.Schedulers | None
     restore_from: str | Path | int
     extra_state: MutableMapping[str, object] | None
     verify: VerifyLevel
@@ -110,7 +103,7 @@ def restore_checkpoint(life: Lifetime, what: WhatToRestore, told: Call) -> Resto
     """See `Checkpointer.restore`. All ranks call."""
     session = life.begin(call := f"restore({what.restore_from})")
     life.wait()
-    steers = what.optimizer is not None or bool(as_list(what.scheduler))
+    steers = what.optimizer is not None or bool(optimizers.as_list(what.scheduler))
     given = {
         "an optimizer or scheduler": steers,
         "verify='digests'": what.verify == "digests",
@@ -169,7 +162,11 @@ def _open(life: Lifetime, what: WhatToRestore, path: Path, steers: bool) -> tupl
     wanted = {"optim": steers, "extra": extras, "rng": life.config.save_rng, MODEL_EMA: what.ema is not None}
     components = ["model", *(name for name, is_wanted in wanted.items() if is_wanted)]
     check_checkpoint(path, what.verify, session.group, life.storage, components=components, threads=session.threads)
-    model = _open_component(session, what.model, _model_place(path, session.group), what.changes.key_mapping)
+    # The model is in a directory of its own, or in the DCP directory that holds everything.
+    is_one = session.group.broadcast_result(
+        lambda: not is_directory(path / "model") and is_dcp(path), f"looking into {path}"
+    )
+    model = _open_component(session, what.model, path if is_one else path / "model", what.changes.key_mapping)
     averaged = None
     if what.ema is not None:
         with session.group.together("looking at the averaged model"):
@@ -177,14 +174,18 @@ def _open(life: Lifetime, what: WhatToRestore, path: Path, steers: bool) -> tupl
             saved = average.find(path / MODEL_EMA)
         theirs = _open_component(session.of_model(MODEL_EMA), average.model, path / MODEL_EMA, what.changes.key_mapping)
         averaged = theirs, partial(average.take_in, saved)
-    steering: OpenedOptimizer | None = None
+    steering: optimizers.OpenedOptimizer | None = None
     if steers:
         optimizer = [] if what.optimizer is None else what.optimizer
-        steering = open_optimizer(session, optimizer, what.model, what.scheduler, path / "optim", what.changes)
+        steering = optimizers.open_optimizer(
+            session, optimizer, what.model, what.scheduler, path / "optim", what.changes
+        )
     found = find_extras(session, path, what.extra_state if what.extra_state is not None else {})
     if what.dataloader is not None:
         require_position(found, what.dataloader, path, session.group)
-    taken = ["optimizer"] * bool(as_list(what.optimizer)) + ["scheduler"] * bool(as_list(what.scheduler))
+    taken = ["optimizer"] * bool(optimizers.as_list(what.optimizer)) + ["scheduler"] * bool(
+        optimizers.as_list(what.scheduler)
+    )
     taken += ["ema"] * (what.ema is not None) + [*(what.extra_state or ()), *found.generators.values]
     partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
     below_name = model.direct.source.plain.below if isinstance(model, OpenedModel) else None
@@ -221,10 +222,10 @@ def load_model(
 
 def load_optimizer(
     life: Lifetime,
-    optimizer: Optimizers,
+    optimizer: optimizers.Optimizers,
     model: Model,
     weights_path: str | Path,
-    scheduler: Schedulers | None,
+    scheduler: optimizers.Schedulers | None,
     changes: Changes,
 ) -> None:
     """See `Checkpointer.load_optimizer`. All ranks call."""
@@ -233,7 +234,7 @@ def load_optimizer(
         life.wait()
         session = life.begin(call := f"load_optimizer({place.parent})")
         check_same_call(call, lambda: life.looked(model, optimizer, scheduler), changes.given(), session.group)
-        opened = open_optimizer(session, optimizer, model, scheduler, place, changes)
+        opened = optimizers.open_optimizer(session, optimizer, model, scheduler, place, changes)
         opened.fill(ahead=True)
         with undone_on_failure() as undos, session.group.together("setting the optimizer's options"):
             opened.take_in(undos)
@@ -293,14 +294,6 @@ def _locate(session: Session, restore_from: str | Path | int, seen: Callable[[St
     return RestoreRecord(epoch, step, session.root / path, metrics)
 
 
-def _model_place(directory: Path, group: Group) -> Path:
-    """A checkpoint's directory of the model: ``model``, or the DCP directory that holds everything. All ranks call."""
-    is_one = group.broadcast_result(
-        lambda: not is_directory(directory / "model") and is_dcp(directory), f"looking into {directory}"
-    )
-    return directory if is_one else directory / "model"
-
-
 def _unrestored(
     session: Session,
     directory: Path,
@@ -318,7 +311,12 @@ def _unrestored(
     group = session.group
 
     def describe() -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
-        has = _components(directory, model_place) if group.is_main else []
+        has: list[str] = []
+        if group.is_main:  # the states in the checkpoint beside its model
+            if not is_verifiable(directory):  # another tool's
+                has += [*foreign_components(directory, model_place), *torch_leftovers(directory)]
+            has += ["ema"] * is_directory(directory / MODEL_EMA) + optimizers.optimizer_components(directory / "optim")
+            has += [*saved_names(directory / "extra"), *saved_names(directory / "rng")]
         return has, [*found.extra.skipped, *found.generators.skipped], given
 
     rows = group.gather(describe, "comparing what is restored")
@@ -330,15 +328,3 @@ def _unrestored(
     if skipped and group.is_main:
         _LOG.warning("saved on another number of ranks and left as they are: %s", ", ".join(skipped))
     return tuple(dict.fromkeys([*left, *skipped]))
-
-
-def _components(directory: Path, model_place: str | None) -> list[str]:
-    """Names of the states in a checkpoint beside its model."""
-    is_ours = is_verifiable(directory)
-    return [
-        *([] if is_ours else [*foreign_components(directory, model_place), *torch_leftovers(directory)]),
-        *["ema"] * is_directory(directory / MODEL_EMA),
-        *optimizer_components(directory / "optim"),
-        *saved_names(directory / "extra"),
-        *saved_names(directory / "rng"),
-    ]

@@ -105,7 +105,10 @@ class ModelSave:
     def steps(self) -> list[Step]:
         """Capture the model, run the addons' ``pre_save`` hooks, and return the steps that write it. All ranks call."""
         try:
-            steps = self._written()
+            if self._session.config.model_save_format == "torch_save":
+                steps = self._distcp()
+            else:
+                steps = self._exported() if self._exports else self._sharded()
         except ShardwiseError:
             if self._refusal is not None:  # of this rank's metadata exporter; the other ranks get a report of it
                 raise self._refusal from None
@@ -119,11 +122,7 @@ class ModelSave:
         closing, self.closing = self.closing, []
         return [*steps, partial(self._after, closing)]
 
-    def _written(self) -> list[Step]:
-        if self._session.config.model_save_format == "torch_save":
-            return self._distcp()
-        if self._exports:
-            return self._exported()
+    def _sharded(self) -> list[Step]:
         described = self._described()
         # An export made later carries the same tensors over.
         self._carried = self._compare_with_base(described.roster.specs, described.facts)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from shardwise.checkpointing.loading.foreign_optimizers import ForeignSchedules, foreign_schedules
+from shardwise.checkpointing.loading.foreign_optimizers import foreign_schedules
 from shardwise.errors import MissingTensorError, MisuseError, ShardwiseError, StateFormatError, UnexpectedTensorError
 
 Tensors = dict[str, torch.Tensor]
@@ -231,5 +231,5 @@ def test_a_scheduler_that_does_not_fit_can_be_left_out_without_the_optimizer(
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     with pytest.raises(error) as raised:
-        foreign_schedules([scheduler], ForeignSchedules(tmp_path, {"scheduler": saved}, False))
+        foreign_schedules([scheduler], {"scheduler": saved}, False, tmp_path)
     assert str(raised.value.hint).endswith("Or restore without it, and it starts afresh.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -80,14 +81,16 @@ def test_extra_state_that_was_not_saved(tmp_path: Path) -> None:
     assert "'nobody'" in str(error)
 
 
-def save_function(root: Path) -> None:
-    value = {"fine": 1, "deep": [len]} if dist.get_rank() == 1 else {"fine": 1}
+def save_odd(root: Path, kind: str) -> None:
+    odd: object = [len] if kind == "function" else defaultdict(list, {"a": [1]})
+    value = {"fine": 1, "deep": odd} if dist.get_rank() == 1 else {"fine": 1}
     with checkpointer(root) as engine:
         engine.save(0, 0, fresh().model, extra_state={"odd": value})
 
 
-def test_what_cannot_be_stored_is_refused_on_every_rank(tmp_path: Path) -> None:
-    error = failure(2, save_function, tmp_path)
+@pytest.mark.parametrize("kind", ["function", "defaultdict"])
+def test_what_cannot_be_stored_is_refused_on_every_rank(tmp_path: Path, kind: str) -> None:
+    error = failure(2, save_odd, tmp_path, kind)
     assert isinstance(error, StateFormatError)
     assert "'odd'" in str(error)
     assert "deep" in str(error)

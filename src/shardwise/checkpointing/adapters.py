@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
 
 import torch
 from torch import nn
 
 from shardwise.checkpointing.hub import HubNames, HubState, natives_of
 from shardwise.checkpointing.session import Session
-from shardwise.comm import JsonValue
 from shardwise.convert import Computed, HeldGroup
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.agreement import Agreement
@@ -43,13 +41,6 @@ from shardwise.stateful_wrappers.wrapping import is_average
 from shardwise.upstream.torch_tensors import storage_key
 
 
-def check_merging(session: Session, parts: Sequence[nn.Module]) -> None:
-    """Describe a model's merged export as a save would, raising what it would raise, and write nothing. Local."""
-    merged = merged_parts(parts)
-    state = ModelState([part.model for part in merged])
-    merged_state(HubNames(session.may_differ).capture(state), parts, merged, session.may_differ)
-
-
 def merged_state(
     hub: HubState, parts: Sequence[nn.Module], merged: Sequence[MergedPart], may_differ: MayDiffer
 ) -> HubState:
@@ -63,10 +54,17 @@ def merged_state(
     made: list[_Made] = []
     for tensor in hub.held:
         groups = _makers(tensor, makers)
-        if groups:
-            made.append(_Made(tensor, groups, _beside(tensor, hub.joined.get(tensor.spec.name, ()), makers)))
-        else:
+        if not groups:
             held.append(tensor)
+            continue
+        beside: list[HeldTensor | None] = [None]
+        if len(tensor.parts) > 1:
+            joined, name = hub.joined.get(tensor.spec.name, ()), tensor.spec.name
+            beside = [
+                None if native.fragments and _makers(native, makers) else native.renamed(f"{name}/{native.spec.name}")
+                for native in joined
+            ]
+        made.append(_Made(tensor, groups, beside))
     for native in natives_of(hub.groups):
         if _makers(native, makers):
             raise ConversionError(
@@ -78,7 +76,15 @@ def merged_state(
     named = [(_source(g, name), t) for part in merged for g in part.groups for name, t in g.sources.items()]
     meshes = MeshRegister(may_differ.of_adapter(named, parts))
     sources = {tensor.spec.name: tensor for tensor in held_tensors(named, meshes)}
-    computed = [_held_group(together, sources) for together in _together(made)]
+    computed: list[HeldGroup] = []
+    for together in _together(made):
+        own = list({id(group): group for each in together for group in each.groups}.values())
+        natives = [sources[_source(group, name)] for group in own for name in group.sources]
+        for each in together:  # the model's tensors that are joined with merged ones, under unique names
+            natives += {tensor.spec.name: tensor for tensor in each.beside if tensor is not None}.values()
+        specs = tuple(native.spec for native in natives), tuple(each.tensor.spec for each in together)
+        rule = Computed(*specs, MergeRule(own, together), "an adapter is merged into it", has_inverse=False)
+        computed.append(HeldGroup(rule, tuple(natives)))
     return replace(hub, held=tuple(held), groups=(*hub.groups, *computed), excluded=())
 
 
@@ -86,17 +92,13 @@ def merged_state(
 class _Made:
     """A tensor of the files that has to be computed from ``groups``, the modules whose merging gives its parts.
 
-    ``beside`` has for each part the model's own tensor that it is a view of; ``None`` where that is a merged one.
+    ``beside`` has for each part the model's own tensor that it is a view of; ``None`` where that is a merged one, which
+    no rank has memory of.
     """
 
     tensor: HeldTensor
     groups: tuple[MergedGroup, ...]
-    beside: tuple[HeldTensor | None, ...]
-
-    @property
-    def natives(self) -> list[HeldTensor]:
-        """The model's tensors that are joined with merged ones, under unique names."""
-        return list({tensor.spec.name: tensor for tensor in self.beside if tensor is not None}.values())
+    beside: Sequence[HeldTensor | None]
 
     def of(self, natives: Mapping[str, torch.Tensor], results: Mapping[int, torch.Tensor]) -> torch.Tensor:
         """The tensor of the files, from whole tensors."""
@@ -115,20 +117,6 @@ class _Made:
         return out.reshape(self.tensor.spec.shape)
 
 
-def _beside(
-    tensor: HeldTensor, joined: Sequence[HeldTensor], makers: Mapping[int, MergedGroup]
-) -> tuple[HeldTensor | None, ...]:
-    """For each part the tensor that it is a view of, unless that is a merged one, which no rank has memory of."""
-    if len(tensor.parts) == 1:
-        return (None,)
-    return tuple(
-        None
-        if native.fragments and _makers(native, makers)
-        else native.renamed(f"{tensor.spec.name}/{native.spec.name}")
-        for native in joined
-    )
-
-
 def _together(made: Sequence[_Made]) -> list[list[_Made]]:
     """Tensors of the files, those computed from the same modules in one list."""
     lists: list[tuple[set[int], list[_Made]]] = []
@@ -144,26 +132,12 @@ def _together(made: Sequence[_Made]) -> list[list[_Made]]:
     return [own for _, own in lists]
 
 
-def _held_group(made: Sequence[_Made], sources: Mapping[str, HeldTensor]) -> HeldGroup:
-    groups = tuple({id(group): group for each in made for group in each.groups}.values())
-    natives = [sources[_source(group, name)] for group in groups for name in group.sources]
-    natives += [native for each in made for native in each.natives]
-    computed = Computed(
-        tuple(native.spec for native in natives),
-        tuple(each.tensor.spec for each in made),
-        MergeRule(groups, tuple(made)),
-        "an adapter is merged into it",
-        has_inverse=False,
-    )
-    return HeldGroup(computed, tuple(natives))
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class MergeRule:
     """Merges adapted modules, and gives the results the names and shapes of the files."""
 
-    groups: tuple[MergedGroup, ...]
-    made: tuple[_Made, ...]
+    groups: Sequence[MergedGroup]
+    made: Sequence[_Made]
 
     def forward(self, natives: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Whole sources by name to merged tensors by their names in the files."""
@@ -224,12 +198,9 @@ class Declared:
 
 def declare(session: Session, captured: AdapterTensors) -> Declared:
     """Gather the layers of the model on each rank; `AdapterError` if a pipeline stage is missing. All ranks call."""
-    group = session.group
-    layers: dict[str, JsonValue] = {path: list(indices) for path, indices in captured.inventory.items()}
-    own: JsonValue = [layers, bool(captured.cut), session.stage, bool(captured.extra)]
-    rows = cast(
-        "list[tuple[dict[str, list[int]], bool, int, bool]]", group.gather_json(own, "comparing the stages' layers")
-    )
+    layers = {path: list(indices) for path, indices in captured.inventory.items()}
+    own = layers, bool(captured.cut), session.stage, bool(captured.extra)
+    rows = session.group.gather_json(own, "comparing the stages' layers")
     check_stages({stage for _, _, stage, _ in rows})
     # A list with fewer layers than the configuration says is a pruned model; a stage's has keys, or holes.
     inventories = tuple(theirs for theirs, *_ in rows) if any(cut for _, cut, _, _ in rows) else ()
@@ -305,7 +276,9 @@ def check_before_training(session: Session, model: nn.Module | Sequence[nn.Modul
         _roster(session, partial(hold_extra, session, captured, parts))
     if session.config.export_merged:
         with group.together("describing the merged model"):
-            check_merging(session, parts)
+            merged = merged_parts(parts)
+            hub = HubNames(session.may_differ).capture(ModelState([part.model for part in merged]))
+            merged_state(hub, parts, merged, session.may_differ)
 
 
 def _roster(session: Session, hold: Callable[[], tuple[HeldTensor, ...]]) -> Roster:

@@ -18,13 +18,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple, TypeAlias, cast
+from typing import NamedTuple
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
 from shardwise.disk.names import is_directory, names_in, real_path, status
 from shardwise.disk.storage import IsLocal, Storage, why_not_writable
 from shardwise.engine.records import ComponentRecord
@@ -104,30 +104,31 @@ class FirstExchange:
     token: str
 
 
-_Row: TypeAlias = tuple[dict[str, str], list[bool], tuple[str, str, list[int] | None], str]
-
-
 def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExchange:
     """Raise `ConfigError` if ranks differ in a setting they share, or in their root on one machine. All ranks call."""
     names_base = config.model_repo_id is not None or config.original_model_root_dir is not None
     values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in _OWN}
     values["staging_dir"] = "not given" if config.staging_dir is None else "given"
     own = {key: str(value.value if isinstance(value, Enum) else value) for key, value in values.items()}
-    names = [names_base, bool(config.model_state_dict_keys)]
-    mine = [cast(JsonValue, own), cast(JsonValue, names), [*RootLocation.own(root)], uuid.uuid4().hex]
-    rows = cast(list[_Row], group.gather_json(mine, "comparing settings"))
-    everyone = [theirs for theirs, _, _, _ in rows]
-    for rank, theirs in enumerate(everyone):
-        for key, value in everyone[0].items():
+    names = names_base, bool(config.model_state_dict_keys)
+    rows = group.gather_json((own, names, RootLocation.own(root), uuid.uuid4().hex), "comparing settings")
+    for rank, (theirs, *_) in enumerate(rows):
+        for key, value in rows[0][0].items():
             if theirs[key] != value:
                 raise ConfigError(
                     f"{key} is {value} on rank 0 and {theirs[key]} on rank {rank}",
                     hint="Give every rank the same settings.",
                 )
     locations = tuple(RootLocation(*location) for _, _, location, _ in rows)
-    if not config.is_remote:
-        check_same_root(locations)
-    named, listed = (any(theirs[number] for _, theirs, _, _ in rows) for number in range(2))
+    for rank, location in () if config.is_remote else enumerate(locations):
+        # The same directory has one path or one identity on a machine; of two machines nothing is known.
+        first, known = next((n, other) for n, other in enumerate(locations) if other.host == location.host)
+        if location.path != known.path and (known.identity is None or known.identity != location.identity):
+            raise ConfigError(
+                f"checkpoint_dir is {known.path} on rank {first} and {location.path} on rank {rank}",
+                hint=_SHARE_THE_ROOT,
+            )
+    named, listed = (any(theirs) for theirs in zip(*(names for _, names, _, _ in rows), strict=True))
     return FirstExchange(named, listed, locations, rows[0][3])
 
 
@@ -245,25 +246,8 @@ class RootLocation(NamedTuple):
         identity = None if found is None or found.identity is None else list(found.identity)
         return RootLocation(socket.gethostname(), str(path), identity)
 
-    def is_another(self, other: RootLocation) -> bool:
-        """Whether the two are certainly different directories; unknown (false) on different machines."""
-        if self.path == other.path or self.host != other.host:
-            return False
-        return self.identity is None or self.identity != other.identity
-
     def __str__(self) -> str:
         return f"{self.path} on {self.host}"
-
-
-def check_same_root(locations: Sequence[RootLocation]) -> None:
-    """Raise `ConfigError` if two ranks of one machine use different root directories."""
-    for rank, location in enumerate(locations):
-        first = next(number for number, other in enumerate(locations) if other.host == location.host)
-        if locations[first].is_another(location):
-            raise ConfigError(
-                f"checkpoint_dir is {locations[first].path} on rank {first} and {location.path} on rank {rank}",
-                hint=_SHARE_THE_ROOT,
-            )
 
 
 def check_claim(directory: Path, name: str, token: str, group: Group, locations: Sequence[RootLocation]) -> None:

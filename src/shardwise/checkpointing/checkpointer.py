@@ -226,7 +226,8 @@ class Checkpointer:
             ema=ema,
             dataloader=dataloader,
         )
-        return saving.save_checkpoint(self._life, rest, mistake)
+        with self._life.reports.call("save") as told:
+            return saving.save_checkpoint(self._life, rest, mistake, told)
 
     @public_call
     def restore(
@@ -290,19 +291,12 @@ class Checkpointer:
             >>> resumed.step, resumed.metrics
             (10, {'loss': 2.5})
         """
+        changes = Changes(key_mapping, allow_new_parameters)
         what = loading.WhatToRestore(
-            model,
-            optimizer,
-            scheduler,
-            restore_from,
-            extra_state,
-            verify,
-            key_mapping,
-            ema,
-            allow_new_parameters,
-            dataloader,
+            model, optimizer, scheduler, restore_from, extra_state, verify, changes, ema, dataloader
         )
-        return loading.restore_checkpoint(self._life, what)
+        with self._life.reports.call("restore") as told:
+            return loading.restore_checkpoint(self._life, what, told)
 
     @public_call
     def checkpoints(self) -> tuple[CheckpointInfo, ...]:
@@ -425,12 +419,7 @@ class Checkpointer:
         Raises:
             MisuseError: Which data-parallel rank this is was neither given nor can be derived.
         """
-        session = self._life.of_ranks(f"save_on_dp_ranks({state_name})", state)
-        coordinates = self._life.ranks.all_coordinates(session.group)
-        own = coordinates[session.group.rank]
-        # Ranks that share a sequence (context parallelism) have the same coordinates: one of them writes.
-        writes = (own.tp, own.pp) == (0, 0) and coordinates.index(own) == session.group.rank
-        save_rank_state(session, state, state_name, Path(path).absolute(), f"dp_rank_{own.dp}", writes)
+        save_rank_state(self._life, state, state_name, path, by_dp=True)
 
     @public_call
     def load_on_dp_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
@@ -440,23 +429,17 @@ class Checkpointer:
             MisuseError: As in `save_on_dp_ranks`.
             CheckpointNotFoundError: Nothing was saved for it.
         """
-        session = self._life.of_ranks(f"load_on_dp_ranks({state_name})", state)
-        own = self._life.ranks.all_coordinates(session.group)[session.group.rank]
-        load_rank_state(session, state, state_name, Path(path).absolute(), f"dp_rank_{own.dp}")
+        load_rank_state(self._life, state, state_name, path, by_dp=True)
 
     @public_call
     def save_on_global_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
         """Write one file for each process, ``path/state_name/``. All ranks call."""
-        session = self._life.of_ranks(f"save_on_global_ranks({state_name})", state)
-        rank = f"rank_{session.group.global_rank}"
-        save_rank_state(session, state, state_name, Path(path).absolute(), rank, True)
+        save_rank_state(self._life, state, state_name, path, by_dp=False)
 
     @public_call
     def load_on_global_ranks(self, state: Stateful, state_name: str, path: str | Path) -> None:
         """Read what `save_on_global_ranks` wrote for this process. All ranks call."""
-        session = self._life.of_ranks(f"load_on_global_ranks({state_name})", state)
-        rank = f"rank_{session.group.global_rank}"
-        load_rank_state(session, state, state_name, Path(path).absolute(), rank)
+        load_rank_state(self._life, state, state_name, path, by_dp=False)
 
     # --- base models ------------------------------------------------------------------------------------------------
 
@@ -545,7 +528,7 @@ class Checkpointer:
         """
         self._life.order.set_generators()
 
-    # --- preemption -------------------------------------------------------------------------------------------------
+    # --- preemption and background ----------------------------------------------------------------------------------
 
     @public_call
     def asked_to_stop(self, guard: PreemptionGuard) -> bool:
@@ -558,8 +541,6 @@ class Checkpointer:
         # From then on no save is skipped for one that is being written: the next one is the last.
         self._life.leaves = guard.should_save(ask) or self._life.leaves
         return self._life.leaves
-
-    # --- background -------------------------------------------------------------------------------------------------
 
     @public_call
     def allocate_staging(self, model: Model, optimizer: Optimizers | None = None) -> None:

@@ -9,24 +9,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import wraps
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, ParamSpec, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
 from shardwise.addons import CheckpointAddon
-from shardwise.checkpointing.arguments import check_arguments, check_same_settings, check_stateful, refuse_alone
-from shardwise.checkpointing.loading.restoring import Stateful
+from shardwise.checkpointing.arguments import check_arguments, check_same_settings, refuse_alone
 from shardwise.checkpointing.optimizers import Optimizers
 from shardwise.checkpointing.parallel_ranks import ParallelRanks
-from shardwise.checkpointing.reports import Reports
+from shardwise.checkpointing.reports import Call, Reports
 from shardwise.checkpointing.run_state.data_order import DataOrder
-from shardwise.checkpointing.saving.commits import RunLine
+from shardwise.checkpointing.saving.commits import Closing, RunLine, Unfinished
 from shardwise.checkpointing.saving.torch_format import tensors_alone
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
@@ -34,13 +33,17 @@ from shardwise.disk.storage import Storage, using
 from shardwise.engine.background import Background, waiting_for_copies
 from shardwise.engine.collector import without_collector
 from shardwise.engine.device_streams import DeviceStreams
-from shardwise.engine.jobs import Commit, SaveJob, Step
+from shardwise.engine.jobs import SaveJob, Step
+from shardwise.engine.records import ComponentRecord
 from shardwise.engine.staging import Stager
 from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.settings import Settings
 from shardwise.stateful_wrappers import ModelState, OptimizerState
 from shardwise.stateful_wrappers.model import Model
 from shardwise.timing import phase
+
+if TYPE_CHECKING:
+    from shardwise.checkpointing.checkpointer import Checkpointer
 
 _LOG = logging.getLogger(__name__)
 
@@ -51,22 +54,14 @@ def check_same_call(
 ) -> list[JsonValue]:
     """Check that all ranks make the same call with the same kinds of arguments; `MisuseError` if not. All ranks call.
 
-    Every call begins with this exchange, so that two different calls that meet are named at once.
-
-    Args:
-        call: The method and its target, as messages show it: ``save(epoch_0_step_1)``.
-        look: Checks this rank's arguments and returns what is saved; a constant text where that does not depend on
-            the caller. An error on one rank is raised on all.
-        given: Name of an optional argument that decides which collectives follow -> whether it was passed.
-        group: The ranks that save or load together.
-        note: Another value to gather from every rank; the notes are returned.
+    Every call begins with this exchange, so that two different calls that meet are named at once: ``call`` is the
+    method and its target, as messages show it. ``look`` checks this rank's arguments and returns what is saved; a
+    constant text where that does not depend on the caller. ``given`` has the optional arguments that decide which
+    collectives follow. Returns every rank's ``note``.
     """
     names = sorted(key for key, is_given in given.items() if is_given)
     with group.coming(call):
-        rows = group.gather(
-            lambda: [call, look(), cast(JsonValue, names), note], "looking at what is to be saved or loaded"
-        )
-    everyone = cast(list[tuple[str, str, list[str], JsonValue]], rows)
+        everyone = group.gather(lambda: (call, look(), names, note), "looking at what is to be saved or loaded")
     first_call, first, passed, _ = everyone[0]
     for rank, (theirs, _, _, _) in enumerate(everyone):
         if theirs.partition("(")[0] != first_call.partition("(")[0]:
@@ -117,15 +112,6 @@ class Turn(NamedTuple):
         return Turn(any(is_busy for is_busy, _, _ in everyone), earlier)
 
 
-class HasStorage(Protocol):
-    """Something whose calls have a storage."""
-
-    @property
-    def storage(self) -> Storage:
-        """What they look at names in, and read from and write to."""
-        ...
-
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -143,11 +129,11 @@ def undisturbed() -> Iterator[None]:
 
 
 def public_call(function: Callable[P, T]) -> Callable[P, T]:
-    """Let a method of something that `HasStorage` use that storage, and run it `undisturbed`."""
+    """Let a method of the checkpointer use its storage, and run it `undisturbed`."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        with using(cast(HasStorage, args[0]).storage), undisturbed():
+        with using(cast("Checkpointer", args[0]).storage), undisturbed():
             return function(*args, **kwargs)
 
     return call
@@ -218,12 +204,6 @@ class Lifetime:
             self.process_group, self.config.collective_timeout_seconds, call, absent_seconds=self.absent_seconds
         )
 
-    def of_ranks(self, call: str, state: Stateful) -> Session:
-        """Begin a call that saves or loads one state per rank. All ranks call."""
-        session = self.begin(call)
-        check_same_call(call, lambda: check_stateful(state), {}, session.group)
-        return session
-
     def looked(
         self,
         model: Model,
@@ -284,25 +264,40 @@ class Lifetime:
         failure = self.background.outcome()
         return [False, self.background.is_broken, None if failure is None else cast(JsonValue, failure.to_record())]
 
-    @contextmanager
-    def saving(
-        self, what: str, place: Path, turn: Turn, abandon: Callable[[Group], None]
-    ) -> Iterator[Callable[[Sequence[Step], Commit], None]]:
-        """Capture a save to ``place`` in the context, which passes its steps and its commit; then run them.
+    def save(
+        self,
+        target: Unfinished,
+        capture: Callable[[], tuple[Sequence[Step], Closing]],
+        earlier: ShardwiseError | None,
+        told: Call,
+        epoch: int | None = None,
+        step: int | None = None,
+    ) -> None:
+        """Run the steps that ``capture`` gives, and commit them to ``target``. All ranks call.
 
-        All ranks call. ``abandon`` removes what was written, after a failure. The error of the previous save is raised
-        at the end: a user who has lost a checkpoint needs the next one all the more, so this one is made durable first.
+        The error of the ``earlier`` save is raised at the end: a user who has lost a checkpoint needs the next one all
+        the more, so this one is made durable first.
         """
-        captured: list[tuple[Sequence[Step], Commit]] = []
-        earlier = turn.earlier
         try:
             try:
-                yield lambda steps, commit: captured.append((steps, commit))
+                steps, closing = capture()
             except BaseException:
-                abandon(self.session.group)
+                target.abandon(self.session.group)
                 raise
-            [(steps, commit)] = captured
-            self._run(SaveJob(f"saving {place}", tuple(steps), commit, abandon))
+
+            def commit(group: Group, record: ComponentRecord) -> None:
+                target.commit(group, record, closing)
+                told.over(group, target.place, epoch, step, target.total_bytes, target.pruned)
+
+            if self.session.stager is not None:
+                steps = [waiting_for_copies(self.session.stager), *steps]
+            job = SaveJob(f"saving {target.place}", tuple(steps), commit, target.abandon)
+            if self.background is None:
+                job.run(self.session.group)
+            else:
+                self.background.submit(job)
+                if self.config.wait_for_staging:
+                    self.background.wait_for_staging()
             if earlier is not None:
                 self.wait()
         except ShardwiseError as error:
@@ -310,20 +305,9 @@ class Lifetime:
                 error.add_note(f"Before that, {earlier}")
             raise
         if earlier is not None:
-            made = f"This one, of {what}, was made all the same and is published."
+            made = f"This one, of {target.name}, was made all the same and is published."
             earlier.hint = f"{made} {earlier.hint}" if earlier.hint else made
             raise earlier
-
-    def _run(self, job: SaveJob) -> None:
-        stager = self.session.stager
-        if stager is not None:
-            job = replace(job, steps=(waiting_for_copies(stager), *job.steps))
-        if self.background is None:
-            job.run(self.session.group)
-            return
-        self.background.submit(job)
-        if self.config.wait_for_staging:
-            self.background.wait_for_staging()
 
     def allocate_staging(self, model: Model, optimizer: Optimizers | None = None) -> None:
         """As `Checkpointer.allocate_staging`, within another call. All ranks call."""

@@ -10,19 +10,19 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardwise.checkpointing.hub import HubState
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
 from shardwise.convert import HeldGroup
 from shardwise.disk.names import files_under, is_file
 from shardwise.disk.storage import Storage
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.jobs import Step as SaveStep
+from shardwise.engine.jobs import local_step
 from shardwise.engine.load import LoadOptions
 from shardwise.engine.name_suggestions import listed
 from shardwise.engine.records import ComponentRecord, write_state
@@ -38,18 +38,15 @@ from shardwise.stateful_wrappers.names import Listing
 from shardwise.stateful_wrappers.state_dict_overrides import EXTRA
 from shardwise.stateful_wrappers.units import Aside, Step, Taker, label
 from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
+from shardwise.upstream.torch_dispatch import map_leaves
 from shardwise.upstream.torch_modules import own_children
 
 _LOG = logging.getLogger(__name__)
 _VERSION = 1
 
 
-@dataclass(frozen=True, slots=True)
-class SavedModuleState:
-    """The state saved beside a model's tensors, and what torch noted of each module (its version), by plain name."""
-
-    values: Mapping[str, object]
-    metadata: Mapping[str, Mapping[str, object]]
+#: The state saved beside a model's tensors, and what torch noted of each module (its version), by plain name.
+SavedModuleState = tuple[dict[str, object], dict[str, Mapping[str, object]]]
 
 
 def module_state_names(listing: Listing | None) -> list[list[str]]:
@@ -78,17 +75,16 @@ def module_state_step(
 
     packed = group.attempt(take, "taking what modules have beside tensors")
 
-    def write(group: Group) -> ComponentRecord:
-        record = ComponentRecord()
-        with group.together(f"writing {stem.parent}"):
-            if packed:
-                storage.make_directory(stem.parent)
-                record = write_state(storage, stem, packed)
-                storage.sync_directory(stem.parent)
-                storage.sync_directory(directory)
+    def write() -> ComponentRecord:
+        if not packed:
+            return ComponentRecord()
+        storage.make_directory(stem.parent)
+        record = write_state(storage, stem, packed)
+        storage.sync_directory(stem.parent)
+        storage.sync_directory(directory)
         return record.below(ASIDE_DIR)
 
-    return write
+    return local_step(f"writing {stem.parent}", write)
 
 
 def _packed(values: Mapping[str, Aside], metadata: Mapping[str, Mapping[str, object]]) -> dict[str, bytes]:
@@ -113,15 +109,13 @@ def _packed(values: Mapping[str, Aside], metadata: Mapping[str, Mapping[str, obj
 
 def _plain(value: object) -> object:
     """A value with its parameters replaced by plain tensors."""
-    if isinstance(value, nn.Parameter) and not isinstance(value, DTensor):
-        return value.detach().as_subclass(torch.Tensor)
-    if type(value) is tuple:
-        return tuple(map(_plain, value))
-    if type(value) is list:
-        return list(map(_plain, value))
-    if type(value) is dict:
-        return {key: _plain(item) for key, item in value.items()}
-    return value
+
+    def change(leaf: object) -> object:
+        if isinstance(leaf, nn.Parameter) and not isinstance(leaf, DTensor):
+            return leaf.detach().as_subclass(torch.Tensor)
+        return leaf
+
+    return map_leaves(change, value)
 
 
 def find_module_state(path: Path) -> list[str]:
@@ -152,7 +146,7 @@ def read_module_state(stems: Sequence[str]) -> SavedModuleState | None:
             )
         values |= own
         metadata |= {str(name): dict(found) for name, found in noted.items() if isinstance(found, dict)}
-    return SavedModuleState(values, metadata)
+    return values, metadata
 
 
 def as_modules_load(
@@ -259,7 +253,7 @@ class ModuleLoad:
             _LOG.warning("no state was saved for %s, and none is set", listed(without))
 
     def _install(self, steps: Sequence[Step], values: dict[str, torch.Tensor]) -> list[str]:
-        saved, metadata = (self.module_state.values, self.module_state.metadata) if self.module_state else (None, {})
+        saved, metadata = self.module_state or (None, {})
         installing = Installing(lambda _: values, saved, metadata, self.options.allow_missing, self.skips_empty)
         installing.run(steps)
         return installing.without
@@ -293,17 +287,24 @@ def open_module_load(
     """
     found: SavedModuleState | None = None
 
-    def describe() -> JsonValue:
+    def describe() -> tuple[int, list[int]]:
         nonlocal found
         found = read_module_state(stems)
-        names = [] if found is None else sorted(found.values)
+        names = [] if found is None else sorted(found[0])
         if found is not None and is_strict and not options.allow_missing:
-            _require_extra(steps, found)
-        return [sum(1 for _ in _rounds(steps)), [int(any(_takes(step, name) for step in steps)) for name in names]]
+            for step in steps:
+                name = plain_name(step.prefix + EXTRA)
+                if step.kind == "extra" and name not in found[0]:
+                    raise MissingTensorError(
+                        f"the checkpoint has no extra state for {label(step.module, step.prefix)}",
+                        tensor=name,
+                        hint="Build the model as it was when the checkpoint was saved, or allow a subset of the keys.",
+                    )
+        return sum(1 for _ in _rounds(steps)), [int(any(_takes(step, name) for step in steps)) for name in names]
 
-    everyone = cast("list[tuple[int, list[int]]]", group.gather(describe, "comparing the state that modules load"))
+    everyone = group.gather(describe, "comparing the state that modules load")
     counts = [sum(column) for column in zip(*(theirs for _, theirs in everyone), strict=True)]
-    names = [] if found is None else sorted(found.values)
+    names = [] if found is None else sorted(found[0])
     lost = [name for name, count in zip(names, counts, strict=True) if not count]
     if lost and not is_strict:
         if group.is_main:
@@ -315,17 +316,6 @@ def open_module_load(
             hint="Build the model as it was when the checkpoint was saved.",
         )
     return ModuleLoad(steps, found, options, max(rounds for rounds, _ in everyone), skips_empty)
-
-
-def _require_extra(steps: Sequence[Step], saved: SavedModuleState) -> None:
-    for step in steps:
-        name = plain_name(step.prefix + EXTRA)
-        if step.kind == "extra" and name not in saved.values:
-            raise MissingTensorError(
-                f"the checkpoint has no extra state for {label(step.module, step.prefix)}",
-                tensor=name,
-                hint="Build the model as it was when the checkpoint was saved, or allow a subset of the keys.",
-            )
 
 
 def _takes(step: Step, name: str) -> bool:

@@ -19,7 +19,7 @@ from shardwise.checkpointing.loading.foreign_optimizers import (
     foreign_components,
 )
 from shardwise.checkpointing.loading.restoring import Stateful, Undos
-from shardwise.checkpointing.per_rank import OwnRead, find_optimizer, optimizer_steps
+from shardwise.checkpointing.per_rank import OwnRead, find_of_optimizer, optimizer_steps
 from shardwise.checkpointing.run_state.schedulers import (
     SCHEDULER_STATE,
     FoundSchedules,
@@ -31,7 +31,7 @@ from shardwise.checkpointing.run_state.schedulers import (
 )
 from shardwise.checkpointing.saving.torch_format import capture_distcp, write_distcp
 from shardwise.checkpointing.session import Session
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import JsonValue
 from shardwise.convert.mapping import rename
 from shardwise.disk.names import is_there
 from shardwise.engine.jobs import Step, local_step
@@ -101,7 +101,7 @@ def capture_optimizer(
         held.extend(found if is_torchs else session.staged("optim", found))
         return held
 
-    roster = session.optimizer_agreement.roster(describe, "describing the optimizer's tensors")
+    roster = session.agreement("optim").roster(describe, "describing the optimizer's tensors")
     own_steps = optimizer_steps(session, state, directory)
     if is_torchs:
         replicas, others = comparison(held, roster, group.rank), left_to_others(held, roster, group.rank)
@@ -156,13 +156,8 @@ class OpenedOptimizer:
         names = self.tensors.unexpected if self.tensors is not None else ()
         return tuple(dict.fromkeys(self.plan.params_of.get(name, name) for name in names))
 
-    def read_buffered(self) -> None:
-        """Read the state into separate memory for optimizers that load it by their own code. All ranks call."""
-        if self.is_buffered:
-            self._read()
-
     def take_in(self, undos: Undos) -> None:
-        """Set options and schedulers, and put the memory in place that `fill` fills. Local, after `read_buffered`."""
+        """Set options and schedulers, and put the memory in place that `fill` fills. Local."""
         undos.add("the optimizer", self.plan.apply())
         for scheduler, state in self.schedulers.schedules:
             try:
@@ -175,13 +170,9 @@ class OpenedOptimizer:
                     hint="Pass the same scheduler as when the checkpoint was saved, or restore without one.",
                 ) from error
 
-    def fill(self) -> None:
-        """Read the state tensors, unless `read_buffered` has. All ranks call, after `take_in`."""
-        if not self.is_buffered:
-            self._read()
-
-    def _read(self) -> None:
-        if self.tensors is None:
+    def fill(self, *, ahead: bool) -> None:
+        """Read the state tensors: after `take_in`, but where ``is_buffered`` before (``ahead``). All ranks call."""
+        if self.tensors is None or ahead != self.is_buffered:
             return
         self.tensors.read()
         if self.tensors.asked:
@@ -200,30 +191,27 @@ def open_optimizer(
 ) -> OpenedOptimizer:
     """Match optimizers (fresh or used) and schedulers with the saved ones. All ranks call; nothing is changed."""
     group, schedulers = session.group, as_list(scheduler)
-    states: list[OptimizerState] = []
     with group.together("looking at the optimizer") as buffered:
-        states.append(OptimizerState(optimizer, model))
-        buffered.flag = states[0].has_own_ways
-    [state] = states
+        state = OptimizerState(optimizer, model)
+        buffered.flag = state.has_own_ways
     foreign = find_foreign(session, directory, state, schedulers)
     names: dict[str, str] = {}
     compared: list[tuple[OptimizerRestore, FoundSchedules, OwnRead | None]] = []
 
-    def compare() -> JsonValue:
+    def compare() -> tuple[bool, list[int], Sequence[str], bool]:
         own = None
         if foreign is not None:
             plan, found, dcp_names = foreign.compared(state, schedulers, changes, buffered.any)
             names.update(dcp_names)
         else:
             plan, found = _compared(session, state, model, schedulers, directory, changes, buffered.any)
-            own = find_optimizer(session, plan, directory)
+            own = find_of_optimizer(session, plan, directory)
         if own is not None:
             plan.keep({saved.spec.name for saved, _ in own.pairs}, own.parameters)
         compared.append((plan, found, own))
-        return [bool(plan.targets), sorted(found.used), list(found.chosen), bool(found.schedules)]
+        return bool(plan.targets), sorted(found.used), found.chosen, bool(found.schedules)
 
-    gathered = group.gather(compare, f"comparing the optimizer with {directory}")
-    rows = cast(list[tuple[bool, list[int], list[str], bool]], gathered)
+    rows = group.gather(compare, f"comparing the optimizer with {directory}")
     [(plan, found, own)] = compared
     if plan.fresh:
         _LOG.warning(
@@ -233,7 +221,14 @@ def open_optimizer(
     if any(row[3] for row in rows):
         with group.together("comparing schedulers"):
             found.check_all_used(frozenset(number for row in rows for number in row[1]), directory)
-        _warn_of_chosen(group, directory, [key for row in rows for key in row[2]])
+        chosen = dict.fromkeys(key for row in rows for key in row[2])
+        if chosen and group.is_main:
+            _LOG.warning(
+                "the schedulers in %s were saved by another number of ranks, and ranks that held the same parameters "
+                "had different %s: every rank takes the lowest rank's",
+                directory,
+                ", ".join(chosen),
+            )
     tensors = None
     if any(row[0] for row in rows):
         if foreign is not None:
@@ -247,16 +242,6 @@ def open_optimizer(
     if foreign is not None:
         count_in_tensors(plan)
     return OpenedOptimizer(session, plan, found, tensors, own, buffered.any)
-
-
-def _warn_of_chosen(group: Group, directory: Path, keys: Sequence[str]) -> None:
-    if keys and group.is_main:
-        _LOG.warning(
-            "the schedulers in %s were saved by another number of ranks, and ranks that held the same parameters had "
-            "different %s: every rank takes the lowest rank's",
-            directory,
-            ", ".join(dict.fromkeys(keys)),
-        )
 
 
 def optimizer_components(directory: Path) -> list[str]:

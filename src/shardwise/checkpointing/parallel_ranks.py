@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch.distributed as dist
 from torch import nn
 
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
 from shardwise.errors import MisuseError
 from shardwise.stateful_wrappers.mesh_ranks import MeshRanks, mesh_ranks
 from shardwise.stateful_wrappers.names import list_parameters
@@ -97,9 +97,7 @@ class ParallelRanks:
         """The coordinates of each rank in order; `MisuseError` where one cannot be derived. All ranks call."""
         if group.world_size == 1:
             return [Coordinates(*(self._given.get(name, 0) for name in ("dp_rank", "tp_rank", "pp_rank")))]
-        gathered = cast(
-            "list[tuple[dict[str, int], Any, str]]", group.gather(self._own_row, "deriving the parallel ranks")
-        )
+        gathered = group.gather(self._own_row, "deriving the parallel ranks")
         rows = [_Row(given, MeshRanks(**meshes), digest) for given, meshes, digest in gathered]
         stages = self._stages(rows, group)
         tensor = [self._tensor_rank(row, rank) for row, rank in zip(rows, group.global_ranks(), strict=True)]
@@ -111,7 +109,7 @@ class ParallelRanks:
             data |= _data_ranks(members, rows, group.global_ranks())
         return [Coordinates(data[number], tensor[number], stages[number]) for number in range(len(rows))]
 
-    def _own_row(self) -> JsonValue:
+    def _own_row(self) -> tuple[dict[str, int], dict[str, Any], str]:
         lacks = [name for name in ("dp_rank", "tp_rank", "pp_rank") if name not in self._given]
         if lacks and self._meshes is None:
             raise MisuseError(
@@ -121,7 +119,7 @@ class ParallelRanks:
         stage = self._known_stage
         given = self._given if stage is None else self._given | {"pp_rank": stage}
         digest = hashlib.blake2b("\n".join(sorted(self._names)).encode(), digest_size=16).hexdigest()
-        return [cast(JsonValue, given), asdict(self._meshes or MeshRanks()), digest]
+        return given, asdict(self._meshes or MeshRanks()), digest
 
     def _stages(self, rows: Sequence[_Row], group: Group) -> list[int]:
         """The stage of each rank: as known, or derived from its tensors' names, which no two stages share."""
@@ -134,7 +132,7 @@ class ParallelRanks:
         first = [row.digest for row in rows].index(rows[group.rank].digest) == group.rank
         gathered = group.gather(lambda: list(self._names) if first else None, "comparing the stages' tensors")
         seen: set[str] = set()
-        for rank, names in zip(group.global_ranks(), cast(list[list[str] | None], gathered), strict=True):
+        for rank, names in zip(group.global_ranks(), gathered, strict=True):
             if names is None:
                 continue
             if not names or not seen.isdisjoint(names) or any(stage is not None for stage in known):

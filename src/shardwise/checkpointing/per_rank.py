@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
-
-from torch import nn
 
 from shardwise.checkpointing.session import Session
-from shardwise.comm import JsonValue
 from shardwise.disk.names import exists
 from shardwise.engine.jobs import Step, local_step
 from shardwise.engine.name_suggestions import listed
@@ -23,7 +19,6 @@ from shardwise.format.header import read_header
 from shardwise.plan.deferred import refuse_stand_ins
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState, OptimizerState
-from shardwise.stateful_wrappers.names import NamedTensor
 from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.stateful_wrappers.wrapping import unwrap
@@ -41,36 +36,28 @@ def check_patterns(session: Session, state: ModelState) -> None:
         return
     names: list[str] = []
 
-    def look() -> JsonValue:
+    def look() -> list[bool]:
         tensors = state.listing(values=False).tensors
-        _require_members(session.may_differ.own(tensors), state.model)
+        # A load can fill parameters and buffers in place.
+        modules = [module for part in state.model for module in unwrap(part).modules()]
+        members = {id(t) for m in modules for t in (*own_parameters(m).values(), *own_buffers(m).values())}
+        for named in session.may_differ.own(tensors):
+            if id(named.tensor) not in members:
+                raise MisuseError(
+                    "per_rank_state names what is neither a parameter nor a buffer of the model",
+                    tensor=named.name,
+                    hint="Pass such state through extra_state, which is kept for each rank where it differs.",
+                )
         names.extend([name for named in tensors for name in (named.name, *named.aliases)])
         return [session.may_differ.matches(pattern, names) for pattern in patterns]
 
-    rows = cast(list[list[bool]], session.group.gather(look, "looking for the tensors of per_rank_state"))
-    for number, pattern in enumerate(patterns):
-        if not any(row[number] for row in rows):
+    rows = session.group.gather(look, "looking for the tensors of per_rank_state")
+    for pattern, *is_matched in zip(patterns, *rows, strict=True):
+        if not any(is_matched):
             raise ConfigError(
                 f"per_rank_state has {pattern!r}, which matches no tensor of the model on any rank",
                 hint="Patterns are as of file names ('*.experts.*') and match whole names, those of state_dict() "
                 "without what wrappers add.",
-            )
-
-
-def _require_members(own: Iterable[NamedTensor], parts: Sequence[nn.Module]) -> None:
-    """Check that tensors are parameters or buffers, which a load can fill in place."""
-    members = {
-        id(tensor)
-        for part in parts
-        for module in unwrap(part).modules()
-        for tensor in (*own_parameters(module).values(), *own_buffers(module).values())
-    }
-    for named in own:
-        if id(named.tensor) not in members:
-            raise MisuseError(
-                "per_rank_state names what is neither a parameter nor a buffer of the model",
-                tensor=named.name,
-                hint="Pass such state through extra_state, which is kept for each rank where it differs.",
             )
 
 
@@ -130,7 +117,7 @@ class OwnRead:
             read_own(self.path, self.pairs, session.storage, session.threads)
 
 
-def find_model(session: Session, state: ModelState, directory: Path, ranks: int) -> OwnRead | None:
+def find_of_model(session: Session, state: ModelState, directory: Path, ranks: int) -> OwnRead | None:
     """Find this rank's own tensors of a model, and compare them, before anything is overwritten. All ranks call.
 
     Returns ``None`` on all ranks unless as many ranks saved such tensors (``ranks``) as load now.
@@ -147,8 +134,8 @@ def find_model(session: Session, state: ModelState, directory: Path, ranks: int)
     return session.group.attempt(lambda: _find(session, directory, by_name), "looking for each rank's own tensors")
 
 
-def find_optimizer(session: Session, plan: OptimizerRestore, directory: Path) -> OwnRead | None:
-    """As `find_model`, for the state that optimizers are about to have. Local."""
+def find_of_optimizer(session: Session, plan: OptimizerRestore, directory: Path) -> OwnRead | None:
+    """As `find_of_model`, for the state that optimizers are about to have. Local."""
     if not _is_for(session, directory, saved_ranks(directory)):
         return None
     return _find(

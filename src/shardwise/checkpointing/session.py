@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from shardwise.base.files import BaseModel, find_base_path, open_base
 from shardwise.checkpointing.arguments import FirstExchange
 from shardwise.checkpointing.hub import HubNames, HubState, Recast
 from shardwise.checkpointing.parallel_ranks import ParallelRanks
-from shardwise.checkpointing.saving.class_check import ClassCheck
+from shardwise.checkpointing.saving.checks import ClassCheck
 from shardwise.comm import Group
 from shardwise.disk.storage import IsLocal, Storage
 from shardwise.engine.agreement import Agreement
@@ -43,14 +42,12 @@ class Session:
         staging_dir: The absolute directory where files are built before they are copied into place.
         names: The model's conversion to hub names.
         stager: Where captured state is copied aside, in asynchronous mode and with ``cpu_offload``.
-        extra_agreements: The ranks' agreements about DTensors in extra state, by its name.
         recast: The model's tensors in the dtypes they are written in; reused while the model's tensors are the same.
         is_quantized: Whether the last captured model has quantized parameters; found together with its adapters.
         class_check: Checks that the model's class can load an export; each kind of export is checked once.
         logged: What is logged once per run and was logged already; see `log_once`.
         warned: Checkpoints whose per-rank tensors a warning has named.
-        model_plan: The last export's plan.
-        shard_plans: The last plan of each component's shards.
+        model_plan: The last export's plan; ``shard_plans`` has that of each component's shards.
         checked_state: The last captured state that passed the checks.
         prefix: Put before the names of staging memory where a checkpoint has more than one model.
     """
@@ -71,7 +68,7 @@ class Session:
     def __post_init__(self) -> None:
         self.may_differ = MayDiffer(self.config.replicas == "first", tuple(self.config.per_rank_state or ()))
         self.names = HubNames(self.may_differ)
-        self.extra_agreements: dict[str, Agreement] = {}
+        self._agreements: dict[str, Agreement] = {}
         self._found_path: Memo[str | None] = Memo()
         self._opened_base: Memo[BaseModel | None] = Memo()
         self.recast: Memo[Recast] = Memo()
@@ -93,17 +90,10 @@ class Session:
         """Pipeline stage."""
         return self.ranks.stage
 
-    # Lazy: the stage is known only after a model was inspected, and ranks agree on nothing before that.
-
-    @cached_property
-    def model_agreement(self) -> Agreement:
-        """The ranks' agreement about the model."""
-        return Agreement(self.group, self.stage)
-
-    @cached_property
-    def optimizer_agreement(self) -> Agreement:
-        """The ranks' agreement about the optimizer."""
-        return Agreement(self.group, self.stage)
+    def agreement(self, component: str) -> Agreement:
+        """The ranks' agreement about a component."""
+        # Made late: the stage is known only after a model was inspected, and ranks agree on nothing before that.
+        return self._agreements.setdefault(component, Agreement(self.group, self.stage))
 
     def of_model(self, name: str, config: Settings | None = None) -> Session:
         """The session of another model in the same checkpoint, which may have settings of its own. Local."""

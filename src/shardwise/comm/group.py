@@ -33,6 +33,8 @@ from shardwise.format.strict_json import JsonValue
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
+#: The type of a value that travels as JSON, as whoever unpacks it names it: a tuple arrives as a list.
+JsonT = TypeVar("JsonT", bound=JsonValue)
 
 #: Status of a rank on which the work failed; 0 and 1 are the flag of a rank on which it succeeded.
 _FAILED = 2
@@ -398,13 +400,13 @@ class Group:
 
     # --- values -----------------------------------------------------------------------------------------------------
 
-    def gather_json(self, value: JsonValue, what: str = "gathering") -> list[JsonValue]:
+    def gather_json(self, value: JsonT, what: str = "gathering") -> list[JsonT]:
         """Every rank's value, in rank order, on every rank. All ranks call."""
         if self.world_size == 1:
             return [value]
         return [json.loads(text) for text in self._gather_bytes(json.dumps(value).encode(), what)]
 
-    def gather(self, make: Callable[[], JsonValue], what: str) -> list[JsonValue]:
+    def gather(self, make: Callable[[], JsonT], what: str) -> list[JsonT]:
         """The results of ``make`` of all ranks, in rank order, on every rank, in one exchange. All ranks call.
 
         Raises:
@@ -419,7 +421,7 @@ class Group:
             self._raise_first(failure, what)
         return [json.loads(theirs) for theirs in texts]
 
-    def collect(self, make: Callable[[], JsonValue], what: str) -> list[JsonValue]:
+    def collect(self, make: Callable[[], JsonT], what: str) -> list[JsonT]:
         """As `gather`, but only rank 0 gets the values; other ranks get an empty list. All ranks call.
 
         For large values that only rank 0 needs: `gather` would cost every rank the memory and time of all of them.
@@ -447,13 +449,13 @@ class Group:
                 found.append(json.loads(short))
             return found
 
-    def broadcast_json(self, value: JsonValue, source: int = 0, what: str = "broadcasting") -> JsonValue:
+    def broadcast_json(self, value: JsonT, source: int = 0, what: str = "broadcasting") -> JsonT:
         """The value of rank ``source`` (in the group), on every rank. All ranks call; others' values are ignored."""
         if self.world_size == 1:
             return value
-        return cast(JsonValue, json.loads(self.broadcast_bytes(json.dumps(value).encode(), source, what)))
+        return cast(JsonT, json.loads(self.broadcast_bytes(json.dumps(value).encode(), source, what)))
 
-    def broadcast_result(self, make: Callable[[], JsonValue], what: str) -> JsonValue:
+    def broadcast_result(self, make: Callable[[], JsonT], what: str) -> JsonT:
         """Call ``make`` on rank 0 and broadcast its result, in one exchange. All ranks call; ``make`` is local.
 
         Raises:
@@ -471,7 +473,7 @@ class Group:
         self._raise_alone(failure)
         if record is not None:
             raise ShardwiseError.from_record(record)
-        return cast(JsonValue, value)
+        return cast(JsonT, value)
 
     def any(self, flag: bool, what: str = "agreeing") -> bool:
         """Whether any rank passes true. All ranks call."""

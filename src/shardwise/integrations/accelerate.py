@@ -306,9 +306,7 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
             complete = sorted((int(name[1]), path) for name, path in found if name is not None and is_complete(path))
             return [str(path) for _, path in complete]
 
-        return [
-            Path(path) for path in cast("list[str]", Group.current().broadcast_result(look, f"looking into {root}"))
-        ]
+        return [Path(path) for path in Group.current().broadcast_result(look, f"looking into {root}")]
 
     def _newest(self) -> Path:
         numbered = self._numbered()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from torch.nn import ModuleList
 
@@ -89,9 +89,7 @@ class HostPaths:
         """
         self.finish()
         root = local_path(path)
-        epoch, step = cast(
-            "list[int]", Group.current().broadcast_result(lambda: list(_free(root, numbers)), f"looking into {root}")
-        )
+        epoch, step = Group.current().broadcast_result(lambda: list(_free(root, numbers)), f"looking into {root}")
         checkpointer = self._built(root, parts.model)
         try:
             checkpointer.save(

@@ -18,8 +18,8 @@ import torch
 from shardwise.addons.files import as_text
 from shardwise.addons.hf_config import CONFIG, CONFIG_V5, untied, with_dtype
 from shardwise.base.files import find_base
-from shardwise.checkpointing.saving.class_check import check_described
-from shardwise.checkpointing.shared_names import differing_ties
+from shardwise.checkpointing.hub import differing_ties
+from shardwise.checkpointing.saving.checks import check_described
 from shardwise.comm import Group
 from shardwise.disk.storage import Storage, current, using
 from shardwise.dtypes import FLOATS, torch_dtype

@@ -25,8 +25,8 @@ from shardwise.base.names import BaseWanted, match_base
 from shardwise.base.source import BaseSource
 from shardwise.checkpointing.adapters import merged_state
 from shardwise.checkpointing.hub import HubNames, HubState
-from shardwise.checkpointing.loading.names import expected_unused
-from shardwise.checkpointing.saving.class_check import check_described
+from shardwise.checkpointing.loading.models import expected_unused
+from shardwise.checkpointing.saving.checks import check_described
 from shardwise.comm import Group
 from shardwise.disk.storage import Storage, current, using
 from shardwise.dtypes import torch_dtype

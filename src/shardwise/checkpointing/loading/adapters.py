@@ -93,7 +93,14 @@ def open_adapter(
     with group.together("comparing the adapter's settings"):
         for name, adapter in saved.items():
             if adapter.settings is not None:
-                _refuse_other_meaning(name, differing_settings(adapter.settings, own[name]), path)
+                differing = differing_settings(adapter.settings, own[name])
+                if differing:
+                    what = [f"{key} was {theirs!r} and is {ours!r}" for key, (theirs, ours) in differing.items()]
+                    raise AdapterError(
+                        f"the saved adapter {name!r} would mean something else in this model: {', '.join(what)}",
+                        path=path,
+                        hint="Build the model with the adapter configuration that stands in the checkpoint.",
+                    )
             elif adapter.names is not None:
                 check_scales(parts, name, adapter.weights)
     loads: list[OpenedLoad] = []
@@ -159,16 +166,6 @@ def _no_extra(names: Sequence[str], path: Path) -> MissingTensorError:
         hint="Freeze them (requires_grad_(False)); or, to begin with the values that they have now, load the adapter "
         "with load_model(..., allow_checkpoint_key_subset=True).",
     )
-
-
-def _refuse_other_meaning(name: str, differing: dict[str, tuple[object, object]], path: Path) -> None:
-    if differing:
-        listed = ", ".join(f"{key} was {theirs!r} and is {ours!r}" for key, (theirs, ours) in differing.items())
-        raise AdapterError(
-            f"the saved adapter {name!r} would mean something else in this model: {listed}",
-            path=path,
-            hint="Build the model with the adapter configuration that stands in the checkpoint.",
-        )
 
 
 #: Source: ``peft.utils.constants.WEIGHTS_NAME``: what peft wrote before 0.5, and still does without safetensors.

@@ -37,7 +37,7 @@ from shardwise.base.initialise import (
 from shardwise.base.names import BaseWanted, match_base
 from shardwise.base.source import BaseSource
 from shardwise.checkpointing.hub import require_memory
-from shardwise.checkpointing.loading.names import expected_unused
+from shardwise.checkpointing.loading.models import expected_unused
 from shardwise.checkpointing.loading.restoring import overwriting
 from shardwise.checkpointing.module_state import ModuleLoad, claimed, find_module_state, in_shapes_of, open_module_load
 from shardwise.checkpointing.session import Session
@@ -46,14 +46,8 @@ from shardwise.engine.computed import declared, open_computed
 from shardwise.engine.load import LoadOptions, LoadReport, compare_load, open_load
 from shardwise.engine.name_suggestions import listed
 from shardwise.errors import MisuseError
+from shardwise.peft import initial_values
 from shardwise.peft.builtin_lora import find_sites
-from shardwise.peft.initial_values import (
-    adapter_tensors,
-    check_can_begin,
-    check_method,
-    initialise_peft,
-    refuse_changed_base,
-)
 from shardwise.peft.models import is_peft_adapted
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.names import declared_ties
@@ -73,34 +67,25 @@ def initialize_model_weights(model: nn.Module, device: torch.device, peft_init_m
     All ranks that hold parts of this model call, since they agree on the seed. A tensor that no code gives values is a
     `MisuseError`.
     """
-    seed = _agreed_seed(model)
+    seed = torch.initial_seed()
+    meshes = dict.fromkeys(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
+    for mesh in meshes:
+        for dim in range(mesh.ndim):
+            seed = Group(mesh.get_group(dim)).broadcast_json(seed, 0, "agreeing on a seed")
     if is_peft_adapted([model]):
-        check_can_begin([model])
+        initial_values.check_can_begin([model])
     slots = slots_of(model)
     initialise(model, device, seed, _of_adapters(model, slots), slots)
     _fresh_adapters([model], peft_init_method, seed)
     check_attributes(model)
 
 
-def _agreed_seed(model: nn.Module) -> int:
-    """The seed of the first rank of the meshes that the parameters are spread over."""
-    seed = torch.initial_seed()
-    seen = set()
-    for parameter in model.parameters():
-        if isinstance(parameter, DTensor) and parameter.device_mesh not in seen:
-            mesh = parameter.device_mesh
-            seen.add(mesh)
-            for dim in range(mesh.ndim):
-                seed = cast(int, Group(mesh.get_group(dim)).broadcast_json(seed, 0, "agreeing on a seed"))
-    return seed
-
-
 def _fresh_adapters(parts: Sequence[nn.Module], method: str | None, seed: int) -> None:
     """Begin the adapters of models with memory: peft's as peft does, and a model's own LoRA factors."""
     if is_peft_adapted(parts):
         if method is not None:
-            check_method(parts, method)
-        initialise_peft(parts, seed=seed)
+            initial_values.check_method(parts, method)
+        initial_values.initialise_peft(parts, seed=seed)
         if method is not None:
             initialise_adapters(parts, None, method, seed=seed)
     elif any(find_sites(part) for part in parts):
@@ -111,7 +96,7 @@ def _fresh_adapters(parts: Sequence[nn.Module], method: str | None, seed: int) -
 
 def _of_adapters(part: nn.Module, slots: Sequence[Slot]) -> frozenset[str]:
     """Names of tensors that peft begins by itself when the base weights are there."""
-    return names_of(slots, adapter_tensors(part)) if is_peft_adapted([part]) else frozenset()
+    return names_of(slots, initial_values.adapter_tensors(part)) if is_peft_adapted([part]) else frozenset()
 
 
 def load_base_model(
@@ -121,8 +106,8 @@ def load_base_model(
     root_dir: str | Path | None,
     model_name: str | None,
     load: bool,
-) -> LoadReport | None:
-    """Materialise a model and fill it from its base; what was loaded, unless ``load`` is false. All ranks call.
+) -> None:
+    """Materialise a model, and fill it from its base where ``load`` is true. All ranks call.
 
     Parts on the meta device get memory on ``device``; what the base does not fill gets fresh values. Parts that have
     memory are moved to ``device`` and keep what the base does not fill, but for buffers that are in no file: these are
@@ -130,46 +115,34 @@ def load_base_model(
     before any memory is allocated.
     """
     parts = [model] if isinstance(model, nn.Module) else list(model)
-    fresh: list[nn.Module] = []
     with session.group.together("looking at the adapters"):
-        fresh += [part for part in parts if has_meta(slots_of(part))]
+        fresh = [part for part in parts if has_meta(slots_of(part))]
         for part in parts:
             if is_peft_adapted([part]):
-                (check_can_begin if part in fresh else refuse_changed_base)([part])
-    if not load:
-        _materialise(session.group, parts, device, None)
-        _begin_peft(session.group, parts, fresh)
-        return None
-    path = _found(session, root_dir, model_name)
-    report = fill_from_base(
-        session, parts, path, before=lambda wanted: _materialise(session.group, parts, device, wanted)
-    )
-    _begin_peft(session.group, parts, fresh)
-    return report
+                (initial_values.check_can_begin if part in fresh else initial_values.refuse_changed_base)([part])
 
-
-def _begin_peft(group: Group, parts: Sequence[nn.Module], fresh: Sequence[nn.Module]) -> None:
-    """Give the adapters of parts that were on the meta device their first values. All ranks call."""
-    seed = cast(int, group.broadcast_json(torch.initial_seed(), 0, "agreeing on a seed"))
-    with group.together("beginning the adapters"):  # apart, since DTensors communicate: no rank may have failed before
-        for part in fresh:
-            if is_peft_adapted([part]):
-                initialise_peft([part], seed=seed)
-        for part in parts:
-            check_attributes(part)
-
-
-def _found(session: Session, root_dir: str | Path | None, model_name: str | None) -> Path:
     def find() -> str:
         if not model_name:
             raise MisuseError("no base model is named", hint="Pass model_name, a hub id, a directory or a file.")
         return str(find_base(root_dir, model_name, session.config.model_cache_dir))
 
-    return Path(cast(str, session.group.broadcast_result(find, f"looking for the base model {model_name}")))
+    group = session.group
+    if load:
+        path = Path(group.broadcast_result(find, f"looking for the base model {model_name}"))
+        fill_from_base(session, parts, path, before=lambda wanted: _materialise(group, parts, device, wanted))
+    else:
+        _materialise(group, parts, device, None)
+    seed = group.broadcast_json(torch.initial_seed(), 0, "agreeing on a seed")
+    with group.together("beginning the adapters"):  # apart, since DTensors communicate: no rank may have failed before
+        for part in fresh:
+            if is_peft_adapted([part]):
+                initial_values.initialise_peft([part], seed=seed)
+        for part in parts:
+            check_attributes(part)
 
 
 def _materialise(group: Group, parts: Sequence[nn.Module], device: torch.device, wanted: BaseWanted | None) -> None:
-    seed = cast(int, group.broadcast_json(torch.initial_seed(), 0, "agreeing on a seed"))
+    seed = group.broadcast_json(torch.initial_seed(), 0, "agreeing on a seed")
     with group.together("materialising the model"):
         for part in parts:
             slots = slots_of(part)
@@ -191,7 +164,7 @@ def fill_from_base(
     key_mapping: Mapping[str, str] | None = None,
     allow_missing: bool = False,
     before: Callable[[BaseWanted], None] | None = None,
-) -> LoadReport:
+) -> None:
     """Fill a model from a base (a directory or file) in place. All ranks of the session's group call.
 
     ``before`` is called when all is known to fit, before anything is read; only then may ``parts`` be on the meta
@@ -202,8 +175,12 @@ def fill_from_base(
         with group.together("looking at the adapters"):
             for part in parts:
                 if is_peft_adapted([part]):
-                    refuse_changed_base([part])
-    told, stems = _agreed_config(path, group)
+                    initial_values.refuse_changed_base([part])
+    # The base's config decides which tensors exist; beside it are the files of module state.
+    told, stems = group.broadcast_result(
+        lambda: (cast(dict[str, JsonValue], base_config(path)), find_module_state(path)),
+        "reading the base model's config",
+    )
     source = open_base_source(
         path,
         group,
@@ -244,24 +221,11 @@ def fill_from_base(
     with group.together("telling what was loaded"):
         if group.is_main:
             _tell(report, parts, _described(wanted), source)
-    return report
 
 
 def _described(wanted: BaseWanted) -> list[HeldTensor]:
     """What a base fills, whether or not it has to be computed."""
     return [*wanted.held, *declared(wanted.groups)]
-
-
-def _agreed_config(path: Path, group: Group) -> tuple[dict[str, object], list[str]]:
-    """The base's config, which decides which tensors exist, and the files of module state. All ranks call."""
-
-    def look() -> JsonValue:
-        return [cast(JsonValue, base_config(path)), cast(JsonValue, find_module_state(path))]
-
-    config, stems = cast(
-        "tuple[dict[str, object], list[str]]", group.broadcast_result(look, "reading the base model's config")
-    )
-    return config, stems
 
 
 def _matched(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from shardwise.checkpointing.loading.restoring import Stateful
 from shardwise.checkpointing.run_state.schedulers import FoundSchedules, check_rates, no_scheduler, other_number
 from shardwise.checkpointing.session import Session
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
 from shardwise.convert import rename
 from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.engine.name_suggestions import listed
@@ -40,48 +40,25 @@ from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, plan
 from shardwise.stateful_wrappers.state_tensors import SavedTensor
 from shardwise.stateful_wrappers.wrapping import plain_name
 
-#: An attribute of torch's schedulers that some releases lack.
-_MAY_DIFFER = {"verbose"}
 _NO_SCHEDULER = "Or restore without it, and it starts afresh."
 _NO_OPTIMIZER = "Or restore without an optimizer (and its scheduler), which then starts afresh."
 
 
-@dataclass(frozen=True, slots=True)
-class ForeignSchedules:
-    """The schedulers' states in a DCP directory, by place, and whether they were a list there."""
-
-    directory: Path
-    states: Mapping[str, object]
-    listed: bool
-
-
-def read_schedules(directory: Path, group: Group, legacy: bool) -> ForeignSchedules:
-    """Read what a DCP directory has of schedulers. All ranks call."""
-
-    def read() -> dict[str, object]:
-        values = DcpValues(directory, legacy)
-        places = scheduler_places(values)
-        states = {".".join(map(str, place)): state_at(values, place) for place in places}
-        return {"states": states, "listed": all(isinstance(place[-1], int) for place in places if place)}
-
-    found = cast("dict[str, object]", broadcast_state(read, group, f"reading the schedulers of {directory}"))
-    return ForeignSchedules(directory, cast("dict[str, object]", found["states"]), cast(bool, found["listed"]))
-
-
 def foreign_schedules(
-    schedulers: Sequence[Stateful], found: ForeignSchedules
+    schedulers: Sequence[Stateful], states: Mapping[str, object], is_list: bool, path: Path
 ) -> list[tuple[Stateful, dict[str, object]]]:
-    """Each scheduler with its saved state; `MisuseError` unless they match without doubt. Local; nothing is changed."""
-    path = found.directory
-    if not found.states:
+    """Each scheduler with its state of those in a DCP directory, by place; ``is_list`` where they were a list there.
+
+    `MisuseError` unless they match without doubt. Local; nothing is changed.
+    """
+    if not states:
         raise no_scheduler(path)
-    if len(found.states) != len(schedulers) or (len(schedulers) > 1 and not found.listed):
-        unclear = "" if len(found.states) != len(schedulers) else ": which is which is not known"
-        names = f" ({listed([*found.states])})"
-        raise other_number(len(found.states), len(schedulers), path, unclear, names)
+    if len(states) != len(schedulers) or (len(schedulers) > 1 and not is_list):
+        unclear = "" if len(states) != len(schedulers) else ": which is which is not known"
+        raise other_number(len(states), len(schedulers), path, unclear, f" ({listed([*states])})")
     return [
         (scheduler, _fitting(scheduler, place, state, path))
-        for scheduler, (place, state) in zip(schedulers, found.states.items(), strict=True)
+        for scheduler, (place, state) in zip(schedulers, states.items(), strict=True)
     ]
 
 
@@ -90,11 +67,12 @@ def _fitting(scheduler: Stateful, place: str, saved: object, path: Path) -> dict
     state = filled(own, saved)
     if not isinstance(state, dict):
         raise StateFormatError(f"what is saved as {place!r} is no scheduler's state", path=path, hint=_NO_SCHEDULER)
-    lacking = sorted({str(key) for key in own} - {str(key) for key in state} - _MAY_DIFFER)
+    may_lack = {"verbose"}  # some releases' schedulers have it
+    lacking = sorted({str(key) for key in own} - {str(key) for key in state} - may_lack)
     if isinstance(getattr(scheduler, "scheduler", scheduler), LRScheduler):
         # Attributes with a leading underscore differ between releases of torch.
         lacking = [key for key in lacking if not key.startswith("_")]
-        beyond = sorted(key for key in {*state} - {*own} - _MAY_DIFFER if not str(key).startswith("_"))
+        beyond = sorted(key for key in {*state} - {*own} - may_lack if not str(key).startswith("_"))
     else:
         beyond = []
     if lacking or beyond:
@@ -137,12 +115,9 @@ def read_states(directory: Path, wanted: Iterable[str], group: Group, legacy: bo
     A name is the path of a part of the state dict, joined by dots. Empty where the checkpoint is not a DCP directory.
     What cannot be read otherwise is unpickled without restrictions if ``legacy`` is true.
     """
-    own = sorted(wanted)
-
-    def describe() -> JsonValue:
-        return [cast(JsonValue, own), group.is_main and is_dcp(directory)]
-
-    gathered = cast("list[tuple[list[str], bool]]", group.gather(describe, "comparing what is to be restored"))
+    gathered = group.gather(
+        lambda: (sorted(wanted), group.is_main and is_dcp(directory)), "comparing what is to be restored"
+    )
     names = sorted({name for theirs, _ in gathered for name in theirs})
     if not gathered[0][1] or not names:
         return {}
@@ -180,36 +155,40 @@ def broadcast_state(read: Callable[[], object], group: Group, what: str) -> obje
 class ForeignOptimizers:
     """Optimizers in a DCP directory, with all its tensors under DCP's names, on every rank alike.
 
-    ``schedules`` is what is there of schedulers; none, as ``found``, where none is to be restored.
+    ``schedules`` are the schedulers' states by place, a list there with ``lists_schedules``. What is not to be restored
+    is not read.
     """
 
     directory: Path
     found: tuple[DcpOptimizer, ...]
     source: Source
-    schedules: ForeignSchedules | None = None
+    schedules: Mapping[str, object] = field(default_factory=dict)
+    lists_schedules: bool = False
 
     def compared(
         self, state: OptimizerState, schedulers: Sequence[Stateful], changes: Changes, is_buffered: bool
     ) -> tuple[OptimizerRestore, FoundSchedules, dict[str, str]]:
         """What this rank's optimizers and schedulers will get, and DCP's name of each tensor. Local."""
-        record, names = self.matched(state, changes.key_mapping)
+        record, names = self._matched(state, changes.key_mapping)
         try:
             plan = plan_restore(state, record, allow_new=changes.allow_new, aside=is_buffered)
         except ShardwiseError as error:
             error.path = error.path or str(self.directory)
-            _add_names(error, record)
+            if isinstance(error, MissingTensorError):  # the names are another tool's
+                there = listed([param for group in record.groups for param in group.params])
+                mapping = "If these are the same parameters under other names, pass key_mapping."
+                error.hint = f"It has {there}. {mapping} {error.hint or ''}".strip()
             raise
-        fitting = foreign_schedules(schedulers, self.schedules) if schedulers and self.schedules is not None else []
-        return plan, FoundSchedules(tuple(fitting)), names
+        own = foreign_schedules(schedulers, self.schedules, self.lists_schedules, self.directory) if schedulers else []
+        return plan, FoundSchedules(tuple(own)), names
 
-    def matched(
+    def _matched(
         self, state: OptimizerState, key_mapping: Mapping[str, str] | None
     ) -> tuple[OptimizerRecord, dict[str, str]]:
-        """The state that this rank's optimizers will get, and DCP's name of each tensor. Local."""
-        named = [_in_names(each, key_mapping) for each in self.found if not each.numbered]
-        numbered = [each for each in self.found if each.numbered]
         if not state.optimizers:
             return OptimizerRecord((), {}, {}), {}
+        named = [_in_names(each, key_mapping) for each in self.found if not each.numbered]
+        numbered = [each for each in self.found if each.numbered]
         if numbered and named:
             raise MisuseError(
                 f"of the checkpoint's optimizers {_places(numbered)} knows its parameters by number and "
@@ -218,10 +197,9 @@ class ForeignOptimizers:
                 hint=f"Save them in one way. {_NO_OPTIMIZER}",
             )
         if numbered:
-            named = [
-                self._by_position(each, optimizer, state)
-                for each, optimizer in self._paired(numbered, state.optimizers)
-            ]
+            self._check_order(numbered, state.optimizers)
+            pairs = zip(numbered, state.optimizers, strict=True)
+            named = [self._by_position(each, optimizer, state) for each, optimizer in pairs]
         return self.described(named)
 
     def described(self, named: Sequence[DcpOptimizer]) -> tuple[OptimizerRecord, dict[str, str]]:
@@ -234,15 +212,12 @@ class ForeignOptimizers:
         for each in named:
             values |= each.values
             for param, keys in each.tensors.items():
-                tensors[param] = {key: self._saved(name) for key, name in keys.items()}
+                specs = {key: self.source.tensors[name].spec for key, name in keys.items()}
+                tensors[param] = {key: SavedTensor(spec.dtype, spec.shape) for key, spec in specs.items()}
                 dcp_names |= {f"state.{param}.{key}": name for key, name in keys.items()}
             for param in each.values:
                 tensors.setdefault(param, {})
         return OptimizerRecord(tuple(groups), tensors, values, is_old=True), dcp_names
-
-    def _saved(self, name: str) -> SavedTensor:
-        spec = self.source.tensors[name].spec
-        return SavedTensor(spec.dtype, spec.shape)
 
     def _refuse_shared(self, named: Sequence[DcpOptimizer]) -> None:
         owner: dict[str, DcpOptimizer] = {}
@@ -257,9 +232,7 @@ class ForeignOptimizers:
                             hint=f"Save each model with its optimizer in a directory of its own. {_NO_OPTIMIZER}",
                         )
 
-    def _paired(
-        self, numbered: Sequence[DcpOptimizer], optimizers: Sequence[Optimizer]
-    ) -> list[tuple[DcpOptimizer, Optimizer]]:
+    def _check_order(self, numbered: Sequence[DcpOptimizer], optimizers: Sequence[Optimizer]) -> None:
         if len(numbered) != len(optimizers) or (len(numbered) > 1 and not all(each.listed for each in numbered)):
             raise MisuseError(
                 f"the checkpoint has {len(numbered)} optimizers ({_places(numbered)}), whose parameters are known by "
@@ -269,7 +242,6 @@ class ForeignOptimizers:
                 "torch.distributed.checkpoint.state_dict.get_optimizer_state_dict, which names parameters. "
                 f"{_NO_OPTIMIZER}",
             )
-        return list(zip(numbered, optimizers, strict=True))
 
     def _by_position(self, saved: DcpOptimizer, optimizer: Optimizer, state: OptimizerState) -> DcpOptimizer:
         """The saved optimizer with names for numbers, where counts of parameters and groups and all shapes agree."""
@@ -282,19 +254,16 @@ class ForeignOptimizers:
         for group, (group_names, params) in zip(saved.groups, own, strict=True):
             for number, name, param in zip(group.params, group_names, params, strict=True):
                 names[number] = name
-                self._compare(saved, number, name, param)
+                for key, dcp_name in saved.tensors.get(number, {}).items():
+                    shape = self.source.tensors[dcp_name].spec.shape
+                    if shape not in ((), (1,)) and shape != tuple(param.shape):
+                        raise self._no_match(
+                            saved,
+                            f"{key!r} of its parameter {number} has the shape {list(shape)}, and the parameter in that "
+                            f"place, {name}, {list(param.shape)}",
+                            name,
+                        )
         return saved.renamed(names)
-
-    def _compare(self, saved: DcpOptimizer, number: str, name: str, param: torch.Tensor) -> None:
-        for key, dcp_name in saved.tensors.get(number, {}).items():
-            shape = self.source.tensors[dcp_name].spec.shape
-            if shape not in ((), (1,)) and shape != tuple(param.shape):
-                raise self._no_match(
-                    saved,
-                    f"{key!r} of its parameter {number} has the shape {list(shape)}, and the parameter in that place, "
-                    f"{name}, {list(param.shape)}",
-                    name,
-                )
 
     def _no_match(self, saved: DcpOptimizer, why: str, tensor: str | None = None) -> MisuseError:
         return MisuseError(
@@ -311,8 +280,7 @@ class ForeignOptimizers:
         if any(each.numbered for each in self.found):
             # Each rank named numbered entries by its own parameters.
             own = hashlib.blake2b(json.dumps(sorted(dcp_names.items())).encode(), digest_size=16).hexdigest()
-            gathered = group.gather_json(own, "comparing parameters of optimizers")
-            if len(set(cast("list[str]", gathered))) > 1:
+            if len(set(group.gather_json(own, "comparing parameters of optimizers"))) > 1:
                 raise MisuseError(
                     "the checkpoint's optimizer knows its parameters by number alone, and the ranks' optimizers have "
                     "different parameters",
@@ -333,8 +301,13 @@ class Changes:
         allow_new: Parameters that the saved optimizer did not update start without state.
     """
 
-    key_mapping: Mapping[str, str] | None = None
-    allow_new: bool = False
+    key_mapping: Mapping[str, str] | None
+    allow_new: bool
+
+    def given(self) -> dict[str, bool]:
+        """As `check_same_call` compares them."""
+        named = f"key_mapping={self.key_mapping}"
+        return {named: bool(self.key_mapping), "allow_new_parameters=True": self.allow_new}
 
 
 def find_foreign(
@@ -342,22 +315,37 @@ def find_foreign(
 ) -> ForeignOptimizers | None:
     """Read what another tool saved of optimizers and schedulers, where ours is not in ``directory``. All ranks call."""
     group, legacy = session.group, session.config.allow_legacy_pickle_restore
-    found_place = group.broadcast_result(
-        lambda: str(_foreign_place(directory) or ""), f"looking for an optimizer at {directory}"
-    )
+
+    def look() -> str:
+        # ``optim`` itself, or the checkpoint around it.
+        places = () if has_state(directory / "optimizer") else (directory, directory.parent)
+        return str(next((place for place in places if is_dcp(place)), ""))
+
+    found_place = group.broadcast_result(look, f"looking for an optimizer at {directory}")
     if not found_place:
         return None
-    place = Path(cast(str, found_place))
+    place = Path(found_place)
     steers = group.any(bool(state.optimizers), "asking which ranks have optimizers")
 
     def read() -> list[object]:
         return [each.to_state() for each in _read(place, legacy)] if steers else []
 
+    def read_schedules() -> list[object]:
+        values = DcpValues(place, legacy)
+        paths = scheduler_places(values)
+        is_list = all(isinstance(path[-1], int) for path in paths if path)
+        return [{".".join(map(str, path)): state_at(values, path) for path in paths}, is_list]
+
     states = cast("list[object]", broadcast_state(read, group, f"reading the optimizers of {place}"))
-    has_schedulers = group.any(bool(schedulers), "comparing schedulers")
-    schedules = read_schedules(place, group, legacy) if has_schedulers else None
+    schedules: dict[str, object] = {}
+    lists_schedules = False
+    if group.any(bool(schedulers), "comparing schedulers"):
+        schedules, lists_schedules = cast(
+            "tuple[dict[str, object], bool]",
+            broadcast_state(read_schedules, group, f"reading the schedulers of {place}"),
+        )
     found = tuple(map(DcpOptimizer.from_state, states))
-    return ForeignOptimizers(place, found, open_source(place, group, spread=True), schedules)
+    return ForeignOptimizers(place, found, open_source(place, group, spread=True), schedules, lists_schedules)
 
 
 def count_in_tensors(plan: OptimizerRestore) -> None:
@@ -379,13 +367,6 @@ def count_in_tensors(plan: OptimizerRestore) -> None:
         each.state["step"] = torch.tensor(float(cast(float, step)), dtype=dtype, device=device)
 
 
-def _foreign_place(directory: Path) -> Path | None:
-    """The DCP directory that has the optimizer: ``optim`` itself, or the checkpoint around it. Local."""
-    if has_state(directory / "optimizer"):
-        return None
-    return next((place for place in (directory, directory.parent) if is_dcp(place)), None)
-
-
 def _read(place: Path, legacy: bool) -> list[DcpOptimizer]:
     values = DcpValues(place, legacy)
     found = read_optimizers(values)
@@ -404,16 +385,6 @@ def _in_names(saved: DcpOptimizer, key_mapping: Mapping[str, str] | None) -> Dcp
     names = [param for group in saved.groups for param in group.params]
     plain = [plain_name(name) for name in names]
     return saved.renamed(dict(zip(names, rename(plain, key_mapping) if key_mapping else plain, strict=True)))
-
-
-def _add_names(error: ShardwiseError, record: OptimizerRecord) -> None:
-    """Add the other tool's names to an error about absent parameters."""
-    if isinstance(error, MissingTensorError):
-        there = [param for group in record.groups for param in group.params]
-        error.hint = (
-            f"It has {listed(there)}. If these are the same parameters under other names, pass key_mapping. "
-            f"{error.hint or ''}"
-        ).strip()
 
 
 def _places(found: Sequence[DcpOptimizer]) -> str:

@@ -2,59 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+import logging
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
 
 import torch
 from torch import nn
 
+from shardwise.checkpointing import optimizers
 from shardwise.checkpointing.adapters import check_before_training
 from shardwise.checkpointing.arguments import check_mapping, refuse_whole_adapter
 from shardwise.checkpointing.averages import MODEL_EMA, Average
 from shardwise.checkpointing.lifetime import Lifetime, check_same_call
 from shardwise.checkpointing.loading import base_model
 from shardwise.checkpointing.loading.adapters import OpenedAdapter, open_adapter
-from shardwise.checkpointing.loading.foreign_optimizers import Changes
+from shardwise.checkpointing.loading.foreign_optimizers import Changes, foreign_components, torch_leftovers
 from shardwise.checkpointing.loading.models import OpenedModel, open_model
 from shardwise.checkpointing.loading.restoring import Undos, overwriting, undone_on_failure
-from shardwise.checkpointing.optimizers import OpenedOptimizer, Optimizers, Schedulers, as_list, open_optimizer
 from shardwise.checkpointing.reports import Call, RestoreRecord
 from shardwise.checkpointing.run_state.data_order import DataOrder, with_loader
-from shardwise.checkpointing.run_state.extras import (
-    FoundExtras,
-    find_extras,
-    locate,
-    model_place,
-    require_position,
-    unrestored,
-)
+from shardwise.checkpointing.run_state.extras import FoundExtras, find_extras, require_position, saved_names
 from shardwise.checkpointing.session import Session
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
+from shardwise.disk.names import is_directory
 from shardwise.engine.name_suggestions import listed
 from shardwise.engine.verify import VerifyLevel, check_checkpoint
-from shardwise.lifecycle import Start
+from shardwise.lifecycle import Start, resolve
+from shardwise.lifecycle.resolve import is_verifiable
+from shardwise.sources.dcp_values import is_dcp
 from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.model import Model
 from shardwise.timing import Recording, phase
 
-
-class _OpenedAverage(NamedTuple):
-    """An average that was matched with a checkpoint; ``take_in`` puts its wrapper's saved tensors in place."""
-
-    model: OpenedModel | OpenedAdapter
-    take_in: Callable[[Undos], None]
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """All state of a run matched with a checkpoint, on every rank; nothing has been changed yet."""
+    """All state of a run matched with a checkpoint, on every rank; nothing has been changed yet.
+
+    Of an average there is the model, and what puts its wrapper's saved tensors in place.
+    """
 
     model: OpenedModel | OpenedAdapter
-    averaged: _OpenedAverage | None
-    steering: OpenedOptimizer | None
+    averaged: tuple[OpenedModel | OpenedAdapter, Callable[[Undos], None]] | None
+    steering: optimizers.OpenedOptimizer | None
     extras: FoundExtras
 
     def restore(self, group: Group, order: DataOrder, recording: Recording) -> int:
@@ -64,7 +58,7 @@ class _Opened:
         After that only reading can fail, and the error says what is partly overwritten.
         """
         if self.steering is not None:
-            self.steering.read_buffered()
+            self.steering.fill(ahead=True)
         with (
             phase("install"),
             undone_on_failure() as undos,
@@ -74,21 +68,20 @@ class _Opened:
                 self.steering.take_in(undos)
             self.extras.extra.take_in(undos)
             if self.averaged is not None:
-                self.averaged.take_in(undos)
+                self.averaged[1](undos)
         with overwriting("the run's state"):
             self.model.fill()
             if self.averaged is not None:
-                self.averaged.model.fill()
+                self.averaged[0].fill()
             if self.steering is not None:
-                self.steering.fill()
-            self.extras.spread.fill(group)
+                self.steering.fill(ahead=False)
+            self.extras.fill(group)
 
-            def finish() -> JsonValue:
+            def finish() -> int:
                 self.extras.set_generators(order)
                 return recording.nbytes
 
-            read = group.gather(finish, "setting the random number generators")
-        return sum(cast(list[int], read))
+            return sum(group.gather(finish, "setting the random number generators"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,41 +89,33 @@ class WhatToRestore:
     """The arguments of `Checkpointer.restore`, which says what they are."""
 
     model: Model
-    optimizer: Optimizers | None
-    scheduler: Schedulers | None
+    optimizer: optimizers.Optimizers | None
+    scheduler: optimizers.Schedulers | None
     restore_from: str | Path | int
     extra_state: MutableMapping[str, object] | None
     verify: VerifyLevel
-    key_mapping: Mapping[str, str] | None
+    changes: Changes
     ema: Model | None
-    allow_new_parameters: bool
-    dataloader: object | None = None
+    dataloader: object | None
 
 
-def restore_checkpoint(life: Lifetime, what: WhatToRestore) -> RestoreRecord | None:
+def restore_checkpoint(life: Lifetime, what: WhatToRestore, told: Call) -> RestoreRecord | None:
     """See `Checkpointer.restore`. All ranks call."""
-    with life.reports.call("restore") as told:
-        return _restore(life, what, told)
-
-
-def _restore(life: Lifetime, what: WhatToRestore, told: Call) -> RestoreRecord | None:
-    """As `restore_checkpoint`. All ranks call."""
     session = life.begin(call := f"restore({what.restore_from})")
     life.wait()
-    steers = what.optimizer is not None or bool(as_list(what.scheduler))
+    steers = what.optimizer is not None or bool(optimizers.as_list(what.scheduler))
     given = {
         "an optimizer or scheduler": steers,
         "verify='digests'": what.verify == "digests",
-        f"key_mapping={what.key_mapping}": bool(what.key_mapping),
         "an ema": what.ema is not None,
-        "allow_new_parameters=True": what.allow_new_parameters,
         "a dataloader": what.dataloader is not None,
+        **what.changes.given(),
     }
 
     def look() -> str:
         nonlocal what
         check_mapping("extra_state", what.extra_state, MutableMapping)
-        check_mapping("key_mapping", what.key_mapping)
+        check_mapping("key_mapping", what.changes.key_mapping)
         given_state = what.extra_state if what.extra_state is not None else {}
         what = replace(what, extra_state=with_loader(given_state, what.dataloader, session.group.world_size))
         if what.ema is not None:
@@ -148,7 +133,7 @@ def _restore(life: Lifetime, what: WhatToRestore, told: Call) -> RestoreRecord |
             check_before_training(session, what.model, is_adapted=True)
     starts: list[Start] = []
     with phase("resolve"):
-        record = locate(session, what.restore_from, starts.append)
+        record = _locate(session, what.restore_from, starts.append)
     if record is None:
         with session.group.together("looking at the optimizer"):
             if what.optimizer is not None and life.config.enabled:
@@ -177,21 +162,34 @@ def _open(life: Lifetime, what: WhatToRestore, path: Path, steers: bool) -> tupl
     wanted = {"optim": steers, "extra": extras, "rng": life.config.save_rng, MODEL_EMA: what.ema is not None}
     components = ["model", *(name for name, is_wanted in wanted.items() if is_wanted)]
     check_checkpoint(path, what.verify, session.group, life.storage, components=components, threads=session.threads)
-    model = _open_component(session, what.model, model_place(path, session.group), what.key_mapping)
-    averaged = None if what.ema is None else _open_ema(session, what.ema, path / MODEL_EMA, what.key_mapping)
-    steering: OpenedOptimizer | None = None
+    # The model is in a directory of its own, or in the DCP directory that holds everything.
+    is_one = session.group.broadcast_result(
+        lambda: not is_directory(path / "model") and is_dcp(path), f"looking into {path}"
+    )
+    model = _open_component(session, what.model, path if is_one else path / "model", what.changes.key_mapping)
+    averaged = None
+    if what.ema is not None:
+        with session.group.together("looking at the averaged model"):
+            average = Average.of(what.ema)
+            saved = average.find(path / MODEL_EMA)
+        theirs = _open_component(session.of_model(MODEL_EMA), average.model, path / MODEL_EMA, what.changes.key_mapping)
+        averaged = theirs, partial(average.take_in, saved)
+    steering: optimizers.OpenedOptimizer | None = None
     if steers:
-        changes = Changes(what.key_mapping, what.allow_new_parameters)
         optimizer = [] if what.optimizer is None else what.optimizer
-        steering = open_optimizer(session, optimizer, what.model, what.scheduler, path / "optim", changes)
+        steering = optimizers.open_optimizer(
+            session, optimizer, what.model, what.scheduler, path / "optim", what.changes
+        )
     found = find_extras(session, path, what.extra_state if what.extra_state is not None else {})
     if what.dataloader is not None:
         require_position(found, what.dataloader, path, session.group)
-    taken = ["optimizer"] * bool(as_list(what.optimizer)) + ["scheduler"] * bool(as_list(what.scheduler))
+    taken = ["optimizer"] * bool(optimizers.as_list(what.optimizer)) + ["scheduler"] * bool(
+        optimizers.as_list(what.scheduler)
+    )
     taken += ["ema"] * (what.ema is not None) + [*(what.extra_state or ()), *found.generators.values]
     partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
     below_name = model.direct.source.plain.below if isinstance(model, OpenedModel) else None
-    left = unrestored(session, path, found, taken, partly, below_name)
+    left = _unrestored(session, path, found, taken, partly, below_name)
     return _Opened(model, averaged, steering, found), left
 
 
@@ -224,28 +222,24 @@ def load_model(
 
 def load_optimizer(
     life: Lifetime,
-    optimizer: Optimizers,
+    optimizer: optimizers.Optimizers,
     model: Model,
     weights_path: str | Path,
-    scheduler: Schedulers | None,
+    scheduler: optimizers.Schedulers | None,
     changes: Changes,
 ) -> None:
     """See `Checkpointer.load_optimizer`. All ranks call."""
     place = Path(weights_path).absolute() / "optim"
-    given = {
-        f"key_mapping={changes.key_mapping}": bool(changes.key_mapping),
-        "allow_new_parameters=True": changes.allow_new,
-    }
     with life.reports.call("load_optimizer") as told:
         life.wait()
         session = life.begin(call := f"load_optimizer({place.parent})")
-        check_same_call(call, lambda: life.looked(model, optimizer, scheduler), given, session.group)
-        opened = open_optimizer(session, optimizer, model, scheduler, place, changes)
-        opened.read_buffered()
+        check_same_call(call, lambda: life.looked(model, optimizer, scheduler), changes.given(), session.group)
+        opened = optimizers.open_optimizer(session, optimizer, model, scheduler, place, changes)
+        opened.fill(ahead=True)
         with undone_on_failure() as undos, session.group.together("setting the optimizer's options"):
             opened.take_in(undos)
         with overwriting("the optimizer's state"):
-            opened.fill()
+            opened.fill(ahead=False)
         told.over(session.group, place)
 
 
@@ -280,10 +274,57 @@ def _open_component(
     return open_model(session, model, path, key_mapping=key_mapping, options=options)
 
 
-def _open_ema(session: Session, ema: Model, directory: Path, key_mapping: Mapping[str, str] | None) -> _OpenedAverage:
-    """Compare an average with a checkpoint's. All ranks call; nothing is changed."""
-    average, saved = session.group.attempt(
-        lambda: (own := Average.of(ema), own.find(directory)), "looking at the averaged model"
-    )
-    opened = _open_component(session.of_model(MODEL_EMA), average.model, directory, key_mapping)
-    return _OpenedAverage(opened, partial(average.take_in, saved))
+def _locate(session: Session, restore_from: str | Path | int, seen: Callable[[Start], None]) -> RestoreRecord | None:
+    """Resolve a checkpoint on rank 0, which calls ``seen`` with it, and broadcast the result. All ranks call."""
+
+    def find() -> tuple[str, int | None, int | None, dict[str, float]] | None:
+        found = resolve(session.root, restore_from)
+        if found is None:
+            return None
+        seen(Start.at(found.path))
+        inside = found.path.is_relative_to(session.root)
+        path = found.path.relative_to(session.root) if inside else found.path
+        return str(path), found.epoch, found.step, dict(found.metrics)
+
+    found = session.group.broadcast_result(find, f"looking for {restore_from}")
+    if found is None:
+        return None
+    path, epoch, step, metrics = found
+    # Below each rank's own root, which may be mounted elsewhere than rank 0's.
+    return RestoreRecord(epoch, step, session.root / path, metrics)
+
+
+def _unrestored(
+    session: Session,
+    directory: Path,
+    found: FoundExtras,
+    given: Sequence[str],
+    partly: Sequence[str],
+    model_place: str | None = None,
+) -> tuple[str, ...]:
+    """Names of states in the checkpoint that this run does not load; rank 0 logs them once. All ranks call.
+
+    This rank restores what is in ``given``: ``optimizer``, ``scheduler``, ``rng``, and names of extra state. ``partly``
+    has parts of restored states that no rank loads. In a DCP directory with more than a model, ``model_place`` is the
+    prefix of the model's names.
+    """
+    group = session.group
+
+    def describe() -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
+        has: list[str] = []
+        if group.is_main:  # the states in the checkpoint beside its model
+            if not is_verifiable(directory):  # another tool's
+                has += [*foreign_components(directory, model_place), *torch_leftovers(directory)]
+            has += ["ema"] * is_directory(directory / MODEL_EMA) + optimizers.optimizer_components(directory / "optim")
+            has += [*saved_names(directory / "extra"), *saved_names(directory / "rng")]
+        return has, [*found.extra.skipped, *found.generators.skipped], given
+
+    rows = group.gather(describe, "comparing what is restored")
+    wanted = {name for _, _, theirs in rows for name in theirs}
+    left = [name for name in rows[0][0] if name not in wanted] + [*partly]
+    skipped = list(dict.fromkeys(name for _, theirs, _ in rows for name in theirs))
+    if left and group.is_main:
+        _LOG.warning("%s also has %s, which restore() was not given: left as it is", directory, ", ".join(left))
+    if skipped and group.is_main:
+        _LOG.warning("saved on another number of ranks and left as they are: %s", ", ".join(skipped))
+    return tuple(dict.fromkeys([*left, *skipped]))

@@ -2,62 +2,200 @@
 
 A state that is the same on every rank is stored once and restored anywhere. One that differs is stored for each rank
 and restored only on the same number of ranks; on another number it is left alone, and the caller gets its name.
+
+Modules, and DTensors anywhere in plain containers, are spread over the ranks: each rank writes its shards, as for a
+model; nothing is gathered. A module's directory is ``extra/<name>.shards/``, laid out as ``model/`` is without an
+export. Other values have their DTensors in that directory, named by the keys that lead to them, and the rest in
+``extra/<name>.json``.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 from urllib.parse import quote, unquote
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from shardwise.checkpointing.averages import MODEL_EMA
-from shardwise.checkpointing.loading.foreign_optimizers import filled, foreign_components, read_states, torch_leftovers
+from shardwise.checkpointing.arguments import check_stateful
+from shardwise.checkpointing.lifetime import Lifetime, check_same_call
+from shardwise.checkpointing.loading.foreign_optimizers import filled, read_states
+from shardwise.checkpointing.loading.models import OpenedModel, open_model
 from shardwise.checkpointing.loading.restoring import Stateful, Undos
-from shardwise.checkpointing.optimizers import optimizer_components
-from shardwise.checkpointing.reports import RestoreRecord
 from shardwise.checkpointing.run_state.data_order import (
     DATALOADER,
     RESUME_ON_AS_MANY,
     DataOrder,
     has_position,
 )
-from shardwise.checkpointing.run_state.extra_sharded import (
-    SHARDS,
-    OpenedSharded,
-    directory_of,
-    fill_tree,
-    module_steps,
-    open_module,
-    open_tensors,
-    shared_modules,
-    split_tree,
-    tensor_steps,
-)
 from shardwise.checkpointing.run_state.generators import RandomState, as_stateful
+from shardwise.checkpointing.saving.hooks import ModelRequest
+from shardwise.checkpointing.saving.models import ModelSave
 from shardwise.checkpointing.session import Session
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
 from shardwise.disk.names import is_directory, is_file, names_in
-from shardwise.engine.jobs import Step, below
+from shardwise.engine.jobs import Step, below, local_step
+from shardwise.engine.load import OpenedLoad, open_described
 from shardwise.engine.records import ComponentRecord, write_state
+from shardwise.engine.shards import shard_plan, write_shards
 from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError, StateFormatError
 from shardwise.format.torch_archive import read_torch_value
-from shardwise.lifecycle import Start, resolve
-from shardwise.lifecycle.resolve import is_verifiable
-from shardwise.sources.dcp_values import is_dcp
+from shardwise.plan.fragments import HeldTensor
+from shardwise.settings import SaveConsolidatedMode, SerializationFormat
+from shardwise.sources.sources import open_source
 from shardwise.sources.state_files import has_state, joined, pack_state, read_file, read_state
+from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 
-_LOG = logging.getLogger(__name__)
 #: Name of the saved positions in data, beside the generators.
 BATCHES = "batches"
+#: How the name of a directory ends that holds a value's shards; no file of a state's ends so.
+SHARDS = ".shards"
+
+
+def split_tree(value: object, found: dict[str, DTensor], path: str = "") -> object:
+    """A tree of containers without its DTensors, which are put into ``found`` by the keys that lead to them. Local."""
+    if isinstance(value, DTensor):
+        found[path] = value
+        return None
+    return _changed(value, lambda key, item: split_tree(item, found, _below(path, key)))
+
+
+def fill_tree(rest: object, tensors: Mapping[str, torch.Tensor], path: str = "") -> object:
+    """The tree with DTensors in their places again."""
+    if path in tensors:
+        return tensors[path]
+    return _changed(rest, lambda key, item: fill_tree(item, tensors, _below(path, key)))
+
+
+def _changed(value: object, change: Callable[[object, object], object]) -> object:
+    """A container that can be saved with its items changed, given their keys or numbers; any other value as it is."""
+    if type(value) in (dict, OrderedDict, Counter):
+        mapping = cast("dict[object, object]", value)
+        return type(mapping)({key: change(key, item) for key, item in mapping.items()})
+    if type(value) in (list, tuple):
+        items = cast("list[object]", value)
+        return type(items)(change(number, item) for number, item in enumerate(items))
+    return value
+
+
+def _below(path: str, key: object) -> str:
+    """The name of the value under a key: text keys unchanged, apart from escapes for separators and numbers."""
+    own = key.replace("%", "%25").replace("/", "%2F").replace("#", "%23") if isinstance(key, str) else f"#{key!r}"
+    return f"{path}/{own}" if path else own
+
+
+def directory_of(directory: Path, name: str) -> Path:
+    """The directory of a value's shards."""
+    return directory / f"{quote(name, safe='')}{SHARDS}"
+
+
+def module_session(session: Session, name: str) -> Session:
+    """The session that saves and loads a module in extra state: as shards, without a base model. Local."""
+    config = replace(
+        session.config,
+        save_consolidated=SaveConsolidatedMode.FALSE,
+        model_save_format=SerializationFormat.SAFETENSORS,
+        model_repo_id=None,
+        original_model_root_dir=None,
+        is_peft=False,
+        export_merged=False,
+        per_rank_state=None,
+        v4_compatible=False,
+    )
+    return session.of_model(f"extra/{name}", config)
+
+
+def module_steps(session: Session, name: str, module: nn.Module, directory: Path) -> list[Step]:
+    """Capture a module now; returns the steps that write it. All ranks call."""
+    own = directory_of(directory, name)
+    save = ModelSave(ModelRequest(module_session(session, name), module, own))
+    steps = save.steps()
+
+    def finish(group: Group) -> ComponentRecord:
+        with group.together(f"finishing {own}"):
+            for work in save.closing:
+                work(group)
+        return ComponentRecord()
+
+    return [*below(own.name, steps, f"extra/{name}"), finish]
+
+
+def tensor_steps(session: Session, name: str, tensors: Mapping[str, DTensor], directory: Path) -> list[Step]:
+    """Capture DTensors now; returns the step that writes them. All ranks call, also those without any."""
+    own, component = directory_of(directory, name), f"extra/{name}"
+    held: list[HeldTensor] = []
+
+    def describe() -> list[HeldTensor]:
+        found = held_tensors(tensors.items(), MeshRegister(session.may_differ.of_state([])))
+        held.extend(session.staged(component, found))
+        return held
+
+    roster = session.agreement(component).roster(describe, f"describing the DTensors of {name!r}")
+    plan = shard_plan(held, roster, session.group, own, component, "extra")
+
+    def write(group: Group) -> ComponentRecord:
+        with group.together(f"making {own}"):
+            if group.is_main:
+                session.storage.make_directory(own)
+        return write_shards(plan, group, session.storage).below(own.name)
+
+    return [write]
+
+
+#: A module on one rank: whether it has DTensors; a digest of its state; the names in it.
+_Row: TypeAlias = tuple[bool, str, list[str]]
+
+
+def shared_modules(values: Mapping[str, object], group: Group) -> list[str]:
+    """Names of the modules with one state, spread over the ranks or the same on all of them. All ranks call.
+
+    Other modules have a separate state on each rank, such as metrics that a rank counts for itself.
+    """
+
+    def describe() -> dict[str, _Row]:
+        rows = {name: _row(value) for name, value in values.items() if isinstance(value, nn.Module)}
+        return {name: row for name, row in rows.items() if row is not None}
+
+    everyone = group.gather(describe, "looking at modules in extra state")
+    names = sorted({name for theirs in everyone for name in theirs})
+    return [name for name in names if _is_one([theirs.get(name) for theirs in everyone])]
+
+
+def _is_one(rows: Sequence[_Row | None]) -> bool:
+    there = [row for row in rows if row is not None]
+    if len(there) < len(rows):
+        return False
+    if any(has_shards for has_shards, _, _ in there) or len({digest for _, digest, _ in there}) == 1:
+        return True
+    # Stages of a pipeline, each with other tensors.
+    names = [name for _, _, own in there for name in own]
+    return len(names) == len(set(names))
+
+
+def _row(module: nn.Module) -> _Row | None:
+    """A module's row; ``None`` where its state has other values than tensors."""
+    state = module.state_dict()
+    if not all(isinstance(value, torch.Tensor) for value in state.values()):
+        return None
+    if any(isinstance(value, DTensor) for value in state.values()):
+        return True, "", []
+    hasher = hashlib.blake2b(digest_size=16)
+    for name, value in state.items():
+        hasher.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        if value.device.type == "meta" or value.layout is not torch.strided or value.is_quantized:
+            return True, "", []  # saving the module describes it, or refuses it
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            hasher.update(memoryview(flat.view(torch.uint8).numpy()))
+    return False, hasher.hexdigest(), list(state)
 
 
 def capture_steps(session: Session, values: Mapping[str, object], directory: Path) -> list[Step]:
@@ -65,26 +203,25 @@ def capture_steps(session: Session, values: Mapping[str, object], directory: Pat
     group = session.group
     packed, spread, modules = _captured(values, group)
     digests = {name: hashlib.blake2b(joined(found), digest_size=16).hexdigest() for name, found in packed.items()}
-    own = {name: [digest, name in spread] for name, digest in digests.items()}
-    everyone = cast(list[dict[str, tuple[str, bool]]], group.gather_json(cast(JsonValue, own), "comparing extra state"))
+    own = {name: (digest, name in spread) for name, digest in digests.items()}
+    everyone = group.gather_json(own, "comparing extra state")
     shared = {n for n, digest in digests.items() if all(theirs.get(n, ("",))[0] == digest for theirs in everyone)}
 
-    def write(group: Group) -> ComponentRecord:
+    def write() -> ComponentRecord:
         record = ComponentRecord()
-        with group.together(f"writing {directory}"):
-            if packed:
-                session.storage.make_directory(directory)
-            for name, found in packed.items():
-                if name in shared and group.is_main:
-                    record += write_state(session.storage, directory / quote(name, safe=""), found)
-                elif name not in shared:
-                    stem = rank_stem(directory, name, group.rank, group.world_size)
-                    record += write_state(session.storage, stem, found)
-            if packed:
-                session.storage.sync_directory(directory)
+        if packed:
+            session.storage.make_directory(directory)
+        for name, found in packed.items():
+            if name not in shared:
+                stem = rank_stem(directory, name, group.rank, group.world_size)
+                record += write_state(session.storage, stem, found)
+            elif group.is_main:
+                record += write_state(session.storage, directory / quote(name, safe=""), found)
+        if packed:
+            session.storage.sync_directory(directory)
         return record
 
-    steps: list[Step] = [write] if any(everyone) else []
+    steps = [local_step(f"writing {directory}", write)] if any(everyone) else []
     for name in sorted({name for theirs in everyone for name, (_, is_spread) in theirs.items() if is_spread}):
         steps += tensor_steps(session, name, spread.get(name, {}), directory)
     for name in modules:
@@ -100,7 +237,8 @@ def _captured(
     spread: dict[str, dict[str, DTensor]] = {}
 
     def take(name: str, value: object) -> None:
-        rest, found = split_tree(state_of(as_stateful(value)))
+        found: dict[str, DTensor] = {}
+        rest = split_tree(state_of(as_stateful(value)), found)
         if found:
             spread[name] = found
         try:
@@ -149,13 +287,6 @@ class FoundValues:
     spread: tuple[str, ...] = ()
     tensors: Mapping[str, Mapping[str, DTensor]] = field(default_factory=dict)
 
-    def load_spread(self) -> None:
-        """Load the state of objects with DTensors, once these have been read. Local."""
-        for name, tensors in self.tensors.items():
-            value = self.values[name]
-            if isinstance(value, Stateful):
-                value.load_state_dict(cast(dict[str, object], fill_tree(self.states[name], tensors)))
-
     def take_in(self, undos: Undos) -> None:
         """Put the states in place; an object may refuse its own (`MisuseError`). Local.
 
@@ -198,7 +329,7 @@ def find_values(values: MutableMapping[str, object], directory: Path, rank: int,
         if found is not None:
             states[name] = read_state(found)
             if is_directory(directory_of(directory, name)):
-                tensors[name] = split_tree(state_of(value))[1]
+                split_tree(state_of(value), tensors.setdefault(name, {}))
             continue
         if is_directory(directory_of(directory, name)) and not _of_ranks(directory, name):
             if not isinstance(value, nn.Module):
@@ -247,11 +378,12 @@ def saved_names(directory: Path) -> list[str]:
     return list(dict.fromkeys(map(unquote, stems)))
 
 
-def open_spread(session: Session, found: FoundValues, directory: Path) -> OpenedSharded:
-    """Open what is spread over the ranks, and compare it. All ranks call; nothing is changed."""
+def _open_spread(
+    session: Session, found: FoundValues, directory: Path
+) -> tuple[Sequence[OpenedModel], Sequence[OpenedLoad]]:
+    """Open and compare modules and DTensors that are spread over the ranks. All ranks call; nothing is changed."""
     group = session.group
-    own: JsonValue = [cast(JsonValue, list(found.spread)), cast(JsonValue, list(found.tensors))]
-    everyone = cast(list[tuple[list[str], list[str]]], group.gather_json(own, "comparing extra state"))
+    everyone = group.gather_json((found.spread, list(found.tensors)), "comparing extra state")
     modules = sorted({name for names, _ in everyone for name in names})
     tensors = sorted({name for _, names in everyone for name in names})
     for name in modules:
@@ -262,9 +394,17 @@ def open_spread(session: Session, found: FoundValues, directory: Path) -> Opened
                 path=directory_of(directory, name),
                 hint="Pass the module on every rank.",
             )
-    opened = [open_module(session, name, cast(nn.Module, found.values[name]), directory) for name in modules]
-    loads = [open_tensors(session, name, found.tensors.get(name, {}), directory) for name in tensors]
-    return OpenedSharded(opened, loads, found.load_spread)
+    opened: list[OpenedModel] = []
+    for name in modules:
+        own, module = module_session(session, name), cast(nn.Module, found.values[name])
+        place = directory_of(directory, name)
+        opened.append(open_model(own, module, place, key_mapping=None, options=own.load_options))
+    loads: list[OpenedLoad] = []
+    for name in tensors:  # also on ranks without any
+        source = open_source(directory_of(directory, name), group, spread=True)
+        describe = partial(held_tensors, found.tensors.get(name, {}).items(), MeshRegister())
+        loads.append(open_described(describe, source, group, session.storage, session.load_options))
+    return opened, loads
 
 
 def check_generators(state: object) -> None:
@@ -288,61 +428,53 @@ def _stem(path: Path, state_name: str, rank: str) -> Path:
     return path / state_name / f"{state_name}_{rank}"
 
 
-def save_rank_state(session: Session, state: Stateful, state_name: str, path: Path, rank: str, writes: bool) -> None:
-    """Write ``path/state_name/state_name_<rank>.json``. All ranks call; those with ``writes`` write."""
+def _begin_of_ranks(life: Lifetime, call: str, state: Stateful, by_dp: bool) -> tuple[Session, str, bool]:
+    """Begin a call about one state per rank; returns what this rank is called, and whether it writes. All ranks call.
+
+    With ``by_dp`` ranks are data-parallel ones, whose TP 0, PP 0 peers write.
+    """
+    session = life.begin(call)
+    group = session.group
+    check_same_call(call, lambda: check_stateful(state), {}, group)
+    if not by_dp:
+        return session, f"rank_{group.global_rank}", True
+    coordinates = life.ranks.all_coordinates(group)
+    own = coordinates[group.rank]
+    # Ranks that share a sequence (context parallelism) have the same coordinates: one of them writes.
+    return session, f"dp_rank_{own.dp}", (own.tp, own.pp) == (0, 0) and coordinates.index(own) == group.rank
+
+
+def save_rank_state(life: Lifetime, state: Stateful, state_name: str, path: str | Path, *, by_dp: bool) -> None:
+    """Write ``path/state_name/state_name_<rank>.json``. All ranks call."""
+    call = f"save_on_{'dp' if by_dp else 'global'}_ranks({state_name})"
+    session, rank, writes = _begin_of_ranks(life, call, state, by_dp)
     with session.group.together(f"writing {state_name} of every rank"):
-        stem = _stem(path, state_name, rank)
+        stem = _stem(Path(path).absolute(), state_name, rank)
         if writes:
             session.storage.make_directory(stem.parent)
             write_state(session.storage, stem, pack_state(state.state_dict()))
             session.storage.sync_directory(stem.parent)
 
 
-def load_rank_state(session: Session, state: Stateful, state_name: str, path: Path, rank: str) -> None:
-    """Read what `save_rank_state` wrote for ``rank``, or another tool by ``torch.save`` (``.pt``). All ranks call."""
+def load_rank_state(life: Lifetime, state: Stateful, state_name: str, path: str | Path, *, by_dp: bool) -> None:
+    """Read what `save_rank_state` wrote for this rank, or another tool by ``torch.save`` (``.pt``). All ranks call."""
+    call = f"load_on_{'dp' if by_dp else 'global'}_ranks({state_name})"
+    session, rank, _ = _begin_of_ranks(life, call, state, by_dp)
     with session.group.together(f"reading {state_name} of every rank"):
-        stem = _stem(path, state_name, rank)
+        stem = _stem(Path(path).absolute(), state_name, rank)
         theirs = stem.with_name(f"{stem.name}.pt")
-        if not has_state(stem) and is_file(theirs):
+        if has_state(stem):
+            found = read_state(stem)
+        elif is_file(theirs):
             legacy = session.config.allow_legacy_pickle_restore
             found = read_torch_value(read_file(theirs), str(theirs), state_name, legacy=legacy)
-            state.load_state_dict(cast("dict[str, object]", found))
-            return
-        if not has_state(stem):
+        else:
             raise CheckpointNotFoundError(
                 f"no {state_name} was saved for {rank.replace('_', ' ')}",
                 path=stem.with_name(stem.name + ".json"),
                 hint="It was saved on fewer ranks; restore on the same number, or start this state afresh.",
             )
-        state.load_state_dict(cast(dict[str, object], read_state(stem)))
-
-
-def locate(session: Session, restore_from: str | Path | int, seen: Callable[[Start], None]) -> RestoreRecord | None:
-    """Resolve a checkpoint on rank 0, which calls ``seen`` with it, and broadcast the result. All ranks call."""
-
-    def find() -> JsonValue:
-        found = resolve(session.root, restore_from)
-        if found is None:
-            return None
-        seen(Start.at(found.path))
-        inside = found.path.is_relative_to(session.root)
-        path = found.path.relative_to(session.root) if inside else found.path
-        return [str(path), found.epoch, found.step, dict(found.metrics)]
-
-    found = session.group.broadcast_result(find, f"looking for {restore_from}")
-    if found is None:
-        return None
-    path, epoch, step, metrics = cast(tuple[str, int | None, int | None, dict[str, float]], found)
-    # Below each rank's own root, which may be mounted elsewhere than rank 0's.
-    return RestoreRecord(epoch, step, session.root / path, metrics)
-
-
-def model_place(directory: Path, group: Group) -> Path:
-    """A checkpoint's directory of the model: ``model``, or the DCP directory that holds everything. All ranks call."""
-    is_one = group.broadcast_result(
-        lambda: not is_directory(directory / "model") and is_dcp(directory), f"looking into {directory}"
-    )
-    return directory if is_one else directory / "model"
+        state.load_state_dict(cast("dict[str, object]", found))
 
 
 def capture_extras(
@@ -361,11 +493,30 @@ def capture_extras(
 
 @dataclass(frozen=True, slots=True)
 class FoundExtras:
-    """Extra state and generators that were found, read and looked at, on every rank."""
+    """Extra state and generators that were found, read and looked at, on every rank.
+
+    What is spread over the ranks is only opened: ``modules``, and ``tensors`` in other values.
+    """
 
     extra: FoundValues
     generators: FoundValues
-    spread: OpenedSharded
+    modules: Sequence[OpenedModel]
+    tensors: Sequence[OpenedLoad]
+
+    def fill(self, group: Group) -> None:
+        """Read what is spread over the ranks, and load the objects that have DTensors. All ranks call."""
+        for module in self.modules:
+            module.fill()
+        for load in self.tensors:
+            load.read()
+        if not self.tensors:
+            return
+        with group.together("loading extra state"):
+            for name, tensors in self.extra.tensors.items():
+                value = self.extra.values[name]
+                if isinstance(value, Stateful):
+                    state = fill_tree(self.extra.states[name], tensors)
+                    value.load_state_dict(cast(dict[str, object], state))
 
     def set_generators(self, order: DataOrder) -> None:
         """Set the generators, after everything else, since other code may draw numbers. Local."""
@@ -406,7 +557,7 @@ def find_extras(session: Session, directory: Path, extra_state: MutableMapping[s
         return extra, generators
 
     extra, generators = group.attempt(find, "looking for extra state")
-    return FoundExtras(extra, generators, open_spread(session, extra, directory / "extra"))
+    return FoundExtras(extra, generators, *_open_spread(session, extra, directory / "extra"))
 
 
 def require_position(found: FoundExtras, loader: object, directory: Path, group: Group) -> None:
@@ -427,46 +578,3 @@ def require_position(found: FoundExtras, loader: object, directory: Path, group:
                 hint="Choose a checkpoint that was saved with dataloader=..., or leave it out: the epoch's data then "
                 "begin afresh.",
             )
-
-
-def unrestored(
-    session: Session,
-    directory: Path,
-    found: FoundExtras,
-    given: Sequence[str],
-    partly: Sequence[str],
-    model_place: str | None = None,
-) -> tuple[str, ...]:
-    """Names of states in the checkpoint that this run does not load; rank 0 logs them once. All ranks call.
-
-    This rank restores what is in ``given``: ``optimizer``, ``scheduler``, ``rng``, and names of extra state. ``partly``
-    has parts of restored states that no rank loads. In a DCP directory with more than a model, ``model_place`` is the
-    prefix of the model's names.
-    """
-    group = session.group
-
-    def describe() -> JsonValue:
-        has: list[JsonValue] = [*_components(directory, model_place)] if group.is_main else []
-        return [has, [*found.extra.skipped, *found.generators.skipped], [*given]]
-
-    rows = cast(list[tuple[list[str], list[str], list[str]]], group.gather(describe, "comparing what is restored"))
-    wanted = {name for _, _, theirs in rows for name in theirs}
-    left = [name for name in rows[0][0] if name not in wanted] + [*partly]
-    skipped = list(dict.fromkeys(name for _, theirs, _ in rows for name in theirs))
-    if left and group.is_main:
-        _LOG.warning("%s also has %s, which restore() was not given: left as it is", directory, ", ".join(left))
-    if skipped and group.is_main:
-        _LOG.warning("saved on another number of ranks and left as they are: %s", ", ".join(skipped))
-    return tuple(dict.fromkeys([*left, *skipped]))
-
-
-def _components(directory: Path, model_place: str | None) -> list[str]:
-    """Names of the states in a checkpoint beside its model."""
-    is_ours = is_verifiable(directory)
-    return [
-        *([] if is_ours else [*foreign_components(directory, model_place), *torch_leftovers(directory)]),
-        *["ema"] * is_directory(directory / MODEL_EMA),
-        *optimizer_components(directory / "optim"),
-        *saved_names(directory / "extra"),
-        *saved_names(directory / "rng"),
-    ]

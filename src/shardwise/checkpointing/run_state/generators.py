@@ -79,7 +79,9 @@ class RandomState:
     def _of_devices(kind: str, module: DeviceGenerators) -> dict[str, object]:
         current = module.current_device()
         found: dict[str, object] = {"kind": kind, "state": module.get_rng_state(current)}
-        others = [number for number in range(module.device_count()) if number != current and _is_used(module, number)]
+        # Whether this process has memory on a device, if its module can say; a rank usually uses one device.
+        reserved = getattr(module, "memory_reserved", lambda _: True)
+        others = [number for number in range(module.device_count()) if number != current and reserved(number)]
         if others:
             # Not otherwise: ranks with equal generators then have the same state, which is restored anywhere.
             found |= {"current": current, "others": {number: module.get_rng_state(number) for number in others}}
@@ -117,12 +119,6 @@ class RandomState:
             module.set_rng_state(each, number)
 
 
-def _is_used(module: object, device: int) -> bool:
-    """Whether this process has memory on a device, if its module can say; a rank usually uses one device."""
-    reserved = getattr(module, "memory_reserved", None)
-    return not callable(reserved) or bool(reserved(device))
-
-
 _State: TypeAlias = Mapping[str, object]
 
 
@@ -131,13 +127,9 @@ class GeneratorState:
     """A random number generator with DCP's two methods; only a state that ``fits`` is put, ``kind`` names it."""
 
     kind: str
-    get: Callable[[], dict[str, object]]
+    state_dict: Callable[[], dict[str, object]]
     fits: Callable[[_State], bool]
     put: Callable[[_State], object]
-
-    def state_dict(self) -> dict[str, object]:
-        """The generator's state."""
-        return self.get()
 
     def load_state_dict(self, state_dict: _State) -> None:
         """Set the generator; `MisuseError` if the state is of another kind of generator."""

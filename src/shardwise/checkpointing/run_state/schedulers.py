@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from shardwise.checkpointing.loading.restoring import Stateful
-from shardwise.comm import Group, JsonValue
+from shardwise.comm import Group
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatError
 from shardwise.sources.state_files import has_state, joined, pack_state, read_state, split, unpack_state
 from shardwise.stateful_wrappers.names import list_parameters
@@ -69,64 +69,53 @@ class SavedSchedule:
         return f"{self.of.kind}{steers} on rank {self.ranks[0]}"
 
 
-@dataclass(frozen=True, slots=True)
-class SavedSchedules:
-    """All that was saved of schedulers, and the number of ranks that saved."""
-
-    entries: tuple[SavedSchedule, ...]
-    world_size: int
-
-    def to_state(self) -> dict[str, object]:
-        """As plain containers; each state, and each list of groups, once."""
-        groups = list(dict.fromkeys(entry.of.groups for entry in self.entries))
-        states: list[object] = []
-        rows = []
-        known: dict[int, int] = {}
-        for entry in self.entries:
-            if id(entry.state) not in known:
-                known[id(entry.state)] = len(states)
-                states.append(entry.state)
-            rows.append(
-                {
-                    "kind": entry.of.kind,
-                    "groups": groups.index(entry.of.groups),
-                    "order": entry.of.order,
-                    "ranks": list(entry.ranks),
-                    "state": known[id(entry.state)],
-                }
-            )
-        return {
-            "version": _VERSION,
-            "world_size": self.world_size,
-            "groups": [[list(group) for group in each] for each in groups],
-            "states": states,
-            "schedulers": rows,
+def _as_state(entries: Sequence[SavedSchedule], world_size: int) -> dict[str, object]:
+    """What was saved of schedulers, as plain containers; each state, and each list of groups, once."""
+    groups = list(dict.fromkeys(entry.of.groups for entry in entries))
+    states = {id(entry.state): entry.state for entry in entries}
+    numbers = {known: number for number, known in enumerate(states)}
+    rows = [
+        {
+            "kind": entry.of.kind,
+            "groups": groups.index(entry.of.groups),
+            "order": entry.of.order,
+            "ranks": list(entry.ranks),
+            "state": numbers[id(entry.state)],
         }
+        for entry in entries
+    ]
+    return {
+        "version": _VERSION,
+        "world_size": world_size,
+        "groups": [[list(group) for group in each] for each in groups],
+        "states": list(states.values()),
+        "schedulers": rows,
+    }
 
-    @staticmethod
-    def from_state(state: object) -> SavedSchedules:
-        """Parse what `to_state` gave; `StateFormatError` if it is something else."""
-        try:
-            fields = cast(dict[str, object], state)
-            if fields["version"] != _VERSION:
-                raise StateFormatError(f"schedulers of version {fields['version']!r}; this release reads {_VERSION}")
-            listed = cast(list[list[list[str]]], fields["groups"])
-            groups = [tuple(tuple(map(str, group)) for group in each) for each in listed]
-            states = cast(list[object], fields["states"])
-            entries = []
-            for row in cast(list[dict[str, object]], fields["schedulers"]):
-                of = Attached(str(row["kind"]), groups[_index(row["groups"])], _index(row["order"]))
-                ranks = tuple(_index(rank) for rank in cast(list[object], row["ranks"]))
-                entries.append(SavedSchedule(of, ranks, states[_index(row["state"])]))
-                if not ranks:
-                    raise StateFormatError("a scheduler's state is of no rank", hint="Restore the file.")
-            return SavedSchedules(tuple(entries), _index(fields["world_size"]))
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            if isinstance(error, StateFormatError):
-                raise
-            raise StateFormatError(
-                f"these are no schedulers' states ({type(error).__name__}: {error})", hint="Restore the file."
-            ) from error
+
+def _parsed(state: object) -> tuple[tuple[SavedSchedule, ...], int]:
+    """The saved schedulers and the number of ranks of `_as_state`; `StateFormatError` if it is something else."""
+    try:
+        fields = cast(dict[str, object], state)
+        if fields["version"] != _VERSION:
+            raise StateFormatError(f"schedulers of version {fields['version']!r}; this release reads {_VERSION}")
+        listed = cast(list[list[list[str]]], fields["groups"])
+        groups = [tuple(tuple(map(str, group)) for group in each) for each in listed]
+        states = cast(list[object], fields["states"])
+        entries = []
+        for row in cast(list[dict[str, object]], fields["schedulers"]):
+            of = Attached(str(row["kind"]), groups[_index(row["groups"])], _index(row["order"]))
+            ranks = tuple(map(_index, cast(list[object], row["ranks"])))
+            entries.append(SavedSchedule(of, ranks, states[_index(row["state"])]))
+            if not ranks:
+                raise StateFormatError("a scheduler's state is of no rank", hint="Restore the file.")
+        return tuple(entries), _index(fields["world_size"])
+    except StateFormatError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise StateFormatError(
+            f"these are no schedulers' states ({type(error).__name__}: {error})", hint="Restore the file."
+        ) from error
 
 
 def _index(value: object) -> int:
@@ -137,8 +126,6 @@ def _index(value: object) -> int:
 
 def attached(schedulers: Sequence[Stateful], model: nn.Module | Sequence[nn.Module]) -> list[Attached]:
     """Describe this rank's schedulers: their classes, and the parameters that they steer. Local."""
-    if not schedulers:
-        return []
     parts = [model] if isinstance(model, nn.Module) else list(model)
     names = {id(each.tensor): each.name for each in list_parameters(parts)}
     found: list[Attached] = []
@@ -201,7 +188,7 @@ def merge_schedules(
                 if ranks:
                     entries.append(SavedSchedule(of, ranks, their_states[number]))
     entries.sort(key=lambda entry: entry.ranks[0])
-    return pack_state(SavedSchedules(tuple(entries), world_size).to_state()) if entries else {}
+    return pack_state(_as_state(entries, world_size)) if entries else {}
 
 
 class DistinctValue(NamedTuple):
@@ -216,8 +203,8 @@ def gather_distinct(group: Group, blobs: Sequence[bytes]) -> list[list[DistinctV
 
     Many ranks have equal values, so only digests and one copy of each distinct value are sent, in the order of ranks.
     """
-    own: JsonValue = [hashlib.blake2b(blob, digest_size=16).hexdigest() if blob else "" for blob in blobs]
-    everyone = cast(list[list[str]], group.gather_json(own, "comparing states"))
+    own = [hashlib.blake2b(blob, digest_size=16).hexdigest() if blob else "" for blob in blobs]
+    everyone = group.gather_json(own, "comparing states")
     found = []
     for number, blob in enumerate(blobs):
         digests = [theirs[number] for theirs in everyone]
@@ -231,8 +218,8 @@ def gather_distinct(group: Group, blobs: Sequence[bytes]) -> list[list[DistinctV
 
 
 SCHEDULER_STATE = "scheduler"
-#: An attribute of torch's schedulers that newer releases lack.
-_GONE = {"verbose"}
+#: An attribute of torch's schedulers that some releases lack.
+MAY_LACK = {"verbose"}
 _BUILD = "Build the scheduler that the checkpoint was saved with; or restore without it, and it starts afresh."
 
 
@@ -282,12 +269,12 @@ def saved_schedules(
     if isinstance(states, list):
         return _by_position(schedulers, states, kinds, path)
     try:
-        saved = SavedSchedules.from_state(states)
+        saved, saved_world_size = _parsed(states)
     except StateFormatError as error:
         error.path = error.path or str(path)
         raise
-    every = frozenset(name for entry in saved.entries for name in entry.of.names)
-    match = _Match(saved, rank if saved.world_size == world_size else None, len(schedulers), path)
+    every = frozenset(name for entry in saved for name in entry.of.names)
+    match = _Match(saved, rank if saved_world_size == world_size else None, len(schedulers), path)
     found, used, chosen = [], set[int](), dict[str, None]()
     for scheduler, each in zip(schedulers, own, strict=True):
         groups = tuple(tuple(renamed(name, every) for name in group) for group in each.groups)
@@ -295,24 +282,21 @@ def saved_schedules(
         found.append((scheduler, cast(dict[str, object], state)))
         used |= entries
         chosen |= dict.fromkeys(differing)
-    return FoundSchedules(tuple(found), saved.entries, frozenset(used), tuple(chosen))
+    return FoundSchedules(tuple(found), saved, frozenset(used), tuple(chosen))
 
 
 @dataclass(frozen=True, slots=True)
 class _Match:
-    """Finds the states of schedulers.
+    """Finds the states of ``count`` schedulers; no ``rank`` where another number of ranks restores than saved."""
 
-    ``rank`` is this one, ``None`` where another number of ranks restores than saved; ``count`` is for messages.
-    """
-
-    saved: SavedSchedules
+    saved: Sequence[SavedSchedule]
     rank: int | None
     count: int
     path: Path
 
     def find(self, scheduler: object, own: Attached) -> tuple[object, set[int], list[str]]:
         """A scheduler's state, the numbers of the entries that it restores, and the keys in which ranks differed."""
-        numbered = self._ordered(own, self._of_kind(scheduler, own, self._steering(own)))
+        numbered = self._candidates(scheduler, own)
         entries = [entry for _, entry in numbered]
         exact = [entry for entry in entries if entry.of.names == own.names or not own.names]
         mine = [entry for entry in exact if self.rank in entry.ranks]
@@ -342,39 +326,33 @@ class _Match:
             _check_fit(scheduler, state, sources[0].of.kind, self.path)
         return state, used, differing
 
-    def _steering(self, own: Attached) -> list[tuple[int, SavedSchedule]]:
-        """The entries that steer any of a scheduler's parameters.
+    def _candidates(self, scheduler: object, own: Attached) -> list[tuple[int, SavedSchedule]]:
+        """The entries that steer any of a scheduler's parameters, of its class and order.
 
         Of one without parameters: those without, or else all, to be matched by class and order.
         """
-        everything = list(enumerate(self.saved.entries))
-        names = own.names
-        if not names:
-            return [each for each in everything if not each[1].of.names] or everything
-        found = [each for each in everything if not names.isdisjoint(each[1].of.names)]
-        if not found:
-            raise MisuseError(
-                f"no scheduler in the checkpoint steers {min(names)}, as the {own.kind} to be restored does",
-                path=self.path,
-                hint="Build schedulers for the optimizers that the checkpoint was saved with.",
-            )
-        return found
-
-    def _of_kind(
-        self, scheduler: object, own: Attached, found: list[tuple[int, SavedSchedule]]
-    ) -> list[tuple[int, SavedSchedule]]:
+        everything = list(enumerate(self.saved))
+        if own.names:
+            found = [each for each in everything if not own.names.isdisjoint(each[1].of.names)]
+            if not found:
+                raise MisuseError(
+                    f"no scheduler in the checkpoint steers {min(own.names)}, as the {own.kind} to be restored does",
+                    path=self.path,
+                    hint="Build schedulers for the optimizers that the checkpoint was saved with.",
+                )
+        else:
+            found = [each for each in everything if not each[1].of.names] or everything
         of_kind = [each for each in found if each[1].of.kind == own.kind]
-        if of_kind or not isinstance(scheduler, LRScheduler):
-            return of_kind or found
-        raise _other_kind(found[0][1].of.kind, own.kind, self.path)
-
-    def _ordered(self, own: Attached, found: list[tuple[int, SavedSchedule]]) -> list[tuple[int, SavedSchedule]]:
-        ordered = [each for each in found if each[1].of.order == own.order]
-        if ordered:
-            return ordered
-        first = found[0][1]
-        count = sum(1 for entry in self.saved.entries if first.ranks[0] in entry.ranks)
-        raise other_number(count, self.count, self.path, f"; only {own.order} of them as {own.kind} for {first.where}")
+        if not of_kind and isinstance(scheduler, LRScheduler):
+            raise _other_kind(found[0][1].of.kind, own.kind, self.path)
+        of_kind = of_kind or found
+        ordered = [each for each in of_kind if each[1].of.order == own.order]
+        if not ordered:
+            first = of_kind[0][1]
+            count = sum(1 for entry in self.saved if first.ranks[0] in entry.ranks)
+            which = f"; only {own.order} of them as {own.kind} for {first.where}"
+            raise other_number(count, self.count, self.path, which)
+        return ordered
 
 
 def _differing(entries: Sequence[SavedSchedule]) -> list[str]:
@@ -427,7 +405,7 @@ def _check_fit(scheduler: LRScheduler, state: object, kind: str, path: Path) -> 
     if kind and kind.partition("[")[0] != own:
         raise _other_kind(kind, own, path)
     have = scheduler.state_dict()
-    mine, saved = ({key for key in each if not key.startswith("_")} - _GONE for each in (have, state))
+    mine, saved = ({key for key in each if not key.startswith("_")} - MAY_LACK for each in (have, state))
     if not kind and mine - saved and saved - mine:
         raise MisuseError(
             f"the checkpoint's scheduler is no {own}: it has {sorted(saved - mine)} and lacks {sorted(mine - saved)}",
@@ -481,14 +459,10 @@ def composed(sources: Sequence[SavedSchedule], groups: Groups, own: Mapping[str,
     `MisuseError`.
     """
     first = sources[0]
-    if len(sources) == 1 and _alike(first.of.groups, groups):
+    if len(sources) == 1 and [{*group} for group in first.of.groups] == [{*group} for group in groups]:
         return first.state
     places = [_places(sources, group, number) for number, group in enumerate(groups)]
     return _merged([source.state for source in sources], _Merge(sources, places), own, "")
-
-
-def _alike(one: Groups, other: Groups) -> bool:
-    return len(one) == len(other) and all({*a} == {*b} for a, b in zip(one, other, strict=True))
 
 
 def _places(sources: Sequence[SavedSchedule], group: Sequence[str], number: int) -> list[_Place]:
@@ -516,7 +490,10 @@ class _Merge:
 def _merged(values: Sequence[object], merge: _Merge, own: object, key: str) -> object:
     first = values[0]
     name = key.rpartition(".")[2]
-    if name in _OF_GROUPS and all(_is_of_groups(v, s) for v, s in zip(values, merge.sources, strict=True)):
+    if name in _OF_GROUPS and all(
+        isinstance(value, list | tuple) and len(value) == len(source.of.groups)
+        for value, source in zip(values, merge.sources, strict=True)
+    ):
         return _by_group(values, merge, own, key)
     if isinstance(first, Mapping) and all(
         isinstance(value, Mapping) and value.keys() == first.keys() for value in values
@@ -531,10 +508,6 @@ def _merged(values: Sequence[object], merge: _Merge, own: object, key: str) -> o
         owns = own if isinstance(own, list) and len(own) == len(lists[0]) else [None] * len(lists[0])
         return [_merged([v[n] for v in lists], merge, owns[n], f"{key}[{n}]") for n in range(len(lists[0]))]
     return _same(values, merge, key)
-
-
-def _is_of_groups(value: object, source: SavedSchedule) -> bool:
-    return isinstance(value, list | tuple) and len(value) == len(source.of.groups)
 
 
 def _by_group(values: Sequence[object], merge: _Merge, own: object, key: str) -> list[object]:

@@ -13,22 +13,12 @@ from functools import partial
 from torch import nn
 
 from shardwise.addons import ConsolidatedHFAddon
-from shardwise.checkpointing.adapters import (
-    Declared,
-    capture,
-    check_adapter_file,
-    declare,
-    diffusers_component,
-    hold_extra,
-    merged_state,
-    refuse_wrappers,
-)
+from shardwise.checkpointing import adapters
 from shardwise.checkpointing.hub import HubState, memory_of, require_memory
 from shardwise.checkpointing.optimizers import Optimizers, as_list
-from shardwise.checkpointing.saving.header_checks import Facts
+from shardwise.checkpointing.saving.checks import Facts
 from shardwise.checkpointing.saving.hooks import ModelRequest, hook_arguments, run_after, run_hooks
 from shardwise.checkpointing.saving.models import Described, ModelSave
-from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
 from shardwise.engine.agreement import Agreement
 from shardwise.engine.export import ExportOptions, ExportPlan, plan_export, write_export
@@ -61,12 +51,14 @@ class AdapterSave:
         """Capture the adapters, check that they are complete, and return the steps that write them. All ranks call."""
         session, group, parts = self._session, self._session.group, self.state.model
         with group.together("preparing the adapter's directory"):
-            refuse_wrappers(parts)
+            adapters.refuse_wrappers(parts)
             if group.is_main:
                 self._request.reserve()
                 session.storage.make_directory(self._directory)
         run_hooks(self._addons, "pre_save", self._args, group)
-        component = group.attempt(lambda: diffusers_component(session, parts, self._config), "looking at the adapter")
+        component = group.attempt(
+            lambda: adapters.diffusers_component(session, parts, self._config), "looking at the adapter"
+        )
         settings = adapter_settings(
             parts,
             self._config,
@@ -76,21 +68,28 @@ class AdapterSave:
             legacy_layout=session.config.legacy_paramwrapper_layout,
             diffusers_compatible=session.config.diffusers_compatible,
         )
-        captured = group.attempt(lambda: capture(session, parts, self._config, self._stepped), "describing the adapter")
-        declared = declare(session, captured)
+        captured = group.attempt(
+            lambda: adapters.capture(session, parts, self._config, self._stepped), "describing the adapter"
+        )
+        declared = adapters.declare(session, captured)
         steps = [
             self._file_step(file, settings[file.adapter_name], component, declared, captured) for file in captured.files
         ]
         if declared.extra:
             steps.append(self._extra_step(captured))
-        return [*steps, *self._merged_steps(), partial(run_after, self._addons, self._args, session)]
+        if session.config.exports(is_final_checkpoint=self._request.is_final):
+            merged = group.attempt(lambda: merged_parts(parts), "describing the merged model")
+            save = MergedSave(replace(self._request, session=session.of_model(MERGED)), parts, merged)
+            steps += save.steps()
+            self.closing += save.closing
+        return [*steps, partial(run_after, self._addons, self._args, session)]
 
     def _file_step(
         self,
         file: AdapterFile,
         settings: Mapping[str, object],
         component: str,
-        declared: Declared,
+        declared: adapters.Declared,
         captured: AdapterTensors,
     ) -> Step:
         """One adapter's file. All ranks call."""
@@ -102,11 +101,14 @@ class AdapterSave:
             return hold_adapter(entries, MeshRegister(session.may_differ.of_adapter(named, parts)))
 
         def look(roster: Roster) -> ExportOptions:
-            check_adapter_file(roster, settings, declared, captured, name, parts, component)
-            if group.is_main and not component:
-                _log_vllm_limits(session, name, roster, settings, declared)
+            adapters.check_adapter_file(roster, settings, declared, captured, name, parts, component)
             if component:
                 check_opens(parts, self._config, file, session.logged)
+            elif group.is_main:
+                limits = vllm_limits([spec.name for spec in roster.specs], settings, has_extra=declared.extra)
+                text = f"vLLM does not serve the adapter {name!r} as it was trained: {'; '.join(limits)}"
+                if limits:
+                    session.log_once(logging.INFO, text, f"vLLM/{name}")
             return ExportOptions(
                 max_file_bytes=None,
                 stem=(LORA_WEIGHTS_NAME if component else ADAPTER_WEIGHTS_NAME).removesuffix(".safetensors"),
@@ -140,27 +142,21 @@ class AdapterSave:
         planned = session.group.attempt(plan, f"checking {what}")
         return lambda group: write_export(planned, group, session.storage).below(directory)
 
-    def _merged_steps(self) -> list[Step]:
-        """The steps of the merged export, where this save writes one. All ranks call."""
-        session, request = self._session, self._request
-        if not session.config.exports(is_final_checkpoint=request.is_final):
-            return []
-        merged = session.group.attempt(lambda: merged_parts(self.state.model), "describing the merged model")
-        save = MergedSave(replace(request, session=session.of_model(MERGED)), self.state.model, merged)
-        steps = save.steps()
-        self.closing += save.closing
-        return steps
-
     def _extra_step(self, captured: AdapterTensors) -> Step:
         """Tensors that are trained beside the adapter, in a file of their own. All ranks call."""
         session, stem = self._session, ADAPTER_EXTRA_NAME.removesuffix(".safetensors")
 
         def look(roster: Roster) -> ExportOptions:
             if session.group.is_main:
-                _log_extra_weights(session, roster)
+                names = [spec.name for spec in roster.specs]
+                text = (
+                    f"{len(names)} tensors change beside the adapter and are saved in {ADAPTER_EXTRA_NAME}, which "
+                    f"restore and load_model read and peft does not: {listed(names)}"
+                )
+                session.log_once(logging.INFO, text, ADAPTER_EXTRA_NAME)
             return ExportOptions(max_file_bytes=None, stem=stem, component=stem, index=False)
 
-        hold = partial(hold_extra, session, captured, self.state.model)
+        hold = partial(adapters.hold_extra, session, captured, self.state.model)
         return self._writing(hold, "adapter_extra", "what is trained beside the adapter", look)
 
 
@@ -169,26 +165,6 @@ def stepped(optimizer: Optimizers | None) -> frozenset[int]:
     states = [getattr(each, "state", None) for each in as_list(optimizer)]
     return frozenset(
         id(parameter) for state in states if isinstance(state, Mapping) for parameter in state if state[parameter]
-    )
-
-
-def _log_vllm_limits(
-    session: Session, name: str, roster: Roster, settings: Mapping[str, object], declared: Declared
-) -> None:
-    """Log once which features of an adapter vLLM does not serve."""
-    limits = vllm_limits([spec.name for spec in roster.specs], settings, has_extra=declared.extra)
-    if limits:
-        text = f"vLLM does not serve the adapter {name!r} as it was trained: {'; '.join(limits)}"
-        session.log_once(logging.INFO, text, f"vLLM/{name}")
-
-
-def _log_extra_weights(session: Session, roster: Roster) -> None:
-    names = [spec.name for spec in roster.specs]
-    session.log_once(
-        logging.INFO,
-        f"{len(names)} tensors change beside the adapter and are saved in {ADAPTER_EXTRA_NAME}, which restore and "
-        f"load_model read and peft does not: {listed(names)}",
-        ADAPTER_EXTRA_NAME,
     )
 
 
@@ -211,7 +187,7 @@ class MergedSave(ModelSave):
     def _captured(self) -> tuple[HubState, bool]:
         session = self._session
         hub = session.names.capture(self.state)
-        hub = merged_state(hub, self._parts, self._merged, session.may_differ)
+        hub = adapters.merged_state(hub, self._parts, self._merged, session.may_differ)
         require_memory(memory_of(hub.held), "values to save")
         return self._staged(hub), self._look_at_parameters()
 

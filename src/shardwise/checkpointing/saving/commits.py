@@ -13,40 +13,15 @@ from pathlib import Path
 
 import yaml
 
+from shardwise import lifecycle
 from shardwise.checkpointing.arguments import check_claim, check_files_visible
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
-from shardwise.disk.names import walk
+from shardwise.disk.names import is_there, walk
 from shardwise.disk.sequential import digest_file, sync_file, write_file
-from shardwise.disk.storage import Storage
 from shardwise.engine.records import ComponentRecord, merged, write_manifest
 from shardwise.errors import MisuseError, ShardwiseError
-from shardwise.format.manifest import AliasRecord, FileRecord, TensorRecord
-from shardwise.lifecycle import (
-    BEST,
-    LATEST,
-    LINEAGE_NAME,
-    MANIFEST_NAME,
-    METRICS_NAME,
-    Claim,
-    Lineage,
-    Retention,
-    Start,
-    abandon,
-    best_checkpoint,
-    claim,
-    lacks_metric,
-    list_checkpoints,
-    make_root,
-    next_lineage,
-    parse_checkpoint_name,
-    prune,
-    publishing,
-    put_in_place,
-    set_pointer,
-    settle,
-    temporary_name,
-)
+from shardwise.format.manifest import FileRecord
 from shardwise.settings import Settings
 from shardwise.timing import phase
 
@@ -56,14 +31,6 @@ CONFIG_NAME = "config.yaml"
 
 #: Local work with which the writing of a component ends.
 Closing = Sequence[Callable[[Group], None]]
-
-
-def _sound(aliases: Sequence[AliasRecord], tensors: Sequence[TensorRecord]) -> tuple[AliasRecord, ...]:
-    """The aliases, without names under which another stage has a tensor."""
-    if not aliases:
-        return ()
-    saved = {(tensor.component, tensor.spec.name) for tensor in tensors}
-    return tuple(alias for alias in sorted(aliases) if (alias.component, alias.name) not in saved)
 
 
 def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
@@ -91,20 +58,6 @@ def warn_of_metrics(metrics: Mapping[str, float], config: Settings) -> None:
     )
 
 
-def write_run_files(storage: Storage, directory: Path, config: Settings, metrics: Mapping[str, float]) -> None:
-    """Write ``config.yaml`` and ``losses.json``. One rank calls."""
-    plain = {field.name: _plain(getattr(config, field.name)) for field in fields(config)}
-    write_file(storage, directory / CONFIG_NAME, yaml.safe_dump({"checkpoint": plain}, sort_keys=False).encode())
-    finite = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
-    write_file(storage, directory / METRICS_NAME, (json.dumps(finite, indent=2) + "\n").encode())
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, Enum):
-        return value.value
-    return str(value) if isinstance(value, Path) else value
-
-
 @dataclass(slots=True)
 class RunLine:
     """The checkpoint that a run continues from: the one that was restored or saved last. Rank 0 knows it.
@@ -112,11 +65,11 @@ class RunLine:
     Only a restored run may have left checkpoints behind, which it may replace.
     """
 
-    start: Start | None = None
+    start: lifecycle.Start | None = None
     restored: bool = False
 
     @property
-    def left_from(self) -> Start | None:
+    def left_from(self) -> lifecycle.Start | None:
         """The start, where checkpoints that do not come from it may be ones that the run left behind."""
         return self.start if self.restored else None
 
@@ -124,27 +77,31 @@ class RunLine:
 class Unfinished:
     """A directory that is written under a temporary name, with a claim on the name that it gets in the end.
 
-    ``info`` goes into its manifest. Rank 0 knows the ``total_bytes`` of its files after the commit.
+    Messages call it ``name``; ``info`` goes into its manifest. Rank 0 knows after the commit the ``total_bytes`` of its
+    files, and the names of the checkpoints that were removed (``pruned``).
     """
 
-    def __init__(self, session: Session, place: Path, info: Mapping[str, JsonValue]) -> None:
-        self.place, self.temp = place, place.with_name(temporary_name(place.name))
+    _committing = "publishing {}"
+
+    def __init__(self, session: Session, place: Path, name: str, info: Mapping[str, JsonValue]) -> None:
+        self.place, self.temp, self.name = place, place.with_name(lifecycle.temporary_name(place.name)), name
         self.total_bytes: int | None = None
+        self.pruned: tuple[str, ...] = ()
         self._session, self._info = session, info
-        self._claim: Claim | None = None
+        self._claim: lifecycle.Claim | None = None
         self._is_reserved = False
 
     def _claim_name(self) -> None:
         """Make the directory around the place and claim its name, unless another process saves it. Rank 0 calls."""
         if not self._session.is_remote:
-            make_root(self.place.parent)
-            self._claim = claim(self.place.parent, self.place.name, self._session.first_exchange.token)
+            lifecycle.make_root(self.place.parent)
+            self._claim = lifecycle.claim(self.place.parent, self.place.name, self._session.first_exchange.token)
 
-    def _gather(self, group: Group, record: ComponentRecord, closing: Closing) -> Callable[[], ComponentRecord]:
-        """Gather to rank 0 the files, tensors and aliases that each rank wrote. All ranks call.
+    @phase("publish")
+    def commit(self, group: Group, record: ComponentRecord, closing: Closing) -> None:
+        """Do the local work in ``closing``, and publish what every rank has made durable. All ranks call.
 
-        ``closing`` is local work to be done first. Returns a function for rank 0 that merges the records and checks
-        that rank 0 sees every file. A rank that writes elsewhere than rank 0 is a `StorageError`.
+        A rank that writes elsewhere than rank 0 is a `StorageError`.
         """
         is_remote, met = self._session.is_remote, self._session.first_exchange
 
@@ -156,20 +113,29 @@ class Unfinished:
             return None if group.is_main else record.encoded()
 
         rows = group.collect(close, "gathering records")
+        with group.together(self._committing.format(self.place)):
+            if group.is_main:
+                self._publish([record, *map(ComponentRecord.decoded, rows[1:])])
+                self._release()
 
-        def union() -> ComponentRecord:
-            records = [record, *map(ComponentRecord.decoded, rows[1:])]
-            whole = merged(records)
-            if not is_remote:
-                check_files_visible(self.temp, records, met.locations)
-            return replace(whole, aliases=_sound(whole.aliases, whole.tensors))
+    def _publish(self, records: Sequence[ComponentRecord]) -> None:
+        """Put the directory in its place, given what each rank wrote. Rank 0 calls."""
+        raise NotImplementedError
 
-        return union
+    def _union(self, records: Sequence[ComponentRecord]) -> ComponentRecord:
+        """All files, tensors and aliases, if rank 0 sees every file. Rank 0 calls."""
+        whole = merged(records)
+        if not self._session.is_remote:
+            check_files_visible(self.temp, records, self._session.first_exchange.locations)
+        # Without aliases under which another stage has a tensor.
+        saved = {(tensor.component, tensor.spec.name) for tensor in whole.tensors} if whole.aliases else set()
+        aliases = tuple(alias for alias in sorted(whole.aliases) if (alias.component, alias.name) not in saved)
+        return replace(whole, aliases=aliases)
 
     def _write_manifest(self, record: ComponentRecord) -> None:
         """Write the manifest of every file that is there; others' are digested and synced. Rank 0 calls."""
         storage, files = self._session.storage, list(record.files)
-        known = {file.path for file in record.files} | {MANIFEST_NAME}
+        known = {file.path for file in record.files} | {lifecycle.MANIFEST_NAME}
         for where, names in walk(self.temp):
             for path in (where / name for name in names):
                 relative = path.relative_to(self.temp).as_posix()
@@ -190,7 +156,7 @@ class Unfinished:
             return
         try:
             if self._is_reserved:
-                abandon(self.temp)
+                lifecycle.abandon(self.temp)
         except (OSError, ShardwiseError) as error:
             _LOG.warning("could not remove the unfinished %s: %s", self.temp, error)
         finally:
@@ -207,58 +173,69 @@ class Publication(Unfinished):
         info: Mapping[str, JsonValue],
         metrics: Mapping[str, float],
         line: RunLine,
+        make_room: Callable[[], None],
     ) -> None:
-        super().__init__(session, final, info)
-        self._metrics, self._line = metrics, line
-        #: The names of the checkpoints that were removed; known on rank 0 after `commit`.
-        self.pruned: tuple[str, ...] = ()
+        super().__init__(session, final, final.name, info)
+        self._metrics, self._line, self._make_room = metrics, line, make_room
 
-    def reserved(self, make_room: Callable[[], None]) -> Callable[[], None]:
-        """A function that claims the name and makes the directory with ``make_room``, which can then be abandoned."""
+    def reserve(self) -> None:
+        """Claim the name and make the directory, which can then be abandoned. Rank 0 calls."""
+        self._claim_name()
+        self._make_room()
+        self._is_reserved = True
 
-        def reserve() -> None:
-            self._claim_name()
-            make_room()
-            self._is_reserved = True
+    def _publish(self, records: Sequence[ComponentRecord]) -> None:
+        session, settings = self._session, dict[str, object]()
+        for field in fields(session.config):
+            value = getattr(session.config, field.name)
+            plain = value.value if isinstance(value, Enum) else value
+            settings[field.name] = str(plain) if isinstance(plain, Path) else plain
+        text = yaml.safe_dump({"checkpoint": settings}, sort_keys=False)
+        write_file(session.storage, self.temp / CONFIG_NAME, text.encode())
+        finite = {name: value if math.isfinite(value) else str(value) for name, value in self._metrics.items()}
+        write_file(session.storage, self.temp / lifecycle.METRICS_NAME, (json.dumps(finite, indent=2) + "\n").encode())
+        found = self._union(records)
+        with nullcontext() if session.is_remote else lifecycle.publishing(session.root):
+            # The line names other checkpoints; they must not change until this one is published.
+            lineage = self._write_lineage()
+            self._write_manifest(found)
+            lifecycle.put_in_place(self.temp, self.place, self._line.left_from)
+            # Whatever fails from here on, the checkpoint is there: the run goes on from it, and nothing is abandoned
+            # (what it replaced may be all that a power failure leaves).
+            self._line.start, self._is_reserved = lifecycle.Start(self.place, lineage), False
+            lifecycle.settle(self.temp, self.place)
+            self._point()
 
-        return reserve
-
-    @phase("publish")
-    def commit(self, group: Group, record: ComponentRecord, closing: Closing = ()) -> None:
-        """Publish. All ranks of ``group`` call; every rank's files are durable."""
-        session = self._session
-        union = self._gather(group, record, closing)
-        with group.together(f"publishing {self.place}"):
-            if group.is_main:
-                write_run_files(session.storage, self.temp, session.config, self._metrics)
-                found = union()
-                with nullcontext() if session.is_remote else publishing(session.root):
-                    # The line names other checkpoints; they must not change until this one is published.
-                    lineage = self._write_lineage()
-                    self._write_manifest(found)
-                    put_in_place(self.temp, self.place, self._line.left_from)
-                    # Whatever fails from here on, the checkpoint is there: the run goes on from it, and nothing is
-                    # abandoned (what it replaced may be all that a power failure leaves).
-                    self._line.start, self._is_reserved = Start(self.place, lineage), False
-                    settle(self.temp, self.place)
-                    self._point()
-                self._release()
-
-    def _write_lineage(self) -> Lineage:
-        numbers = parse_checkpoint_name(self.place.name)
+    def _write_lineage(self) -> lifecycle.Lineage:
+        numbers = lifecycle.parse_checkpoint_name(self.place.name)
         assert numbers is not None
         root = self._session.root
-        lineage = next_lineage(root, list_checkpoints(root), self.place.name, *numbers, self._line.start)
-        write_file(self._session.storage, self.temp / LINEAGE_NAME, lineage.encode())
+        lineage = lifecycle.next_lineage(
+            root, lifecycle.list_checkpoints(root), self.place.name, *numbers, self._line.start
+        )
+        write_file(self._session.storage, self.temp / lifecycle.LINEAGE_NAME, lineage.encode())
         return lineage
 
     def _point(self) -> None:
         session = self._session
-        set_pointer(session.root, LATEST, self.place.name)
-        policy = Retention.from_config(session.config)
+        lifecycle.set_pointer(session.root, lifecycle.LATEST, self.place.name)
+        policy = lifecycle.Retention.from_config(session.config)
         # This checkpoint is published. A save that failed now would be repeated, and find its name taken.
         try:
-            self._tidy(policy)
+            checkpoints = lifecycle.list_checkpoints(session.root)
+            best = lifecycle.best_checkpoint(checkpoints, policy)
+            if best is not None:
+                lifecycle.set_pointer(session.root, lifecycle.BEST, best)
+            if lifecycle.lacks_metric(checkpoints, policy) and len(checkpoints) > (
+                policy.max_recent or len(checkpoints)
+            ):
+                _LOG.warning(
+                    "no checkpoint in %s has the metric %r, by which keep_best chooses the best: none is deleted",
+                    session.root,
+                    policy.metric_key,
+                )
+            with phase("prune"):
+                self.pruned = tuple(lifecycle.prune(session.root, policy))
         except (OSError, ShardwiseError) as error:
             _LOG.warning(
                 "%s is published, but finding the best checkpoint or deleting old ones failed; the next save tries "
@@ -267,18 +244,48 @@ class Publication(Unfinished):
                 ShardwiseError.wrap(error),
             )
 
-    def _tidy(self, policy: Retention) -> None:
-        """Set the pointer to the best checkpoint, and delete what is not to be kept."""
+
+class Replacement(Unfinished):
+    """Reserve, fill and put in place one component's directory."""
+
+    _committing = "putting {} in place"
+
+    def reserve(self) -> None:
+        """Make the directory to write into, removing what an interrupted save left. Rank 0 calls."""
         session = self._session
-        checkpoints = list_checkpoints(session.root)
-        best = best_checkpoint(checkpoints, policy)
-        if best is not None:
-            set_pointer(session.root, BEST, best)
-        if lacks_metric(checkpoints, policy) and len(checkpoints) > (policy.max_recent or len(checkpoints)):
-            _LOG.warning(
-                "no checkpoint in %s has the metric %r, by which keep_best chooses the best: none is deleted",
-                session.root,
-                policy.metric_key,
-            )
-        with phase("prune"):
-            self.pruned = tuple(prune(session.root, policy))
+        session.storage.make_directory(self.place.parent)
+        self._claim_name()
+        self._is_reserved = True
+        session.storage.remove_tree(self.temp)
+        if is_there(self._doomed) and not is_there(self.place):
+            # A crash between the two renames of commit(): what stood here is the only copy there is.
+            session.storage.rename_new(self._doomed, self.place)
+            session.storage.sync_directory(self.place.parent)
+        session.storage.remove_tree(self._doomed)
+        session.storage.make_directory(self.temp)
+
+    @property
+    def _doomed(self) -> Path:
+        return self.place.with_name(lifecycle.doomed_name(self.place.name))
+
+    def _publish(self, records: Sequence[ComponentRecord]) -> None:
+        self._write_manifest(self._union(records))
+        for where, _ in walk(self.temp):
+            self._session.storage.sync_directory(where)
+        self._put_in_place()
+        # It is there: nothing is abandoned any more. What it replaced may be all that a power failure leaves.
+        self._is_reserved = False
+        lifecycle.settle(self.temp, self.place)
+
+    def _put_in_place(self) -> None:
+        storage = self._session.storage
+        if not is_there(self.place):
+            storage.rename(self.temp, self.place)
+        elif not storage.exchange(self.temp, self.place):
+            # In two steps where there is no better way; reserve() sees to a crash between them.
+            storage.rename(self.place, self._doomed)
+            try:
+                storage.rename(self.temp, self.place)
+            except BaseException:
+                storage.rename_new(self._doomed, self.place)
+                raise

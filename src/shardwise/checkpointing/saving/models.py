@@ -12,33 +12,16 @@ from typing import cast
 
 import torch
 
-from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon
+from shardwise.addons import CheckpointAddon, ConsolidatedHFAddon, huggingface
 from shardwise.addons.hf_config import CONFIG
-from shardwise.addons.huggingface import (
-    HFMetadataExporter,
-    copy_metadata,
-    is_quantized,
-    own_exporter,
-    why_no_config,
-    write_metadata,
-)
 from shardwise.checkpointing.arguments import refuse_whole_adapter
-from shardwise.checkpointing.hub import HubState, Recast, memory_of, natives_of, require_memory
+from shardwise.checkpointing.hub import HubState, Recast, loose_ties, memory_of, natives_of, require_memory, settle_ties
 from shardwise.checkpointing.module_state import module_state_names, module_state_step
 from shardwise.checkpointing.per_rank import model_steps
+from shardwise.checkpointing.saving import checks
 from shardwise.checkpointing.saving.commits import Closing
-from shardwise.checkpointing.saving.header_checks import (
-    Expectation,
-    Facts,
-    compare_with_base,
-    compare_with_keys,
-    expectation_of,
-    read_back,
-    require_equal,
-)
 from shardwise.checkpointing.saving.hooks import ModelRequest, hook_arguments, leading_own, run_after, run_hooks
 from shardwise.checkpointing.saving.torch_format import capture_distcp, tensors_alone, write_distcp
-from shardwise.checkpointing.shared_names import loose_ties, settle_ties
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup
 from shardwise.disk.names import is_file
@@ -55,23 +38,14 @@ from shardwise.engine.records import ComponentRecord
 from shardwise.engine.replicas import comparison
 from shardwise.engine.shards import ShardPlan, without_tensors, write_shards
 from shardwise.errors import ExportMismatchError, ShardwiseError
+from shardwise.format import notes
 from shardwise.format.manifest import AliasRecord
-from shardwise.format.notes import (
-    APART,
-    EXPORT,
-    EXPORT_KEYS,
-    KEPT_OUT,
-    LOOSE_TIES,
-    METADATA_DIR,
-    NATIVE_DTYPES,
-    PASSED_THROUGH,
-)
 from shardwise.geometry import TensorSpec
 from shardwise.plan.deferred import release
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.ownership import left_to_others
 from shardwise.plan.roster import Roster
-from shardwise.plan.shards import ShardFile, plan_shards
+from shardwise.plan.shards import plan_shards
 from shardwise.settings import SaveConsolidatedMode
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.model_parts import described_part
@@ -101,7 +75,7 @@ class Described:
     roster: Roster
     computed: Roster
     beside: Roster
-    facts: Facts
+    facts: checks.Facts
 
 
 class ModelSave:
@@ -113,7 +87,7 @@ class ModelSave:
         own = leading_own(request.addons)
         # The library's own addon works locally, inside steps whose failures reach all ranks anyway.
         self._describes, self._addons = bool(own), request.addons[own:]
-        self._exporter: HFMetadataExporter | None = None
+        self._exporter: huggingface.HFMetadataExporter | None = None
         self._refusal: Exception | None = None
         self._loose_ties: dict[str, str] = {}
         self._untied_misfit: ExportMismatchError | None = None
@@ -125,34 +99,30 @@ class ModelSave:
         self.base = session.base()
         self._args = hook_arguments(request, self.state)
         self._args["original_model_path"] = session.base_path()
-        self._args["hf_metadata_dir"] = str(directory / METADATA_DIR)
+        self._args["hf_metadata_dir"] = str(directory / notes.METADATA_DIR)
         self._args["consolidated_path"] = str(directory / CONSOLIDATED_DIR) if self._exports else None
 
     def steps(self) -> list[Step]:
-        """Capture the model, run the addons' ``pre_save`` hooks, and return the steps that write it. All ranks call.
-
-        What the model's own metadata exporter refused with is raised as it is on its rank, and reported on the others.
-        """
+        """Capture the model, run the addons' ``pre_save`` hooks, and return the steps that write it. All ranks call."""
         try:
-            steps = self._written()
+            if self._session.config.model_save_format == "torch_save":
+                steps = self._distcp()
+            else:
+                steps = self._exported() if self._exports else self._sharded()
         except ShardwiseError:
-            if self._refusal is not None:
+            if self._refusal is not None:  # of this rank's metadata exporter; the other ranks get a report of it
                 raise self._refusal from None
             raise
         steps += model_steps(self._session, self.state, self._directory)
         if self._describes:
-            self.closing.append(lambda group: copy_metadata(self._args) if group.is_main else None)
+            self.closing.append(lambda group: huggingface.copy_metadata(self._args) if group.is_main else None)
         if not self._addons:
             return steps
         # Other addons may read everything that is there, and communicate.
         closing, self.closing = self.closing, []
         return [*steps, partial(self._after, closing)]
 
-    def _written(self) -> list[Step]:
-        if self._session.config.model_save_format == "torch_save":
-            return self._distcp()
-        if self._exports:
-            return self._exported()
+    def _sharded(self) -> list[Step]:
         described = self._described()
         # An export made later carries the same tensors over.
         self._carried = self._compare_with_base(described.roster.specs, described.facts)
@@ -185,44 +155,34 @@ class ModelSave:
             meshes = MeshRegister(session.may_differ.of_model(listed.tensors, self.state.model))
             held.extend(held_tensors(((named.name, named.tensor) for named in listed.tensors), meshes))
             tensors.update(capture_distcp(session, "model", tensors_alone(self.state.state_dict())))
-            facts = Facts(self._describes and is_quantized(self._args), [module_state_names(listed)])
+            facts = checks.Facts(self._describes and huggingface.is_quantized(self._args), [module_state_names(listed)])
             if carries:
                 hub = session.names.capture(self.state)
                 specs = [tensor.spec for tensor in (*hub.held, *declared(hub.groups))]
-                facts = facts._replace(expectation=expectation_of(self.state.model, hub.absent, None), specs=specs)
+                facts = facts._replace(
+                    expectation=checks.expectation_of(self.state.model, hub.absent, None), specs=specs
+                )
             return Statement((held,), cast(JsonValue, facts))
 
-        agreed = session.model_agreement.reach(describe, "describing the model")
-        facts, [roster] = Facts.merged(agreed.notes), agreed.rosters
+        agreed = session.agreement("model").reach(describe, "describing the model")
+        facts, [roster] = checks.Facts.merged(agreed.notes), agreed.rosters
         if carries:
             self._carried = self._compare_with_base(facts.specs, facts)
         with session.group.together("preparing the model's directory"):
             self._prepare_directory(facts)
-        self._before()
+        run_hooks(self._addons, "pre_save", self._args, session.group)
         rank = session.group.rank
         replicas, others = comparison(held, roster, rank), left_to_others(held, roster, rank)
         write = partial(write_distcp, tensors, self._directory, replicas=replicas, others=others)
         return [*self._also(facts, listed, kept), write]
 
-    def _also(self, facts: Facts, listing: Listing | None, aliases: Mapping[str, str]) -> list[Step]:
+    def _also(self, facts: checks.Facts, listing: Listing | None, aliases: Mapping[str, str]) -> list[Step]:
         """The steps that write module state, and add aliases to the manifest. All ranks call."""
         record = ComponentRecord(aliases=tuple(AliasRecord("model", alias, name) for alias, name in aliases.items()))
         session, steps = self._session, [lambda group: record]
         if not any(any(names) for names in facts.beside):
             return steps
         return [module_state_step(listing, facts.beside, self._directory, session.group, session.storage), *steps]
-
-    @staticmethod
-    def _release_after(step: Step) -> Step:
-        """The step, which then releases the tensors that modules have made for it."""
-
-        def run(group: Group) -> ComponentRecord:
-            try:
-                return step(group)
-            finally:
-                release()
-
-        return run
 
     def _exported(self) -> list[Step]:
         """Plan an export and prepare its directory; all ranks call."""
@@ -249,10 +209,16 @@ class ModelSave:
             return plan
 
         plan = session.group.attempt(prepare, "planning the export and preparing its directory")
-        self._before()
-        steps = [self._settling_ties(self._export(plan, roster))]
+        run_hooks(self._addons, "pre_save", self._args, session.group)
+        if self._merges:
+            patience = session.config.consolidation_timeout_minutes * 60
+            merge = MergeOptions(session.config.single_rank_consolidation, session.staging_dir, patience)
+            write = partial(write_merged, plan, roster, storage=session.storage, options=merge)
+        else:
+            write = partial(write_export, plan, storage=session.storage)
+        steps = [self._settling_ties(_release_after(write))]
         if session.config.verify_export:
-            self.closing.append(partial(read_back, plan))
+            self.closing.append(partial(checks.read_back, plan))
         return [*steps, *self._beside(described)]
 
     def _beside(self, described: Described) -> list[Step]:
@@ -281,26 +247,26 @@ class ModelSave:
             exact = [*_uncomputed(own.exact, hub.groups), *hub.excluded] if self._exports else []
             captured.append((hub, own, exact))
             keys = session.config.model_state_dict_keys
-            facts = Facts(
+            facts = checks.Facts(
                 quantized,
                 [module_state_names(hub.listing)],
-                expectation_of(self.state.model, hub.absent, keys) if has_expectation else Expectation(),
+                checks.expectation_of(self.state.model, hub.absent, keys) if has_expectation else checks.Expectation(),
                 own.native,
                 sorted(own.outside),
                 [tensor.spec.name for tensor in hub.excluded],
             )
             return Statement((own.export, natives if self._exports else [], exact), cast(JsonValue, facts))
 
-        agreed = session.model_agreement.reach(describe, "describing the model")
+        agreed = session.agreement("model").reach(describe, "describing the model")
         roster, computed, beside = agreed.rosters
-        return Described(*captured[0], roster, computed, beside, Facts.merged(agreed.notes))
+        return Described(*captured[0], roster, computed, beside, checks.Facts.merged(agreed.notes))
 
     def _ask_exporter(self) -> None:
         """Let the model's own metadata exporter refuse the save, on every rank. Local."""
         if not self._describes:
             return
         try:
-            self._exporter = own_exporter(self._args)
+            self._exporter = huggingface.own_exporter(self._args)
         except Exception as error:
             self._refusal = error
             raise
@@ -329,7 +295,7 @@ class ModelSave:
         session = self._session
         if session.may_export and session.config.verify_export:
             refuse_whole_adapter(self.state.model)
-        return self._describes and is_quantized(self._args)
+        return self._describes and huggingface.is_quantized(self._args)
 
     def _options(self, specs: Sequence[TensorSpec]) -> ExportOptions:
         config, described = self._session.config, described_part(self.state.model)
@@ -344,7 +310,7 @@ class ModelSave:
             threads=self._session.writing_threads,
         )
 
-    def _compare_with_base(self, specs: Sequence[TensorSpec], facts: Facts) -> list[str]:
+    def _compare_with_base(self, specs: Sequence[TensorSpec], facts: checks.Facts) -> list[str]:
         """Compare what will be written with the base model; returns the names of tensors to carry over.
 
         All ranks call. Rank 0 compares, since the base's config may differ or be absent on another machine.
@@ -355,21 +321,21 @@ class ModelSave:
         config, group = self._session.config, self._session.group
         verifies = config.verify_export and self._exports
 
-        def compare() -> JsonValue:
+        def compare() -> list[str]:
             if verifies:
-                require_equal(compare_with_keys(specs, facts.expectation), self._directory)
+                checks.require_equal(checks.compare_with_keys(specs, facts.expectation), self._directory)
             if base is None:
                 return []
             through = config.pass_through_unloaded
-            passed, differences = compare_with_base(specs, base, facts.expectation, pass_through=through)
+            passed, differences = checks.compare_with_base(specs, base, facts.expectation, pass_through=through)
             if verifies:
-                require_equal(differences, base.directory)
+                checks.require_equal(differences, base.directory)
             base.check_readable(passed)
-            return cast(JsonValue, passed)
+            return passed
 
-        return cast(list[str], group.broadcast_result(compare, "comparing the export with the base model"))
+        return group.broadcast_result(compare, "comparing the export with the base model")
 
-    def _prepare_directory(self, facts: Facts, passed: Sequence[str] = ()) -> None:
+    def _prepare_directory(self, facts: checks.Facts, passed: Sequence[str] = ()) -> None:
         """Make the directory and write the files beside the weights. Local; only rank 0 writes."""
         session = self._session
         if self.base is not None:
@@ -378,32 +344,34 @@ class ModelSave:
             self._args["fqn_to_dtype_mapping"] = {n: spec.dtype for n, spec in self.base.specs.items()}
         if not session.group.is_main:
             return
-        session.storage.make_directory(self._directory / METADATA_DIR)
-        notes = {
-            NATIVE_DTYPES: dict(facts.native),
-            PASSED_THROUGH: list(passed),
-            KEPT_OUT: list(facts.excluded),
-            APART: sorted(facts.outside),
-            LOOSE_TIES: self._loose_ties,
-            EXPORT: self._export_note(),
+        session.storage.make_directory(self._directory / notes.METADATA_DIR)
+        content = {
+            notes.NATIVE_DTYPES: dict(facts.native),
+            notes.PASSED_THROUGH: list(passed),
+            notes.KEPT_OUT: list(facts.excluded),
+            notes.APART: sorted(facts.outside),
+            notes.LOOSE_TIES: self._loose_ties,
+            notes.EXPORT: self._export_note(),
         }
-        for name, value in notes.items():
+        for name, value in content.items():
             if value:
                 text = json.dumps(value, indent=1, sort_keys=True) + "\n"
-                write_file(session.storage, self._directory / METADATA_DIR / name, text.encode())
+                write_file(session.storage, self._directory / notes.METADATA_DIR / name, text.encode())
         if self._describes:
-            write_metadata(self._args, facts.quantized, self._exporter)
+            huggingface.write_metadata(self._args, facts.quantized, self._exporter)
             self._log_missing_config(facts)
 
-    def _log_missing_config(self, facts: Facts) -> None:
+    def _log_missing_config(self, facts: checks.Facts) -> None:
         """Log once why an export has no configuration, and which tensors are not in it. Local; rank 0 calls."""
         session = self._session
         if session.may_export and facts.outside:
             kept = listed(sorted(facts.outside))
             session.log_once(logging.INFO, f"kept beside the export, for resuming: {kept}")
-        config = self._directory / METADATA_DIR / CONFIG
+        config = self._directory / notes.METADATA_DIR / CONFIG
         if session.may_export and self._exporter is None and not is_file(config):
-            session.log_once(logging.WARNING, f"the export has no config.json: {why_no_config(self.state.model)}")
+            session.log_once(
+                logging.WARNING, f"the export has no config.json: {huggingface.why_no_config(self.state.model)}"
+            )
 
     def _look_at_ties(self, roster: Roster) -> None:
         """Find the configuration's ties with both names in the files. Local."""
@@ -416,7 +384,7 @@ class ModelSave:
 
         def settle(group: Group) -> None:
             if group.is_main and self._loose_ties:
-                is_untied = settle_ties(self._loose_ties, written[0].tensors, self._directory / METADATA_DIR)
+                is_untied = settle_ties(self._loose_ties, written[0].tensors, self._directory / notes.METADATA_DIR)
                 if is_untied and self._untied_misfit is not None:
                     raise self._untied_misfit
 
@@ -434,7 +402,10 @@ class ModelSave:
             return
         if not self._exports and described.hub.groups:
             return  # shards hold the tensors that the names in files are computed from
-        directory, left_out = self._directory / METADATA_DIR, {*described.facts.outside, *described.facts.excluded}
+        directory, left_out = (
+            self._directory / notes.METADATA_DIR,
+            {*described.facts.outside, *described.facts.excluded},
+        )
         check = partial(
             session.class_check.check, self.state.model, directory, described.roster, passed=passed, left_out=left_out
         )
@@ -454,11 +425,7 @@ class ModelSave:
         directory = None if base is None else str(base.directory.absolute())
         files = [] if base is None else list(base.numbers)
         values = (options.stem, options.max_file_bytes, directory, files, self._carried)
-        return dict(zip(EXPORT_KEYS, values, strict=True))
-
-    def _before(self) -> None:
-        """Run the other addons' first hooks now, while the model may be read."""
-        run_hooks(self._addons, "pre_save", self._args, self._session.group)
+        return dict(zip(notes.EXPORT_KEYS, values, strict=True))
 
     def _leave_script(self, group: Group) -> None:
         """Put the script that makes the export later beside shards that have none. Local."""
@@ -479,15 +446,6 @@ class ModelSave:
         """Whether shards are merged into the export, instead of writing it in place."""
         config = self._session.config
         return config.single_rank_consolidation or config.staging_dir is not None or not config.random_writes
-
-    def _export(self, plan: ExportPlan, roster: Roster) -> Step:
-        session = self._session
-        config = session.config
-        if self._merges:
-            patience = config.consolidation_timeout_minutes * 60
-            options = MergeOptions(config.single_rank_consolidation, session.staging_dir, patience)
-            return self._release_after(lambda group: write_merged(plan, roster, group, session.storage, options))
-        return self._release_after(lambda group: write_export(plan, group, session.storage))
 
     def _shards(
         self,
@@ -514,27 +472,38 @@ class ModelSave:
         _, [total] = session.group.fold([], [nbytes], "planning the shards and preparing their directory", failure)
         assert known is not None
         if described is not None:
-            self._before()
+            run_hooks(self._addons, "pre_save", self._args, session.group)
         plan = replace(known, directory=self._directory, all_bytes=total)
-        return self._release_after(lambda group: write_shards(plan, group, session.storage))
+        return _release_after(partial(write_shards, plan, storage=session.storage))
 
     def _shard_plan(
         self, held: Sequence[HeldTensor], roster: Roster, component: str, excluded: Collection[str]
     ) -> ShardPlan:
+        rank = self._session.group.rank
         # Exact values beside an export are compared with the export; only excluded tensors are compared here.
         compared = held if component != EXACT else [t for t in held if t.spec.name in excluded]
-        replicas = (comparison(compared, roster, self._session.group.rank),)
-        return ShardPlan(self._directory, component, roster, self._files_of_shards(held, roster), replicas=replicas)
-
-    def _files_of_shards(self, held: Sequence[HeldTensor], roster: Roster) -> tuple[ShardFile, ...]:
-        if not roster.specs:
-            return (without_tensors(),) if self._session.group.is_main else ()
         index = None
         if self.base is not None:
             numbers = self.base.numbers
             last = max(numbers.values(), default=1)
             index = {s.name: numbers.get(self.base.files.get(s.name, ""), last) for s in roster.specs}
-        return plan_shards(held, roster, self._session.group.rank, index)
+        if roster.specs:
+            files = plan_shards(held, roster, rank, index)
+        else:
+            files = (without_tensors(),) if rank == 0 else ()
+        return ShardPlan(self._directory, component, roster, files, replicas=(comparison(compared, roster, rank),))
+
+
+def _release_after(step: Step) -> Step:
+    """The step, which then releases the tensors that modules have made for it."""
+
+    def run(group: Group) -> ComponentRecord:
+        try:
+            return step(group)
+        finally:
+            release()
+
+    return run
 
 
 def default_addons(is_peft: bool) -> list[CheckpointAddon]:

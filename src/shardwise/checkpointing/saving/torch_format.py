@@ -64,11 +64,11 @@ def write_distcp(
 
 def tensors_alone(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The ordinary tensors of a model's state, without extra state and quantized tensors."""
-    return {name: value for name, value in state.items() if not _is_aside(name, value)}
-
-
-def _is_aside(name: str, value: object) -> bool:
-    return not isinstance(value, torch.Tensor) or value.is_quantized or name.rpartition(".")[2] == EXTRA
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and not value.is_quantized and name.rpartition(".")[2] != EXTRA
+    }
 
 
 def _cause(error: Exception) -> ShardwiseError:

@@ -26,34 +26,21 @@ from shardwise.checkpointing.reports import Call
 from shardwise.checkpointing.run_state.data_order import with_loader
 from shardwise.checkpointing.run_state.extras import capture_extras
 from shardwise.checkpointing.saving.adapters import AdapterSave
-from shardwise.checkpointing.saving.commits import (
-    Closing,
-    Publication,
-    Unfinished,
-    check_metrics,
-    warn_of_metrics,
-)
+from shardwise.checkpointing.saving.commits import Closing, Publication, Replacement, check_metrics, warn_of_metrics
 from shardwise.checkpointing.saving.hooks import ModelRequest, leading_own, passed_addons
 from shardwise.checkpointing.saving.models import ModelSave
-from shardwise.comm import Group, JsonValue
-from shardwise.disk.names import is_there, walk
+from shardwise.comm import JsonValue
 from shardwise.engine.jobs import Step, below
-from shardwise.engine.records import ComponentRecord
 from shardwise.errors import MisuseError, StorageError
-from shardwise.lifecycle import checkpoint_name, doomed_name, remove_leftovers, reserve, settle, temporary_name
+from shardwise.lifecycle import checkpoint_name, remove_leftovers, reserve, temporary_name
 from shardwise.stateful_wrappers.model import Model
 from shardwise.timing import phase
 
 _LOG = logging.getLogger(__name__)
 
 
-def save_checkpoint(life: Lifetime, what: WhatToSave, mistake: MisuseError | None) -> Path | None:
+def save_checkpoint(life: Lifetime, what: WhatToSave, mistake: MisuseError | None, told: Call) -> Path | None:
     """See `Checkpointer.save`; a ``mistake`` in the arguments is raised where all ranks receive it. All ranks call."""
-    with life.reports.call("save") as told:
-        return _save(life, what, mistake, told)
-
-
-def _save(life: Lifetime, what: WhatToSave, mistake: MisuseError | None, told: Call) -> Path | None:
     session = life.begin(call := f"save(epoch {what.epoch}, step {what.step})")
     if not life.config.enabled:
         if mistake is not None:
@@ -97,24 +84,15 @@ def _save(life: Lifetime, what: WhatToSave, mistake: MisuseError | None, told: C
         "world_size": session.group.world_size,
         "metrics": {key: value if math.isfinite(value) else None for key, value in numbers.items()},
     }
-    publication = Publication(session, final, info, numbers, life.line)
-    with life.saving(name, final, turn, publication.abandon) as run:
-        steps, closing = _capture(life, what, publication.temp, publication.reserved(partial(_reserve, life, name)))
-
-        def commit(group: Group, record: ComponentRecord) -> None:
-            publication.commit(group, record, closing)
-            told.over(group, final, what.epoch, what.step, publication.total_bytes, publication.pruned)
-
-        run(steps, commit)
+    target = Publication(session, final, info, numbers, life.line, partial(_reserve, life, name))
+    life.save(target, lambda: _capture(life, what, target), turn.earlier, told, what.epoch, what.step)
     return final
 
 
 @phase("capture")
-def _capture(
-    life: Lifetime, what: WhatToSave, temp: Path, reserve: Callable[[], None]
-) -> tuple[list[Step], list[Callable[[Group], None]]]:
+def _capture(life: Lifetime, what: WhatToSave, target: Publication) -> tuple[list[Step], Closing]:
     """Capture everything now; returns the steps that write it, and the local work at their end. All ranks call."""
-    optimizer, scheduler = what.optimizer, what.scheduler
+    optimizer, scheduler, temp = what.optimizer, what.scheduler, target.temp
     request = ModelRequest(
         life.session,
         what.model,
@@ -123,22 +101,22 @@ def _capture(
         tokenizer=what.tokenizer,
         peft_config=what.peft_config,
         is_final=what.is_final_checkpoint,
-        reserve=reserve,
+        reserve=target.reserve,
         optimizer=optimizer,
     )
     save = model_save(request)
     steps = below("model", save.steps())
-    closing = [*save.closing]
+    closing = save.closing
     if what.ema is not None:
         own, theirs = _ema_steps(request, what.ema, temp / MODEL_EMA)
-        steps, closing = steps + own, closing + theirs
+        steps, closing = steps + own, [*closing, *theirs]
     if optimizer is not None or as_list(scheduler):
         chosen = [] if optimizer is None else optimizer
         steps += below("optim", capture_optimizer(life.session, chosen, what.model, scheduler, temp / "optim"))
     return [*steps, *capture_extras(life.session, temp, what.extra_state or {}, life.order)], closing
 
 
-def _ema_steps(request: ModelRequest, ema: Model, directory: Path) -> tuple[list[Step], list[Callable[[Group], None]]]:
+def _ema_steps(request: ModelRequest, ema: Model, directory: Path) -> tuple[list[Step], Closing]:
     """As `_capture`, for the average of the request's model. All ranks call."""
     session = request.session
 
@@ -153,7 +131,7 @@ def _ema_steps(request: ModelRequest, ema: Model, directory: Path) -> tuple[list
         request, model=average.model, directory=directory, addons=addons, reserve=lambda: None, optimizer=None
     )
     saving = model_save(replace(own, session=session.of_model(MODEL_EMA)))
-    return below(MODEL_EMA, [*saving.steps(), *beside], MODEL_EMA), list(saving.closing)
+    return below(MODEL_EMA, [*saving.steps(), *beside], MODEL_EMA), saving.closing
 
 
 def _reserve(life: Lifetime, name: str) -> None:
@@ -301,68 +279,10 @@ def _save_component(
         turn = life.turn(call, look, given) if life.config.enabled else Turn(skipped=True)
         if turn.skipped:
             return
-        target = Replacement(session, place, {"shardwise": __version__})
-        with life.saving(str(place), place, turn, target.abandon) as run:
-            steps, closing = capture(target)
-
-            def commit(group: Group, record: ComponentRecord) -> None:
-                target.commit(group, record, closing)
-                told.over(group, place, total_bytes=target.total_bytes)
-
-            run(steps, commit)
+        target = Replacement(session, place, str(place), {"shardwise": __version__})
+        life.save(target, lambda: capture(target), turn.earlier, told)
 
 
 def model_save(request: ModelRequest) -> ModelSave | AdapterSave:
     """One save of a model, or of its adapters. All ranks call."""
     return AdapterSave(request) if request.session.config.is_peft else ModelSave(request)
-
-
-class Replacement(Unfinished):
-    """Reserve, fill and put in place one component's directory."""
-
-    def reserve(self) -> None:
-        """Make the directory to write into, removing what an interrupted save left. Rank 0 calls."""
-        session = self._session
-        session.storage.make_directory(self.place.parent)
-        self._claim_name()
-        self._is_reserved = True
-        session.storage.remove_tree(self.temp)
-        if is_there(self._doomed) and not is_there(self.place):
-            # A crash between the two renames of commit(): what stood here is the only copy there is.
-            session.storage.rename_new(self._doomed, self.place)
-            session.storage.sync_directory(self.place.parent)
-        session.storage.remove_tree(self._doomed)
-        session.storage.make_directory(self.temp)
-
-    @property
-    def _doomed(self) -> Path:
-        return self.place.with_name(doomed_name(self.place.name))
-
-    @phase("publish")
-    def commit(self, group: Group, record: ComponentRecord, closing: Closing = ()) -> None:
-        """Write the component's manifest and rename it into place. All ranks call."""
-        union = self._gather(group, record, closing)
-        with group.together(f"putting {self.place} in place"):
-            if group.is_main:
-                storage = self._session.storage
-                self._write_manifest(union())
-                for where, _ in walk(self.temp):
-                    storage.sync_directory(where)
-                self._put_in_place()
-                # It is there: nothing is abandoned any more. What it replaced may be all that a power failure leaves.
-                self._is_reserved = False
-                settle(self.temp, self.place)
-                self._release()
-
-    def _put_in_place(self) -> None:
-        storage = self._session.storage
-        if not is_there(self.place):
-            storage.rename(self.temp, self.place)
-        elif not storage.exchange(self.temp, self.place):
-            # In two steps where there is no better way; reserve() sees to a crash between them.
-            storage.rename(self.place, self._doomed)
-            try:
-                storage.rename(self.temp, self.place)
-            except BaseException:
-                storage.rename_new(self._doomed, self.place)
-                raise

@@ -1,32 +1,53 @@
-"""Checks an export: the planned headers against the base model and the model class, the written ones against the plan.
+"""Checks an export: before a byte is written against the base model and against the class that is to open it.
 
-The first comparison needs headers only, so it is made before a byte is written, from facts that the ranks gather: each
-pipeline stage knows only its own part of the model. After writing, the headers of the files are read back.
+The headers are compared with the base's from facts that the ranks gather: each pipeline stage knows only its own part
+of the model. After writing, the headers of the files are read back and compared with the plan.
+
+The class named in config.json is built from that very file on the meta device, and its library's own code for loading
+is run on tensors without memory: renamings, conversions, the base model's prefix, ties and what the class knows to be
+missing are its own. Names and shapes are all that is looked at.
 """
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import nn
 
+from shardwise.addons.hf_config import CONFIG, untied
+from shardwise.base.class_of_config import build_on_meta, configuration, named_classes, quiet
 from shardwise.base.files import BaseModel, base_config
-from shardwise.checkpointing.shared_names import exported_modules, recomputed_buffers
+from shardwise.checkpointing.hub import exported_modules, recomputed_buffers
 from shardwise.comm import Group, JsonValue
 from shardwise.disk.guarded import open_regular, read_exactly
-from shardwise.disk.names import names_in
+from shardwise.disk.names import is_file, names_in
+from shardwise.dtypes import torch_dtype
 from shardwise.engine.export import ExportPlan
+from shardwise.engine.memo import Memo
+from shardwise.engine.name_suggestions import listed
 from shardwise.errors import ExportMismatchError, FormatError
 from shardwise.format.header import Header, read_header
 from shardwise.format.index import read_index
+from shardwise.format.json_file import read_json_object
 from shardwise.geometry import TensorSpec
 from shardwise.plan.layout import FileLayout, index_name
-from shardwise.stateful_wrappers.model_parts import config_of
-from shardwise.stateful_wrappers.wrapping import original_class, unwrap
-from shardwise.upstream.transformers import may_be_unexpected
+from shardwise.plan.roster import Roster
+from shardwise.stateful_wrappers.model_parts import config_of, described_part
+from shardwise.stateful_wrappers.wrapping import is_pretrained, original_class, unwrap
+from shardwise.upstream.diffusers import CLASS_NAME, model_mixin
+from shardwise.upstream.transformers import (
+    config_class,
+    left_out,
+    load_on_meta,
+    may_be_unexpected,
+    registered_classes,
+)
 
 _SHOWN = 10
 #: Tensors that a quantized base has beside or instead of a weight; an ordinary floating point weight has none.
@@ -87,11 +108,6 @@ def _merged(rows: Sequence[Expectation]) -> Expectation:
     )
 
 
-def _tail(name: str) -> str:
-    """``rotary_emb.inv_freq`` of ``model.layers.0.self_attn.rotary_emb.inv_freq``: releases move such buffers about."""
-    return ".".join(name.split(".")[-2:])
-
-
 def compare_with_base(
     specs: Sequence[TensorSpec], base: BaseModel, expectation: Expectation, *, pass_through: bool
 ) -> tuple[list[str], list[str]]:
@@ -101,8 +117,12 @@ def compare_with_base(
     ``pass_through``), and one sentence for each difference; none for a correct export.
     """
     written = {spec.name: spec for spec in specs}
-    config = _base_config(base.directory)
-    same = _same_architecture(config, expectation)
+    try:
+        config: Mapping[str, object] = base_config(base.directory)
+    except FormatError:
+        config = {}  # the base's config is not ours to judge: an unreadable one adds no expectation
+    named = config.get("architectures")
+    same = isinstance(named, list) and set(map(str, named)) == set(expectation.architectures)
     differences = [
         difference
         for name, spec in written.items()
@@ -124,26 +144,23 @@ def compare_with_keys(specs: Sequence[TensorSpec], expectation: Expectation) -> 
 
 
 def _differs(spec: TensorSpec, known: TensorSpec, config: Mapping[str, object], expectation: Expectation) -> str | None:
-    quantized = bool(config.get("quantization_config"))
-    if spec.shape != known.shape and not (quantized or _resized(spec, known, expectation)):
+    if config.get("quantization_config"):
+        return None
+    # A vocabulary may have been resized, as the model's configuration says too.
+    resized = (expectation.vocab_size, *known.shape[1:]) if known.shape else ()
+    if spec.shape not in (known.shape, resized):
         return f"{spec.name}: shape {list(spec.shape)}, in the base model {list(known.shape)}"
-    if spec.dtype != known.dtype and not quantized:
+    if spec.dtype != known.dtype:
         return f"{spec.name}: dtype {spec.dtype}, in the base model {known.dtype}"
     return None
-
-
-def _resized(spec: TensorSpec, known: TensorSpec, expectation: Expectation) -> bool:
-    """Whether the only difference is a vocabulary that was resized, as the model's configuration says too."""
-    if len(spec.shape) != len(known.shape) or spec.shape[1:] != known.shape[1:] or expectation.vocab_size is None:
-        return False
-    return spec.shape[0] == expectation.vocab_size
 
 
 def _accounted(
     name: str, written: Mapping[str, TensorSpec], expectation: Expectation, config: Mapping[str, object]
 ) -> bool:
     """Whether a tensor of the base is in the export under another name, or may be absent."""
-    if name in expectation.aliases or _tail(name) in expectation.computed:
+    # ``rotary_emb.inv_freq`` of ``model.layers.0.self_attn.rotary_emb.inv_freq``: releases move such buffers about.
+    if name in expectation.aliases or ".".join(name.split(".")[-2:]) in expectation.computed:
         return True
     if config.get("quantization_config") and _QUANTIZED.search(name):
         return True
@@ -153,19 +170,6 @@ def _accounted(
     prefix = f"{expectation.prefix}." if expectation.prefix else ""
     candidates = (plain, prefix + plain, plain.removeprefix(prefix))
     return any(candidate in written or candidate in expectation.aliases for candidate in candidates)
-
-
-def _base_config(directory: Path) -> Mapping[str, object]:
-    try:
-        return base_config(directory)
-    except FormatError:
-        # The base's config is not ours to judge: an unreadable one adds no expectation.
-        return {}
-
-
-def _same_architecture(config: Mapping[str, object], expectation: Expectation) -> bool:
-    named = config.get("architectures")
-    return isinstance(named, list) and set(map(str, named)) == set(expectation.architectures)
 
 
 def require_equal(differences: Sequence[str], path: Path) -> None:
@@ -259,3 +263,154 @@ class Facts(NamedTuple):
             sorted({name for row in rows for name in row.excluded}),
             tuple(specs.values()),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Misfit:
+    """Differences between a class and the files of an export, by name; none for a correct export."""
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    shapes: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many names do not fit."""
+        return len(self.missing) + len(self.unexpected) + len(self.shapes)
+
+    def __str__(self) -> str:
+        kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", self.shapes))
+        return "; ".join(f"{kind}: {listed(names)}" for kind, names in kinds if names)
+
+
+class _CannotCheckError(Exception):
+    """Why the check is not possible."""
+
+
+class ClassCheck:
+    """Checks exports, each kind once. Used on rank 0; ``log`` is told why one cannot be checked."""
+
+    def __init__(self, log: Callable[[int, str], None]) -> None:
+        self._log = log
+        self._sound: dict[bool, Memo[None]] = {False: Memo(), True: Memo()}  # by whether config.json ties nothing
+
+    def check(
+        self,
+        parts: Sequence[nn.Module],
+        directory: Path,
+        roster: Roster,
+        *,
+        passed: Sequence[TensorSpec] = (),
+        left_out: Collection[str] = (),
+        untie: bool = False,
+    ) -> None:
+        """Check an export, unless the same was checked before. Rank 0 calls when config.json is written and no tensor.
+
+        ``roster`` has all ranks' tensors under the names that the files are to have, of which ``left_out`` are not
+        exported, and ``passed`` further ones, carried over from a base. With ``untie``, config.json is read as one that
+        ties nothing.
+        """
+        model = described_part(parts)
+        if model is None or not is_file(directory / CONFIG):
+            return
+        entries = read_json_object(directory / CONFIG)
+        if untie:
+            entries = untied(entries)
+        if self._sound[untie].holds([roster, type(model)], (entries, passed)):
+            return
+        specs = [spec for spec in roster.specs if spec.name not in left_out]
+        try:
+            name, misfit = _look(model, entries, [*specs, *passed])
+        except _CannotCheckError as why:
+            self._log(logging.INFO, f"the export's names are not checked against a class: {why}")
+        else:
+            _require_fit(name, misfit, directory / CONFIG)
+        self._sound[untie].get([roster, type(model)], (entries, passed), lambda: None)
+
+
+def check_described(entries: Mapping[str, object], specs: Sequence[TensorSpec], path: Path) -> str | None:
+    """Check tensors against the class of transformers' that a configuration names, without a model at hand. Local.
+
+    ``entries`` is the content of config.json at ``path``. Returns why nothing could be checked, ``None`` where the
+    class would load them; raises `ExportMismatchError` where it would not.
+    """
+    classes = [] if CLASS_NAME in entries else named_classes(entries)
+    if entries.get("quantization_config") or entries.get("auto_map") or not classes:
+        return "config.json names no class of transformers' whose tensors it tells"
+    try:
+        found = [(cls.__name__, _by_transformers(cls, cast(Any, cls).config_class, entries, specs)) for cls in classes]
+    except _CannotCheckError as why:
+        return str(why)
+    _require_fit(*min(found, key=lambda pair: pair[1].count), path)
+    return None
+
+
+def _require_fit(name: str, misfit: Misfit, path: Path) -> None:
+    if misfit.count:
+        raise ExportMismatchError(
+            f"{name}, which is what the export's config.json describes, would not load it: {misfit}",
+            path=path,
+            hint="Save the model that has these names (the one inside of a wrapper), adapters with is_peft or merged, "
+            "and what the class does not know in a module around it; let the config say what the model is. Nothing is "
+            "published. Set verify_export to false (consolidate --no-class-check) if this is what you want.",
+        )
+
+
+def _look(model: nn.Module, entries: Mapping[str, object], specs: Sequence[TensorSpec]) -> tuple[str, Misfit]:
+    """The name of the class that is described, and what of the tensors does not fit it."""
+    if isinstance(model, model_mixin() or ()):
+        cls = original_class(model)
+        return cls.__name__, _by_diffusers(cls, entries, specs)
+    config = config_of(model)
+    known = config_class()
+    if known is None or not isinstance(config, known):
+        raise _CannotCheckError(
+            f"the config of {original_class(model).__name__} is not of a library that builds models"
+        )
+    if entries.get("quantization_config"):
+        raise _CannotCheckError("it is quantized")
+    if is_pretrained(model):
+        cls = original_class(model)
+        return cls.__name__, _by_transformers(cls, type(config), entries, specs)
+    named = named_classes(entries)
+    classes: Sequence[type] = named or registered_classes(type(config))
+    if not classes:
+        raise _CannotCheckError(f"transformers has no class for {type(config).__name__}")
+    # A model that is no class of transformers' and shows a configuration of its: some class has to open it.
+    found = [
+        (cls.__name__, _by_transformers(cls, type(config), entries, specs)) for cls in classes[: len(named) or None]
+    ]
+    return min(found, key=lambda pair: pair[1].count)
+
+
+def _by_transformers(cls: type, config: type, entries: Mapping[str, object], specs: Sequence[TensorSpec]) -> Misfit:
+    """Let transformers load tensors without memory into a model without memory."""
+    tensors = {s.name: torch.empty(s.shape, dtype=torch_dtype(s.dtype), device="meta") for s in specs}
+    try:
+        built = build_on_meta(cls, configuration(config, entries))
+        with quiet():
+            found = load_on_meta(built, tensors)
+    except Exception as error:
+        raise _CannotCheckError(f"{cls.__name__} on the meta device: {type(error).__name__}: {error}") from error
+    shapes = [f"{name} ({list(ours)}, in the class {list(theirs)})" for name, ours, theirs in found.mismatched]
+    # What the class itself leaves out of the files that it writes is not missing from ours.
+    missing = found.missing - left_out(built)
+    return Misfit(_sorted(missing), _sorted(found.unexpected), _sorted([*shapes, *found.failed]))
+
+
+def _by_diffusers(cls: type, entries: Mapping[str, object], specs: Sequence[TensorSpec]) -> Misfit:
+    try:
+        theirs = {name: tuple(value.shape) for name, value in build_on_meta(cls, entries).state_dict().items()}
+    except Exception as error:
+        raise _CannotCheckError(f"{cls.__name__} on the meta device: {type(error).__name__}: {error}") from error
+    ours = {spec.name: spec.shape for spec in specs}
+    shapes = [
+        f"{name} ({list(ours[name])}, in the class {list(theirs[name])})"
+        for name in ours.keys() & theirs.keys()
+        if ours[name] != theirs[name]
+    ]
+    return Misfit(_sorted(theirs.keys() - ours.keys()), _sorted(ours.keys() - theirs.keys()), _sorted(shapes))
+
+
+def _sorted(names: Iterable[object]) -> tuple[str, ...]:
+    return tuple(sorted(map(str, names)))

@@ -50,18 +50,21 @@ _SPLIT_NOTE = ".hf_metadata/fqn_to_file_index_mapping.json"
 
 
 @dataclass
-class Contents:
-    """Results of the checks; see `VerifyReport`.
+class Findings:
+    """What was found of one directory; see `VerifyReport`.
 
     Attributes:
         tensors: Number of tensors, pieces of one counted once.
-        names: Safetensors file -> its tensors; none of a file that cannot be read.
+        names: Safetensors file without a manifest -> its tensors; none of a file that cannot be read.
     """
 
+    verifiable: bool = False
     files: int = 0
     tensors: int = 0
+    bytes_read: int = 0
     damages: list[Damage] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
+    undigested: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
     names: dict[str, frozenset[str]] = field(default_factory=dict)
     _counts: Counter[str] = field(default_factory=Counter)
@@ -87,9 +90,9 @@ class Contents:
         self.add(file, kind, error.message, () if error.tensor is None else (error.tensor,))
 
 
-def check_contents(root: Path, listed: Sequence[str], *, alone: bool = False) -> Contents:
+def check_contents(found: Findings, root: Path, listed: Sequence[str], *, alone: bool) -> None:
     """Compare what is in listed files with what others say of them; ``alone``: one was named, and no directory."""
-    found = Contents(files=len(listed))
+    found.files = len(listed)
     below: dict[str, list[str]] = {}
     for relative in listed:
         below.setdefault(PurePosixPath(relative).parent.as_posix(), []).append(relative)
@@ -102,10 +105,9 @@ def check_contents(root: Path, listed: Sequence[str], *, alone: bool = False) ->
     found.damages += absent_of_sets(root, listed)
     if not found.checked:
         found.unchecked.append("no file of a format that says how long it is")
-    return found
 
 
-def _check_directory(root: Path, directory: str, names: Sequence[str], found: Contents) -> None:
+def _check_directory(root: Path, directory: str, names: Sequence[str], found: Findings) -> None:
     pieces: dict[str, list[tuple[Box, str]]] = {}
     whole: set[str] = set()
     described = any(PurePosixPath(name).name == ".metadata" for name in names)
@@ -130,7 +132,7 @@ def _check_directory(root: Path, directory: str, names: Sequence[str], found: Co
 
 
 def _check_safetensors(
-    root: Path, relative: str, pieces: dict[str, list[tuple[Box, str]]], whole: set[str], found: Contents
+    root: Path, relative: str, pieces: dict[str, list[tuple[Box, str]]], whole: set[str], found: Findings
 ) -> None:
     found.names[relative] = frozenset()
     try:
@@ -149,7 +151,7 @@ def _check_safetensors(
         pieces.setdefault(entry.spec.name, []).append((box, relative))
 
 
-def _check_pieces(pieces: dict[str, list[tuple[Box, str]]], indexed: bool, found: Contents) -> None:
+def _check_pieces(pieces: dict[str, list[tuple[Box, str]]], indexed: bool, found: Findings) -> None:
     """Compare the pieces of each tensor with each other; its full size is unknown unless an index lists one file."""
     lost: dict[str, list[str]] = {}
     for name, held in pieces.items():
@@ -229,7 +231,7 @@ def _names_in(path: Path) -> frozenset[str]:
         return frozenset()  # its own check says what is wrong with it
 
 
-def _check_dcp(root: Path, relative: str, names: Sequence[str], found: Contents) -> None:
+def _check_dcp(root: Path, relative: str, names: Sequence[str], found: Findings) -> None:
     from shardwise.sources.dcp_extents import check_dcp_extents
 
     try:
@@ -247,7 +249,7 @@ def _check_dcp(root: Path, relative: str, names: Sequence[str], found: Contents)
     found.extra += [name for name in names if name.endswith(".distcp") and name not in known]
 
 
-def _check_torch(root: Path, relative: str, found: Contents) -> None:
+def _check_torch(root: Path, relative: str, found: Findings) -> None:
     kind, message = check_torch_file(root / relative) or (None, None)
     if kind is not None and message is not None:
         found.add(relative, kind, message)
@@ -258,7 +260,7 @@ def _check_torch(root: Path, relative: str, found: Contents) -> None:
         found.count("torch archives: the directory at the end, and every entry's extent")
 
 
-def _check_layout(root: Path, directory: str, found: Contents) -> None:
+def _check_layout(root: Path, directory: str, found: Findings) -> None:
     """Check that the files of another tool in a directory make up a model: all ranks', and all of each tensor."""
     from shardwise.sources.others.recognise import recognise  # imports torch
 

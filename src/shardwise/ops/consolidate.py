@@ -35,7 +35,7 @@ from shardwise.errors import (
     some,
 )
 from shardwise.format.dcp_metadata import parsed_once
-from shardwise.format.manifest import AliasRecord, TensorRecord
+from shardwise.format.manifest import TensorRecord
 from shardwise.format.notes import (
     APART,
     EXPORT,
@@ -48,11 +48,9 @@ from shardwise.format.notes import (
 )
 from shardwise.format.strict_json import JsonValue
 from shardwise.geometry import TensorSpec
-from shardwise.ops.aside import refuse_existing
+from shardwise.ops.beside import run_settings, side_files
 from shardwise.ops.consolidate_input import ModelInput, SourceHints, find_input
-from shardwise.ops.exporting import Export, batches_of, publish
-from shardwise.ops.run_config import run_settings
-from shardwise.ops.side_content import side_files
+from shardwise.ops.exporting import batches_of, publish, refuse_existing
 from shardwise.ops.tensors_to_write import TensorToWrite, tensors_to_write
 from shardwise.ops.torchtitan_names import Rope
 from shardwise.ops.verify import Progress
@@ -158,17 +156,30 @@ def consolidate(
     described = None if config is None else Path(config).absolute()
     hints = SourceHints(prefix, assume_complete, described, rope, master_weights)
     with using(storage or current()), parsed_once(), without_collector():
-        found = find_input(Path(path).absolute(), current(), hints)
+        found = find_input(Path(path).absolute(), hints)
         target = found.directory / _CONSOLIDATED if output is None else Path(output).absolute()
         refuse_existing(target)
         found = _exported_tensors(found, base)
         with closing(VerifyingReader(current(), found.source.files, found.ledger)) as reader:
-            tensors, stem = tensors_to_write(found, reader), _stem(found, diffusers_compatible)
+            tensors, stem = tensors_to_write(found, reader.blocks), _stem(found, diffusers_compatible)
             specs, plain, recast = _described(found, tensors, dtype)
             _require_opens(found, tensors, plain, verify_export)
             layout = _layout(found, specs, stem, max_file_bytes)
             plain = {**plain, index_name(stem): layout.index}
-            publish(_export(found, tensors, layout, plain, frozenset(recast)), target, current(), progress)
+            aliases, made = saved_aliases(found.source).items(), {spec.name: spec for spec in specs}
+            cast = frozenset(recast)
+            publish(
+                layout,
+                batches_of(
+                    layout, lambda name: _blocks(tensors[name], made[name], name in cast, found.directory), made
+                ),
+                target,
+                progress,
+                plain=lambda records: _with_ties(found, plain, records),
+                aliases={name: kept for name, kept in aliases if kept in tensors and name not in tensors},
+                notes={} if found.manifest else {"source": "no manifest", "notes": list(found.notes)},
+                settle=lambda: found.ledger.settle(current()),
+            )
     names = tuple(file.name for file in layout.files)
     return ConsolidateReport(
         target, names, len(tensors), layout.total_bytes, found.manifest, tuple(found.notes), recast
@@ -187,26 +198,6 @@ def _exported_tensors(found: ModelInput, base: str | os.PathLike[str] | None) ->
     """The input with the base model's tensors that are carried over, without those that are kept out of an export."""
     source = _carry_over(found, base)
     return replace(found, source=source.without([*_note(found, KEPT_OUT), *_note(found, APART)]))
-
-
-def _export(
-    found: ModelInput,
-    tensors: Mapping[str, TensorToWrite],
-    layout: Layout,
-    plain: Mapping[str, bytes],
-    recast: frozenset[str],
-) -> Export:
-    specs = {entry.spec.name: entry.spec for file in layout.files for entry in file.entries}
-    aliases = saved_aliases(found.source).items()
-    notes: dict[str, JsonValue] = {"source": "no manifest", "notes": list(found.notes)}
-    return Export(
-        layout,
-        batches_of(layout, lambda name: _blocks(tensors[name], specs[name], name in recast, found.directory), specs),
-        lambda records: _with_ties(found, plain, records),
-        lambda: found.ledger.settle(current()),
-        tuple(AliasRecord("model", name, kept) for name, kept in aliases if kept in tensors and name not in tensors),
-        {} if found.manifest else notes,
-    )
 
 
 def _described(

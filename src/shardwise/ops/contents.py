@@ -12,7 +12,7 @@ import re
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, TypeAlias
@@ -51,12 +51,7 @@ _SPLIT_NOTE = ".hf_metadata/fqn_to_file_index_mapping.json"
 
 @dataclass
 class Findings:
-    """What was found of one directory; see `VerifyReport`.
-
-    Attributes:
-        tensors: Number of tensors, pieces of one counted once.
-        names: Safetensors file without a manifest -> its tensors; none of a file that cannot be read.
-    """
+    """What was found of one directory; see `VerifyReport`."""
 
     verifiable: bool = False
     files: int = 0
@@ -66,7 +61,6 @@ class Findings:
     extra: list[str] = field(default_factory=list)
     undigested: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
-    names: dict[str, frozenset[str]] = field(default_factory=dict)
     _counts: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -114,7 +108,18 @@ def _check_directory(root: Path, directory: str, names: Sequence[str], found: Fi
     for relative in names:
         path = PurePosixPath(relative)
         if path.suffix == ".safetensors":
-            _check_safetensors(root, relative, pieces, whole, found)
+            try:
+                header = read_header(root / relative)
+                offsets = saved_offsets(header)
+            except ShardwiseError as error:
+                found.add_error(relative, error)
+                continue
+            found.count("safetensors files: headers, and sizes against them")
+            for spec, _, _ in header.entries:
+                if offsets is None:
+                    whole.add(spec.name)
+                else:
+                    pieces.setdefault(spec.name, []).append((Box(offsets[spec.name], spec.shape), relative))
         elif path.name == ".metadata":
             _check_dcp(root, relative, names, found)
         elif path.suffix == ".distcp" and not described:
@@ -125,30 +130,10 @@ def _check_directory(root: Path, directory: str, names: Sequence[str], found: Fi
             _check_torch(root, relative, found)
     indices = [name for name in names if name.endswith(INDEX_SUFFIXES)]
     for relative in indices:
-        found.damages += check_index(root, relative, found.names)
+        found.damages += check_index(root, relative)
     found.count("weight indices", len(indices))
     found.tensors += len(whole | pieces.keys())
     _check_pieces(pieces, bool(indices), found)
-
-
-def _check_safetensors(
-    root: Path, relative: str, pieces: dict[str, list[tuple[Box, str]]], whole: set[str], found: Findings
-) -> None:
-    found.names[relative] = frozenset()
-    try:
-        header = read_header(root / relative)
-        offsets = saved_offsets(header)
-    except ShardwiseError as error:
-        found.add_error(relative, error)
-        return
-    found.count("safetensors files: headers, and sizes against them")
-    found.names[relative] = frozenset(header.names)
-    if offsets is None:
-        whole.update(header.names)
-        return
-    for entry in header.entries:
-        box = Box(offsets[entry.spec.name], entry.spec.shape)
-        pieces.setdefault(entry.spec.name, []).append((box, relative))
 
 
 def _check_pieces(pieces: dict[str, list[tuple[Box, str]]], indexed: bool, found: Findings) -> None:
@@ -194,12 +179,9 @@ def absent_of_sets(root: Path, listed: Sequence[str]) -> Iterator[Damage]:
             yield Damage(file, "absent", f"the names of the files beside it say that it exists; it is absent{more}")
 
 
-def check_index(root: Path, relative: str, names: Mapping[str, Collection[str]]) -> Iterator[Damage]:
-    """Compare a weight index with the files that it names; of ``.bin`` files their existence alone.
-
-    ``names`` has those of the tensors in a file, relative to ``root``, where they are known already.
-    """
-    directory = PurePosixPath(relative).parent
+def check_index(root: Path, relative: str) -> Iterator[Damage]:
+    """Compare a weight index with the files that it names; of ``.bin`` files their existence alone."""
+    directory = (root / relative).parent
     try:
         weight_map = read_index(root / relative).weight_map
     except ShardwiseError as error:
@@ -209,16 +191,15 @@ def check_index(root: Path, relative: str, names: Mapping[str, Collection[str]])
     for tensor, file in weight_map.items():
         by_file.setdefault(file, []).append(tensor)
     other = ".safetensors" if ".bin." in relative else ".bin"
-    if not any(is_file(root / directory / file) for file in by_file) and any(
-        name.endswith(other) for name in names_in(root / directory)
+    if not any(is_file(directory / file) for file in by_file) and any(
+        name.endswith(other) for name in names_in(directory)
     ):
         return  # a download that left one of two forms out brings the index of both
     for file, tensors in by_file.items():
-        place = (directory / file).as_posix()
-        if not is_file(root / place):
+        if not is_file(directory / file):
             yield Damage(relative, "index", f"{file}, which it names, is absent", "model", tuple(tensors))
-        elif place.endswith(".safetensors"):
-            held = names[place] if place in names else _names_in(root / place)
+        elif file.endswith(".safetensors"):
+            held = _names_in(directory / file)
             lost = tuple(tensor for tensor in tensors if tensor not in held)
             if lost:
                 yield Damage(relative, "index", f"{file} does not hold what the index says", "model", lost)

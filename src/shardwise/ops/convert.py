@@ -29,14 +29,12 @@ from shardwise.format.sharding import encode_sharding_metadata
 from shardwise.format.strict_json import JsonValue
 from shardwise.lifecycle import LATEST, LINEAGE_NAME, METRICS_NAME, checkpoint_name, next_lineage, set_pointer
 from shardwise.lifecycle.names import foreign_numbers
-from shardwise.ops.aside import refuse_existing, written_aside
-from shardwise.ops.computed_tensors import ComputingReader
+from shardwise.ops.beside import side_files
 from shardwise.ops.consolidate import consolidate
 from shardwise.ops.consolidate_input import ModelInput, SourceHints, class_of, find_input
-from shardwise.ops.exporting import TensorWriter, batches_of, write_plain
+from shardwise.ops.exporting import TensorWriter, batches_of, refuse_existing, write_plain, written_aside
 from shardwise.ops.optimizer_input import OptimizerInput, find_optimizer, states_beside
-from shardwise.ops.side_content import side_files
-from shardwise.ops.tensors_to_write import TensorToWrite, as_saved, native_tensors_to_write, tensors_to_write
+from shardwise.ops.tensors_to_write import TensorToWrite, as_saved, computing, native_tensors_to_write, tensors_to_write
 from shardwise.ops.torchtitan_names import ROPES, Rope
 from shardwise.ops.verify import Counted, Progress
 from shardwise.ops.write_dcp import write_dcp
@@ -144,7 +142,7 @@ def convert(
             return ConvertReport(made.path, to, made.tensors, made.nbytes, verified=made.verified, notes=made.notes)
         described = None if config is None else Path(config).absolute()
         hints = SourceHints(prefix, assume_complete, described, rope, master_weights)
-        found = find_input(Path(source).absolute(), current(), hints)
+        found = find_input(Path(source).absolute(), hints)
         with closing(VerifyingReader(current(), found.source.files, found.ledger)) as reader:
             if to == "dcp":
                 return _to_dcp(found, reader, place, progress)
@@ -161,16 +159,15 @@ def _aliases(found: ModelInput, names: Mapping[str, TensorToWrite]) -> dict[str,
 
 
 def _to_dcp(found: ModelInput, reader: VerifyingReader, place: Path, progress: Progress | None) -> ConvertReport:
-    store = current()
     if found.kind is None:
         found = replace(found, kind=class_of(found))  # a checkpoint with a manifest was not compared with its class
-    tensors = native_tensors_to_write(found, reader)
+    tensors = native_tensors_to_write(found, reader.blocks)
     nbytes = sum(each.spec.nbytes for each in tensors.values())
     _tell_left(found, None)
-    with written_aside(place, store) as aside:
-        store.check_space(aside, nbytes)
-        write_dcp(tensors, _aliases(found, tensors), aside, store, Counted(nbytes, progress).add)
-        found.ledger.settle(store)
+    with written_aside(place) as aside:
+        current().check_space(aside, nbytes)
+        write_dcp(tensors, _aliases(found, tensors), aside, Counted(nbytes, progress).add)
+        found.ledger.settle(current())
     return ConvertReport(place, "dcp", len(tensors), nbytes, False, found.manifest, tuple(found.notes))
 
 
@@ -198,12 +195,12 @@ def _to_shards(
         raise MisuseError("there is no optimizer beside the model", path=found.directory, hint="Leave out --optimizer.")
     epoch, step = _numbers(found, *numbers, needed=optimizer is not None)
     name = checkpoint_name(epoch, step)
-    tensors = tensors_to_write(found, reader)
+    tensors = tensors_to_write(found, reader.blocks)
     written = [*tensors.values(), *(() if optimizer is None else optimizer.source.tensors.values())]
     total = sum(each.spec.nbytes for each in written)
     advance = Counted(total, progress).add
     _tell_left(found, optimizer)
-    with written_aside(root, store) as aside:
+    with written_aside(root) as aside:
         store.check_space(aside, total)
         directory = aside / name
         record = _model(found, tensors, directory, advance)
@@ -213,7 +210,7 @@ def _to_shards(
         plain = {LINEAGE_NAME: next_lineage(aside, [], name, epoch, step, None).encode()}
         if is_file(found.checkpoint / METRICS_NAME):
             plain[METRICS_NAME] = found.read(found.checkpoint / METRICS_NAME)
-        record += ComponentRecord(write_plain(plain, directory, store))
+        record += ComponentRecord(write_plain(plain, directory))
         notes = cast(JsonValue, list(found.notes))
         info: dict[str, JsonValue] = {"epoch": epoch, "step": step, "world_size": 1, "metrics": {}, "converted": notes}
         write_manifest(store, directory, record, {"shardwise": __version__, **info})
@@ -250,16 +247,16 @@ def _model(
     own |= {name: notes / name for name in NOTES if is_file(notes / name)}
     plain = {f"{_MODEL}/{METADATA_DIR}/{name}": found.read(path) for name, path in own.items()}
     aliases = tuple(AliasRecord(_MODEL, name, kept) for name, kept in sorted(_aliases(found, tensors).items()))
-    return record + ComponentRecord(write_plain(plain, checkpoint, current()), aliases=aliases)
+    return record + ComponentRecord(write_plain(plain, checkpoint), aliases=aliases)
 
 
 def _optimizer(
     found: ModelInput, optimizer: OptimizerInput, checkpoint: Path, advance: Callable[[int], None]
 ) -> ComponentRecord:
     plain = {f"{_OPTIM}/{name}": content for name, content in optimizer.plain.items()}
-    files = write_plain(plain, checkpoint, current())
+    files = write_plain(plain, checkpoint)
     with closing(VerifyingReader(current(), optimizer.source.files, found.ledger)) as reader:
-        tensors = as_saved(optimizer.source.tensors, ComputingReader(reader, optimizer.computed))
+        tensors = as_saved(optimizer.source.tensors, computing(reader.blocks, optimizer.computed))
         return _shards(tensors, checkpoint / _OPTIM, advance) + ComponentRecord(files)
 
 
@@ -274,7 +271,7 @@ def _shards(tensors: Mapping[str, TensorToWrite], directory: Path, advance: Call
         files.append(FileLayout(name, encode_header(file.entries, starts), file.entries))
     layout = Layout(tuple(files))
     batches = batches_of(layout, lambda name: tensors[name].blocks(), tensors)
-    crcs = TensorWriter(layout, directory, current(), advance).write(batches)
+    crcs = TensorWriter(layout, directory, advance).write(batches)
     return layout_record(layout, crcs, directory.name, f"{directory.name}/")
 
 

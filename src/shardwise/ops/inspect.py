@@ -368,12 +368,7 @@ def _read_contents(found: _Listing, listed: Sequence[str], *, whole: bool) -> No
 
 def _add_absent(found: _Listing, listed: Sequence[str]) -> None:
     """Add the files that others name, and that a copy or download has not brought."""
-    names: dict[str, set[str]] = {}
-    for tensor in found.tensors.values():
-        for file in tensor.files:
-            names.setdefault(file, set()).add(tensor.spec.name)
-    indices = [name for name in listed if name.endswith(INDEX_SUFFIXES)]
-    damages = [each for name in indices for each in check_index(found.root, name, names)]
+    damages = [each for name in listed if name.endswith(INDEX_SUFFIXES) for each in check_index(found.root, name)]
     for damage in (*damages, *absent_of_sets(found.root, listed)):
         if damage.file not in found.damaged:
             found.leave_out(damage.file, damage.message, damaged=True)

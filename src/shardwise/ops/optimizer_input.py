@@ -12,8 +12,8 @@ from shardwise.comm import Group
 from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.errors import MisuseError, UnsafePickleError
 from shardwise.format.notes import PER_RANK_DIR
-from shardwise.ops.computed_tensors import Computed
 from shardwise.ops.consolidate_input import ModelInput, once
+from shardwise.ops.tensors_to_write import Computed
 from shardwise.ops.torchtitan_names import in_halves
 from shardwise.plan.reads import SourceTensor
 from shardwise.sources.dcp_model import is_no_model

@@ -28,9 +28,9 @@ from shardwise.disk.storage import Storage, current, storage_errors, using
 from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.format.sniff import what_is_file
 from shardwise.geometry import DTYPE_BYTES
-from shardwise.ops.aside import refuse_inside
 from shardwise.ops.inspect import inspect
 from shardwise.ops.modules import layer_of, module_of
+from shardwise.ops.targets import refuse_inside
 
 if TYPE_CHECKING:
     from shardwise.ops.diff import DiffReport, TensorDifference

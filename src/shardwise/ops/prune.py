@@ -11,8 +11,8 @@ from shardwise.disk.storage import Storage, current, storage_errors, using
 from shardwise.errors import ConfigError
 from shardwise.lifecycle import Retention, list_checkpoints, prunable, prune, publishing
 from shardwise.lifecycle.resolve import newest
+from shardwise.ops.beside import CONFIG_NAME, settings_in
 from shardwise.ops.listing import real_root
-from shardwise.ops.run_config import CONFIG_NAME, settings_in
 
 __all__ = ["PruneReport", "Retention", "prune_checkpoints", "recorded_policy"]
 

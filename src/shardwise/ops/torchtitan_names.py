@@ -16,8 +16,8 @@ from typing import Literal, TypeAlias
 
 from shardwise.errors import MisuseError
 from shardwise.format.json_file import read_json
-from shardwise.ops.computed_tensors import BlockReader, Computed, read_flat
 from shardwise.ops.model_class import ModelClass
+from shardwise.ops.tensors_to_write import Computed, ReadBlocks, read_flat
 from shardwise.plan.reads import SourceTensor
 from shardwise.sources.tensor_bytes import as_bytes
 
@@ -164,8 +164,8 @@ def in_halves(tensor: SourceTensor, heads: int, computed: Computed | None = None
     """
     rows, columns = tensor.spec.shape
 
-    def blocks(reader: BlockReader) -> Iterator[memoryview]:
-        flat = read_flat(tensor.spec, reader.blocks(tensor) if computed is None else computed(reader))
+    def blocks(read: ReadBlocks) -> Iterator[memoryview]:
+        flat = read_flat(tensor.spec, read(tensor) if computed is None else computed(read))
         pairs = flat[: rows * columns].view(heads, rows // heads // 2, 2, columns)
         yield as_bytes(pairs.transpose(1, 2).contiguous())
 

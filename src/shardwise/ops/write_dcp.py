@@ -14,6 +14,7 @@ import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, cast
 from zlib import crc32
 
@@ -29,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from shardwise.disk.sequential import write_file
-from shardwise.disk.storage import Storage
+from shardwise.disk.storage import current
 from shardwise.dtypes import torch_dtype
 from shardwise.format.dcp_metadata import DCP_METADATA_NAME
 from shardwise.format.header import TensorEntry
@@ -50,11 +51,7 @@ _DESCRIPTOR_AT = 4
 
 
 def write_dcp(
-    tensors: Mapping[str, TensorToWrite],
-    aliases: Mapping[str, str],
-    directory: Path,
-    storage: Storage,
-    advance: Callable[[int], None],
+    tensors: Mapping[str, TensorToWrite], aliases: Mapping[str, str], directory: Path, advance: Callable[[int], None]
 ) -> None:
     """Write ``{"model": state_dict}`` into an existing directory, durably. Memory is a few blocks for each thread.
 
@@ -70,7 +67,7 @@ def write_dcp(
         spec = specs[name]
         return made[spec.shape, spec.dtype].around(tensors[name].blocks())
 
-    TensorWriter(layout, directory, storage, advance).write(batches_of(layout, item, specs))
+    TensorWriter(layout, directory, advance).write(batches_of(layout, item, specs))
     places = {
         entry.spec.name: storage_info(file.name, entry.begin, entry.end - entry.begin, None)
         for file in layout.files
@@ -84,7 +81,7 @@ def write_dcp(
         storage_meta=StorageMeta(),
         version=_VERSION,
     )
-    write_file(storage, directory / DCP_METADATA_NAME, pickle.dumps(metadata))
+    write_file(current(), directory / DCP_METADATA_NAME, pickle.dumps(metadata))
 
 
 def _layout(specs: Mapping[str, TensorSpec], frames: Mapping[tuple[tuple[int, ...], str], _Frame]) -> Layout:
@@ -155,18 +152,8 @@ def _frame(spec: TensorSpec) -> _Frame:
             (tail if passed else head).extend(part)
         return len(data)
 
-    torch.save(whole, cast("IO[bytes]", _Written(write)))
+    torch.save(whole, cast("IO[bytes]", SimpleNamespace(write=write, flush=lambda: None)))
     if not spec.nbytes:  # the checksum of nothing stands there already
         return _Frame(bytes(head), b"", ())
     entry = tail.rindex(_DIRECTORY_ENTRY, 0, tail.index(_ELEMENTS))
     return _Frame(bytes(head), bytes(tail), (_DESCRIPTOR_AT, entry + _CHECKSUM_AT))
-
-
-@dataclass(frozen=True, slots=True)
-class _Written:
-    """What ``torch.save`` writes to."""
-
-    write: Callable[[bytes | memoryview], int]
-
-    def flush(self) -> None:
-        """Nothing is left to be written."""

@@ -20,20 +20,17 @@ from shardwise.errors import (
     IntegrityError,
     ManifestError,
     MisuseError,
-    StateFormatError,
     UnsafePickleError,
     UnverifiableError,
     some,
 )
-from shardwise.format.json_file import parse_json
 from shardwise.format.manifest import MANIFEST_NAME, Manifest
 from shardwise.format.notes import METADATA_DIR
 from shardwise.format.sniff import Kind, what_is_file
-from shardwise.format.strict_json import JsonValue
 from shardwise.format.weight_files import TORCH, is_adapter
 from shardwise.geometry import TensorSpec, covers_once
 from shardwise.ops.model_class import CONFIG_NAME, ModelClass, model_class
-from shardwise.ops.targets import Target, find_targets, with_nested
+from shardwise.ops.targets import find_targets, with_nested
 from shardwise.ops.tensors_to_write import Computed, ReadBlocks
 from shardwise.ops.torchtitan_names import Renamed, has_own_names, in_transformers_names
 from shardwise.ops.verify import VerifyReport, verify
@@ -96,12 +93,6 @@ class ModelInput:
         """The directory with the configuration and the tokenizer."""
         return self.described or self.directory
 
-    def read_json(self, path: Path) -> JsonValue:
-        """A JSON file of the input; ``None`` where there is none."""
-        if not is_file(path):
-            return None
-        return parse_json(self.read(path), path, StateFormatError)
-
     def read(self, path: Path) -> bytes:
         """A small file of the input; `IntegrityError` where it has changed since the save."""
         content = read_file(path)
@@ -123,13 +114,22 @@ class SourceHints:
 def find_input(path: Path, hints: SourceHints) -> ModelInput:
     """Find the model at a path, and check that it is complete; errors are those of `consolidate`."""
     targets = find_targets(path)
-    target = _model_target(targets, path)
+    named = [target for target in targets if (target.under or target.directory.name).split("/")[0] != "optim"]
+    if not named:
+        raise _optimizer(path)
+    target = next((target for target in named if target.directory.name == "model"), named[0])
     directory = target.directory / target.under
     if not target.under and is_directory(directory / "model"):
         directory = directory / "model"
     file = directory if is_file(directory) else None
     if file is not None and (TORCH.stem_of(file.name) is None or is_there(target.directory / MANIFEST_NAME)):
-        raise _no_model(file)
+        what = what_is_file(file)
+        part = what is None or what.kind in (Kind.SAFETENSORS, Kind.TORCH)
+        raise MisuseError(
+            f"this is {'a file' if what is None else what.name}, and no directory of a model or checkpoint",
+            path=file,
+            hint="Name the directory that it is in." if what is None or part else what.hint,
+        )
     if hints.config is not None and not is_file(hints.config / CONFIG_NAME):
         raise MisuseError(
             f"the directory has no {CONFIG_NAME}", path=hints.config, hint="Name the directory of the base model."
@@ -152,16 +152,6 @@ def find_input(path: Path, hints: SourceHints) -> ModelInput:
     if not manifests:
         found.notes.append(_NO_MANIFEST)
     return _read(found, [manifest for _, manifest in manifests], hints)
-
-
-def _no_model(file: Path) -> MisuseError:
-    what = what_is_file(file)
-    part = what is None or what.kind in (Kind.SAFETENSORS, Kind.TORCH)
-    return MisuseError(
-        f"this is {'a file' if what is None else what.name}, and no directory of a model or checkpoint",
-        path=file,
-        hint="Name the directory that it is in." if what is None or part else what.hint,
-    )
 
 
 def _read(found: ModelInput, manifests: Sequence[Manifest], hints: SourceHints) -> ModelInput:
@@ -188,13 +178,6 @@ def _read(found: ModelInput, manifests: Sequence[Manifest], hints: SourceHints) 
 def _refuse_prefix(hints: SourceHints, directory: Path) -> None:
     if hints.prefix is not None:
         raise MisuseError("prefix is for DCP directories and files of torch.save", path=directory, hint="Leave it out.")
-
-
-def _model_target(targets: Sequence[Target], path: Path) -> Target:
-    named = [target for target in targets if (target.under or target.directory.name).split("/")[0] != "optim"]
-    if not named:
-        raise _optimizer(path)
-    return next((target for target in named if target.directory.name == "model"), named[0])
 
 
 def _optimizer(path: Path) -> MisuseError:

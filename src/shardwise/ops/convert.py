@@ -7,26 +7,43 @@ understood is refused before anything is written, and a failure leaves nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import pickle
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeAlias, cast
+from types import SimpleNamespace
+from typing import IO, Literal, TypeAlias, cast
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from shardwise._version import __version__
 from shardwise.addons.hf_config import CONFIG
 from shardwise.disk.names import is_directory, is_file, names_in
+from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import Storage, current, using
+from shardwise.dtypes import torch_dtype
 from shardwise.engine.collector import without_collector
 from shardwise.engine.missing_files import saved_aliases
 from shardwise.engine.records import ComponentRecord, layout_record, write_manifest
 from shardwise.errors import MisuseError
-from shardwise.format.dcp_metadata import parsed_once
-from shardwise.format.header import encode_header
+from shardwise.format.dcp_metadata import DCP_METADATA_NAME, parsed_once
+from shardwise.format.header import TensorEntry, encode_header
 from shardwise.format.manifest import AliasRecord
 from shardwise.format.notes import ASIDE_DIR, METADATA_DIR, NOTES, PER_RANK_DIR
 from shardwise.format.sharding import encode_sharding_metadata
 from shardwise.format.strict_json import JsonValue
+from shardwise.geometry import TensorSpec
 from shardwise.lifecycle import LATEST, LINEAGE_NAME, METRICS_NAME, checkpoint_name, next_lineage, set_pointer
 from shardwise.lifecycle.names import foreign_numbers
 from shardwise.ops.beside import side_files
@@ -37,11 +54,11 @@ from shardwise.ops.optimizer_input import OptimizerInput, find_optimizer, states
 from shardwise.ops.tensors_to_write import TensorToWrite, as_saved, computing, native_tensors_to_write, tensors_to_write
 from shardwise.ops.torchtitan_names import ROPES, Rope
 from shardwise.ops.verify import Counted, Progress
-from shardwise.ops.write_dcp import write_dcp
 from shardwise.plan.layout import FileLayout, Layout, lay_out, shard_name
 from shardwise.sources.dcp_values import DcpValues, is_dcp
 from shardwise.sources.others.accelerate import optimizer_beside
 from shardwise.sources.verifying_reader import VerifyingReader
+from shardwise.upstream.torch_checkpoint import storage_info
 
 __all__ = ["FORMATS", "ConvertReport", "Format", "convert"]
 
@@ -157,6 +174,12 @@ def _aliases(found: ModelInput, names: Mapping[str, TensorToWrite]) -> dict[str,
 
 # --- DCP -------------------------------------------------------------------------------------------------------------
 
+# The files are those that torch's ``FileSystemWriter`` writes: items of ``torch.save`` one after the other in
+# ``.distcp`` files, and ``.metadata``, which says where each is. Source: torch 2.13's
+# ``torch.distributed.checkpoint.filesystem``. An item is the tensor's elements between bytes that its shape and dtype
+# determine, but for a checksum behind them. So the place of every item is known beforehand, and none is ever whole in
+# memory.
+
 
 def _to_dcp(found: ModelInput, reader: VerifyingReader, place: Path, progress: Progress | None) -> ConvertReport:
     if found.kind is None:
@@ -166,9 +189,116 @@ def _to_dcp(found: ModelInput, reader: VerifyingReader, place: Path, progress: P
     _tell_left(found, None)
     with written_aside(place) as aside:
         current().check_space(aside, nbytes)
-        write_dcp(tensors, _aliases(found, tensors), aside, Counted(nbytes, progress).add)
+        _write_dcp(tensors, _aliases(found, tensors), aside, Counted(nbytes, progress).add)
         found.ledger.settle(current())
     return ConvertReport(place, "dcp", len(tensors), nbytes, False, found.manifest, tuple(found.notes))
+
+
+#: What torch calls the current layout of such directories.
+_VERSION = "1.0.0"
+#: In a zip archive: the name of the elements' entry, how an entry of its directory begins, and where its checksum is.
+_ELEMENTS, _DIRECTORY_ENTRY, _CHECKSUM_AT = b"/data/0", b"PK\x01\x02", 16
+#: Behind the elements: where their checksum is in what follows them at once (APPNOTE.TXT, 4.3.9).
+_DESCRIPTOR_AT = 4
+
+
+def _write_dcp(
+    tensors: Mapping[str, TensorToWrite], aliases: Mapping[str, str], directory: Path, advance: Callable[[int], None]
+) -> None:
+    """Write ``{"model": state_dict}`` into an existing directory, durably. Memory is a few blocks for each thread.
+
+    ``aliases`` are further names of tensors; both names lead to the same bytes. ``advance`` is called with bytes that
+    were written.
+    """
+    specs = {name: tensor.spec for name, tensor in tensors.items()}
+    frames = {(spec.shape, spec.dtype): spec for spec in specs.values()}
+    made = {kind: _frame(spec) for kind, spec in frames.items()}
+    layout = _dcp_layout(specs, made)
+
+    def item(name: str) -> Iterator[memoryview]:
+        spec = specs[name]
+        return made[spec.shape, spec.dtype].around(tensors[name].blocks())
+
+    TensorWriter(layout, directory, advance).write(batches_of(layout, item, specs))
+    places = {
+        entry.spec.name: storage_info(file.name, entry.begin, entry.end - entry.begin, None)
+        for file in layout.files
+        for entry in file.entries
+    }
+    kept = {name: name for name in specs} | dict(aliases)
+    metadata = Metadata({}, {f"{_MODEL}.{name}": (_MODEL, name) for name in kept}, {}, StorageMeta(), version=_VERSION)
+    for name, own in kept.items():
+        shape, zeros = torch.Size(specs[own].shape), [0] * len(specs[own].shape)
+        properties = TensorProperties(dtype=torch_dtype(specs[own].dtype))
+        chunks = [ChunkStorageMetadata(torch.Size(zeros), shape)]
+        metadata.state_dict_metadata[f"{_MODEL}.{name}"] = TensorStorageMetadata(properties, shape, chunks)
+        metadata.storage_data[MetadataIndex(f"{_MODEL}.{name}", torch.Size(zeros))] = places[own]
+    write_file(current(), directory / DCP_METADATA_NAME, pickle.dumps(metadata))
+
+
+def _dcp_layout(specs: Mapping[str, TensorSpec], frames: Mapping[tuple[tuple[int, ...], str], _Frame]) -> Layout:
+    """The files, named as DCP names those of its first rank; as many as an export has: writers of one take turns."""
+    files = []
+    for number, file in enumerate(lay_out(specs.values()).files):
+        entries, at = [], 0
+        for spec, _, _ in file.entries:
+            end = at + frames[spec.shape, spec.dtype].beside + spec.nbytes
+            entries.append(TensorEntry(spec, at, end))
+            at = end
+        files.append(FileLayout(f"__0_{number}.distcp", b"", tuple(entries)))
+    return Layout(tuple(files))
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What ``torch.save`` writes before and behind the elements of a tensor of one shape and dtype.
+
+    ``checksums`` is where in ``tail`` the elements' CRC-32 stands.
+    """
+
+    head: bytes
+    tail: bytes
+    checksums: tuple[int, ...]
+
+    @property
+    def beside(self) -> int:
+        """Bytes that are no elements."""
+        return len(self.head) + len(self.tail)
+
+    def around(self, blocks: Iterator[memoryview]) -> Iterator[memoryview]:
+        """A tensor's bytes as ``torch.save`` writes it."""
+        yield memoryview(self.head)
+        crc = 0
+        for block in blocks:
+            yield block
+            crc = crc32(block, crc)
+        tail = bytearray(self.tail)
+        for at in self.checksums:
+            tail[at : at + 4] = crc.to_bytes(4, "little")
+        yield memoryview(tail)
+
+
+def _frame(spec: TensorSpec) -> _Frame:
+    """What surrounds such a tensor, as torch writes it around whatever is in memory that is never written to."""
+    whole = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
+    start = whole.data_ptr()
+    head, tail = bytearray(), bytearray()
+    passed = 0
+
+    def write(part: bytes | memoryview) -> int:
+        nonlocal passed
+        data = np.frombuffer(part, dtype=np.uint8)
+        if start <= data.ctypes.data < start + spec.nbytes:
+            passed += len(data)
+        else:
+            (tail if passed else head).extend(part)
+        return len(data)
+
+    torch.save(whole, cast("IO[bytes]", SimpleNamespace(write=write, flush=lambda: None)))
+    if not spec.nbytes:  # the checksum of nothing stands there already
+        return _Frame(bytes(head), b"", ())
+    entry = tail.rindex(_DIRECTORY_ENTRY, 0, tail.index(_ELEMENTS))
+    return _Frame(bytes(head), bytes(tail), (_DESCRIPTOR_AT, entry + _CHECKSUM_AT))
 
 
 # --- shards ----------------------------------------------------------------------------------------------------------

@@ -43,19 +43,17 @@ def side_files(directory: Path) -> dict[str, Path]:
         return {name: path for name, path in named.items() if name not in NOTES}
     if not is_directory(directory):
         return {}
-    found = {name: directory / name for name in names_in(directory) if _belongs(directory, name)}
-    for folder in _folders(directory):
-        found |= {path.relative_to(directory).as_posix(): path for path in files_under(directory / folder)}
-    return found
-
-
-def _belongs(directory: Path, name: str) -> bool:
-    return (
-        not name.startswith(".")
+    found = {
+        name: directory / name
+        for name in names_in(directory)
+        if not name.startswith(".")
         and name not in _OTHERS
         and not name.endswith(_WEIGHTS)
         and is_file(directory / name)  # a link to a file as well: a hub cache consists of them
-    )
+    }
+    for folder in _folders(directory):
+        found |= {path.relative_to(directory).as_posix(): path for path in files_under(directory / folder)}
+    return found
 
 
 def _folders(directory: Path) -> Iterator[str]:

@@ -329,9 +329,17 @@ class _Listing:
         files = tuple(dict.fromkeys(piece.file for piece in pieces)) if file is None else (file,)
         made = TensorDescription(component, spec, files, tuple(pieces), crc)
         known = self.tensors.setdefault((component, spec.name), made)
-        if known is not made:
-            spec, files = _joined(known.spec, spec), (*known.files, *files)
-            self.tensors[component, spec.name] = replace(known, spec=spec, files=files, pieces=(*known.pieces, *pieces))
+        if known is made:
+            return
+        if len(known.spec.shape) != len(spec.shape):
+            raise FormatError(
+                "two files disagree about this tensor's dimensions",
+                tensor=spec.name,
+                hint="The directory mixes files of different checkpoints; separate them.",
+            )
+        shape = tuple(max(ends) for ends in zip(known.spec.shape, spec.shape, strict=True))
+        spec, files = known.spec._replace(shape=shape), (*known.files, *files)
+        self.tensors[component, spec.name] = replace(known, spec=spec, files=files, pieces=(*known.pieces, *pieces))
 
 
 def _read_contents(found: _Listing, listed: Sequence[str], *, whole: bool) -> None:
@@ -493,16 +501,6 @@ def _add_torch(found: _Listing, relative: str, component: str) -> None:
     beside = [name for name, is_filled in entries.items() if is_filled and name not in WRAPPERS]
     if beside:
         found.leave_out(relative, f"beside the model it has {', '.join(beside)}, not listed here", damaged=False)
-
-
-def _joined(a: TensorSpec, b: TensorSpec) -> TensorSpec:
-    if len(a.shape) != len(b.shape):
-        raise FormatError(
-            "two files disagree about this tensor's dimensions",
-            tensor=a.name,
-            hint="The directory mixes files of different checkpoints; separate them.",
-        )
-    return a._replace(shape=tuple(max(m, n) for m, n in zip(a.shape, b.shape, strict=True)))
 
 
 # --- who wrote it -----------------------------------------------------------------------------------------------------

@@ -226,7 +226,9 @@ def find_merge(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) ->
         config["dtype"] = dtype
     notes = []
     recorded = settings.get("base_model_name_or_path")
-    if isinstance(recorded, str) and recorded and not _same_base(recorded, os.fspath(base), place):
+    # As far as names tell: paths differ between machines.
+    last = {Path(name.partition("@")[0]).name for name in (str(recorded), os.fspath(base))}
+    if isinstance(recorded, str) and recorded and len(last) > 1 and Path(recorded).name != place.name:
         notes.append(f"the adapter says that its base model is {recorded}, and it was merged into {place}")
     others = [name for name in names_in(directory) if is_file(directory / name / ADAPTER_CONFIG_NAME)]
     if others:
@@ -277,12 +279,6 @@ def _model(config: Mapping[str, object], path: Path, dtype: torch.dtype) -> nn.M
                 parameter.data = parameter.data.to(torch.float32)
     cast(Any, model).tie_weights()
     return model.eval()
-
-
-def _same_base(recorded: str, given: str, place: Path) -> bool:
-    """Whether two names of a base model are of one, as far as names tell: paths differ between machines."""
-    last = {Path(name.partition("@")[0]).name for name in (recorded, given)}
-    return len(last) == 1 or Path(recorded).name == place.name
 
 
 def _plain(base: Path, adapter: Path) -> dict[str, bytes]:

@@ -174,7 +174,9 @@ def _in_model_names(optimizer: DcpOptimizer, found: ModelInput, place: Path) -> 
     params = [param for group in optimizer.groups for param in group.params]
     plain = {param: plain_name(param) for param in params}
     known = _own_names(found)
-    for front in _fronts(found):
+    # What DCP's names of the model have in front, and the ends of that.
+    parts = found.source.below.split(".") if found.source.below else []
+    for front in ("", *(".".join(parts[start:]) + "." for start in reversed(range(len(parts))))):
         if all(name.startswith(front) and name.removeprefix(front) in known for name in plain.values()):
             own = {param: name.removeprefix(front) for param, name in plain.items()}
             names = {} if found.renamed is None else found.renamed.names
@@ -195,12 +197,6 @@ def _own_names(found: ModelInput) -> Collection[str]:
     if found.kind is None:
         return found.source.tensors.keys()
     return found.kind.native.keys() | found.kind.others.keys()
-
-
-def _fronts(found: ModelInput) -> list[str]:
-    """What names of parameters may begin with: the ends of what DCP's names of the model have in front."""
-    parts = found.source.below.split(".") if found.source.below else []
-    return ["", *(".".join(parts[start:]) + "." for start in reversed(range(len(parts))))]
 
 
 def _refuse_counts(named: Sequence[DcpOptimizer], place: Path) -> None:

@@ -84,7 +84,13 @@ def repair(root: str | os.PathLike[str], *, apply: bool = False, storage: Storag
         place = real_root(given)
         listed = list_checkpoints(place)
         if not apply:
-            gone = tuple(each.path.name for each in listed if _is_leftover(each))
+            gone = tuple(
+                each.path.name
+                for each in listed
+                if each.path.name != each.name
+                and each.state in ("interrupted", "being deleted")
+                and not (each.writer and each.writer.alive)
+            )
             wrong = _wrong_pointers(place)
             return RepairReport(place, gone, wrong, _left(place, listed, wrong), checkpoints=len(listed))
         # Of a claim of another machine nobody here knows whether its lock could be seen.
@@ -95,11 +101,6 @@ def repair(root: str | os.PathLike[str], *, apply: bool = False, storage: Storag
                 set_pointer(place, each.name, each.new)
         listed = list_checkpoints(place)
         return RepairReport(place, gone, wrong, _left(place, listed, wrong), done=True, checkpoints=len(listed))
-
-
-def _is_leftover(each: ListedCheckpoint) -> bool:
-    hidden = each.path.name != each.name
-    return hidden and each.state in ("interrupted", "being deleted") and not (each.writer and each.writer.alive)
 
 
 def _wrong_pointers(root: Path) -> tuple[PointerRepair, ...]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from shardwise.cli.output import (
     FINE,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from shardwise.ops.merge import MergeReport
     from shardwise.ops.verify import VerifyReport
 
+_Report = TypeVar("_Report")
 #: Options about a source that does not say it itself, as functions call them.
 _OF_SOURCE = ("config", "prefix", "rope", "assume_complete", "master_weights", "verify_export")
 #: More tensors that differ are shown by layer.
@@ -53,23 +54,26 @@ _STATE_COLOURS = {
 }
 
 
+def _run(options: argparse.Namespace, work: Callable[..., _Report], *places: Path, names: Sequence[str]) -> _Report:
+    """What ``work`` returns, with a progress bar and the options that it takes under their own names."""
+    with progress_bar(options.quiet) as progress:
+        return work(*places, progress=progress, **{name: getattr(options, name) for name in names})
+
+
 def _each(paths: list[Path], json: bool, one: Callable[[Path], tuple[int, object]]) -> int:
     """Do ``one``, which gives exit code and result, for each path; a path that fails does not keep the others."""
-    codes: list[int] = []
-    results: list[object] = []
+    found: list[tuple[int, object]] = []
     for path in paths:
         try:
-            code, result = one(path)
+            found.append(one(path))
         except ShardwiseError as error:
             if len(paths) == 1:
                 raise
             tell_error(error, f"{path}: ")
-            code, result = code_of(error), {"requested": str(path), "error": error.to_record()}
-        codes.append(code)
-        results.append(result)
+            found.append((code_of(error), {"requested": str(path), "error": error.to_record()}))
     if json:
-        print_json(results[0] if len(paths) == 1 else results)
-    return gravest(codes)
+        print_json(found[0][1] if len(paths) == 1 else [result for _, result in found])
+    return gravest(code for code, _ in found)
 
 
 def ls(options: argparse.Namespace) -> int:
@@ -331,18 +335,12 @@ def _print_layers(layers: list[LayerDifference]) -> None:
 # --- the commands that write -----------------------------------------------------------------------------------------
 
 
-def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Options that a function takes under their own names."""
-    return {name: getattr(options, name) for name in names}
-
-
 def consolidate(options: argparse.Namespace) -> int:
     """``shardwise consolidate``."""
     from shardwise.ops import consolidate as work
 
-    chosen = _given(options, "max_file_bytes", "dtype", "base", "diffusers_compatible", *_OF_SOURCE)
-    with progress_bar(options.quiet) as progress:
-        report = work.consolidate(options.path, options.output, progress=progress, **chosen)
+    names = ("max_file_bytes", "dtype", "base", "diffusers_compatible", *_OF_SOURCE)
+    report = _run(options, work.consolidate, options.path, options.output, names=names)
     return _tell_written(options, report, f"{count(report.tensors, 'tensor')} in {count(len(report.files), 'file')}")
 
 
@@ -350,9 +348,8 @@ def convert(options: argparse.Namespace) -> int:
     """``shardwise convert``."""
     from shardwise.ops import convert as work
 
-    chosen = _given(options, "optimizer", "epoch", "step", *_OF_SOURCE)
-    with progress_bar(options.quiet) as progress:
-        report = work.convert(options.source, options.target, options.to, progress=progress, **chosen)
+    names = ("to", "optimizer", "epoch", "step", *_OF_SOURCE)
+    report = _run(options, work.convert, options.source, options.target, names=names)
     optimizer = " and the optimizer's state" if report.optimizer else ""
     return _tell_written(options, report, count(report.tensors, "tensor") + optimizer)
 
@@ -361,9 +358,8 @@ def merge_adapter(options: argparse.Namespace) -> int:
     """``shardwise merge-adapter``."""
     from shardwise.ops import merge as work
 
-    chosen = _given(options, "max_file_bytes", "verify_export")
-    with progress_bar(options.quiet) as progress:
-        report = work.merge_adapter(options.base, options.adapter, options.output, progress=progress, **chosen)
+    places, names = (options.base, options.adapter, options.output), ("max_file_bytes", "verify_export")
+    report = _run(options, work.merge_adapter, *places, names=names)
     return _tell_written(options, report, f"{count(report.tensors, 'tensor')}, {len(report.merged):,} of them merged")
 
 
@@ -421,10 +417,9 @@ def push(options: argparse.Namespace) -> int:
 
     from shardwise.ops import push as work
 
-    chosen = _given(options, "revision", "private", "message", "allow_unverified")
+    names = ("revision", "private", "message", "allow_unverified")
     try:
-        with progress_bar(options.quiet) as progress:
-            report = work.push(options.path, options.repo, progress=progress, **chosen)
+        report = _run(options, work.push, options.path, options.repo, names=names)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
         raise MisuseError(
             f"the Hub refused: {error}", hint="Check the repository's name and `hf auth login`."

@@ -87,9 +87,7 @@ def make_parser() -> Parser:
 
     _add_reading(add)
     _add_consolidate(add)
-    _add_convert(add)
-    _add_merge(add)
-    _add_roots(add)
+    _add_conversions(add)
     _add_others(add)
     return parser
 
@@ -179,7 +177,7 @@ def _add_consolidate(add: _Add) -> None:
     _add_source_options(consolidate)
 
 
-def _add_convert(add: _Add) -> None:
+def _add_conversions(add: _Add) -> None:
     convert = add(
         "convert",
         work.convert,
@@ -210,6 +208,21 @@ def _add_convert(add: _Add) -> None:
     )
     convert.add_argument("--step", type=int, metavar="N", help="likewise")
     _add_source_options(convert)
+
+    merge = add(
+        "merge-adapter",
+        work.merge_adapter,
+        "merge an adapter into its base model",
+        "Write the base model with the adapter merged into it, byte for byte as peft's merge_and_unload leaves it,\n"
+        "one module at a time. Quantized bases are dequantized. Base and adapter stay as they are.",
+        "  shardwise merge-adapter /models/base run/LATEST merged/\n"
+        "  shardwise merge-adapter org/model adapter/ merged/ --max-file-size 2GB",
+    )
+    merge.add_argument("base", metavar="BASE", help="the base model: a directory, a file, a hub id in the cache")
+    merge.add_path("adapter", "a directory of peft's, a checkpoint, a root (its LATEST)")
+    merge.add_path("output", "the directory to write", metavar="OUT")
+    _add_max_file_size(merge, "as the base")
+    _add_no_class_check(merge, default=True)
 
 
 def _add_source_options(command: Parser) -> None:
@@ -247,24 +260,7 @@ def _add_max_file_size(command: Parser, default: str) -> None:
     command.add_argument("--max-file-size", dest="max_file_bytes", type=_size, metavar="SIZE", help=text)
 
 
-def _add_merge(add: _Add) -> None:
-    merge = add(
-        "merge-adapter",
-        work.merge_adapter,
-        "merge an adapter into its base model",
-        "Write the base model with the adapter merged into it, byte for byte as peft's merge_and_unload leaves it,\n"
-        "one module at a time. Quantized bases are dequantized. Base and adapter stay as they are.",
-        "  shardwise merge-adapter /models/base run/LATEST merged/\n"
-        "  shardwise merge-adapter org/model adapter/ merged/ --max-file-size 2GB",
-    )
-    merge.add_argument("base", metavar="BASE", help="the base model: a directory, a file, a hub id in the cache")
-    merge.add_path("adapter", "a directory of peft's, a checkpoint, a root (its LATEST)")
-    merge.add_path("output", "the directory to write", metavar="OUT")
-    _add_max_file_size(merge, "as the base")
-    _add_no_class_check(merge, default=True)
-
-
-def _add_roots(add: _Add) -> None:
+def _add_others(add: _Add) -> None:
     prune = add(
         "prune",
         work.prune,
@@ -290,8 +286,6 @@ def _add_roots(add: _Add) -> None:
     prune.add_argument("--metric", default="default", metavar="KEY", help="its key in losses.json (default: default)")
     prune.add_argument("--metric-mode", choices=("min", "max"), default="min", help="whether lower is better or higher")
 
-
-def _add_others(add: _Add) -> None:
     push = add(
         "push",
         work.push,

@@ -235,8 +235,7 @@ def _check_torch(root: Path, relative: str, found: Findings) -> None:
     if kind is not None and message is not None:
         found.add(relative, kind, message)
     elif message is not None:
-        what = what_is_file(root / relative)
-        found.unchecked.append(f"{relative}: {message if what is None else what.name}")
+        found.unchecked.append(f"{relative}: {message}")
     else:
         found.count("torch archives: the directory at the end, and every entry's extent")
 
@@ -294,12 +293,10 @@ def check_torch_file(path: Path) -> Outcome:
 
 def _no_archive(path: Path) -> Outcome:
     what = what_is_file(path)
-    if what is not None and what.kind is Kind.TORCH:
-        return None, "of torch before 1.6, which does not say how long it is"
-    if WEIGHTS.fullmatch(path.name) or (what is not None and what.kind is Kind.POINTER):
-        name = "of no known format" if what is None else what.name
+    name, kind = ("of no known format", None) if what is None else (what.name, what.kind)
+    if kind is Kind.POINTER or (kind is not Kind.TORCH and WEIGHTS.fullmatch(path.name)):
         return "header", f"the file is {name}; weights of torch were expected"
-    return None, "of no known format"
+    return None, name  # a file of torch before 1.6 does not say how long it is
 
 
 def _check_entries(archive: zipfile.ZipFile, stream: BinaryIO) -> Outcome:

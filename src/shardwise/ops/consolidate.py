@@ -56,9 +56,6 @@ from shardwise.sources.verifying_reader import VerifyingReader
 
 __all__ = ["ConsolidateReport", "consolidate"]
 
-_CONSOLIDATED = "consolidated"
-_DIFFUSERS_STEM = "diffusion_pytorch_model"
-
 
 @dataclass(frozen=True, slots=True)
 class ConsolidateReport:
@@ -151,7 +148,7 @@ def consolidate(
     hints = SourceHints(prefix, assume_complete, described, rope, master_weights)
     with using(storage or current()), parsed_once(), without_collector():
         found = find_input(Path(path).absolute(), hints)
-        target = found.directory / _CONSOLIDATED if output is None else Path(output).absolute()
+        target = found.directory / "consolidated" if output is None else Path(output).absolute()
         refuse_existing(target)
         source = _carry_over(found, base).without([*_note(found, notes.KEPT_OUT), *_note(found, notes.APART)])
         found = replace(found, source=source)
@@ -269,7 +266,7 @@ def _stem(found: ModelInput, diffusers: bool | None) -> str:
             raise ConfigError(f"the recorded stem of file names is {noted!r}", path=found.directory)
         return noted
     named = run_settings(found).get("diffusers_compatible") if diffusers is None else diffusers
-    return _DIFFUSERS_STEM if named else "model"
+    return "diffusion_pytorch_model" if named else "model"
 
 
 def _with_ties(found: ModelInput, plain: Mapping[str, bytes], tensors: Sequence[TensorRecord]) -> Mapping[str, bytes]:

@@ -345,7 +345,14 @@ def _from_torch(found: ModelInput, path: Path, hints: SourceHints) -> ModelInput
     kind = class_of(found)
     try:
         entries = entries_of(path) if is_file(path) else {}
-        _refuse_state(path, entries)
+        if entries.keys() >= {"state", "param_groups"}:
+            raise MisuseError(
+                "this is an optimizer's state and no model", path=path, hint="Name the file that has the model."
+            )
+        if is_adapter(path.name):
+            raise MisuseError(
+                "this is an adapter and no model", path=path, hint="Merge it into its base model with PEFT."
+            )
         opened = open_bin(path, Group(None))
         if not is_file(path) and len(opened.source.files) == 1:
             entries = entries_of(opened.source.files[0])
@@ -375,16 +382,6 @@ def _from_torch(found: ModelInput, path: Path, hints: SourceHints) -> ModelInput
     return _with_class(found, kind, hints.rope, whole=True)
 
 
-def _refuse_state(path: Path, entries: Mapping[str, bool]) -> None:
-    """Refuse a file that holds something else than a model, by name."""
-    if entries.keys() >= {"state", "param_groups"}:
-        raise MisuseError(
-            "this is an optimizer's state and no model", path=path, hint="Name the file that has the model."
-        )
-    if is_adapter(path.name):
-        raise MisuseError("this is an adapter and no model", path=path, hint="Merge it into its base model with PEFT.")
-
-
 def _loose(opened: BinSource) -> dict[str, Computed]:
     """What torch has to load: tensors of files from before torch 1.6, and those that do not lie in row-major order."""
 
@@ -408,7 +405,16 @@ def _names(
     if prefix is not None:
         place = prefix.rstrip(".")
     elif kind is not None:
-        place = _place(tensors, kind, path)
+        places = list(dict.fromkeys(place for own in (kind.native, kind.hub) for place in places_of([*tensors], own)))
+        if len(places) > 1 and "" not in places:
+            raise MisuseError(
+                f"which tensors are the model's is not clear: a {kind.name} fits what is below each of "
+                f"{', '.join(places)}",
+                path=path,
+                hint="Say what the names of the model's tensors begin with: --prefix model (prefix='model').",
+            )
+        # Where the class's names are not there, that is found later.
+        place = "" if "" in places or not places else places[0]
     elif is_lightning:
         raise _unknown_attribute(
             path, f"--prefix '' where all tensors are the model's; they begin with {_tops(tensors)}"
@@ -435,18 +441,6 @@ def _unknown_attribute(path: Path, whole: str) -> MisuseError:
         hint="Name the directory with the model's config.json (--config), or what the names of its tensors begin with: "
         f"--prefix model.model (prefix='model.model'), or {whole}.",
     )
-
-
-def _place(tensors: Mapping[str, SourceTensor], kind: ModelClass, path: Path) -> str:
-    """The one place below which all names of the class are; where its names are not there, that is found later."""
-    places = list(dict.fromkeys(place for own in (kind.native, kind.hub) for place in places_of([*tensors], own)))
-    if len(places) > 1 and "" not in places:
-        raise MisuseError(
-            f"which tensors are the model's is not clear: a {kind.name} fits what is below each of {', '.join(places)}",
-            path=path,
-            hint="Say what the names of the model's tensors begin with: --prefix model (prefix='model').",
-        )
-    return "" if "" in places or not places else places[0]
 
 
 def _tops(tensors: Mapping[str, SourceTensor]) -> str:

@@ -199,17 +199,13 @@ def check_index(root: Path, relative: str) -> Iterator[Damage]:
         if not is_file(directory / file):
             yield Damage(relative, "index", f"{file}, which it names, is absent", "model", tuple(tensors))
         elif file.endswith(".safetensors"):
-            held = _names_in(directory / file)
+            try:
+                held = frozenset(read_header(directory / file).names)
+            except ShardwiseError:
+                held = frozenset()  # its own check says what is wrong with it
             lost = tuple(tensor for tensor in tensors if tensor not in held)
             if lost:
                 yield Damage(relative, "index", f"{file} does not hold what the index says", "model", lost)
-
-
-def _names_in(path: Path) -> frozenset[str]:
-    try:
-        return frozenset(read_header(path).names)
-    except ShardwiseError:
-        return frozenset()  # its own check says what is wrong with it
 
 
 def _check_dcp(root: Path, relative: str, names: Sequence[str], found: Findings) -> None:

@@ -18,14 +18,7 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint import metadata as dcp
 
 from shardwise._version import __version__
 from shardwise.addons.hf_config import CONFIG
@@ -181,19 +174,6 @@ def _aliases(found: ModelInput, names: Mapping[str, TensorToWrite]) -> dict[str,
 # memory.
 
 
-def _to_dcp(found: ModelInput, reader: VerifyingReader, place: Path, progress: Progress | None) -> ConvertReport:
-    if found.kind is None:
-        found = replace(found, kind=class_of(found))  # a checkpoint with a manifest was not compared with its class
-    tensors = native_tensors_to_write(found, reader.blocks)
-    nbytes = sum(each.spec.nbytes for each in tensors.values())
-    _tell_left(found, None)
-    with written_aside(place) as aside:
-        current().check_space(aside, nbytes)
-        _write_dcp(tensors, _aliases(found, tensors), aside, Counted(nbytes, progress).add)
-        found.ledger.settle(current())
-    return ConvertReport(place, "dcp", len(tensors), nbytes, False, found.manifest, tuple(found.notes))
-
-
 #: What torch calls the current layout of such directories.
 _VERSION = "1.0.0"
 #: In a zip archive: the name of the elements' entry, how an entry of its directory begins, and where its checksum is.
@@ -202,38 +182,45 @@ _ELEMENTS, _DIRECTORY_ENTRY, _CHECKSUM_AT = b"/data/0", b"PK\x01\x02", 16
 _DESCRIPTOR_AT = 4
 
 
-def _write_dcp(
-    tensors: Mapping[str, TensorToWrite], aliases: Mapping[str, str], directory: Path, advance: Callable[[int], None]
-) -> None:
-    """Write ``{"model": state_dict}`` into an existing directory, durably. Memory is a few blocks for each thread.
-
-    ``aliases`` are further names of tensors; both names lead to the same bytes. ``advance`` is called with bytes that
-    were written.
-    """
+def _to_dcp(found: ModelInput, reader: VerifyingReader, place: Path, progress: Progress | None) -> ConvertReport:
+    """Write ``{"model": state_dict}``; both names of tied tensors lead to the same bytes."""
+    if found.kind is None:
+        found = replace(found, kind=class_of(found))  # a checkpoint with a manifest was not compared with its class
+    tensors = native_tensors_to_write(found, reader.blocks)
     specs = {name: tensor.spec for name, tensor in tensors.items()}
-    frames = {(spec.shape, spec.dtype): spec for spec in specs.values()}
-    made = {kind: _frame(spec) for kind, spec in frames.items()}
-    layout = _dcp_layout(specs, made)
+    nbytes = sum(spec.nbytes for spec in specs.values())
+    frames = {kind: _frame(spec) for kind, spec in {(spec.shape, spec.dtype): spec for spec in specs.values()}.items()}
+    layout = _dcp_layout(specs, frames)
 
     def item(name: str) -> Iterator[memoryview]:
-        spec = specs[name]
-        return made[spec.shape, spec.dtype].around(tensors[name].blocks())
+        return frames[specs[name].shape, specs[name].dtype].around(tensors[name].blocks())
 
-    TensorWriter(layout, directory, advance).write(batches_of(layout, item, specs))
+    _tell_left(found, None)
+    with written_aside(place) as aside:
+        current().check_space(aside, nbytes)
+        TensorWriter(layout, aside, Counted(nbytes, progress).add).write(batches_of(layout, item, specs))
+        names = {name: name for name in specs} | _aliases(found, tensors)
+        write_file(current(), aside / DCP_METADATA_NAME, pickle.dumps(_dcp_metadata(layout, specs, names)))
+        found.ledger.settle(current())
+    return ConvertReport(place, "dcp", len(tensors), nbytes, False, found.manifest, tuple(found.notes))
+
+
+def _dcp_metadata(layout: Layout, specs: Mapping[str, TensorSpec], names: Mapping[str, str]) -> dcp.Metadata:
+    """What ``.metadata`` says; ``names`` are all names -> those of the tensors."""
     places = {
         entry.spec.name: storage_info(file.name, entry.begin, entry.end - entry.begin, None)
         for file in layout.files
         for entry in file.entries
     }
-    kept = {name: name for name in specs} | dict(aliases)
-    metadata = Metadata({}, {f"{_MODEL}.{name}": (_MODEL, name) for name in kept}, {}, StorageMeta(), version=_VERSION)
-    for name, own in kept.items():
+    paths = {f"{_MODEL}.{name}": (_MODEL, name) for name in names}
+    metadata = dcp.Metadata({}, paths, {}, dcp.StorageMeta(), version=_VERSION)
+    for name, own in names.items():
         shape, zeros = torch.Size(specs[own].shape), [0] * len(specs[own].shape)
-        properties = TensorProperties(dtype=torch_dtype(specs[own].dtype))
-        chunks = [ChunkStorageMetadata(torch.Size(zeros), shape)]
-        metadata.state_dict_metadata[f"{_MODEL}.{name}"] = TensorStorageMetadata(properties, shape, chunks)
-        metadata.storage_data[MetadataIndex(f"{_MODEL}.{name}", torch.Size(zeros))] = places[own]
-    write_file(current(), directory / DCP_METADATA_NAME, pickle.dumps(metadata))
+        properties = dcp.TensorProperties(dtype=torch_dtype(specs[own].dtype))
+        chunks = [dcp.ChunkStorageMetadata(torch.Size(zeros), shape)]
+        metadata.state_dict_metadata[f"{_MODEL}.{name}"] = dcp.TensorStorageMetadata(properties, shape, chunks)
+        metadata.storage_data[dcp.MetadataIndex(f"{_MODEL}.{name}", torch.Size(zeros))] = places[own]
+    return metadata
 
 
 def _dcp_layout(specs: Mapping[str, TensorSpec], frames: Mapping[tuple[tuple[int, ...], str], _Frame]) -> Layout:

@@ -329,22 +329,17 @@ def _blocks(
 
 
 def _same_digest(first: Parts, second: Parts, key: tuple[str, str], spec: TensorSpec) -> bool | None:
-    """Whether the digests are equal; ``None`` where there are none that can be compared."""
-    mine, theirs = (_digest(parts.recorded.get(key, ()), spec) for parts in (first, second))
-    return None if mine is None or theirs is None or mine.keys() != theirs.keys() else mine == theirs
-
-
-def _digest(records: tuple[TensorRecord, ...], spec: TensorSpec) -> dict[object, int] | None:
-    """What the manifest has of a tensor: its digest, or those of its pieces by their places."""
-    fitting = [record for record in records if record.spec == spec]
-    if len(fitting) != 1:
-        return None  # shards and export may have different values: which of them is meant, only reading tells
-    [record] = fitting
-    if record.crc32c is not None:
-        return {None: record.crc32c}
-    if len(record.chunks) == 1:
-        return {None: record.chunks[0].crc32c}
-    return {chunk.box: chunk.crc32c for chunk in record.chunks} or None
+    """Whether the manifests' digests of a tensor or its pieces are equal; ``None`` where they cannot be compared."""
+    found: list[dict[object, int]] = []
+    for parts in (first, second):
+        fitting = [record for record in parts.recorded.get(key, ()) if record.spec == spec]
+        if len(fitting) != 1:
+            return None  # shards and export may have different values: which of them is meant, only reading tells
+        [record] = fitting
+        whole = record.chunks[0].crc32c if record.crc32c is None and len(record.chunks) == 1 else record.crc32c
+        found.append({chunk.box: chunk.crc32c for chunk in record.chunks} if whole is None else {None: whole})
+    mine, theirs = found
+    return mine == theirs if mine and mine.keys() == theirs.keys() else None
 
 
 def _difference(

@@ -222,7 +222,10 @@ def written_aside(target: Path, *, resumes: bool = False) -> Iterator[Path]:
     refuse_existing(target)
     storage = current()
     aside = target.with_name(temporary_name(target.name))
-    made = _absent_directories(target.parent)
+    made, directory = [], target.parent  # the directories that have to be made, the innermost first
+    while not exists(directory):
+        made.append(directory)
+        directory = directory.parent
     try:
         storage.make_directory(target.parent)
         mine = claim(target.parent, target.name)
@@ -233,8 +236,8 @@ def written_aside(target: Path, *, resumes: bool = False) -> Iterator[Path]:
                     storage.remove_tree(aside)
                 storage.make_directory(aside)
                 yield aside
-                for directory, _ in walk(aside):
-                    storage.sync_directory(directory)
+                for each, _ in walk(aside):
+                    storage.sync_directory(each)
                 try:
                     storage.rename_new(aside, target)
                 except FileExistsError as error:  # it was not there when this began
@@ -250,15 +253,6 @@ def written_aside(target: Path, *, resumes: bool = False) -> Iterator[Path]:
             mine.release()
     except BaseException:
         with storage_errors(target):
-            for directory in made:
-                storage.remove_empty(directory)
+            for each in made:
+                storage.remove_empty(each)
         raise
-
-
-def _absent_directories(directory: Path) -> list[Path]:
-    """The directories that have to be made for this one to exist, the innermost first."""
-    absent = []
-    while not exists(directory):
-        absent.append(directory)
-        directory = directory.parent
-    return absent

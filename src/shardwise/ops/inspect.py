@@ -370,14 +370,11 @@ def _read_contents(found: _Listing, listed: Sequence[str], *, whole: bool) -> No
             if not whole:
                 raise
             found.leave_out(relative, error, damaged=True)
-    if whole:
-        _add_absent(found, listed)
-
-
-def _add_absent(found: _Listing, listed: Sequence[str]) -> None:
-    """Add the files that others name, and that a copy or download has not brought."""
-    damages = [each for name in listed if name.endswith(INDEX_SUFFIXES) for each in check_index(found.root, name)]
-    for damage in (*damages, *absent_of_sets(found.root, listed)):
+    if not whole:
+        return
+    # The files that others name, and that a copy or download has not brought.
+    damages = [each for name in listed if name.endswith(INDEX_SUFFIXES) for each in check_index(root, name)]
+    for damage in (*damages, *absent_of_sets(root, listed)):
         if damage.file not in found.damaged:
             found.leave_out(damage.file, damage.message, damaged=True)
 

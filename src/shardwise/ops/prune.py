@@ -16,8 +16,6 @@ from shardwise.ops.listing import real_root
 
 __all__ = ["PruneReport", "Retention", "prune_checkpoints", "recorded_policy"]
 
-_CONFIG_LIMIT = 2**24
-
 
 @dataclass(frozen=True, slots=True)
 class PruneReport:
@@ -91,7 +89,7 @@ def recorded_policy(root: Path) -> Retention | None:
         StateFormatError: The file is damaged.
     """
     last = newest(list_checkpoints(root))
-    data = None if last is None else read_note(last.path, CONFIG_NAME, _CONFIG_LIMIT)
+    data = None if last is None else read_note(last.path, CONFIG_NAME, 2**24)
     if last is None or data is None:
         return None
     settings = settings_in(data, last.path / CONFIG_NAME, "Pass a policy (--keep-last N).")

@@ -292,7 +292,7 @@ def test_interrupted_while_it_writes(to: str, tmp_path: Path, monkeypatch: pytes
     def bar(quiet: bool) -> contextlib.nullcontext[Progress]:
         return contextlib.nullcontext(interrupts)
 
-    monkeypatch.setattr("shardwise.cli.changing.progress_bar", bar)  # where a signal arrives is left to no chance
+    monkeypatch.setattr("shardwise.cli.commands.progress_bar", bar)  # where a signal arrives is left to no chance
     assert main(["convert", str(source), str(tmp_path / "new" / "out"), "--to", to]) == 130
     assert sorted(tmp_path.rglob("*")) == before
     assert main(["consolidate", str(source)]) == 130

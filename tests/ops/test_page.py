@@ -21,10 +21,9 @@ from tests.ops.pages import HOSTILE, data_of, write_model
 from shardwise.cli import main
 from shardwise.disk.storage import LocalStorage
 from shardwise.errors import MisuseError
-from shardwise.ops.inspect import inspect
+from shardwise.ops.inspect import inspect, writer_of
 from shardwise.ops.modules import layer_of, module_of
 from shardwise.ops.page import ADDED, ANOTHER, CHANGED, DIFFERS, EQUAL, UNKNOWN, write_page
-from shardwise.ops.tensor_listing import writer_of
 
 EXPORT = "model/consolidated/model.safetensors"
 

@@ -1,6 +1,6 @@
 """``shardwise verify`` and its siblings: arguments in, reports out; the work is done by `shardwise.ops`.
 
-The commands are defined in `parsing`; `showing` has those that read, `changing` those that write.
+The commands are defined in `parsing`; `commands` has what each does.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import io
 import sys
 from collections.abc import Callable, Sequence
 
-from shardwise.cli.exits import CRASHED, INTERRUPTED, MISUSE, code_of
-from shardwise.cli.output import drop_output, flush, tell, tell_error, tell_traceback, warnings_told
+from shardwise.cli import output
 from shardwise.cli.parsing import make_parser
 from shardwise.errors import ShardwiseError, StorageError
 
@@ -27,33 +26,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # an encoding may lack what a name has
     try:
-        with warnings_told():
+        with output.warnings_told():
             return _done(arguments)
     finally:
-        drop_output()  # what is left after an error, if it cannot be printed
+        output.drop_output()  # what is left after an error, if it cannot be printed
 
 
 def _done(arguments: Sequence[str] | None) -> int:
     try:
-        options = _parsed(arguments)
+        try:
+            options = make_parser().parse_args(arguments)
+        except SystemExit:
+            output.flush()  # --help may meet a full disk, too
+            raise
         command: Callable[[argparse.Namespace], int] = options.command
         code = command(options)
-        flush()  # a full disk or a closed pipe is to be seen here, and not at exit
+        output.flush()  # a full disk or a closed pipe is to be seen here, and not at exit
         return code
     except ShardwiseError as error:
-        tell_error(error)
-        return code_of(error)
+        output.tell_error(error)
+        return output.code_of(error)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return output.INTERRUPTED
     except BrokenPipeError:
-        return MISUSE  # whoever read it has left (`| head`)
+        return output.MISUSE  # whoever read it has left (`| head`)
     except OSError as error:
-        tell(f"shardwise: {_system_error(error)}")
-        return MISUSE
+        output.tell(f"shardwise: {_system_error(error)}")
+        return output.MISUSE
     except Exception:  # noqa: BLE001  any other exit code than Python's, which is that of damage
-        tell_traceback()
-        tell("shardwise: this is an error of shardwise itself: please report it with the lines above")
-        return CRASHED
+        output.tell_traceback()
+        output.tell("shardwise: this is an error of shardwise itself: please report it with the lines above")
+        return output.CRASHED
 
 
 def _system_error(error: OSError) -> str:
@@ -62,15 +65,3 @@ def _system_error(error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return f"the working directory is gone: {error.strerror}. Change to one that exists, or name whole paths."
     return f"standard output cannot be written: {error.strerror or error}. Send it somewhere else."
-
-
-def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    try:
-        return make_parser().parse_args(arguments)
-    except SystemExit:
-        flush()  # --help may meet a full disk, too
-        raise
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from shardwise.cli.exits import FINE
-from shardwise.cli.output import say
+from shardwise.cli.output import FINE, say
 
 if TYPE_CHECKING:
     import argparse

@@ -1,4 +1,4 @@
-"""What commands print with: lines in which no name can steer a terminal, sizes, ages, columns, JSON, a progress bar.
+"""What commands end and print with: exit codes, lines in which no name can steer a terminal, columns, JSON, a bar.
 
 Nothing else in `shardwise.cli` prints. Names of tensors and files, values of configurations and messages of other
 libraries come from whoever wrote the files.
@@ -18,7 +18,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, TextIO
 
-from shardwise.errors import ShardwiseError
+from shardwise.errors import FormatError, IntegrityError, ShardwiseError, TensorError, UnverifiableError
 
 if TYPE_CHECKING:
     import argparse
@@ -27,7 +27,27 @@ if TYPE_CHECKING:
 
     from shardwise.ops.verify import Progress
 
+#: Unverifiable is not whole: a script that goes on after 0 must not go on with what nobody checked.
+FINE, FOUND, MISUSE, UNVERIFIABLE = 0, 1, 2, 3
+#: An error of the program itself (EX_SOFTWARE of sysexits.h); 1, which Python gives, would read as "damaged".
+CRASHED = 70
+INTERRUPTED = 130
+
+_GRAVEST = (INTERRUPTED, CRASHED, FOUND, MISUSE, UNVERIFIABLE, FINE)
+
 _COLOURS = {"red": 31, "green": 32, "yellow": 33, "grey": 90}
+
+
+def code_of(error: ShardwiseError) -> int:
+    """The exit code of a command that ended with this error."""
+    if isinstance(error, UnverifiableError):
+        return UNVERIFIABLE
+    return FOUND if isinstance(error, (FormatError, IntegrityError, TensorError)) else MISUSE
+
+
+def gravest(codes: Iterable[int]) -> int:
+    """The code of a command for several paths: found before misuse before unverifiable before fine."""
+    return min(codes, key=_GRAVEST.index, default=FINE)
 
 
 def record(value: DataclassInstance) -> dict[str, object]:
@@ -61,7 +81,9 @@ def printable(text: str) -> str:
 
 def say(text: str = "", colour: str | None = None) -> None:
     """Print a line on standard output, in a colour where that is a terminal and ``NO_COLOR`` is not set."""
-    print(_coloured(printable(text), colour))
+    shows = _is_terminal(sys.stdout) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    line = printable(text)
+    print(f"\033[{_COLOURS[colour]}m{line}\033[0m" if colour and shows else line)
 
 
 def tell(text: str) -> None:
@@ -71,10 +93,9 @@ def tell(text: str) -> None:
             print(printable(text), file=sys.stderr)
 
 
-def tell_error(error: Exception, about: str = "") -> None:
+def tell_error(error: ShardwiseError, about: str = "") -> None:
     """Print an error on standard error, behind what it is ``about``, and where the documentation has more."""
-    if isinstance(error, ShardwiseError):
-        error.rank = None  # commands are one process: "rank 0" would say nothing
+    error.rank = None  # commands are one process: "rank 0" would say nothing
     tell(f"shardwise: {about}{error}")
     for note in getattr(error, "__notes__", ()):
         tell(note)
@@ -181,11 +202,6 @@ def columns(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) 
         ).rstrip()
         for row in rows
     ]
-
-
-def _coloured(text: str, colour: str | None) -> str:
-    shows = colour and _is_terminal(sys.stdout) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return f"\033[{_COLOURS[colour]}m{text}\033[0m" if colour and shows else text
 
 
 @contextmanager

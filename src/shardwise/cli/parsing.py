@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from shardwise._version import __version__
-from shardwise.cli import changing, showing
+from shardwise.cli import commands as work
 from shardwise.cli.completion import SHELLS, completion
 from shardwise.cli.output import printable, say
 
@@ -87,9 +87,7 @@ def make_parser() -> Parser:
 
     _add_reading(add)
     _add_consolidate(add)
-    _add_convert(add)
-    _add_merge(add)
-    _add_roots(add)
+    _add_conversions(add)
     _add_others(add)
     return parser
 
@@ -100,7 +98,7 @@ _Add = Callable[[str, Callable[[argparse.Namespace], int], str, str, str], Parse
 def _add_reading(add: _Add) -> None:
     ls = add(
         "ls",
-        showing.ls,
+        work.ls,
         "list the checkpoints of a directory",
         "Steps, age, size, metrics, pointers and state of the checkpoints of a root, one line each. Damage is what\n"
         "sizes show; `verify` reads every byte.",
@@ -113,7 +111,7 @@ def _add_reading(add: _Add) -> None:
 
     verify = add(
         "verify",
-        showing.verify,
+        work.verify,
         "compare a checkpoint with its manifest, byte by byte",
         "Say whether a checkpoint is what was saved, and if not what is damaged, by file and tensor.",
         "  shardwise verify checkpoints/\n  shardwise verify --quick checkpoints/epoch_0_step_*",
@@ -124,7 +122,7 @@ def _add_reading(add: _Add) -> None:
 
     inspect = add(
         "inspect",
-        showing.inspect,
+        work.inspect,
         "show what is in a checkpoint",
         "Files and their formats by content, tensors, parameters by module, who wrote it and on what topology. --html\n"
         "writes a page with a map of the files, for any browser; with --against it shows what changed, layer by layer.",
@@ -139,7 +137,7 @@ def _add_reading(add: _Add) -> None:
 
     diff = add(
         "diff",
-        showing.diff,
+        work.diff,
         "compare two checkpoints or models",
         "Names, shapes, dtypes, and of each tensor (of each layer, where many differ) the relative difference and the\n"
         "largest; configurations too. Tensors with the same digest in both manifests are not read. Exit code 1 where\n"
@@ -155,7 +153,7 @@ def _add_reading(add: _Add) -> None:
 def _add_consolidate(add: _Add) -> None:
     consolidate = add(
         "consolidate",
-        changing.consolidate,
+        work.consolidate,
         "make the Hugging Face export of a checkpoint",
         "Write the files that transformers, vLLM and PEFT open from a checkpoint saved without them: as shards, with\n"
         "torch_save, or by another tool: DCP, verl, accelerate's FSDP, DeepSpeed, one file per rank. What verify\n"
@@ -179,10 +177,10 @@ def _add_consolidate(add: _Add) -> None:
     _add_source_options(consolidate)
 
 
-def _add_convert(add: _Add) -> None:
+def _add_conversions(add: _Add) -> None:
     convert = add(
         "convert",
-        changing.convert,
+        work.convert,
         "convert what another tool saved: to a Hugging Face model, to DCP, or to a checkpoint to go on from",
         "Write DST from SRC: DCP directories (bare, under model, under app, beside an optimizer), torch's sharded HF\n"
         "files, runs of NeMo AutoModel, Lightning's .ckpt and FSDP directories, .bin, .pt, .pth, torchtitan's Llama,\n"
@@ -210,6 +208,21 @@ def _add_convert(add: _Add) -> None:
     )
     convert.add_argument("--step", type=int, metavar="N", help="likewise")
     _add_source_options(convert)
+
+    merge = add(
+        "merge-adapter",
+        work.merge_adapter,
+        "merge an adapter into its base model",
+        "Write the base model with the adapter merged into it, byte for byte as peft's merge_and_unload leaves it,\n"
+        "one module at a time. Quantized bases are dequantized. Base and adapter stay as they are.",
+        "  shardwise merge-adapter /models/base run/LATEST merged/\n"
+        "  shardwise merge-adapter org/model adapter/ merged/ --max-file-size 2GB",
+    )
+    merge.add_argument("base", metavar="BASE", help="the base model: a directory, a file, a hub id in the cache")
+    merge.add_path("adapter", "a directory of peft's, a checkpoint, a root (its LATEST)")
+    merge.add_path("output", "the directory to write", metavar="OUT")
+    _add_max_file_size(merge, "as the base")
+    _add_no_class_check(merge, default=True)
 
 
 def _add_source_options(command: Parser) -> None:
@@ -247,27 +260,10 @@ def _add_max_file_size(command: Parser, default: str) -> None:
     command.add_argument("--max-file-size", dest="max_file_bytes", type=_size, metavar="SIZE", help=text)
 
 
-def _add_merge(add: _Add) -> None:
-    merge = add(
-        "merge-adapter",
-        changing.merge_adapter,
-        "merge an adapter into its base model",
-        "Write the base model with the adapter merged into it, byte for byte as peft's merge_and_unload leaves it,\n"
-        "one module at a time. Quantized bases are dequantized. Base and adapter stay as they are.",
-        "  shardwise merge-adapter /models/base run/LATEST merged/\n"
-        "  shardwise merge-adapter org/model adapter/ merged/ --max-file-size 2GB",
-    )
-    merge.add_argument("base", metavar="BASE", help="the base model: a directory, a file, a hub id in the cache")
-    merge.add_path("adapter", "a directory of peft's, a checkpoint, a root (its LATEST)")
-    merge.add_path("output", "the directory to write", metavar="OUT")
-    _add_max_file_size(merge, "as the base")
-    _add_no_class_check(merge, default=True)
-
-
-def _add_roots(add: _Add) -> None:
+def _add_others(add: _Add) -> None:
     prune = add(
         "prune",
-        changing.prune,
+        work.prune,
         "delete old checkpoints by the retention policy",
         "Show which checkpoints the policy gives up; with --yes, delete them. Without --keep-... the policy is\n"
         "that of the newest checkpoint's settings. What a pointer leads to and the newest one stay.",
@@ -275,7 +271,7 @@ def _add_roots(add: _Add) -> None:
     )
     repair = add(
         "repair",
-        changing.repair,
+        work.repair,
         "remove what interrupted saves left and mend pointers",
         "Show what interrupted saves left and which pointers lead nowhere; with --yes, mend it. What is being written\n"
         "stays. Exit code 1 where something is left to do.",
@@ -290,11 +286,9 @@ def _add_roots(add: _Add) -> None:
     prune.add_argument("--metric", default="default", metavar="KEY", help="its key in losses.json (default: default)")
     prune.add_argument("--metric-mode", choices=("min", "max"), default="min", help="whether lower is better or higher")
 
-
-def _add_others(add: _Add) -> None:
     push = add(
         "push",
-        changing.push,
+        work.push,
         "upload a model to the Hugging Face Hub",
         "Verify a checkpoint's export or adapter, or a model's directory, and upload it as one commit. What verify\n"
         "refuses is refused.",

@@ -21,6 +21,7 @@ from shardwise.base.files import find_base
 from shardwise.checkpointing.hub import differing_ties
 from shardwise.checkpointing.saving.checks import check_described
 from shardwise.comm import Group
+from shardwise.disk.names import is_file
 from shardwise.disk.storage import Storage, current, using
 from shardwise.dtypes import FLOATS, torch_dtype
 from shardwise.engine.collector import without_collector
@@ -32,27 +33,18 @@ from shardwise.errors import (
     DtypeMismatchError,
     MissingTensorError,
     MisuseError,
+    StateFormatError,
     some,
 )
+from shardwise.format import notes
 from shardwise.format.dcp_metadata import parsed_once
-from shardwise.format.manifest import AliasRecord, TensorRecord
-from shardwise.format.notes import (
-    APART,
-    EXPORT,
-    FILE_DTYPES,
-    FILE_INDEX,
-    KEPT_OUT,
-    LOOSE_TIES,
-    METADATA_DIR,
-    PASSED_THROUGH,
-)
+from shardwise.format.json_file import parse_json
+from shardwise.format.manifest import TensorRecord
 from shardwise.format.strict_json import JsonValue
 from shardwise.geometry import TensorSpec
-from shardwise.ops.aside import refuse_existing
+from shardwise.ops.beside import run_settings, side_files
 from shardwise.ops.consolidate_input import ModelInput, SourceHints, find_input
-from shardwise.ops.exporting import Export, batches_of, publish
-from shardwise.ops.run_config import run_settings
-from shardwise.ops.side_content import side_files
+from shardwise.ops.exporting import batches_of, publish, refuse_existing
 from shardwise.ops.tensors_to_write import TensorToWrite, tensors_to_write
 from shardwise.ops.torchtitan_names import Rope
 from shardwise.ops.verify import Progress
@@ -63,9 +55,6 @@ from shardwise.sources.tensor_bytes import as_bytes
 from shardwise.sources.verifying_reader import VerifyingReader
 
 __all__ = ["ConsolidateReport", "consolidate"]
-
-_CONSOLIDATED = "consolidated"
-_DIFFUSERS_STEM = "diffusion_pytorch_model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,17 +147,31 @@ def consolidate(
     described = None if config is None else Path(config).absolute()
     hints = SourceHints(prefix, assume_complete, described, rope, master_weights)
     with using(storage or current()), parsed_once(), without_collector():
-        found = find_input(Path(path).absolute(), current(), hints)
-        target = found.directory / _CONSOLIDATED if output is None else Path(output).absolute()
+        found = find_input(Path(path).absolute(), hints)
+        target = found.directory / "consolidated" if output is None else Path(output).absolute()
         refuse_existing(target)
-        found = _exported_tensors(found, base)
+        source = _carry_over(found, base).without([*_note(found, notes.KEPT_OUT), *_note(found, notes.APART)])
+        found = replace(found, source=source)
         with closing(VerifyingReader(current(), found.source.files, found.ledger)) as reader:
-            tensors, stem = tensors_to_write(found, reader), _stem(found, diffusers_compatible)
+            tensors, stem = tensors_to_write(found, reader.blocks), _stem(found, diffusers_compatible)
             specs, plain, recast = _described(found, tensors, dtype)
             _require_opens(found, tensors, plain, verify_export)
             layout = _layout(found, specs, stem, max_file_bytes)
             plain = {**plain, index_name(stem): layout.index}
-            publish(_export(found, tensors, layout, plain, frozenset(recast)), target, current(), progress)
+            aliases, made = saved_aliases(found.source).items(), {spec.name: spec for spec in specs}
+            cast = frozenset(recast)
+            publish(
+                layout,
+                batches_of(
+                    layout, lambda name: _blocks(tensors[name], made[name], name in cast, found.directory), made
+                ),
+                target,
+                progress,
+                plain=lambda records: _with_ties(found, plain, records),
+                aliases={name: kept for name, kept in aliases if kept in tensors and name not in tensors},
+                notes={} if found.manifest else {"source": "no manifest", "notes": list(found.notes)},
+                settle=lambda: found.ledger.settle(current()),
+            )
     names = tuple(file.name for file in layout.files)
     return ConsolidateReport(
         target, names, len(tensors), layout.total_bytes, found.manifest, tuple(found.notes), recast
@@ -177,36 +180,11 @@ def consolidate(
 
 def _note(found: ModelInput, name: str) -> Mapping[str, JsonValue]:
     """A note that the save left beside the tensors; a list counts as its entries without values."""
-    content = found.read_json(found.directory / METADATA_DIR / name)
+    path = found.directory / notes.METADATA_DIR / name
+    content = parse_json(found.read(path), path, StateFormatError) if is_file(path) else None
     if isinstance(content, list):
         return dict.fromkeys(map(str, content))
     return content if isinstance(content, dict) else {}
-
-
-def _exported_tensors(found: ModelInput, base: str | os.PathLike[str] | None) -> ModelInput:
-    """The input with the base model's tensors that are carried over, without those that are kept out of an export."""
-    source = _carry_over(found, base)
-    return replace(found, source=source.without([*_note(found, KEPT_OUT), *_note(found, APART)]))
-
-
-def _export(
-    found: ModelInput,
-    tensors: Mapping[str, TensorToWrite],
-    layout: Layout,
-    plain: Mapping[str, bytes],
-    recast: frozenset[str],
-) -> Export:
-    specs = {entry.spec.name: entry.spec for file in layout.files for entry in file.entries}
-    aliases = saved_aliases(found.source).items()
-    notes: dict[str, JsonValue] = {"source": "no manifest", "notes": list(found.notes)}
-    return Export(
-        layout,
-        batches_of(layout, lambda name: _blocks(tensors[name], specs[name], name in recast, found.directory), specs),
-        lambda records: _with_ties(found, plain, records),
-        lambda: found.ledger.settle(current()),
-        tuple(AliasRecord("model", name, kept) for name, kept in aliases if kept in tensors and name not in tensors),
-        {} if found.manifest else notes,
-    )
 
 
 def _described(
@@ -214,8 +192,10 @@ def _described(
 ) -> tuple[list[TensorSpec], Mapping[str, bytes], tuple[str, ...]]:
     """The tensors of the export, the files beside them, and which tensors get the dtype that was asked for."""
     plain: Mapping[str, bytes] = {name: found.read(place) for name, place in side_files(found.beside).items()}
-    dtypes = _note(found, FILE_DTYPES)
-    specs = [_exported(tensor.spec, dtypes.get(name)) for name, tensor in tensors.items()]
+    noted = _note(found, notes.FILE_DTYPES).items()
+    dtypes = {name: code for name, code in noted if isinstance(code, str) and code in FLOATS}
+    specs = [tensor.spec for tensor in tensors.values()]
+    specs = [s._replace(dtype=dtypes.get(s.name, s.dtype)) if s.dtype in FLOATS else s for s in specs]
     return (specs, plain, ()) if dtype is None else _recast(found, specs, plain, dtype)
 
 
@@ -263,45 +243,37 @@ def _require_opens(
 def _layout(found: ModelInput, specs: Sequence[TensorSpec], stem: str, max_file_bytes: int | None) -> Layout:
     if max_file_bytes is not None:
         return lay_out(specs, max_file_bytes=max_file_bytes, stem=stem)
-    export, numbers = _note(found, EXPORT), _note(found, FILE_INDEX)
+    export, numbers = _note(found, notes.EXPORT), _note(found, notes.FILE_INDEX)
     named, recorded = export.get("files"), export.get("max_file_bytes")
     names = [str(name) for name in named] if isinstance(named, list) else []
     split = {name: number for name, number in numbers.items() if isinstance(number, int)}
     count = max(split.values(), default=0)
-    files = {name: _file_name(number, count, names) for name, number in split.items()}
+
+    def file(number: int) -> str:
+        if len(names) >= number > 0:
+            return names[number - 1]
+        return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+    files = {name: file(number) for name, number in split.items()}
     limit = recorded if type(recorded) is int else MAX_FILE_BYTES
     return lay_out(specs, base_files=files, max_file_bytes=limit, stem=stem)
 
 
-def _file_name(number: int, count: int, names: Sequence[str]) -> str:
-    if len(names) >= number > 0:
-        return names[number - 1]
-    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-
-
 def _stem(found: ModelInput, diffusers: bool | None) -> str:
-    noted = _note(found, EXPORT).get("stem")
+    noted = _note(found, notes.EXPORT).get("stem")
     if diffusers is None and isinstance(noted, str):
         if os.sep in noted or noted.startswith("."):
             raise ConfigError(f"the recorded stem of file names is {noted!r}", path=found.directory)
         return noted
-    if diffusers is None:
-        diffusers = bool(run_settings(found).get("diffusers_compatible"))
-    return _DIFFUSERS_STEM if diffusers else "model"
-
-
-def _exported(spec: TensorSpec, dtype: JsonValue) -> TensorSpec:
-    if isinstance(dtype, str) and {dtype, spec.dtype} <= FLOATS.keys():
-        return spec._replace(dtype=dtype)
-    return spec
+    named = run_settings(found).get("diffusers_compatible") if diffusers is None else diffusers
+    return "diffusion_pytorch_model" if named else "model"
 
 
 def _with_ties(found: ModelInput, plain: Mapping[str, bytes], tensors: Sequence[TensorRecord]) -> Mapping[str, bytes]:
     """The files beside the tensors; the configuration's ties are those that were written."""
-    ties = {name: str(kept) for name, kept in _note(found, LOOSE_TIES).items()}
-    if not differing_ties(ties, tensors):
-        return plain
-    return {**plain, **{name: as_text(untied(entries)).encode() for name, entries in _configs(plain).items()}}
+    ties = {name: str(kept) for name, kept in _note(found, notes.LOOSE_TIES).items()}
+    configs = _configs(plain) if differing_ties(ties, tensors) else {}
+    return {**plain, **{name: as_text(untied(entries)).encode() for name, entries in configs.items()}}
 
 
 def _blocks(saved: TensorToWrite, spec: TensorSpec, strict: bool, directory: Path) -> Iterator[memoryview]:
@@ -333,22 +305,21 @@ _ANOTHER = "It is another model than the one that was trained. " + _HINT
 
 def _carry_over(found: ModelInput, base: str | os.PathLike[str] | None) -> Source:
     """The tensors of the export: the model's, and those that the save recorded as carried over from its base."""
-    carried = _note(found, EXPORT).get("carried")
-    names = [*_note(found, PASSED_THROUGH), *(map(str, carried) if isinstance(carried, list) else ())]
+    carried = _note(found, notes.EXPORT).get("carried")
+    names = [*_note(found, notes.PASSED_THROUGH), *(map(str, carried) if isinstance(carried, list) else ())]
     absent = [name for name in dict.fromkeys(names) if name not in found.source.tensors]
     if not absent:
         return found.source
     path = _base_path(found, base, absent[0])
     source = open_source(path, Group(None))
-    dtypes = _note(found, FILE_DTYPES)
+    dtypes = _note(found, notes.FILE_DTYPES)
     tensors = dict(found.source.tensors)
     first = len(found.source.files)
     for name in absent:
-        known = source.tensors.get(name)
+        known, recorded = source.tensors.get(name), dtypes.get(name)
         if known is None:
             why = "the export carries this tensor over from the base model, which has none of this name"
             raise MissingTensorError(why, path=path, tensor=name, hint=_ANOTHER)
-        recorded = dtypes.get(name)
         if recorded is not None and recorded != known.spec.dtype:
             why = f"the base model has this tensor in {known.spec.dtype}; when the model was saved it was {recorded}"
             raise DtypeMismatchError(why, path=path, tensor=name, hint=_ANOTHER)
@@ -360,7 +331,7 @@ def _carry_over(found: ModelInput, base: str | os.PathLike[str] | None) -> Sourc
 def _base_path(found: ModelInput, base: str | os.PathLike[str] | None, tensor: str) -> Path:
     if base is not None:
         return find_base(None, os.fspath(base))
-    noted = _note(found, EXPORT).get("base")
+    noted = _note(found, notes.EXPORT).get("base")
     tried: list[tuple[str | None, str]] = [(None, noted)] if isinstance(noted, str) else []
     settings = run_settings(found)
     name, root, cache = (settings.get(key) for key in ("model_repo_id", "original_model_root_dir", "model_cache_dir"))

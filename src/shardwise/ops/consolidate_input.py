@@ -2,51 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
+
+import torch
 
 from shardwise.comm import Group
 from shardwise.disk.names import exists, is_directory, is_file, is_there, names_in
-from shardwise.disk.storage import Storage
+from shardwise.disk.storage import current
+from shardwise.dtypes import torch_dtype
 from shardwise.engine.verify import extents_of, load_manifest
 from shardwise.errors import (
     IncompleteTensorError,
     IntegrityError,
     ManifestError,
     MisuseError,
-    StateFormatError,
+    UnsafePickleError,
     UnverifiableError,
     some,
 )
-from shardwise.format.json_file import parse_json
 from shardwise.format.manifest import MANIFEST_NAME, Manifest
 from shardwise.format.notes import METADATA_DIR
 from shardwise.format.sniff import Kind, what_is_file
-from shardwise.format.strict_json import JsonValue
 from shardwise.format.weight_files import TORCH, is_adapter
 from shardwise.geometry import TensorSpec, covers_once
-from shardwise.ops.computed_tensors import Computed
 from shardwise.ops.model_class import CONFIG_NAME, ModelClass, model_class
-from shardwise.ops.targets import Target, find_targets, with_nested
-from shardwise.ops.torch_input import open_torch_model, refuse_part, unknown_attribute
+from shardwise.ops.targets import find_targets, with_nested
+from shardwise.ops.tensors_to_write import Computed, ReadBlocks
 from shardwise.ops.torchtitan_names import Renamed, has_own_names, in_transformers_names
 from shardwise.ops.verify import VerifyReport, verify
 from shardwise.plan.reads import SourceTensor
-from shardwise.sources.dcp_model import find_model
+from shardwise.sources.dcp_model import find_model, places_of, unwrapped_names
 from shardwise.sources.directory_contents import holds_model, holds_safetensors, holds_torch_files
 from shardwise.sources.entries import read_entries
 from shardwise.sources.others.layout import Layout
 from shardwise.sources.others.recognise import recognise
 from shardwise.sources.sources import Source, open_source
 from shardwise.sources.state_files import read_file
+from shardwise.sources.tensor_bytes import byte_blocks
+from shardwise.sources.torch_files import BinSource, entries_of, load_file, open_bin
+from shardwise.sources.torch_state import WRAPPERS
 from shardwise.sources.verifying_reader import DigestLedger, RecordedDigest
 
-#: What Lightning's FSDP strategies write beside DCP's files.
-_LIGHTNING = "meta.pt"
+#: What Lightning's FSDP strategies write beside DCP's files, and an entry of those of ``Trainer.save_checkpoint``.
+_LIGHTNING, _LIGHTNING_ENTRY = "meta.pt", "pytorch-lightning_version"
 _ADAPTER_CONFIG = "adapter_config.json"
 _OPTIMIZER_STATE = "optimizer.json"
-_SHOWN, _MOST_LEFT = 3, 12
+#: Entries of files of ``torch.save``.
+_OPTIMIZERS = ("optimizer", "optimizer_state_dict", "optimizer_states", "optim")
+_PART = re.compile(r"-\d{5,}-of-\d{5,}\.")
+_SHOWN, _MOST_SHOWN, _MOST_LEFT = 3, 5, 12
 _NO_MANIFEST = "there is no manifest: that the bytes are those that were saved could not be checked"
 
 
@@ -85,12 +93,6 @@ class ModelInput:
         """The directory with the configuration and the tokenizer."""
         return self.described or self.directory
 
-    def read_json(self, path: Path) -> JsonValue:
-        """A JSON file of the input; ``None`` where there is none."""
-        if not is_file(path):
-            return None
-        return parse_json(self.read(path), path, StateFormatError)
-
     def read(self, path: Path) -> bytes:
         """A small file of the input; `IntegrityError` where it has changed since the save."""
         content = read_file(path)
@@ -109,22 +111,33 @@ class SourceHints:
     master_weights: bool = False
 
 
-def find_input(path: Path, storage: Storage, hints: SourceHints) -> ModelInput:
+def find_input(path: Path, hints: SourceHints) -> ModelInput:
     """Find the model at a path, and check that it is complete; errors are those of `consolidate`."""
     targets = find_targets(path)
-    target = _model_target(targets, path)
+    named = [target for target in targets if (target.under or target.directory.name).split("/")[0] != "optim"]
+    if not named:
+        raise _optimizer(path)
+    target = next((target for target in named if target.directory.name == "model"), named[0])
     directory = target.directory / target.under
     if not target.under and is_directory(directory / "model"):
         directory = directory / "model"
     file = directory if is_file(directory) else None
     if file is not None and (TORCH.stem_of(file.name) is None or is_there(target.directory / MANIFEST_NAME)):
-        raise _no_model(file)
+        what = what_is_file(file)
+        part = what is None or what.kind in (Kind.SAFETENSORS, Kind.TORCH)
+        raise MisuseError(
+            f"this is {'a file' if what is None else what.name}, and no directory of a model or checkpoint",
+            path=file,
+            hint="Name the directory that it is in." if what is None or part else what.hint,
+        )
     if hints.config is not None and not is_file(hints.config / CONFIG_NAME):
         raise MisuseError(
             f"the directory has no {CONFIG_NAME}", path=hints.config, hint="Name the directory of the base model."
         )
-    if file is not None:
-        refuse_part(file)
+    if file is not None and _PART.search(file.name):
+        raise MisuseError(
+            "this is one of several files of a model", path=file, hint=f"Name their directory: {str(file.parent)!r}."
+        )
     refuse_damaged(verify(path, digests=False), directory)
     if file is not None:
         return _from_file(file, hints)
@@ -133,22 +146,12 @@ def find_input(path: Path, storage: Storage, hints: SourceHints) -> ModelInput:
     manifests = [(place, manifest) for place, manifest in loaded if manifest is not None]
     ledger = DigestLedger(_recorded(manifests))
     # Before any header is trusted.
-    ledger.headers([place for place in ledger.recorded if place.is_relative_to(directory)], storage)
+    ledger.headers([place for place in ledger.recorded if place.is_relative_to(directory)], current())
     source = Source(directory, (), {})
     found = ModelInput(directory, target.directory, bool(manifests), source, ledger, described=hints.config)
     if not manifests:
         found.notes.append(_NO_MANIFEST)
     return _read(found, [manifest for _, manifest in manifests], hints)
-
-
-def _no_model(file: Path) -> MisuseError:
-    what = what_is_file(file)
-    part = what is None or what.kind in (Kind.SAFETENSORS, Kind.TORCH)
-    return MisuseError(
-        f"this is {'a file' if what is None else what.name}, and no directory of a model or checkpoint",
-        path=file,
-        hint="Name the directory that it is in." if what is None or part else what.hint,
-    )
 
 
 def _read(found: ModelInput, manifests: Sequence[Manifest], hints: SourceHints) -> ModelInput:
@@ -175,13 +178,6 @@ def _read(found: ModelInput, manifests: Sequence[Manifest], hints: SourceHints) 
 def _refuse_prefix(hints: SourceHints, directory: Path) -> None:
     if hints.prefix is not None:
         raise MisuseError("prefix is for DCP directories and files of torch.save", path=directory, hint="Leave it out.")
-
-
-def _model_target(targets: Sequence[Target], path: Path) -> Target:
-    named = [target for target in targets if (target.under or target.directory.name).split("/")[0] != "optim"]
-    if not named:
-        raise _optimizer(path)
-    return next((target for target in named if target.directory.name == "model"), named[0])
 
 
 def _optimizer(path: Path) -> MisuseError:
@@ -319,7 +315,7 @@ def _from_dcp(found: ModelInput, directory: Path, hints: SourceHints) -> ModelIn
     metadata = read_dcp_metadata(directory)
     kind = class_of(found)
     if kind is None and hints.prefix is None and is_file(directory / _LIGHTNING):
-        raise unknown_attribute(directory, "--prefix model where the whole module is the model")
+        raise _unknown_attribute(directory, "--prefix model where the whole module is the model")
     expected = () if kind is None else kind.native
     model = find_model(metadata, directory, expected, hints.prefix)
     opened = open_source(directory, Group(None))
@@ -333,7 +329,7 @@ def _from_dcp(found: ModelInput, directory: Path, hints: SourceHints) -> ModelIn
     return _with_class(replace(found, source=source), kind, hints.rope, whole=True)
 
 
-# --- torch.save ------------------------------------------------------------------------------------------------------
+# --- torch.save: no code of a pickle runs, what torch's allow-list does not have is refused ------------------------
 
 
 def _from_file(file: Path, hints: SourceHints) -> ModelInput:
@@ -345,15 +341,110 @@ def _from_file(file: Path, hints: SourceHints) -> ModelInput:
 
 
 def _from_torch(found: ModelInput, path: Path, hints: SourceHints) -> ModelInput:
+    """The model in a file, or the files of a directory: as it lies there, or below the entry of a training loop."""
     kind = class_of(found)
-    model = open_torch_model(path, kind, hints.prefix)
-    _refuse_adapter(model.source.tensors, path)
+    try:
+        entries = entries_of(path) if is_file(path) else {}
+        if entries.keys() >= {"state", "param_groups"}:
+            raise MisuseError(
+                "this is an optimizer's state and no model", path=path, hint="Name the file that has the model."
+            )
+        if is_adapter(path.name):
+            raise MisuseError(
+                "this is an adapter and no model", path=path, hint="Merge it into its base model with PEFT."
+            )
+        opened = open_bin(path, Group(None))
+        if not is_file(path) and len(opened.source.files) == 1:
+            entries = entries_of(opened.source.files[0])
+    except UnsafePickleError as error:
+        error.hint = (
+            "No option of this command runs code of a file. If you trust whoever wrote it, open it in Python with "
+            "torch.load(PATH, weights_only=False), and save the model's state dict alone."
+        )
+        raise
+    saved = {**opened.source.tensors} | {name: SourceTensor(spec, ()) for name, (spec, _) in opened.loose.items()}
+    names = _names(saved, kind, hints.prefix, path, _LIGHTNING_ENTRY in entries)
+    tensors = {new: saved[name]._replace(spec=saved[name].spec._replace(name=new)) for new, name in names.items()}
+    _refuse_adapter(tensors, path)
     if found.described is None and not is_file(path / CONFIG_NAME):
-        found = replace(found, described=model.source.files[0])  # whatever else lies there is not the model's
-    _tell_left(found, model.left, "it is not the model's")
+        found = replace(found, described=opened.source.files[0])  # whatever else lies there is not the model's
+    taken = set(names.values())
+    beside = [name for name, is_filled in entries.items() if is_filled and name not in WRAPPERS]
+    _tell_left(found, [*(name for name in saved if name not in taken), *beside], "it is not the model's")
     _tell_missing_config(found)
-    opened = replace(found, source=model.source, computed=model.computed, unnamed_optimizers=model.optimizers)
-    return _with_class(opened, kind, hints.rope, whole=True)
+    computed = _loose(opened)
+    found = replace(
+        found,
+        source=replace(opened.source, tensors=tensors),
+        computed={new: computed[name] for new, name in names.items() if name in computed},
+        unnamed_optimizers=tuple(name for name in beside if name in _OPTIMIZERS),
+    )
+    return _with_class(found, kind, hints.rope, whole=True)
+
+
+def _loose(opened: BinSource) -> dict[str, Computed]:
+    """What torch has to load: tensors of files from before torch 1.6, and those that do not lie in row-major order."""
+
+    @cache
+    def state(file: Path) -> Mapping[str, torch.Tensor]:
+        return load_file(file, legacy=False)
+
+    def one(name: str, file: Path, dtype: str) -> Computed:
+        def blocks(read: ReadBlocks) -> Iterator[memoryview]:
+            return byte_blocks(state(file)[name], torch_dtype(dtype))
+
+        return blocks
+
+    return {name: one(name, file, spec.dtype) for name, (spec, file) in opened.loose.items()}
+
+
+def _names(
+    tensors: Mapping[str, SourceTensor], kind: ModelClass | None, prefix: str | None, path: Path, is_lightning: bool
+) -> dict[str, str]:
+    """The model's name of each of its tensors -> the file's."""
+    if prefix is not None:
+        place = prefix.rstrip(".")
+    elif kind is not None:
+        places = list(dict.fromkeys(place for own in (kind.native, kind.hub) for place in places_of([*tensors], own)))
+        if len(places) > 1 and "" not in places:
+            raise MisuseError(
+                f"which tensors are the model's is not clear: a {kind.name} fits what is below each of "
+                f"{', '.join(places)}",
+                path=path,
+                hint="Say what the names of the model's tensors begin with: --prefix model (prefix='model').",
+            )
+        # Where the class's names are not there, that is found later.
+        place = "" if "" in places or not places else places[0]
+    elif is_lightning:
+        raise _unknown_attribute(
+            path, f"--prefix '' where all tensors are the model's; they begin with {_tops(tensors)}"
+        )
+    else:
+        place = ""
+    front = f"{place}." if place else ""
+    found = {name.removeprefix(front): name for name in tensors if name.startswith(front)}
+    if not found:
+        raise MisuseError(
+            f"no tensor's name begins with {front!r}; they begin with {_tops(tensors)}",
+            path=path,
+            hint="Say what the names of the model's tensors begin with.",
+        )
+    return unwrapped_names(found, path)
+
+
+def _unknown_attribute(path: Path, whole: str) -> MisuseError:
+    """The error for a LightningModule; ``whole`` says what to do where all of it is the model."""
+    return MisuseError(
+        "this is a checkpoint of Lightning, where the model is an attribute of a LightningModule; which one is not "
+        "known",
+        path=path,
+        hint="Name the directory with the model's config.json (--config), or what the names of its tensors begin with: "
+        f"--prefix model.model (prefix='model.model'), or {whole}.",
+    )
+
+
+def _tops(tensors: Mapping[str, SourceTensor]) -> str:
+    return some(dict.fromkeys(repr(name.split(".")[0]) for name in tensors), _MOST_SHOWN)
 
 
 # --- other tools' own layouts ----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import re
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, TypeAlias
@@ -50,20 +50,17 @@ _SPLIT_NOTE = ".hf_metadata/fqn_to_file_index_mapping.json"
 
 
 @dataclass
-class Contents:
-    """Results of the checks; see `VerifyReport`.
+class Findings:
+    """What was found of one directory; see `VerifyReport`."""
 
-    Attributes:
-        tensors: Number of tensors, pieces of one counted once.
-        names: Safetensors file -> its tensors; none of a file that cannot be read.
-    """
-
+    verifiable: bool = False
     files: int = 0
     tensors: int = 0
+    bytes_read: int = 0
     damages: list[Damage] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
+    undigested: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
-    names: dict[str, frozenset[str]] = field(default_factory=dict)
     _counts: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -87,9 +84,9 @@ class Contents:
         self.add(file, kind, error.message, () if error.tensor is None else (error.tensor,))
 
 
-def check_contents(root: Path, listed: Sequence[str], *, alone: bool = False) -> Contents:
+def check_contents(found: Findings, root: Path, listed: Sequence[str], *, alone: bool) -> None:
     """Compare what is in listed files with what others say of them; ``alone``: one was named, and no directory."""
-    found = Contents(files=len(listed))
+    found.files = len(listed)
     below: dict[str, list[str]] = {}
     for relative in listed:
         below.setdefault(PurePosixPath(relative).parent.as_posix(), []).append(relative)
@@ -102,17 +99,27 @@ def check_contents(root: Path, listed: Sequence[str], *, alone: bool = False) ->
     found.damages += absent_of_sets(root, listed)
     if not found.checked:
         found.unchecked.append("no file of a format that says how long it is")
-    return found
 
 
-def _check_directory(root: Path, directory: str, names: Sequence[str], found: Contents) -> None:
+def _check_directory(root: Path, directory: str, names: Sequence[str], found: Findings) -> None:
     pieces: dict[str, list[tuple[Box, str]]] = {}
     whole: set[str] = set()
     described = any(PurePosixPath(name).name == ".metadata" for name in names)
     for relative in names:
         path = PurePosixPath(relative)
         if path.suffix == ".safetensors":
-            _check_safetensors(root, relative, pieces, whole, found)
+            try:
+                header = read_header(root / relative)
+                offsets = saved_offsets(header)
+            except ShardwiseError as error:
+                found.add_error(relative, error)
+                continue
+            found.count("safetensors files: headers, and sizes against them")
+            for spec, _, _ in header.entries:
+                if offsets is None:
+                    whole.add(spec.name)
+                else:
+                    pieces.setdefault(spec.name, []).append((Box(offsets[spec.name], spec.shape), relative))
         elif path.name == ".metadata":
             _check_dcp(root, relative, names, found)
         elif path.suffix == ".distcp" and not described:
@@ -123,33 +130,13 @@ def _check_directory(root: Path, directory: str, names: Sequence[str], found: Co
             _check_torch(root, relative, found)
     indices = [name for name in names if name.endswith(INDEX_SUFFIXES)]
     for relative in indices:
-        found.damages += check_index(root, relative, found.names)
+        found.damages += check_index(root, relative)
     found.count("weight indices", len(indices))
     found.tensors += len(whole | pieces.keys())
     _check_pieces(pieces, bool(indices), found)
 
 
-def _check_safetensors(
-    root: Path, relative: str, pieces: dict[str, list[tuple[Box, str]]], whole: set[str], found: Contents
-) -> None:
-    found.names[relative] = frozenset()
-    try:
-        header = read_header(root / relative)
-        offsets = saved_offsets(header)
-    except ShardwiseError as error:
-        found.add_error(relative, error)
-        return
-    found.count("safetensors files: headers, and sizes against them")
-    found.names[relative] = frozenset(header.names)
-    if offsets is None:
-        whole.update(header.names)
-        return
-    for entry in header.entries:
-        box = Box(offsets[entry.spec.name], entry.spec.shape)
-        pieces.setdefault(entry.spec.name, []).append((box, relative))
-
-
-def _check_pieces(pieces: dict[str, list[tuple[Box, str]]], indexed: bool, found: Contents) -> None:
+def _check_pieces(pieces: dict[str, list[tuple[Box, str]]], indexed: bool, found: Findings) -> None:
     """Compare the pieces of each tensor with each other; its full size is unknown unless an index lists one file."""
     lost: dict[str, list[str]] = {}
     for name, held in pieces.items():
@@ -192,12 +179,9 @@ def absent_of_sets(root: Path, listed: Sequence[str]) -> Iterator[Damage]:
             yield Damage(file, "absent", f"the names of the files beside it say that it exists; it is absent{more}")
 
 
-def check_index(root: Path, relative: str, names: Mapping[str, Collection[str]]) -> Iterator[Damage]:
-    """Compare a weight index with the files that it names; of ``.bin`` files their existence alone.
-
-    ``names`` has those of the tensors in a file, relative to ``root``, where they are known already.
-    """
-    directory = PurePosixPath(relative).parent
+def check_index(root: Path, relative: str) -> Iterator[Damage]:
+    """Compare a weight index with the files that it names; of ``.bin`` files their existence alone."""
+    directory = (root / relative).parent
     try:
         weight_map = read_index(root / relative).weight_map
     except ShardwiseError as error:
@@ -207,29 +191,24 @@ def check_index(root: Path, relative: str, names: Mapping[str, Collection[str]])
     for tensor, file in weight_map.items():
         by_file.setdefault(file, []).append(tensor)
     other = ".safetensors" if ".bin." in relative else ".bin"
-    if not any(is_file(root / directory / file) for file in by_file) and any(
-        name.endswith(other) for name in names_in(root / directory)
+    if not any(is_file(directory / file) for file in by_file) and any(
+        name.endswith(other) for name in names_in(directory)
     ):
         return  # a download that left one of two forms out brings the index of both
     for file, tensors in by_file.items():
-        place = (directory / file).as_posix()
-        if not is_file(root / place):
+        if not is_file(directory / file):
             yield Damage(relative, "index", f"{file}, which it names, is absent", "model", tuple(tensors))
-        elif place.endswith(".safetensors"):
-            held = names[place] if place in names else _names_in(root / place)
+        elif file.endswith(".safetensors"):
+            try:
+                held = frozenset(read_header(directory / file).names)
+            except ShardwiseError:
+                held = frozenset()  # its own check says what is wrong with it
             lost = tuple(tensor for tensor in tensors if tensor not in held)
             if lost:
                 yield Damage(relative, "index", f"{file} does not hold what the index says", "model", lost)
 
 
-def _names_in(path: Path) -> frozenset[str]:
-    try:
-        return frozenset(read_header(path).names)
-    except ShardwiseError:
-        return frozenset()  # its own check says what is wrong with it
-
-
-def _check_dcp(root: Path, relative: str, names: Sequence[str], found: Contents) -> None:
+def _check_dcp(root: Path, relative: str, names: Sequence[str], found: Findings) -> None:
     from shardwise.sources.dcp_extents import check_dcp_extents
 
     try:
@@ -247,18 +226,17 @@ def _check_dcp(root: Path, relative: str, names: Sequence[str], found: Contents)
     found.extra += [name for name in names if name.endswith(".distcp") and name not in known]
 
 
-def _check_torch(root: Path, relative: str, found: Contents) -> None:
+def _check_torch(root: Path, relative: str, found: Findings) -> None:
     kind, message = check_torch_file(root / relative) or (None, None)
     if kind is not None and message is not None:
         found.add(relative, kind, message)
     elif message is not None:
-        what = what_is_file(root / relative)
-        found.unchecked.append(f"{relative}: {message if what is None else what.name}")
+        found.unchecked.append(f"{relative}: {message}")
     else:
         found.count("torch archives: the directory at the end, and every entry's extent")
 
 
-def _check_layout(root: Path, directory: str, found: Contents) -> None:
+def _check_layout(root: Path, directory: str, found: Findings) -> None:
     """Check that the files of another tool in a directory make up a model: all ranks', and all of each tensor."""
     from shardwise.sources.others.recognise import recognise  # imports torch
 
@@ -311,12 +289,10 @@ def check_torch_file(path: Path) -> Outcome:
 
 def _no_archive(path: Path) -> Outcome:
     what = what_is_file(path)
-    if what is not None and what.kind is Kind.TORCH:
-        return None, "of torch before 1.6, which does not say how long it is"
-    if WEIGHTS.fullmatch(path.name) or (what is not None and what.kind is Kind.POINTER):
-        name = "of no known format" if what is None else what.name
+    name, kind = ("of no known format", None) if what is None else (what.name, what.kind)
+    if kind is Kind.POINTER or (kind is not Kind.TORCH and WEIGHTS.fullmatch(path.name)):
         return "header", f"the file is {name}; weights of torch were expected"
-    return None, "of no known format"
+    return None, name  # a file of torch before 1.6 does not say how long it is
 
 
 def _check_entries(archive: zipfile.ZipFile, stream: BinaryIO) -> Outcome:

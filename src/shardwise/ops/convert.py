@@ -7,43 +7,51 @@ understood is refused before anything is written, and a failure leaves nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import pickle
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeAlias, cast
+from types import SimpleNamespace
+from typing import IO, Literal, TypeAlias, cast
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint import metadata as dcp
 
 from shardwise._version import __version__
 from shardwise.addons.hf_config import CONFIG
 from shardwise.disk.names import is_directory, is_file, names_in
+from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import Storage, current, using
+from shardwise.dtypes import torch_dtype
 from shardwise.engine.collector import without_collector
 from shardwise.engine.missing_files import saved_aliases
 from shardwise.engine.records import ComponentRecord, layout_record, write_manifest
 from shardwise.errors import MisuseError
-from shardwise.format.dcp_metadata import parsed_once
-from shardwise.format.header import encode_header
+from shardwise.format.dcp_metadata import DCP_METADATA_NAME, parsed_once
+from shardwise.format.header import TensorEntry, encode_header
 from shardwise.format.manifest import AliasRecord
 from shardwise.format.notes import ASIDE_DIR, METADATA_DIR, NOTES, PER_RANK_DIR
 from shardwise.format.sharding import encode_sharding_metadata
 from shardwise.format.strict_json import JsonValue
+from shardwise.geometry import TensorSpec
 from shardwise.lifecycle import LATEST, LINEAGE_NAME, METRICS_NAME, checkpoint_name, next_lineage, set_pointer
 from shardwise.lifecycle.names import foreign_numbers
-from shardwise.ops.aside import refuse_existing, written_aside
-from shardwise.ops.computed_tensors import ComputingReader
+from shardwise.ops.beside import side_files
 from shardwise.ops.consolidate import consolidate
 from shardwise.ops.consolidate_input import ModelInput, SourceHints, class_of, find_input
-from shardwise.ops.exporting import TensorWriter, batches_of, write_plain
+from shardwise.ops.exporting import TensorWriter, batches_of, refuse_existing, write_plain, written_aside
 from shardwise.ops.optimizer_input import OptimizerInput, find_optimizer, states_beside
-from shardwise.ops.side_content import side_files
-from shardwise.ops.tensors_to_write import TensorToWrite, as_saved, native_tensors_to_write, tensors_to_write
+from shardwise.ops.tensors_to_write import TensorToWrite, as_saved, computing, native_tensors_to_write, tensors_to_write
 from shardwise.ops.torchtitan_names import ROPES, Rope
 from shardwise.ops.verify import Counted, Progress
-from shardwise.ops.write_dcp import write_dcp
 from shardwise.plan.layout import FileLayout, Layout, lay_out, shard_name
 from shardwise.sources.dcp_values import DcpValues, is_dcp
 from shardwise.sources.others.accelerate import optimizer_beside
 from shardwise.sources.verifying_reader import VerifyingReader
+from shardwise.upstream.torch_checkpoint import storage_info
 
 __all__ = ["FORMATS", "ConvertReport", "Format", "convert"]
 
@@ -144,7 +152,7 @@ def convert(
             return ConvertReport(made.path, to, made.tensors, made.nbytes, verified=made.verified, notes=made.notes)
         described = None if config is None else Path(config).absolute()
         hints = SourceHints(prefix, assume_complete, described, rope, master_weights)
-        found = find_input(Path(source).absolute(), current(), hints)
+        found = find_input(Path(source).absolute(), hints)
         with closing(VerifyingReader(current(), found.source.files, found.ledger)) as reader:
             if to == "dcp":
                 return _to_dcp(found, reader, place, progress)
@@ -159,19 +167,125 @@ def _aliases(found: ModelInput, names: Mapping[str, TensorToWrite]) -> dict[str,
 
 # --- DCP -------------------------------------------------------------------------------------------------------------
 
+# The files are those that torch's ``FileSystemWriter`` writes: items of ``torch.save`` one after the other in
+# ``.distcp`` files, and ``.metadata``, which says where each is. Source: torch 2.13's
+# ``torch.distributed.checkpoint.filesystem``. An item is the tensor's elements between bytes that its shape and dtype
+# determine, but for a checksum behind them. So the place of every item is known beforehand, and none is ever whole in
+# memory.
+
+
+#: What torch calls the current layout of such directories.
+_VERSION = "1.0.0"
+#: In a zip archive: the name of the elements' entry, how an entry of its directory begins, and where its checksum is.
+_ELEMENTS, _DIRECTORY_ENTRY, _CHECKSUM_AT = b"/data/0", b"PK\x01\x02", 16
+#: Behind the elements: where their checksum is in what follows them at once (APPNOTE.TXT, 4.3.9).
+_DESCRIPTOR_AT = 4
+
 
 def _to_dcp(found: ModelInput, reader: VerifyingReader, place: Path, progress: Progress | None) -> ConvertReport:
-    store = current()
+    """Write ``{"model": state_dict}``; both names of tied tensors lead to the same bytes."""
     if found.kind is None:
         found = replace(found, kind=class_of(found))  # a checkpoint with a manifest was not compared with its class
-    tensors = native_tensors_to_write(found, reader)
-    nbytes = sum(each.spec.nbytes for each in tensors.values())
+    tensors = native_tensors_to_write(found, reader.blocks)
+    specs = {name: tensor.spec for name, tensor in tensors.items()}
+    nbytes = sum(spec.nbytes for spec in specs.values())
+    frames = {kind: _frame(spec) for kind, spec in {(spec.shape, spec.dtype): spec for spec in specs.values()}.items()}
+    layout = _dcp_layout(specs, frames)
+
+    def item(name: str) -> Iterator[memoryview]:
+        return frames[specs[name].shape, specs[name].dtype].around(tensors[name].blocks())
+
     _tell_left(found, None)
-    with written_aside(place, store) as aside:
-        store.check_space(aside, nbytes)
-        write_dcp(tensors, _aliases(found, tensors), aside, store, Counted(nbytes, progress).add)
-        found.ledger.settle(store)
+    with written_aside(place) as aside:
+        current().check_space(aside, nbytes)
+        TensorWriter(layout, aside, Counted(nbytes, progress).add).write(batches_of(layout, item, specs))
+        names = {name: name for name in specs} | _aliases(found, tensors)
+        write_file(current(), aside / DCP_METADATA_NAME, pickle.dumps(_dcp_metadata(layout, specs, names)))
+        found.ledger.settle(current())
     return ConvertReport(place, "dcp", len(tensors), nbytes, False, found.manifest, tuple(found.notes))
+
+
+def _dcp_metadata(layout: Layout, specs: Mapping[str, TensorSpec], names: Mapping[str, str]) -> dcp.Metadata:
+    """What ``.metadata`` says; ``names`` are all names -> those of the tensors."""
+    places = {
+        entry.spec.name: storage_info(file.name, entry.begin, entry.end - entry.begin, None)
+        for file in layout.files
+        for entry in file.entries
+    }
+    paths = {f"{_MODEL}.{name}": (_MODEL, name) for name in names}
+    metadata = dcp.Metadata({}, paths, {}, dcp.StorageMeta(), version=_VERSION)
+    for name, own in names.items():
+        shape, zeros = torch.Size(specs[own].shape), [0] * len(specs[own].shape)
+        properties = dcp.TensorProperties(dtype=torch_dtype(specs[own].dtype))
+        chunks = [dcp.ChunkStorageMetadata(torch.Size(zeros), shape)]
+        metadata.state_dict_metadata[f"{_MODEL}.{name}"] = dcp.TensorStorageMetadata(properties, shape, chunks)
+        metadata.storage_data[dcp.MetadataIndex(f"{_MODEL}.{name}", torch.Size(zeros))] = places[own]
+    return metadata
+
+
+def _dcp_layout(specs: Mapping[str, TensorSpec], frames: Mapping[tuple[tuple[int, ...], str], _Frame]) -> Layout:
+    """The files, named as DCP names those of its first rank; as many as an export has: writers of one take turns."""
+    files = []
+    for number, file in enumerate(lay_out(specs.values()).files):
+        entries, at = [], 0
+        for spec, _, _ in file.entries:
+            end = at + frames[spec.shape, spec.dtype].beside + spec.nbytes
+            entries.append(TensorEntry(spec, at, end))
+            at = end
+        files.append(FileLayout(f"__0_{number}.distcp", b"", tuple(entries)))
+    return Layout(tuple(files))
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What ``torch.save`` writes before and behind the elements of a tensor of one shape and dtype.
+
+    ``checksums`` is where in ``tail`` the elements' CRC-32 stands.
+    """
+
+    head: bytes
+    tail: bytes
+    checksums: tuple[int, ...]
+
+    @property
+    def beside(self) -> int:
+        """Bytes that are no elements."""
+        return len(self.head) + len(self.tail)
+
+    def around(self, blocks: Iterator[memoryview]) -> Iterator[memoryview]:
+        """A tensor's bytes as ``torch.save`` writes it."""
+        yield memoryview(self.head)
+        crc = 0
+        for block in blocks:
+            yield block
+            crc = crc32(block, crc)
+        tail = bytearray(self.tail)
+        for at in self.checksums:
+            tail[at : at + 4] = crc.to_bytes(4, "little")
+        yield memoryview(tail)
+
+
+def _frame(spec: TensorSpec) -> _Frame:
+    """What surrounds such a tensor, as torch writes it around whatever is in memory that is never written to."""
+    whole = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
+    start = whole.data_ptr()
+    head, tail = bytearray(), bytearray()
+    passed = 0
+
+    def write(part: bytes | memoryview) -> int:
+        nonlocal passed
+        data = np.frombuffer(part, dtype=np.uint8)
+        if start <= data.ctypes.data < start + spec.nbytes:
+            passed += len(data)
+        else:
+            (tail if passed else head).extend(part)
+        return len(data)
+
+    torch.save(whole, cast("IO[bytes]", SimpleNamespace(write=write, flush=lambda: None)))
+    if not spec.nbytes:  # the checksum of nothing stands there already
+        return _Frame(bytes(head), b"", ())
+    entry = tail.rindex(_DIRECTORY_ENTRY, 0, tail.index(_ELEMENTS))
+    return _Frame(bytes(head), bytes(tail), (_DESCRIPTOR_AT, entry + _CHECKSUM_AT))
 
 
 # --- shards ----------------------------------------------------------------------------------------------------------
@@ -198,12 +312,12 @@ def _to_shards(
         raise MisuseError("there is no optimizer beside the model", path=found.directory, hint="Leave out --optimizer.")
     epoch, step = _numbers(found, *numbers, needed=optimizer is not None)
     name = checkpoint_name(epoch, step)
-    tensors = tensors_to_write(found, reader)
+    tensors = tensors_to_write(found, reader.blocks)
     written = [*tensors.values(), *(() if optimizer is None else optimizer.source.tensors.values())]
     total = sum(each.spec.nbytes for each in written)
     advance = Counted(total, progress).add
     _tell_left(found, optimizer)
-    with written_aside(root, store) as aside:
+    with written_aside(root) as aside:
         store.check_space(aside, total)
         directory = aside / name
         record = _model(found, tensors, directory, advance)
@@ -213,7 +327,7 @@ def _to_shards(
         plain = {LINEAGE_NAME: next_lineage(aside, [], name, epoch, step, None).encode()}
         if is_file(found.checkpoint / METRICS_NAME):
             plain[METRICS_NAME] = found.read(found.checkpoint / METRICS_NAME)
-        record += ComponentRecord(write_plain(plain, directory, store))
+        record += ComponentRecord(write_plain(plain, directory))
         notes = cast(JsonValue, list(found.notes))
         info: dict[str, JsonValue] = {"epoch": epoch, "step": step, "world_size": 1, "metrics": {}, "converted": notes}
         write_manifest(store, directory, record, {"shardwise": __version__, **info})
@@ -250,16 +364,16 @@ def _model(
     own |= {name: notes / name for name in NOTES if is_file(notes / name)}
     plain = {f"{_MODEL}/{METADATA_DIR}/{name}": found.read(path) for name, path in own.items()}
     aliases = tuple(AliasRecord(_MODEL, name, kept) for name, kept in sorted(_aliases(found, tensors).items()))
-    return record + ComponentRecord(write_plain(plain, checkpoint, current()), aliases=aliases)
+    return record + ComponentRecord(write_plain(plain, checkpoint), aliases=aliases)
 
 
 def _optimizer(
     found: ModelInput, optimizer: OptimizerInput, checkpoint: Path, advance: Callable[[int], None]
 ) -> ComponentRecord:
     plain = {f"{_OPTIM}/{name}": content for name, content in optimizer.plain.items()}
-    files = write_plain(plain, checkpoint, current())
+    files = write_plain(plain, checkpoint)
     with closing(VerifyingReader(current(), optimizer.source.files, found.ledger)) as reader:
-        tensors = as_saved(optimizer.source.tensors, ComputingReader(reader, optimizer.computed))
+        tensors = as_saved(optimizer.source.tensors, computing(reader.blocks, optimizer.computed))
         return _shards(tensors, checkpoint / _OPTIM, advance) + ComponentRecord(files)
 
 
@@ -274,7 +388,7 @@ def _shards(tensors: Mapping[str, TensorToWrite], directory: Path, advance: Call
         files.append(FileLayout(name, encode_header(file.entries, starts), file.entries))
     layout = Layout(tuple(files))
     batches = batches_of(layout, lambda name: tensors[name].blocks(), tensors)
-    crcs = TensorWriter(layout, directory, current(), advance).write(batches)
+    crcs = TensorWriter(layout, directory, advance).write(batches)
     return layout_record(layout, crcs, directory.name, f"{directory.name}/")
 
 

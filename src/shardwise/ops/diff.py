@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -23,11 +24,11 @@ from shardwise.format.manifest import TensorRecord
 from shardwise.format.notes import METADATA_DIR
 from shardwise.format.sniff import Kind, what_is_file
 from shardwise.geometry import TensorSpec
+from shardwise.ops.beside import CONFIG_NAME, parse_yaml
 from shardwise.ops.contents import TORCH_SUFFIXES
 from shardwise.ops.modules import layer_of
-from shardwise.ops.run_config import CONFIG_NAME, parse_yaml
 from shardwise.ops.targets import COMPONENTS, find_targets, with_nested
-from shardwise.ops.verify import Progress
+from shardwise.ops.verify import Counted, Progress
 from shardwise.sources.directory_contents import holds_model, natural
 from shardwise.sources.reader import Reader, tensor_blocks
 from shardwise.sources.sources import Source, open_source
@@ -200,14 +201,28 @@ def diff(
         shared, apart = _components(first, second)
         whole = first.is_checkpoint and second.is_checkpoint
         notes = [] if whole else [f"{name} is in one of them alone, and was not compared" for name in apart]
-        compared = _Comparison(first, second, values, progress)
-        for component, mine, theirs in shared:
-            compared.open(component, mine, theirs)
-        for name in apart if whole else ():
-            compared.open(name, first.places.get(name), second.places.get(name))
-        if compared.has_dcp:
+        pairs: list[_Pair] = []
+        only_a: list[tuple[str, str]] = []
+        only_b: list[tuple[str, str]] = []
+        has_dcp = False
+        alone = [(name, first.places.get(name), second.places.get(name)) for name in apart if whole]
+        for component, mine, theirs in [*shared, *alone]:
+            one, other = _opened(mine), _opened(theirs)
+            has_dcp |= one.dcp or other.dcp
+            only_a += [(component, name) for name in one.tensors if name not in other.tensors]
+            only_b += [(component, name) for name in other.tensors if name not in one.tensors]
+            pairs += [(component, one, other, name) for name in one.tensors if name in other.tensors]
+        if has_dcp:
             notes.append("what DCP holds besides tensors was not compared")
-        return compared.report(notes)
+        found = DiffReport(
+            first.path,
+            second.path,
+            only_a=tuple(sorted(only_a)),
+            only_b=tuple(sorted(only_b)),
+            configs=tuple(_config_differences(first, second)),
+            notes=tuple(notes),
+        )
+        return _compared(found, pairs, first, second, values, progress)
 
 
 def _components(first: Parts, second: Parts) -> tuple[list[tuple[str, Path, Path]], list[str]]:
@@ -227,7 +242,10 @@ def _components(first: Parts, second: Parts) -> tuple[list[tuple[str, Path, Path
     return shared, [name for name in dict.fromkeys((*a, *b)) if name not in a or name not in b]
 
 
-def _opened(place: Path) -> Source:
+def _opened(place: Path | None) -> Source:
+    """What is in a place; nothing where one of both has no such component."""
+    if place is None:
+        return Source(Path(), (), {})
     try:
         return open_source(place, Group(None))
     except (CheckpointNotFoundError, HeaderError):
@@ -253,142 +271,108 @@ def _opened(place: Path) -> Source:
 _Pair = tuple[str, Source, Source, str]
 
 
-class _Comparison:
-    """The tensors of both, and what is found of them."""
-
-    def __init__(self, first: Parts, second: Parts, values: bool, progress: Progress | None) -> None:
-        self._first, self._second = first, second
-        self._values, self._progress = values, progress
-        self.has_dcp = False
-        self._pairs: list[_Pair] = []
-        self._only_a: list[tuple[str, str]] = []
-        self._only_b: list[tuple[str, str]] = []
-
-    def open(self, component: str, mine: Path | None, theirs: Path | None) -> None:
-        """Look at the tensors of a component."""
-        a = None if mine is None else _opened(mine)
-        b = None if theirs is None else _opened(theirs)
-        self.has_dcp |= any(each is not None and each.dcp for each in (a, b))
-        names_a, names_b = ({} if each is None else each.tensors for each in (a, b))
-        self._only_a += [(component, name) for name in names_a if name not in names_b]
-        self._only_b += [(component, name) for name in names_b if name not in names_a]
-        if a is not None and b is not None:
-            self._pairs += [(component, a, b, name) for name in names_a if name in names_b]
-
-    def report(self, notes: list[str]) -> DiffReport:
-        """Compare the tensors that both have, and the configurations."""
-        found: list[TensorDifference] = []
-        unread: list[tuple[str, str]] = []
-        equal: list[tuple[str, str]] = []
-        to_read: list[_Pair] = []
-        for component, a, b, name in self._pairs:
-            mine, theirs = a.tensors[name].spec, b.tensors[name].spec
-            same = self._by_digest(component, mine) if mine == theirs else None
-            if same:
-                equal.append((component, name))
-            elif self._values and mine.shape == theirs.shape:
-                to_read.append((component, a, b, name))
-            elif same is None and mine == theirs:
-                unread.append((component, name))
-            else:
-                found.append(TensorDifference(component, mine, theirs))
-        by_digest = len(equal)
-        differing = list(self._read(to_read))
-        apart = {(each.component, each.a.name) for each in differing}
-        equal += [key for component, _, _, name in to_read if (key := (component, name)) not in apart]
-        return DiffReport(
-            self._first.path,
-            self._second.path,
-            len(equal),
-            by_digest,
-            tuple(sorted([*found, *differing], key=lambda each: (each.component, each.a.name))),
-            tuple(sorted(self._only_a)),
-            tuple(sorted(self._only_b)),
-            tuple(_config_differences(self._first, self._second)),
-            tuple(sorted(equal)),
-            tuple(unread),
-            tuple(notes),
-        )
-
-    def _by_digest(self, component: str, spec: TensorSpec) -> bool | None:
-        """Whether the digests are equal; ``None`` where there are none that can be compared."""
-        mine, theirs = (
-            _digest(parts.recorded.get((component, spec.name), ()), spec) for parts in (self._first, self._second)
-        )
-        return None if mine is None or theirs is None or mine.keys() != theirs.keys() else mine == theirs
-
-    def _read(self, pairs: list[_Pair]) -> Iterator[TensorDifference]:
-        total = sum(source.tensors[name].spec.nbytes for _, a, b, name in pairs for source in (a, b))
-        done = 0
-        readers: dict[int, Reader] = {}
-        try:
-            for component, a, b, name in pairs:
-                for source in (a, b):
-                    readers.setdefault(id(source), Reader(current(), source.files))
-                sums = _Sums(a.tensors[name].spec, b.tensors[name].spec)
-                blocks = (tensor_blocks(s.tensors[name], readers[id(s)], _ELEMENTS) for s in (a, b))
-                for mine, theirs in zip(*blocks, strict=True):
-                    sums.add(mine, theirs)
-                    done += len(mine) + len(theirs)
-                    if self._progress is not None:
-                        self._progress(done, total)
-                if sums.elements or sums.a.dtype != sums.b.dtype:
-                    yield sums.difference(component)
-        finally:
-            for reader in readers.values():
-                reader.close()
-
-
-def _digest(records: tuple[TensorRecord, ...], spec: TensorSpec) -> dict[object, int] | None:
-    """What the manifest has of a tensor: its digest, or those of its pieces by their places."""
-    fitting = [record for record in records if record.spec == spec]
-    if len(fitting) != 1:
-        return None  # shards and export may have different values: which of them is meant, only reading tells
-    [record] = fitting
-    if record.crc32c is not None:
-        return {None: record.crc32c}
-    if len(record.chunks) == 1:
-        return {None: record.chunks[0].crc32c}
-    return {chunk.box: chunk.crc32c for chunk in record.chunks} or None
-
-
-class _Sums:
-    """What is added up over the blocks of a tensor."""
-
-    def __init__(self, a: TensorSpec, b: TensorSpec) -> None:
-        self.a, self.b = a, b
-        self.elements = 0
-        self._difference = self._norm = self._largest = 0.0
-
-    def add(self, mine: memoryview, theirs: memoryview) -> None:
-        """Compare a block of the same elements of both."""
-        import torch
-
-        same_dtype = self.a.dtype == self.b.dtype
-        equal = same_dtype and mine == theirs
-        x = _values(mine, self.a)
-        self._norm += float(x.abs().square().sum())
-        if equal:
-            return
-        y = _values(theirs, self.b)
-        if same_dtype:
-            bits = [torch.frombuffer(data, dtype=torch.uint8).view(-1, self.a.itemsize) for data in (mine, theirs)]
-            self.elements += int(bits[0].ne(bits[1]).any(dim=1).sum())
+def _compared(
+    report: DiffReport, pairs: list[_Pair], first: Parts, second: Parts, values: bool, progress: Progress | None
+) -> DiffReport:
+    """The report with the tensors that both have: by their digests, and by their values where these tell nothing."""
+    found: list[TensorDifference] = []
+    unread: list[tuple[str, str]] = []
+    equal: list[tuple[str, str]] = []
+    to_read: list[_Pair] = []
+    for component, a, b, name in pairs:
+        mine, theirs, key = a.tensors[name].spec, b.tensors[name].spec, (component, name)
+        same = _same_digest(first, second, key, mine) if mine == theirs else None
+        if same:
+            equal.append(key)
+        elif values and mine.shape == theirs.shape:
+            to_read.append((component, a, b, name))
+        elif same is None and mine == theirs:
+            unread.append(key)
         else:
-            self.elements += int((x.ne(y) & ~(x.isnan() & y.isnan())).sum())
-        apart = (x - y).abs()
-        apart[x.eq(y) | (x.isnan() & y.isnan())] = 0.0
-        apart.nan_to_num_(nan=math.inf, posinf=math.inf)
-        self._difference += float(apart.square().sum())
-        self._largest = max(self._largest, float(apart.max()))
+            found.append(TensorDifference(component, mine, theirs))
+    by_digest = len(equal)
+    differing = list(_read(to_read, progress))
+    apart = {(each.component, each.a.name) for each in differing}
+    equal += [key for component, _, _, name in to_read if (key := (component, name)) not in apart]
+    return replace(
+        report,
+        same=len(equal),
+        by_digest=by_digest,
+        tensors=tuple(sorted([*found, *differing], key=lambda each: (each.component, each.a.name))),
+        equal=tuple(sorted(equal)),
+        uncompared=tuple(unread),
+    )
 
-    def difference(self, component: str) -> TensorDifference:
-        """What was found."""
-        relative = 0.0
-        if self._difference:
-            finite = math.isfinite(self._difference) and 0 < self._norm < math.inf
-            relative = math.sqrt(self._difference / self._norm) if finite else math.inf
-        return TensorDifference(component, self.a, self.b, relative, self._largest, self.elements)
+
+def _read(pairs: list[_Pair], progress: Progress | None) -> Iterator[TensorDifference]:
+    counted = Counted(sum(source.tensors[name].spec.nbytes for _, a, b, name in pairs for source in (a, b)), progress)
+    with ExitStack() as opened:
+        readers: dict[int, Reader] = {}
+        for component, a, b, name in pairs:
+            for source in (a, b):
+                if id(source) not in readers:
+                    readers[id(source)] = opened.enter_context(closing(Reader(current(), source.files)))
+            blocks = _blocks(a, b, name, readers, counted)
+            difference = _difference(component, a.tensors[name].spec, b.tensors[name].spec, blocks)
+            if difference is not None:
+                yield difference
+
+
+def _blocks(
+    a: Source, b: Source, name: str, readers: Mapping[int, Reader], counted: Counted
+) -> Iterator[tuple[memoryview, memoryview]]:
+    """Blocks of the same elements of both."""
+    streams = (tensor_blocks(source.tensors[name], readers[id(source)], _ELEMENTS) for source in (a, b))
+    for mine, theirs in zip(*streams, strict=True):
+        yield mine, theirs
+        counted.add(len(mine) + len(theirs))
+
+
+def _same_digest(first: Parts, second: Parts, key: tuple[str, str], spec: TensorSpec) -> bool | None:
+    """Whether the manifests' digests of a tensor or its pieces are equal; ``None`` where they cannot be compared."""
+    found: list[dict[object, int]] = []
+    for parts in (first, second):
+        fitting = [record for record in parts.recorded.get(key, ()) if record.spec == spec]
+        if len(fitting) != 1:
+            return None  # shards and export may have different values: which of them is meant, only reading tells
+        [record] = fitting
+        whole = record.chunks[0].crc32c if record.crc32c is None and len(record.chunks) == 1 else record.crc32c
+        found.append({chunk.box: chunk.crc32c for chunk in record.chunks} if whole is None else {None: whole})
+    mine, theirs = found
+    return mine == theirs if mine and mine.keys() == theirs.keys() else None
+
+
+def _difference(
+    component: str, a: TensorSpec, b: TensorSpec, blocks: Iterable[tuple[memoryview, memoryview]]
+) -> TensorDifference | None:
+    """How two tensors differ, of which blocks of the same elements are given; ``None`` where they are equal."""
+    import torch
+
+    elements, norm, difference, largest = 0, 0.0, 0.0, 0.0
+    for mine, theirs in blocks:
+        x = _values(mine, a)
+        norm += float(x.abs().square().sum())
+        if a.dtype == b.dtype and mine == theirs:
+            continue
+        y = _values(theirs, b)
+        same = x.eq(y) | (x.isnan() & y.isnan())
+        if a.dtype == b.dtype:
+            bits = [torch.frombuffer(data, dtype=torch.uint8).view(-1, a.itemsize) for data in (mine, theirs)]
+            elements += int(bits[0].ne(bits[1]).any(dim=1).sum())
+        else:
+            elements += int((~same).sum())
+        apart = (x - y).abs()
+        apart[same] = 0.0
+        apart.nan_to_num_(nan=math.inf, posinf=math.inf)
+        difference += float(apart.square().sum())
+        largest = max(largest, float(apart.max()))
+    if not elements and a.dtype == b.dtype:
+        return None
+    relative = 0.0
+    if difference:
+        finite = math.isfinite(difference) and 0 < norm < math.inf
+        relative = math.sqrt(difference / norm) if finite else math.inf
+    return TensorDifference(component, a, b, relative, largest, elements)
 
 
 def _values(data: memoryview, spec: TensorSpec) -> torch.Tensor:

@@ -11,18 +11,21 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 
 from shardwise.disk.crc import crc32c
-from shardwise.disk.sequential import write_file
-from shardwise.disk.storage import Storage, located, locating
+from shardwise.disk.names import exists, is_there, walk
+from shardwise.disk.sequential import opened, write_file
+from shardwise.disk.storage import current, located, storage_errors
 from shardwise.engine.records import ComponentRecord, layout_record, write_manifest
 from shardwise.engine.writer import FileSet
-from shardwise.errors import IncompleteTensorError, ShardwiseError
+from shardwise.errors import CheckpointExistsError, IncompleteTensorError, ShardwiseError
 from shardwise.format.manifest import AliasRecord, FileRecord, TensorRecord
 from shardwise.format.strict_json import JsonValue
-from shardwise.ops.aside import written_aside
+from shardwise.lifecycle import temporary_name
+from shardwise.lifecycle.ownership import claim
+from shardwise.ops.targets import refuse_inside
 from shardwise.ops.verify import Counted, Progress
 from shardwise.plan.layout import FileLayout, Layout
 
@@ -57,81 +60,68 @@ def _batch(names: Sequence[str], blocks: Callable[[str], Iterable[memoryview]]) 
     return lambda: ((name, blocks(name)) for name in names)
 
 
-@dataclass(frozen=True, slots=True)
-class Export:
-    """An export whose bytes are not written yet.
-
-    Attributes:
-        batches: The layout's tensors, each once.
-        plain: Relative path -> content of the files beside them, once the tensors' records are known.
-        settle: What is checked when all tensors are written, before anything says that they are.
-        aliases: Other names of tensors.
-        notes: What its manifest says of where it comes from.
-    """
-
-    layout: Layout
-    batches: Sequence[Batch]
-    plain: Callable[[Sequence[TensorRecord]], Mapping[str, bytes]]
-    settle: Callable[[], None]
-    aliases: tuple[AliasRecord, ...]
-    notes: Mapping[str, JsonValue]
-
-
-def publish(export: Export, target: Path, storage: Storage, progress: Progress | None) -> None:
+def publish(
+    layout: Layout,
+    batches: Sequence[Batch],
+    target: Path,
+    progress: Progress | None,
+    *,
+    plain: Callable[[Sequence[TensorRecord]], Mapping[str, bytes]],
+    aliases: Mapping[str, str],
+    notes: Mapping[str, JsonValue],
+    settle: Callable[[], None] = lambda: None,
+) -> None:
     """Write an export beside ``target`` and rename it into place; a failure leaves no files.
 
     What a process that was killed has written of the same export is not written again. Nothing is believed of it: each
     block is read and compared with the one that belongs there.
+
+    ``plain`` gives the files beside the tensors (relative path -> content) once the records of these are known;
+    ``aliases`` are other names of tensors, ``notes`` what the manifest says of where it comes from. ``settle`` checks
+    what was read, before anything says that all is written.
     """
-    with written_aside(target, storage, resumes=True) as aside:
-        _write(export, aside, _kept(export.layout, aside, storage), storage, progress)
+    with written_aside(target, resumes=True) as aside:
+        kept = _kept(layout, aside)
+        files_ahead = [file for number, file in enumerate(layout.files) if number not in kept]
+        current().check_space(aside, sum(file.size for file in files_ahead))
+        advance = Counted(layout.tensor_bytes, progress).add
+        crcs = TensorWriter(layout, aside, advance, kept).write(batches)
+        settle()
+        record = layout_record(layout, crcs)
+        names = tuple(AliasRecord("model", name, own) for name, own in aliases.items())
+        record += ComponentRecord(write_plain(plain(record.tensors), aside), aliases=names)
+        write_manifest(current(), aside, record, dict(notes))
 
 
-def _kept(layout: Layout, aside: Path, storage: Storage) -> frozenset[int]:
+def _kept(layout: Layout, aside: Path) -> frozenset[int]:
     """Numbers of the files that an interrupted run began, with this very header; all else is removed."""
     files = {file.name: number for number, file in enumerate(layout.files)}
     kept = set()
-    for name, kind in storage.entries(aside):
+    for name, kind in current().entries(aside):
         number = files.get(name)
-        if kind == "file" and number is not None and _begins_with(aside / name, layout.files[number], storage):
+        if kind == "file" and number is not None and _begins_with(aside / name, layout.files[number]):
             kept.add(number)
         else:
-            storage.remove_tree(aside / name)
+            current().remove_tree(aside / name)
     return frozenset(kept)
 
 
-def _begins_with(path: Path, file: FileLayout, storage: Storage) -> bool:
-    handle = storage.open(path, writable=False)
-    with locating(path):
-        try:
-            return storage.status_of(handle).size == file.size and _has(storage, handle, file.header, 0)
-        finally:
-            storage.close(handle)
+def _begins_with(path: Path, file: FileLayout) -> bool:
+    with opened(current(), path) as handle:
+        return current().status_of(handle).size == file.size and _has(handle, file.header, 0)
 
 
-def _has(storage: Storage, handle: int, data: bytes | memoryview, offset: int) -> bool:
+def _has(handle: int, data: bytes | memoryview, offset: int) -> bool:
     """Whether a file has these bytes at an offset."""
     there = bytearray(len(data))
-    return storage.read(handle, memoryview(there), offset) == len(data) and there.startswith(data)
+    return current().read(handle, memoryview(there), offset) == len(data) and there.startswith(data)
 
 
-def _write(export: Export, aside: Path, kept: frozenset[int], storage: Storage, progress: Progress | None) -> None:
-    """Write all files into the existing directory, the manifest last."""
-    files_ahead = [file for number, file in enumerate(export.layout.files) if number not in kept]
-    storage.check_space(aside, sum(file.size for file in files_ahead))
-    advance = Counted(export.layout.tensor_bytes, progress).add
-    crcs = TensorWriter(export.layout, aside, storage, advance, kept).write(export.batches)
-    export.settle()
-    record = layout_record(export.layout, crcs)
-    record += ComponentRecord(write_plain(export.plain(record.tensors), aside, storage), aliases=export.aliases)
-    write_manifest(storage, aside, record, dict(export.notes))
-
-
-def write_plain(contents: Mapping[str, bytes], directory: Path, storage: Storage) -> tuple[FileRecord, ...]:
+def write_plain(contents: Mapping[str, bytes], directory: Path) -> tuple[FileRecord, ...]:
     """Write small files, by their paths in a directory, durably."""
     for name, content in contents.items():
-        storage.make_directory((directory / name).parent)
-        write_file(storage, directory / name, content)
+        current().make_directory((directory / name).parent)
+        write_file(current(), directory / name, content)
     return tuple(FileRecord.plain(name, content) for name, content in contents.items())
 
 
@@ -143,16 +133,11 @@ class TensorWriter:
     """
 
     def __init__(
-        self,
-        layout: Layout,
-        directory: Path,
-        storage: Storage,
-        advance: Callable[[int], None],
-        kept: frozenset[int] = frozenset(),
+        self, layout: Layout, directory: Path, advance: Callable[[int], None], kept: frozenset[int] = frozenset()
     ) -> None:
-        self._layout, self._kept, self._storage, self._advance = layout, kept, storage, advance
+        self._layout, self._kept, self._advance = layout, kept, advance
         self._paths = [directory / file.name for file in layout.files]
-        self._files = FileSet(storage, self._paths)
+        self._files = FileSet(current(), self._paths)
         self._entries = {entry.spec.name: entry for file in layout.files for entry in file.entries}
         self._crcs: dict[str, int] = {}
         self._lock, self._failed = threading.Lock(), threading.Event()
@@ -162,7 +147,7 @@ class TensorWriter:
         try:
             for number, file in enumerate(self._layout.files):
                 if number not in self._kept:
-                    self._storage.create(self._paths[number], file.size, file.header)
+                    current().create(self._paths[number], file.size, file.header)
                 self._files.handle(number)
             threads = min(_MOST_THREADS, os.cpu_count() or 1)
             with ThreadPoolExecutor(threads, thread_name_prefix="shardwise-export") as pool:
@@ -191,8 +176,8 @@ class TensorWriter:
                 if self._failed.is_set():
                     return
                 at = offset + nbytes
-                if file not in self._kept or not _has(self._storage, handle, block, at):
-                    self._storage.write(handle, block, at)
+                if file not in self._kept or not _has(handle, block, at):
+                    current().write(handle, block, at)
                 crc = crc32c(block, crc)
                 nbytes += len(block)
         except ShardwiseError as error:
@@ -208,3 +193,66 @@ class TensorWriter:
         with self._lock:
             self._crcs[name] = crc
             self._advance(spec.nbytes)
+
+
+# --- a directory that appears as a whole -----------------------------------------------------------------------------
+
+
+def refuse_existing(target: Path) -> None:
+    """Raise `CheckpointExistsError` where something is at the place already, and see `refuse_inside`."""
+    refuse_inside(target)
+    if is_there(target):
+        raise _existing(target)
+
+
+def _existing(target: Path) -> CheckpointExistsError:
+    return CheckpointExistsError(
+        "something is already there, and is never overwritten",
+        path=target,
+        hint="Use it, delete it, or choose another place.",
+    )
+
+
+@contextmanager
+def written_aside(target: Path, *, resumes: bool = False) -> Iterator[Path]:
+    """The directory to write into, which becomes ``target`` at the end; a failure leaves nothing.
+
+    Files in it have to be durable by then. It is empty, or with ``resumes`` has what a process that was killed left.
+    """
+    refuse_existing(target)
+    storage = current()
+    aside = target.with_name(temporary_name(target.name))
+    made, directory = [], target.parent  # the directories that have to be made, the innermost first
+    while not exists(directory):
+        made.append(directory)
+        directory = directory.parent
+    try:
+        storage.make_directory(target.parent)
+        mine = claim(target.parent, target.name)
+        try:
+            with storage_errors(target):
+                there = storage.status(aside, follows=False)
+                if not (resumes and there is not None and there.kind == "directory"):
+                    storage.remove_tree(aside)
+                storage.make_directory(aside)
+                yield aside
+                for each, _ in walk(aside):
+                    storage.sync_directory(each)
+                try:
+                    storage.rename_new(aside, target)
+                except FileExistsError as error:  # it was not there when this began
+                    raise _existing(target) from error
+                storage.sync_directory(target.parent)
+        except BaseException as error:
+            with storage_errors(target):
+                storage.remove_tree(aside)
+            if isinstance(error, ShardwiseError) and error.path is not None and Path(error.path).is_relative_to(aside):
+                error.path = str(target / Path(error.path).relative_to(aside))  # what is beside it is gone
+            raise
+        finally:
+            mine.release()
+    except BaseException:
+        with storage_errors(target):
+            for each in made:
+                storage.remove_empty(each)
+        raise

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
-
 from shardwise.base.class_of_config import build_on_meta, configuration, named_classes
 from shardwise.checkpointing.hub import HubNames, HubState
 from shardwise.disk.names import is_file
@@ -47,7 +45,12 @@ class ModelClass:
     def compare(self, specs: Sequence[TensorSpec], path: Path, *, whole: bool) -> None:
         """Compare tensors, under the model's names or those of its files, with those of the class; ``whole``: all."""
         names = {spec.name for spec in specs}
-        known = self._nearest(names)
+        prefix = f"{self.prefix}." if self.prefix else ""
+        # The class's own names or its files', with its prefix or without.
+        ways = [self.hub, self.native]
+        ways.append({name.removeprefix(prefix): shape for name, shape in self.hub.items()})
+        ways.append({prefix + name: shape for name, shape in self.hub.items()})
+        known = max(ways, key=lambda way: len(names & way.keys()))
         for spec in specs:
             shape = known.get(spec.name, spec.shape)
             if shape != spec.shape:
@@ -68,14 +71,6 @@ class ModelClass:
                 hint=_WRONG,
             )
 
-    def _nearest(self, names: set[str]) -> Mapping[str, tuple[int, ...]]:
-        """The class's tensors under the names in use: its own or its files', with its prefix or without."""
-        prefix = f"{self.prefix}." if self.prefix else ""
-        ways = [self.hub, self.native]
-        ways.append({name.removeprefix(prefix): shape for name, shape in self.hub.items()})
-        ways.append({prefix + name: shape for name, shape in self.hub.items()})
-        return max(ways, key=lambda way: len(names & way.keys()))
-
 
 def model_class(directory: Path) -> ModelClass | None:
     """The class that a directory's ``config.json`` names.
@@ -88,7 +83,10 @@ def model_class(directory: Path) -> ModelClass | None:
     if not isinstance(found, dict) or found.get("quantization_config"):
         return None
     config: dict[str, object] = dict(found)
-    kind = _class_of(config)
+    named = config.get("architectures")
+    if CLASS_NAME not in config and (config.get("auto_map") or not isinstance(named, list) or len(named) != 1):
+        return None  # no class, several, or code of its own
+    kind = next(iter(named_classes(config)), None)
     if kind is None:
         return None
     try:
@@ -116,11 +114,3 @@ def model_class(directory: Path) -> ModelClass | None:
         str(getattr(model, "base_model_prefix", "") or ""),
         state,
     )
-
-
-def _class_of(config: Mapping[str, object]) -> type[nn.Module] | None:
-    """The one class that a configuration names, unless it comes with code of its own."""
-    named = config.get("architectures")
-    if CLASS_NAME not in config and (config.get("auto_map") or not isinstance(named, list) or len(named) != 1):
-        return None
-    return next(iter(named_classes(config)), None)

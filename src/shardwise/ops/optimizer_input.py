@@ -12,8 +12,8 @@ from shardwise.comm import Group
 from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.errors import MisuseError, UnsafePickleError
 from shardwise.format.notes import PER_RANK_DIR
-from shardwise.ops.computed_tensors import Computed
 from shardwise.ops.consolidate_input import ModelInput, once
+from shardwise.ops.tensors_to_write import Computed
 from shardwise.ops.torchtitan_names import in_halves
 from shardwise.plan.reads import SourceTensor
 from shardwise.sources.dcp_model import is_no_model
@@ -61,7 +61,9 @@ def find_optimizer(found: ModelInput) -> OptimizerInput | None:
             path=found.source.path,
             hint=_LEAVE,
         )
-    for place in _places(found) if is_directory(found.source.path) else []:  # what lies around a file is not its own
+    if not is_directory(found.source.path):
+        return None  # what lies around a file is not its own
+    for place in _places(found):
         if has_record(place):
             return _own(found, place)
         values = DcpValues(place) if is_dcp(place) else None
@@ -72,20 +74,14 @@ def find_optimizer(found: ModelInput) -> OptimizerInput | None:
                 error.hint = f"{error.hint or ''} {_LEAVE}".strip()
                 raise
             return _foreign(found, values, optimizers) if optimizers else None
-    _refuse_files(found)
+    for directory in dict.fromkeys([found.directory, *(file.parent for file in found.source.files)]):
+        for name in filter(_OPTIMIZER_FILE.search, names_in(directory)):
+            raise MisuseError(
+                "the optimizer's state is in a file of torch.save beside the model, which is not carried over",
+                path=directory / name,
+                hint=_LEAVE,
+            )
     return None
-
-
-def _refuse_files(found: ModelInput) -> None:
-    """Refuse optimizers' states in files of ``torch.save`` beside the model, which are not read."""
-    for directory in {found.directory: None, **{file.parent: None for file in found.source.files}}:
-        for name in names_in(directory) if is_directory(found.source.path) else []:
-            if _OPTIMIZER_FILE.search(name):
-                raise MisuseError(
-                    "the optimizer's state is in a file of torch.save beside the model, which is not carried over",
-                    path=directory / name,
-                    hint=_LEAVE,
-                )
 
 
 def states_beside(values: DcpValues, found: ModelInput, *, carried: bool) -> list[str]:
@@ -142,7 +138,14 @@ def _foreign(found: ModelInput, values: DcpValues, optimizers: Sequence[DcpOptim
             f"given. {_LEAVE}",
         )
     named = [_in_model_names(each, found, place) for each in optimizers]
-    _refuse_counts(named, place)
+    for param, state in (entry for each in named for entry in each.values.items()):
+        if type(state.get("step")) in (int, float):  # of which torch's optimizers make tensors
+            raise MisuseError(
+                "the optimizer counts its steps in numbers, as releases of torch before 1.12 did",
+                path=place,
+                tensor=param,
+                hint=f"Checkpointer.restore reads this directory as it is. {_LEAVE}",
+            )
     opened = open_source(place, Group(None))
     record, dcp_names = ForeignOptimizers(place, tuple(named), opened).described(named)
     tensors = {name: once(opened.tensors[dcp], name, place) for name, dcp in dcp_names.items()}
@@ -173,11 +176,18 @@ def _in_model_names(optimizer: DcpOptimizer, found: ModelInput, place: Path) -> 
     """The optimizer with the model's names for its parameters, which may be those of a module around the model."""
     params = [param for group in optimizer.groups for param in group.params]
     plain = {param: plain_name(param) for param in params}
-    known = _own_names(found)
-    for front in _fronts(found):
+    # The names that the model has for its tensors in memory, where it was trained.
+    known: Collection[str] = found.source.tensors.keys()
+    names = {} if found.renamed is None else found.renamed.names
+    if found.renamed is not None:
+        known = names.keys()
+    elif found.kind is not None:
+        known = found.kind.native.keys() | found.kind.others.keys()
+    # What DCP's names of the model have in front, and the ends of that.
+    parts = found.source.below.split(".") if found.source.below else []
+    for front in ("", *(".".join(parts[start:]) + "." for start in reversed(range(len(parts))))):
         if all(name.startswith(front) and name.removeprefix(front) in known for name in plain.values()):
             own = {param: name.removeprefix(front) for param, name in plain.items()}
-            names = {} if found.renamed is None else found.renamed.names
             return optimizer.renamed({param: names.get(name, name) for param, name in own.items()})
     astray = [name for name in plain.values() if name not in known]
     raise MisuseError(
@@ -186,31 +196,3 @@ def _in_model_names(optimizer: DcpOptimizer, found: ModelInput, place: Path) -> 
         tensor=astray[0] if astray else None,
         hint=_LEAVE,
     )
-
-
-def _own_names(found: ModelInput) -> Collection[str]:
-    """Names that the model has for its tensors in memory, where it was trained."""
-    if found.renamed is not None:
-        return found.renamed.names.keys()
-    if found.kind is None:
-        return found.source.tensors.keys()
-    return found.kind.native.keys() | found.kind.others.keys()
-
-
-def _fronts(found: ModelInput) -> list[str]:
-    """What names of parameters may begin with: the ends of what DCP's names of the model have in front."""
-    parts = found.source.below.split(".") if found.source.below else []
-    return ["", *(".".join(parts[start:]) + "." for start in reversed(range(len(parts))))]
-
-
-def _refuse_counts(named: Sequence[DcpOptimizer], place: Path) -> None:
-    """Refuse steps that are counted in numbers, as torch before 1.12 did, which its optimizers make tensors of."""
-    for each in named:
-        for param, values in each.values.items():
-            if type(values.get("step")) in (int, float):
-                raise MisuseError(
-                    "the optimizer counts its steps in numbers, as releases of torch before 1.12 did",
-                    path=place,
-                    tensor=param,
-                    hint=f"Checkpointer.restore reads this directory as it is. {_LEAVE}",
-                )

@@ -28,19 +28,17 @@ from shardwise.disk.storage import Storage, current, storage_errors, using
 from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.format.sniff import what_is_file
 from shardwise.geometry import DTYPE_BYTES
-from shardwise.ops.aside import refuse_inside
 from shardwise.ops.inspect import inspect
 from shardwise.ops.modules import layer_of, module_of
+from shardwise.ops.targets import refuse_inside
 
 if TYPE_CHECKING:
-    from shardwise.ops.diff import DiffReport, TensorDifference
+    from shardwise.ops.diff import DiffReport
     from shardwise.ops.inspect import CheckpointDescription, TensorDescription
     from shardwise.ops.verify import Progress
 
 __all__ = ["PageReport", "write_page"]
 
-_TEMPLATE = "page.html"
-_STYLE = "page.css"
 #: The program's parts, in the order in which they stand in the page.
 _SCRIPTS = ("data.js", "colours.js", "map.js", "list.js", "panels.js", "page.js")
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
@@ -135,7 +133,7 @@ def _write(target: Path, content: bytes) -> None:
 
 
 def _page(title: str, data: str) -> bytes:
-    style, script = _asset(_STYLE), "\n".join(_asset(name) for name in _SCRIPTS)
+    style, script = _asset("page.css"), "\n".join(_asset(name) for name in _SCRIPTS)
     parts = {
         "title": html.escape(title),
         "policy": f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'",
@@ -144,7 +142,7 @@ def _page(title: str, data: str) -> bytes:
         "script": script,
     }
     # In one pass, so that nothing that was put in is looked at.
-    page = _PLACE.sub(lambda place: parts[place[1]], _asset(_TEMPLATE))
+    page = _PLACE.sub(lambda place: parts[place[1]], _asset("page.html"))
     return page.encode("utf-8", "backslashreplace")  # names of files may have bytes that are no text
 
 
@@ -171,20 +169,6 @@ _ESCAPES = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
 
 def page_data(found: CheckpointDescription, change: DiffReport | None = None) -> str:
     """The page's data, as JSON without a ``<``, ``>`` or ``&``; of a change, what is shown is the second of both."""
-    data = {
-        "name": found.path.name or str(found.path),
-        "path": str(found.path),
-        "facts": _facts(found),
-        "manifest": found.verifiable,
-        "files": [[f.path, f.size, f.header_bytes, f.format, f.writer, f.crc32c] for f in found.files],
-        "unread": found.unread,
-        **_columns(found),
-        "change": None if change is None else _change(found, change),
-    }
-    return json.dumps(data, separators=(",", ":"), allow_nan=False).translate(_ESCAPES)
-
-
-def _facts(found: CheckpointDescription) -> list[tuple[str, str]]:
     facts = {
         "Step": found.step,
         "Epoch": found.epoch,
@@ -192,9 +176,19 @@ def _facts(found: CheckpointDescription) -> list[tuple[str, str]]:
         "Written by": found.saved_by or "not recorded",
         "Format": ", ".join(found.formats) or None,
         "Manifest": "yes, with digests" if found.verifiable else "none: no digests",
+        **{f"Metric {name}": f"{value:g}" for name, value in found.metrics.items()},
     }
-    facts |= {f"Metric {name}": f"{value:g}" for name, value in found.metrics.items()}
-    return [(name, str(value)) for name, value in facts.items() if value is not None]
+    data = {
+        "name": found.path.name or str(found.path),
+        "path": str(found.path),
+        "facts": [(name, str(value)) for name, value in facts.items() if value is not None],
+        "manifest": found.verifiable,
+        "files": [[f.path, f.size, f.header_bytes, f.format, f.writer, f.crc32c] for f in found.files],
+        "unread": found.unread,
+        **_columns(found),
+        "change": None if change is None else _change(found, change),
+    }
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).translate(_ESCAPES)
 
 
 def _columns(found: CheckpointDescription) -> dict[str, object]:
@@ -231,7 +225,8 @@ def _change(found: CheckpointDescription, change: DiffReport) -> dict[str, objec
     place = _component_of(found, change)
     differing = {(each.component, each.b.name): each for each in change.tensors}
     status = dict.fromkeys(change.equal, EQUAL) | dict.fromkeys(change.only_b, ADDED)
-    status |= {key: _kind(each) for key, each in differing.items()}
+    for key, each in differing.items():
+        status[key] = CHANGED if each.relative is not None else DIFFERS if each.a == each.b else ANOTHER
     keys = [(place(tensor), tensor.spec.name) for tensor in found.tensors]
     rows = [(number, differing[key]) for number, key in enumerate(keys) if key in differing]
     return {
@@ -246,12 +241,6 @@ def _change(found: CheckpointDescription, change: DiffReport) -> dict[str, objec
         "configs": [[each.file, each.key, _shown(each.a), _shown(each.b)] for each in change.configs],
         "notes": change.notes,
     }
-
-
-def _kind(difference: TensorDifference) -> int:
-    if difference.relative is not None:
-        return CHANGED
-    return DIFFERS if difference.a == difference.b else ANOTHER
 
 
 def _component_of(found: CheckpointDescription, change: DiffReport) -> Callable[[TensorDescription], str]:

@@ -11,12 +11,10 @@ from shardwise.disk.storage import Storage, current, storage_errors, using
 from shardwise.errors import ConfigError
 from shardwise.lifecycle import Retention, list_checkpoints, prunable, prune, publishing
 from shardwise.lifecycle.resolve import newest
+from shardwise.ops.beside import CONFIG_NAME, settings_in
 from shardwise.ops.listing import real_root
-from shardwise.ops.run_config import CONFIG_NAME, settings_in
 
 __all__ = ["PruneReport", "Retention", "prune_checkpoints", "recorded_policy"]
-
-_CONFIG_LIMIT = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +89,7 @@ def recorded_policy(root: Path) -> Retention | None:
         StateFormatError: The file is damaged.
     """
     last = newest(list_checkpoints(root))
-    data = None if last is None else read_note(last.path, CONFIG_NAME, _CONFIG_LIMIT)
+    data = None if last is None else read_note(last.path, CONFIG_NAME, 2**24)
     if last is None or data is None:
         return None
     settings = settings_in(data, last.path / CONFIG_NAME, "Pass a policy (--keep-last N).")

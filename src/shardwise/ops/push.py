@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from shardwise.disk.names import file_size, files_under, is_directory, is_file
 from shardwise.errors import IntegrityError, MisuseError, UnverifiableError
@@ -17,29 +17,12 @@ from shardwise.ops.targets import find_targets
 from shardwise.ops.verify import Damage, Progress, VerifyReport, verify
 from shardwise.sources.directory_contents import holds_model
 
-__all__ = ["HubApi", "PushReport", "push"]
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+__all__ = ["PushReport", "push"]
 
 _ADAPTER = "adapter_model.safetensors"
-
-
-class HubApi(Protocol):
-    """What is used of `huggingface_hub.HfApi`."""
-
-    def create_repo(self, repo_id: str, *, private: bool | None = None, exist_ok: bool = False) -> object:
-        """Make the repository where it does not exist."""
-        ...
-
-    def upload_folder(
-        self,
-        *,
-        repo_id: str,
-        folder_path: str | Path,
-        revision: str | None = None,
-        commit_message: str | None = None,
-        allow_patterns: list[str] | str | None = None,
-    ) -> object:
-        """Upload files of a directory as one commit."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +55,7 @@ def push(
     message: str | None = None,
     allow_unverified: bool = False,
     progress: Progress | None = None,
-    api: HubApi | None = None,
+    api: HfApi | None = None,
 ) -> PushReport:
     """Upload the Hugging Face model of a checkpoint: its export, its adapter, or a model's directory.
 

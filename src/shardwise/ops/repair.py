@@ -6,20 +6,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from shardwise import lifecycle
 from shardwise.disk.names import exists, is_directory
 from shardwise.disk.storage import Storage, current, storage_errors, using
-from shardwise.lifecycle import (
-    BEST,
-    LATEST,
-    Retention,
-    best_checkpoint,
-    parse_checkpoint_name,
-    pointers,
-    publishing,
-    remove_leftovers,
-    set_pointer,
-)
-from shardwise.lifecycle import list_checkpoints as checkpoints_by_name
 from shardwise.lifecycle.resolve import is_complete, newest, publication_begun
 from shardwise.ops.listing import ListedCheckpoint, list_checkpoints, real_root
 from shardwise.ops.prune import recorded_policy
@@ -84,40 +73,41 @@ def repair(root: str | os.PathLike[str], *, apply: bool = False, storage: Storag
         place = real_root(given)
         listed = list_checkpoints(place)
         if not apply:
-            gone = tuple(each.path.name for each in listed if _is_leftover(each))
+            gone = tuple(
+                each.path.name
+                for each in listed
+                if each.path.name != each.name
+                and each.state in ("interrupted", "being deleted")
+                and not (each.writer and each.writer.alive)
+            )
             wrong = _wrong_pointers(place)
             return RepairReport(place, gone, wrong, _left(place, listed, wrong), checkpoints=len(listed))
         # Of a claim of another machine nobody here knows whether its lock could be seen.
-        gone = remove_leftovers(place, active=[each.path for each in listed if each.state == "claimed"])
-        with publishing(place):
+        gone = lifecycle.remove_leftovers(place, active=[each.path for each in listed if each.state == "claimed"])
+        with lifecycle.publishing(place):
             wrong = _wrong_pointers(place)
             for each in wrong:
-                set_pointer(place, each.name, each.new)
+                lifecycle.set_pointer(place, each.name, each.new)
         listed = list_checkpoints(place)
         return RepairReport(place, gone, wrong, _left(place, listed, wrong), done=True, checkpoints=len(listed))
 
 
-def _is_leftover(each: ListedCheckpoint) -> bool:
-    hidden = each.path.name != each.name
-    return hidden and each.state in ("interrupted", "being deleted") and not (each.writer and each.writer.alive)
-
-
 def _wrong_pointers(root: Path) -> tuple[PointerRepair, ...]:
     """``LATEST`` and the best-metric pointer where they lead to nothing that may be resumed from."""
-    checkpoints = checkpoints_by_name(root)
+    checkpoints = lifecycle.list_checkpoints(root)
     last = newest(checkpoints)
     if last is None:
         return ()
     found = []
-    leading, begun = pointers(root), publication_begun(root)
-    latest, best = leading.get(LATEST), leading.get(BEST)
-    leads = is_directory(root / LATEST) if latest is None else is_complete(root / latest)
+    leading, begun = lifecycle.pointers(root), publication_begun(root)
+    latest, best = leading.get(lifecycle.LATEST), leading.get(lifecycle.BEST)
+    leads = is_directory(root / lifecycle.LATEST) if latest is None else is_complete(root / latest)
     if begun not in (None, latest) or not leads:
-        found.append(PointerRepair(LATEST, latest, begun or last.name))
+        found.append(PointerRepair(lifecycle.LATEST, latest, begun or last.name))
     if best is not None and not is_complete(root / best):
-        name = best_checkpoint(checkpoints, recorded_policy(root) or Retention())
+        name = lifecycle.best_checkpoint(checkpoints, recorded_policy(root) or lifecycle.Retention())
         if name is not None:
-            found.append(PointerRepair(BEST, best, name))
+            found.append(PointerRepair(lifecycle.BEST, best, name))
     return tuple(found)
 
 
@@ -134,7 +124,7 @@ def _left(root: Path, listed: tuple[ListedCheckpoint, ...], wrong: tuple[Pointer
         elif each.state == "interrupted" and each.path.name == each.name:
             found.append(f"{each.name} has neither a manifest nor a model: look at it, and delete it if it is nothing")
     mended = {each.name for each in wrong}
-    for name, target in pointers(root).items():
-        if name not in mended and parse_checkpoint_name(name) is None and not exists(root / target):
+    for name, target in lifecycle.pointers(root).items():
+        if name not in mended and lifecycle.parse_checkpoint_name(name) is None and not exists(root / target):
             found.append(f"the pointer {name} leads to {target}, which is not there: set it, or delete it")
     return tuple(found)

@@ -1,4 +1,4 @@
-"""Finds the directories to verify or inspect for a path given by a user."""
+"""Finds the directories to verify or inspect for a path given by a user, and says where none may be written."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from pathlib import Path, PurePosixPath
 
 from shardwise.disk.names import exists, is_directory, is_link, is_there, names_in, real_path, status
 from shardwise.disk.storage import storage_errors
+from shardwise.engine.verify import files_below, load_manifest
 from shardwise.errors import (
     CheckpointNotFoundError,
     IncompleteCheckpointError,
     ManifestError,
     MisuseError,
     ShardwiseError,
+    StorageError,
 )
 from shardwise.format.manifest import MANIFEST_NAME
 from shardwise.lifecycle import LATEST, list_checkpoints, read_pointer, resolve
 from shardwise.lifecycle.names import is_doomed, is_temporary, parse_checkpoint_name
-from shardwise.ops.aside import EXPORTS
 from shardwise.sources.directory_contents import found_instead, holds_model, models_below
 
 #: Directories of a checkpoint that may exist alone, each with a manifest of its own.
 COMPONENTS = ("model", "optim")
+#: What may be written into a published checkpoint, with a manifest of its own: its export, made later.
+EXPORTS = ("model/consolidated", "consolidated")
 _CLIMB = 4
 _SHOWN, _MOST_DIRECTORIES = 5, 200
 
@@ -163,6 +166,24 @@ def with_nested(targets: tuple[Target, ...]) -> tuple[Target, ...]:
     return tuple(found)
 
 
+def refuse_inside(target: Path) -> None:
+    """Raise `MisuseError` where the place is in a published checkpoint, which would be damaged by a file too many."""
+    for directory in target.parents:
+        if target.relative_to(directory).as_posix() not in EXPORTS and _is_checkpoint(directory):
+            raise MisuseError(
+                f"the place is in the checkpoint {str(directory)!r}, whose manifest does not have it",
+                path=target,
+                hint="Choose a place outside of it.",
+            )
+
+
+def _is_checkpoint(directory: Path) -> bool:
+    try:
+        return is_there(directory / MANIFEST_NAME) and load_manifest(directory) is not None
+    except (ManifestError, StorageError):  # many things are called so
+        return False
+
+
 def is_unfinished(relative: str) -> bool:
     """Whether a file belongs to a directory that is being written or deleted, and is not read."""
     return any(is_temporary(part) or is_doomed(part) for part in PurePosixPath(relative).parts)
@@ -206,8 +227,6 @@ def _in_directory(real: Path) -> tuple[Target, ...]:
 
 def _above(real: Path) -> Target | None:
     """The checkpoint that ``real`` is a part of."""
-    from shardwise.engine.verify import files_below, load_manifest
-
     for parent in list(real.parents)[:_CLIMB]:
         if Target(parent).has_manifest:
             under = real.relative_to(parent).as_posix()

@@ -6,49 +6,62 @@ The views between the two were derived on a model without memory; here each is l
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from threading import Lock
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from shardwise.dtypes import torch_dtype
 from shardwise.errors import ConversionError
 from shardwise.geometry import TensorSpec
-from shardwise.ops.computed_tensors import BlockReader, ComputingReader, read_flat
-from shardwise.ops.consolidate_input import ModelInput
-from shardwise.ops.model_class import ModelClass
+from shardwise.plan.deferred import bound
 from shardwise.plan.fragments import Fragment, HeldTensor, part_in_box
 from shardwise.plan.reads import SourceTensor
-from shardwise.sources.tensor_bytes import byte_blocks
+from shardwise.sources.tensor_bytes import as_bytes, byte_blocks
 from shardwise.upstream.torch_tensors import storage_key
+
+if TYPE_CHECKING:
+    from shardwise.ops.consolidate_input import ModelInput
+    from shardwise.ops.model_class import ModelClass
 
 #: Number of native tensors kept in memory: those of one layer, which the tensors of a file use in turn.
 _MOST_KEPT = 4
 
+#: A tensor's bytes in row-major order, from front to back, in blocks of whole elements.
 Blocks: TypeAlias = Callable[[], Iterator[memoryview]]
+#: Gives those of a saved tensor.
+ReadBlocks: TypeAlias = Callable[[SourceTensor], Iterator[memoryview]]
+#: Makes those of a tensor that is not in the files as it is wanted, with what reads the tensors that it is made of.
+Computed: TypeAlias = Callable[[ReadBlocks], Iterator[memoryview]]
 
 
 @dataclass(frozen=True)
 class TensorToWrite:
-    """A tensor to write, as saved: its bytes in row-major order, in blocks of whole elements."""
+    """A tensor to write, as saved."""
 
     spec: TensorSpec
     blocks: Blocks
 
 
-def tensors_to_write(found: ModelInput, files: BlockReader) -> dict[str, TensorToWrite]:
+def tensors_to_write(found: ModelInput, files: ReadBlocks) -> dict[str, TensorToWrite]:
     """The tensors of a model under the names of its files; those that its class does not know keep their names.
 
     Memory: the tensor, and a few of the model's own.
     """
-    reader, kind, tensors = ComputingReader(files, found.computed), found.kind, found.source.tensors
+    read, kind, tensors = computing(files, found.computed), found.kind, found.source.tensors
     if not found.native or kind is None:
-        return as_saved(tensors, reader)
+        return as_saved(tensors, read)
     _refuse_computed(kind)
     natives = {_memory(tensor): tensor.spec.name for tensor in kind.state.native}
-    whole = _Natives(tensors, reader)
+    kept = LastFew(_MOST_KEPT)
+
+    def values(view: torch.Tensor) -> torch.Tensor:
+        source = tensors[natives[storage_key(view)]]
+        return bound(view, kept.get(source.spec.name, lambda: read_flat(source.spec, read(source))))
+
     made: dict[str, TensorToWrite] = {}
     dropped = set(kind.others)
     for held in kind.state.held:
@@ -57,18 +70,18 @@ def tensors_to_write(found: ModelInput, files: BlockReader) -> dict[str, TensorT
         first = tensors[names[0]]
         spec = held.spec._replace(dtype=first.spec.dtype)
         same = names == [spec.name] and held.grid == first.spec.shape and len(held.fragments) == 1
-        made[spec.name] = TensorToWrite(spec, _read(first, reader) if same else _viewed(held, names, spec, whole))
-    return made | as_saved({name: tensor for name, tensor in tensors.items() if name not in dropped}, reader)
+        made[spec.name] = TensorToWrite(spec, partial(read, first) if same else partial(assembled, held, spec, values))
+    return made | as_saved({name: tensor for name, tensor in tensors.items() if name not in dropped}, read)
 
 
-def native_tensors_to_write(found: ModelInput, files: BlockReader) -> dict[str, TensorToWrite]:
+def native_tensors_to_write(found: ModelInput, files: ReadBlocks) -> dict[str, TensorToWrite]:
     """The tensors of a model under the names that it has for them in memory, where these are known.
 
     Memory: the tensor, and one of its files'.
     """
-    reader, kind, tensors = ComputingReader(files, found.computed), found.kind, found.source.tensors
+    read, kind, tensors = computing(files, found.computed), found.kind, found.source.tensors
     if kind is None or kind.native.keys() <= tensors.keys() or not kind.hub.keys() <= tensors.keys():
-        return as_saved(tensors, reader)
+        return as_saved(tensors, read)
     _refuse_computed(kind)
     pieces: dict[int, list[tuple[HeldTensor, Fragment]]] = {}
     for held in kind.state.held:
@@ -85,19 +98,52 @@ def native_tensors_to_write(found: ModelInput, files: BlockReader) -> dict[str, 
         spec = native.spec._replace(dtype=first.spec.dtype)
         same = len(parts) == 1 and parts[0][0].spec.shape == spec.shape and _is_whole(*parts[0])
         made[spec.name] = TensorToWrite(
-            spec, _read(first, reader) if same else _assembled(spec, parts, tensors, reader)
+            spec, partial(read, first) if same else partial(_filled, spec, parts, tensors, read)
         )
     known = kind.hub.keys() | kind.native.keys() | kind.others.keys()
-    return made | as_saved({name: tensor for name, tensor in tensors.items() if name not in known}, reader)
+    return made | as_saved({name: tensor for name, tensor in tensors.items() if name not in known}, read)
 
 
-def as_saved(tensors: Mapping[str, SourceTensor], reader: BlockReader) -> dict[str, TensorToWrite]:
+def as_saved(tensors: Mapping[str, SourceTensor], read: ReadBlocks) -> dict[str, TensorToWrite]:
     """Tensors by name, as they are in their files."""
-    return {name: TensorToWrite(tensor.spec, _read(tensor, reader)) for name, tensor in tensors.items()}
+    return {name: TensorToWrite(tensor.spec, partial(read, tensor)) for name, tensor in tensors.items()}
 
 
-def _read(tensor: SourceTensor, reader: BlockReader) -> Blocks:
-    return lambda: reader.blocks(tensor)
+def computing(read: ReadBlocks, computed: Mapping[str, Computed]) -> ReadBlocks:
+    """Reads tensors, and makes those that are ``computed``, by name."""
+
+    def blocks(tensor: SourceTensor) -> Iterator[memoryview]:
+        made = computed.get(tensor.spec.name)
+        return read(tensor) if made is None else made(read)
+
+    return blocks
+
+
+def read_flat(spec: TensorSpec, blocks: Iterable[memoryview]) -> torch.Tensor:
+    """All elements of a tensor, in row-major order; one more than there are where it has none."""
+    flat = torch.empty(max(1, spec.numel), dtype=torch_dtype(spec.dtype))
+    into, at = as_bytes(flat), 0
+    for block in blocks:
+        into[at : at + len(block)] = block
+        at += len(block)
+    return flat
+
+
+class LastFew:
+    """Keeps the last few tensors that were made; any thread, which make one at a time."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._lock = most, Lock()
+        self._kept: OrderedDict[object, torch.Tensor] = OrderedDict()
+
+    def get(self, key: object, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The tensor of a key; an old one goes before a new one is made."""
+        with self._lock:
+            known = self._kept.pop(key, None)
+            while len(self._kept) >= self._most:
+                self._kept.popitem(last=False)
+            self._kept[key] = make() if known is None else known
+            return self._kept[key]
 
 
 def _refuse_computed(kind: ModelClass) -> None:
@@ -118,56 +164,30 @@ def _is_whole(held: HeldTensor, fragment: Fragment) -> bool:
     return held.grid == held.spec.shape and fragment.data.shape == held.spec.shape and fragment.data.is_contiguous()
 
 
-def _viewed(held: HeldTensor, names: Sequence[str], spec: TensorSpec, natives: _Natives) -> Blocks:
-    """A tensor of the files, put together from views of the model's."""
+def assembled(
+    held: HeldTensor, spec: TensorSpec, values: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[memoryview]:
+    """A tensor of the files, put together from views of the model's, of each of which ``values`` gives the elements."""
+    dtype = torch_dtype(spec.dtype)
+    if len(held.fragments) == 1 and held.fragments[0].box.sizes == held.grid:
+        yield from byte_blocks(values(held.fragments[0].data), dtype)
+        return
+    whole = torch.empty(held.grid, dtype=dtype)
+    for fragment in held.fragments:
+        part_in_box(whole, fragment.box).copy_(values(fragment.data))
+    yield from byte_blocks(whole, dtype)
 
-    def blocks() -> Iterator[memoryview]:
-        whole = torch.empty(held.grid, dtype=torch_dtype(spec.dtype))
-        for fragment, name in zip(held.fragments, names, strict=True):
-            part_in_box(whole, fragment.box).copy_(_as(fragment.data, natives.get(name)))
-        yield from byte_blocks(whole, whole.dtype)
 
-    return blocks
-
-
-def _assembled(
+def _filled(
     spec: TensorSpec,
     parts: Sequence[tuple[HeldTensor, Fragment]],
     tensors: Mapping[str, SourceTensor],
-    reader: BlockReader,
-) -> Blocks:
+    read: ReadBlocks,
+) -> Iterator[memoryview]:
     """A tensor of the model, whose views are filled from the tensors of the files."""
-
-    def blocks() -> Iterator[memoryview]:
-        whole = torch.empty(max(1, spec.numel), dtype=torch_dtype(spec.dtype))
-        for held, fragment in parts:
-            source = tensors[held.spec.name]
-            saved = read_flat(source.spec, reader.blocks(source))[: held.spec.numel].view(held.grid)
-            _as(fragment.data, whole).copy_(part_in_box(saved, fragment.box))
-        yield from byte_blocks(whole[: spec.numel], whole.dtype)
-
-    return blocks
-
-
-def _as(view: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-    """The view of a tensor without memory, laid over memory."""
-    return memory.as_strided(view.shape, view.stride(), view.storage_offset())
-
-
-@dataclass
-class _Natives:
-    """Caches the last few native tensors that were read whole; any thread."""
-
-    tensors: Mapping[str, SourceTensor]
-    reader: BlockReader
-    _kept: OrderedDict[str, torch.Tensor] = field(default_factory=OrderedDict)
-    _lock: Lock = field(default_factory=Lock)
-
-    def get(self, name: str) -> torch.Tensor:
-        with self._lock:
-            known = self._kept.pop(name, None)
-            while len(self._kept) >= _MOST_KEPT:
-                self._kept.popitem(last=False)
-            source = self.tensors[name]
-            self._kept[name] = read_flat(source.spec, self.reader.blocks(source)) if known is None else known
-            return self._kept[name]
+    whole = torch.empty(max(1, spec.numel), dtype=torch_dtype(spec.dtype))
+    for held, fragment in parts:
+        source = tensors[held.spec.name]
+        saved = read_flat(source.spec, read(source))[: held.spec.numel].view(held.grid)
+        bound(fragment.data, whole).copy_(part_in_box(saved, fragment.box))
+    yield from byte_blocks(whole[: spec.numel], whole.dtype)

@@ -16,8 +16,8 @@ from typing import Literal, TypeAlias
 
 from shardwise.errors import MisuseError
 from shardwise.format.json_file import read_json
-from shardwise.ops.computed_tensors import BlockReader, Computed, read_flat
 from shardwise.ops.model_class import ModelClass
+from shardwise.ops.tensors_to_write import Computed, ReadBlocks, read_flat
 from shardwise.plan.reads import SourceTensor
 from shardwise.sources.tensor_bytes import as_bytes
 
@@ -108,16 +108,6 @@ def in_transformers_names(
             hint="Say how the model that was trained rotates them: --rope interleaved (torchtitan's and Meta's Llama, "
             "neighbouring rows together) or --rope halves (as transformers does; rows stay as they are).",
         )
-    return _made(tensors, found, heads, rope, computed)
-
-
-def _made(
-    tensors: Mapping[str, SourceTensor],
-    found: Mapping[str, str],
-    heads: Mapping[str, int],
-    rope: str,
-    computed: Mapping[str, Computed],
-) -> Renamed:
     renamed = {new: tensors[name]._replace(spec=tensors[name].spec._replace(name=new)) for name, new in found.items()}
     made = {new: computed[name] for name, new in found.items() if name in computed}
     reordered: dict[str, int] = {}
@@ -125,11 +115,11 @@ def _made(
         for count in [count for tail, count in heads.items() if new.endswith(tail)]:
             reordered[new] = count
             made[new] = in_halves(tensors[name], count, computed.get(name))
-    counts = " and ".join(map(str, heads.values()))
-    note = f"tensors have torchtitan's names; rows of q and k stay as they are ({counts} heads), as was asked for"
+    numbers = " and ".join(map(str, heads.values()))
+    note = f"tensors have torchtitan's names; rows of q and k stay as they are ({numbers} heads), as was asked for"
     if rope == "interleaved":
         note = (
-            f"tensors have torchtitan's names; rows of q_proj and k_proj ({counts} heads) were put from neighbouring "
+            f"tensors have torchtitan's names; rows of q_proj and k_proj ({numbers} heads) were put from neighbouring "
             "pairs into halves of each head"
         )
     return Renamed(renamed, made, note, found, reordered)
@@ -164,8 +154,8 @@ def in_halves(tensor: SourceTensor, heads: int, computed: Computed | None = None
     """
     rows, columns = tensor.spec.shape
 
-    def blocks(reader: BlockReader) -> Iterator[memoryview]:
-        flat = read_flat(tensor.spec, reader.blocks(tensor) if computed is None else computed(reader))
+    def blocks(read: ReadBlocks) -> Iterator[memoryview]:
+        flat = read_flat(tensor.spec, read(tensor) if computed is None else computed(read))
         pairs = flat[: rows * columns].view(heads, rows // heads // 2, 2, columns)
         yield as_bytes(pairs.transpose(1, 2).contiguous())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -23,8 +23,8 @@ from shardwise.engine.verify import (
     tensors_by_file,
 )
 from shardwise.errors import ManifestError, MisuseError, StorageError
-from shardwise.format.manifest import MANIFEST_NAME, Manifest
-from shardwise.ops.contents import check_contents
+from shardwise.format.manifest import MANIFEST_NAME, FileRecord, Manifest
+from shardwise.ops.contents import Findings, check_contents
 from shardwise.ops.targets import Target, find_targets, is_unfinished, nothing_in, with_nested
 
 __all__ = ["Damage", "Progress", "VerifyReport", "verify"]
@@ -34,7 +34,6 @@ Progress = Callable[[int, int], None]
 
 Status = Literal["whole", "damaged", "unverifiable"]
 
-_INDEX_SUFFIX = ".safetensors.index.json"
 _STATE_DIRS = ("optim", "rng", "extra")
 
 
@@ -116,9 +115,25 @@ def verify(
     with using(storage or current()), without_collector():
         targets = with_nested(find_targets(path))
         job = _Job(level, threads or min(8, os.cpu_count() or 1), progress, {target.directory for target in targets})
-        reports = [job.run(Path(path), target) for target in targets]
-    whole = reports[0] if len(reports) == 1 else _merged(targets, reports)
-    return replace(whole, seconds=time.monotonic() - started)
+        findings = [job.run(target) for target in targets]
+    # Several directories have manifests of their own: components, or an export made later.
+    top = Path(os.path.commonpath([target.directory for target in targets]))
+    found = [(target.directory.relative_to(top), each) for target, each in zip(targets, findings, strict=True)]
+    return VerifyReport(
+        Path(path),
+        top / targets[0].under if len(targets) == 1 else top,
+        level,
+        all(each.verifiable for each in findings),
+        sum(each.files for each in findings),
+        sum(each.tensors for each in findings),
+        sum(each.bytes_read for each in findings),
+        time.monotonic() - started,
+        tuple(replace(each, file=(below / each.file).as_posix()) for below, own in found for each in own.damages),
+        tuple((below / name).as_posix() for below, own in found for name in own.extra),
+        tuple((below / name).as_posix() for below, own in found for name in own.undigested),
+        tuple(dict.fromkeys(each for own in findings for each in own.checked)),
+        tuple(dict.fromkeys(each for own in findings for each in own.unchecked)),
+    )
 
 
 @dataclass(frozen=True)
@@ -129,67 +144,49 @@ class _Job:
     #: Directories with manifests of their own, which are not looked at as parts of the ones around them.
     apart: Set[Path]
 
-    def run(self, requested: Path, target: Target) -> VerifyReport:
-        report = VerifyReport(requested, target.directory / target.under, self.level, target.has_manifest)
+    def run(self, target: Target) -> Findings:
         try:
-            manifest = load_manifest(target.directory) if target.has_manifest else None
+            manifest = load_manifest(target.directory)
         except ManifestError as error:
             # Checks that need no manifest are made all the same.
-            found = self._without_manifest(report, target)
-            own = Damage(MANIFEST_NAME, "manifest", error.message)
-            return replace(found, damages=(own, *found.damages))
-        if manifest is None:
-            return self._without_manifest(replace(report, verifiable=False), target)
-        return self._with_manifest(report, target, manifest)
+            found = self._without_manifest(target)
+            found.verifiable = True
+            found.damages.insert(0, Damage(MANIFEST_NAME, "manifest", error.message))
+            return found
+        files = () if manifest is None else files_below(manifest, (target.under,) if target.under else ())
+        if manifest is None or (target.under and not files):  # a file that somebody put there
+            return self._without_manifest(target)
+        return self._with_manifest(target, manifest, files)
 
-    def _with_manifest(self, report: VerifyReport, target: Target, manifest: Manifest) -> VerifyReport:
-        root = target.directory
-        files = files_below(manifest, (target.under,) if target.under else ())
-        if target.under and not files:  # a file that somebody put there
-            return self._without_manifest(replace(report, verifiable=False), target)
-        tensors = tensors_by_file(manifest)
-        damages = check_files(root, files, tensors)
-        extra: list[str] = []
+    def _with_manifest(self, target: Target, manifest: Manifest, files: Sequence[FileRecord]) -> Findings:
+        root, tensors = target.directory, tensors_by_file(manifest)
+        found = Findings(True, len(files), damages=check_files(root, files, tensors))
+        found.tensors = len({(t.component, t.spec.name) for file in files for t in tensors.get(file.path, ())})
+        found.undigested += [file.path for file in files if file.crc32c is None]
         known = {file.path for file in manifest.files} | {MANIFEST_NAME}
-        for relative in _walk(root, target.under, damages, self.apart):
+        for relative in _walk(root, target.under, found.damages, self.apart):
             if relative not in known and _is_read(relative):
-                damages.append(Damage(relative, "unexpected", "no save wrote this file, and a load would read it"))
+                found.add(relative, "unexpected", "no save wrote this file, and a load would read it")
             elif relative not in known:
-                extra.append(relative)
-        nbytes = 0
+                found.extra.append(relative)
         if self.level == "digests":
-            bad = {damage.file for damage in damages}
+            bad = {damage.file for damage in found.damages}
             extents = extents_of(manifest, [file for file in files if file.path not in bad])
             counted = Counted(sum(extent.nbytes for extent in extents), self.progress)
-            damages += check_extents(root, extents, current(), threads=self.threads, advance=counted.add)
-            nbytes = counted.done
-        return replace(
-            report,
-            files=len(files),
-            tensors=len({(t.component, t.spec.name) for file in files for t in tensors.get(file.path, ())}),
-            bytes_read=nbytes,
-            damages=tuple(sorted(damages, key=lambda damage: (damage.file, damage.tensors))),
-            extra=tuple(extra),
-            undigested=tuple(file.path for file in files if file.crc32c is None),
-        )
+            found.damages += check_extents(root, extents, current(), threads=self.threads, advance=counted.add)
+            found.bytes_read = counted.done
+        found.damages.sort(key=lambda damage: (damage.file, damage.tensors))
+        return found
 
-    def _without_manifest(self, report: VerifyReport, target: Target) -> VerifyReport:
-        damages: list[Damage] = []
+    def _without_manifest(self, target: Target) -> Findings:
+        found = Findings(unchecked=["digests: there is no manifest that has them"])
         single = is_file(target.directory / target.under)
-        below = [target.under] if single else _walk(target.directory, target.under, damages)
+        below = [target.under] if single else _walk(target.directory, target.under, found.damages)
         listed = [relative for relative in below if relative != MANIFEST_NAME and not is_unfinished(relative)]
-        if not listed and not damages and not target.has_manifest:
+        if not listed and not found.damages and not target.has_manifest:
             raise nothing_in(target.directory / target.under)
-        found = check_contents(target.directory, listed, alone=single)
-        return replace(
-            report,
-            files=found.files,
-            tensors=found.tensors,
-            damages=(*damages, *found.damages),
-            extra=tuple(found.extra),
-            checked=found.checked,
-            unchecked=("digests: there is no manifest that has them", *found.unchecked),
-        )
+        check_contents(found, target.directory, listed, alone=single)
+        return found
 
 
 class Counted:
@@ -228,29 +225,6 @@ def _is_read(relative: str) -> bool:
     if is_unfinished(relative):
         return False
     top = path.parts[0] if len(path.parts) > 1 else ""
-    if path.name.endswith((".safetensors", _INDEX_SUFFIX, ".distcp")) or path.name == ".metadata":
+    if path.name.endswith((".safetensors", ".safetensors.index.json", ".distcp")) or path.name == ".metadata":
         return top in ("model", "model_ema", "optim", "rng", "extra", "consolidated", "")
     return top in _STATE_DIRS and path.suffix == ".json"
-
-
-def _merged(targets: tuple[Target, ...], reports: list[VerifyReport]) -> VerifyReport:
-    """One report on directories that have manifests of their own: components, or an export made later."""
-    top = Path(os.path.commonpath([target.directory for target in targets]))
-    pairs = [(target.directory.relative_to(top), report) for target, report in zip(targets, reports, strict=True)]
-    return replace(
-        reports[0],
-        path=top,
-        verifiable=all(report.verifiable for report in reports),
-        files=sum(report.files for report in reports),
-        tensors=sum(report.tensors for report in reports),
-        bytes_read=sum(report.bytes_read for report in reports),
-        damages=tuple(
-            replace(damage, file=(below / damage.file).as_posix())
-            for below, report in pairs
-            for damage in report.damages
-        ),
-        extra=tuple((below / name).as_posix() for below, report in pairs for name in report.extra),
-        undigested=tuple((below / name).as_posix() for below, report in pairs for name in report.undigested),
-        checked=tuple(dict.fromkeys(each for report in reports for each in report.checked)),
-        unchecked=tuple(dict.fromkeys(each for report in reports for each in report.unchecked)),
-    )

@@ -1,25 +1,30 @@
-"""The commands that only read: ls, verify, inspect, diff."""
+"""What each command does: it calls the work in `shardwise.ops`, prints the report, and returns an exit code."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from shardwise.cli.exits import FINE, FOUND, UNVERIFIABLE, code_of, gravest
 from shardwise.cli.output import (
+    FINE,
+    FOUND,
+    UNVERIFIABLE,
     age,
     clear_screen,
+    code_of,
     columns,
     count,
     flush,
+    gravest,
     print_json,
     progress_bar,
     record,
     say,
     show,
     size,
+    tell,
     tell_error,
 )
 from shardwise.errors import MisuseError, ShardwiseError
@@ -27,11 +32,17 @@ from shardwise.errors import MisuseError, ShardwiseError
 if TYPE_CHECKING:
     import argparse
 
+    from shardwise.ops.consolidate import ConsolidateReport
+    from shardwise.ops.convert import ConvertReport
     from shardwise.ops.diff import DiffReport, LayerDifference
     from shardwise.ops.inspect import CheckpointDescription
     from shardwise.ops.listing import ListedCheckpoint
+    from shardwise.ops.merge import MergeReport
     from shardwise.ops.verify import VerifyReport
 
+_Report = TypeVar("_Report")
+#: Options about a source that does not say it itself, as functions call them.
+_OF_SOURCE = ("config", "prefix", "rope", "assume_complete", "master_weights", "verify_export")
 #: More tensors that differ are shown by layer.
 _MOST_LINES = 50
 _STATE_COLOURS = {
@@ -43,23 +54,26 @@ _STATE_COLOURS = {
 }
 
 
+def _run(options: argparse.Namespace, work: Callable[..., _Report], *places: Path, names: Sequence[str]) -> _Report:
+    """What ``work`` returns, with a progress bar and the options that it takes under their own names."""
+    with progress_bar(options.quiet) as progress:
+        return work(*places, progress=progress, **{name: getattr(options, name) for name in names})
+
+
 def _each(paths: list[Path], json: bool, one: Callable[[Path], tuple[int, object]]) -> int:
     """Do ``one``, which gives exit code and result, for each path; a path that fails does not keep the others."""
-    codes: list[int] = []
-    results: list[object] = []
+    found: list[tuple[int, object]] = []
     for path in paths:
         try:
-            code, result = one(path)
+            found.append(one(path))
         except ShardwiseError as error:
             if len(paths) == 1:
                 raise
             tell_error(error, f"{path}: ")
-            code, result = code_of(error), {"requested": str(path), "error": error.to_record()}
-        codes.append(code)
-        results.append(result)
+            found.append((code_of(error), {"requested": str(path), "error": error.to_record()}))
     if json:
-        print_json(results[0] if len(paths) == 1 else results)
-    return gravest(codes)
+        print_json(found[0][1] if len(paths) == 1 else [result for _, result in found])
+    return gravest(code for code, _ in found)
 
 
 def ls(options: argparse.Namespace) -> int:
@@ -316,3 +330,110 @@ def _print_layers(layers: list[LayerDifference]) -> None:
         rows.append(("~", each.component, each.layer or "(no module)", ", ".join(numbers)))
     for line in columns(rows):
         say(line)
+
+
+# --- the commands that write -----------------------------------------------------------------------------------------
+
+
+def consolidate(options: argparse.Namespace) -> int:
+    """``shardwise consolidate``."""
+    from shardwise.ops import consolidate as work
+
+    names = ("max_file_bytes", "dtype", "base", "diffusers_compatible", *_OF_SOURCE)
+    report = _run(options, work.consolidate, options.path, options.output, names=names)
+    return _tell_written(options, report, f"{count(report.tensors, 'tensor')} in {count(len(report.files), 'file')}")
+
+
+def convert(options: argparse.Namespace) -> int:
+    """``shardwise convert``."""
+    from shardwise.ops import convert as work
+
+    names = ("to", "optimizer", "epoch", "step", *_OF_SOURCE)
+    report = _run(options, work.convert, options.source, options.target, names=names)
+    optimizer = " and the optimizer's state" if report.optimizer else ""
+    return _tell_written(options, report, count(report.tensors, "tensor") + optimizer)
+
+
+def merge_adapter(options: argparse.Namespace) -> int:
+    """``shardwise merge-adapter``."""
+    from shardwise.ops import merge as work
+
+    places, names = (options.base, options.adapter, options.output), ("max_file_bytes", "verify_export")
+    report = _run(options, work.merge_adapter, *places, names=names)
+    return _tell_written(options, report, f"{count(report.tensors, 'tensor')}, {len(report.merged):,} of them merged")
+
+
+def _tell_written(
+    options: argparse.Namespace, report: ConsolidateReport | ConvertReport | MergeReport, what: str
+) -> int:
+    """Print what a command wrote, and the exit code."""
+    for note in report.notes:
+        tell(f"note  {note}")
+    show(options, report, [f"wrote {report.path}: {what}, {size(report.nbytes)}"])
+    return FINE
+
+
+def prune(options: argparse.Namespace) -> int:
+    """``shardwise prune``."""
+    from shardwise.ops import prune as work
+
+    asked = (options.keep_last, options.keep_every, options.keep_best)
+    policy = None
+    if any(each is not None for each in asked):
+        policy = work.Retention(*asked, options.metric_mode, options.metric)
+    report = work.prune_checkpoints(options.root, policy, delete=options.yes)
+    lines = [f"{'deleted' if report.deleted else 'would delete'}  {name}" for name in report.names]
+    lines.append(f"{len(report.kept)} kept in {report.root}" if report.names or report.kept else no_root(report.root))
+    if report.names and not report.deleted:
+        lines.append("Nothing was changed; --yes deletes them.")
+    show(options, report, lines)
+    return FINE
+
+
+def repair(options: argparse.Namespace) -> int:
+    """``shardwise repair``."""
+    from shardwise.ops import repair as work
+
+    report = work.repair(options.root, apply=options.yes)
+    lines = [f"{'removed' if report.done else 'would remove'}  {name}" for name in report.leftovers]
+    for each in report.pointers:
+        old = "nothing" if each.old is None else each.old
+        lines.append(f"{'set' if report.done else 'would set'}  {each.name}: {old} -> {each.new}")
+    found = bool(lines)
+    show(options, report, lines)
+    if not options.json:
+        for sentence in report.left:
+            say(f"left     {sentence}")
+        if found and not report.done and not options.quiet:
+            say("Nothing was changed; --yes does it.")
+        elif not found and not report.left and not options.quiet:
+            say(f"{report.root} is in order" if report.checkpoints else no_root(report.root))
+    return FOUND if report.left or (found and not report.done) else FINE
+
+
+def push(options: argparse.Namespace) -> int:
+    """``shardwise push``."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    from shardwise.ops import push as work
+
+    names = ("revision", "private", "message", "allow_unverified")
+    try:
+        report = _run(options, work.push, options.path, options.repo, names=names)
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
+        raise MisuseError(
+            f"the Hub refused: {error}", hint="Check the repository's name and `hf auth login`."
+        ) from error
+    except Exception as error:
+        # No network, no answer: an error of whichever HTTP client the Hub's library has, the first base of its own.
+        if not isinstance(error, (OfflineModeIsEnabled, HfHubHTTPError.__bases__[0])):
+            raise
+        raise MisuseError(
+            f"the Hub cannot be reached: {error}",
+            hint="Check the network, and push again: nothing is shown until then.",
+        ) from error
+    for name in report.left:
+        tell(f"note  {name} is a checkpoint and was not uploaded")
+    files = count(len(report.files), "file")
+    show(options, report, [f"uploaded {files}, {size(report.nbytes)}, of {report.path} to {report.repo} {report.url}"])
+    return FINE

@@ -9,11 +9,11 @@ from shardwise.convert.adapter import (
     StateDictAdapter,
     adapter_of,
     check_adapter,
+    check_round_trip,
     conversion_of,
     derive_for,
     derive_from_adapter,
 )
-from shardwise.convert.check import check_round_trip
 from shardwise.convert.derive import derive, identity, kept_out
 from shardwise.convert.files import for_files
 from shardwise.convert.mapping import rename, revert

@@ -230,7 +230,7 @@ def _names_in(path: Path) -> frozenset[str]:
 
 
 def _check_dcp(root: Path, relative: str, names: Sequence[str], found: Contents) -> None:
-    from shardwise.sources.dcp_extents import check_dcp_extents
+    from shardwise.sources.dcp_values import check_dcp_extents
 
     try:
         extents = check_dcp_extents((root / relative).parent)

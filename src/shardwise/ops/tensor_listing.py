@@ -285,8 +285,7 @@ def add_dcp(root: Path, relative: str, component: str, found: Listing) -> None:
 
 def _add_torch(root: Path, relative: str, component: str, found: Listing) -> None:
     from shardwise.comm import Group
-    from shardwise.sources.torch_files import entries_of, open_bin
-    from shardwise.sources.torch_state import WRAPPERS
+    from shardwise.sources.torch_files import WRAPPERS, entries_of, open_bin
 
     try:
         entries = entries_of(root / relative)

@@ -24,8 +24,7 @@ from shardwise.plan.reads import SourceTensor
 from shardwise.sources.dcp_model import places_of, unwrapped_names
 from shardwise.sources.sources import Source
 from shardwise.sources.tensor_bytes import byte_blocks
-from shardwise.sources.torch_files import BinSource, entries_of, load_file, open_bin
-from shardwise.sources.torch_state import WRAPPERS
+from shardwise.sources.torch_files import WRAPPERS, BinSource, entries_of, load_file, open_bin
 
 #: An entry of the files that Lightning's ``Trainer.save_checkpoint`` writes.
 _LIGHTNING = "pytorch-lightning_version"

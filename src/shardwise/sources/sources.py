@@ -25,12 +25,15 @@ from shardwise.geometry import Box
 from shardwise.plan.reads import SourceTensor
 from shardwise.sources.dcp_model import refuse_transformed
 from shardwise.sources.directory_contents import did_you_mean, found_instead, how_to_open
-from shardwise.sources.entries import Entry, assemble, decode_entry, read_entries
-from shardwise.sources.piece_lookup import (
+from shardwise.sources.entries import (
+    Entry,
     PieceTable,
+    assemble,
+    decode_entry,
     distribute_entries,
     distribute_rows,
     look_up_pieces,
+    read_entries,
     tensor_of_row,
 )
 from shardwise.timing import phase

@@ -29,8 +29,14 @@ from shardwise.convert import rename
 from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.engine.name_suggestions import listed
 from shardwise.errors import CheckpointNotFoundError, MissingTensorError, MisuseError, ShardwiseError, StateFormatError
-from shardwise.sources.dcp_optimizers import DcpOptimizer, read_optimizers
-from shardwise.sources.dcp_states import components, place_called, scheduler_places, state_at
+from shardwise.sources.dcp_states import (
+    DcpOptimizer,
+    components,
+    place_called,
+    read_optimizers,
+    scheduler_places,
+    state_at,
+)
 from shardwise.sources.dcp_values import DcpValues, is_dcp
 from shardwise.sources.sources import Source, open_source
 from shardwise.sources.state_files import has_state, joined, pack_state, split, unpack_state

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from shardwise.disk.names import is_directory, names_in
-from shardwise.sources.others.accelerate import accelerates
 from shardwise.sources.others.deepspeed import deepspeeds
 from shardwise.sources.others.layout import Layout
-from shardwise.sources.others.rank_files import saved_shards, verl_files
+from shardwise.sources.others.rank_files import accelerates, saved_shards, verl_files
 
 
 def recognise(directory: Path, master_weights: bool = False) -> Layout | None:

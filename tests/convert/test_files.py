@@ -6,8 +6,9 @@ import torch
 from tests.convert import compare
 from tests.convert.tiny_models import build
 
-from shardwise.convert import Conversion, derive, for_files, identity, to_hub
-from shardwise.convert.rules import NativeSpec
+from shardwise.convert.derive import derive, identity
+from shardwise.convert.files import for_files
+from shardwise.convert.rules import Conversion, NativeSpec, to_hub
 
 
 def load(conversion: Conversion, files: compare.Tensors, state: compare.Tensors) -> compare.Tensors:

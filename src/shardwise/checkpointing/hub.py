@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from shardwise.checkpointing.shared_names import check_outside, expected_ties, exported_part, outer_names, shared_names
-from shardwise.convert import Conversion, HeldGroup, adapter_of, check_adapter, conversion_of, kept_out, to_hub
+from shardwise.convert.adapter import adapter_of, check_adapter, conversion_of
+from shardwise.convert.derive import kept_out
+from shardwise.convert.rules import Conversion, HeldGroup, to_hub
 from shardwise.dtypes import FLOATS
 from shardwise.errors import MisuseError
 from shardwise.geometry import DTYPE_BYTES, TensorSpec

@@ -26,7 +26,9 @@ from typing import cast
 from torch import nn
 
 from shardwise.addons.hf_config import untie_configs
-from shardwise.convert import Conversion, HubTensor, adapter_of, derive, derive_for, to_hub
+from shardwise.convert.adapter import adapter_of, derive_for
+from shardwise.convert.derive import derive
+from shardwise.convert.rules import Conversion, HubTensor, to_hub
 from shardwise.errors import ConversionError, NameCollisionError
 from shardwise.format.manifest import TensorRecord
 from shardwise.geometry import TensorSpec

@@ -18,7 +18,7 @@ from shardwise.convert.rules import Computed, Conversion, HubTensor, NativeSpec
 from shardwise.convert.trace import traced
 from shardwise.dtypes import torch_dtype
 from shardwise.errors import ConversionError
-from shardwise.geometry import Box, TensorSpec
+from shardwise.geometry import Box, TensorSpec, overlap
 from shardwise.plan.views import AxisView
 from shardwise.stateful_wrappers.wrapping import skeleton
 
@@ -232,8 +232,18 @@ def _balance(shape: tuple[int, ...], views: Sequence[AxisView | None]) -> int:
     if len(views) == 1 and views[0] is None:
         return 0
     regions = [_region(shape, view) for view in views]
-    covered = sum(math.prod(span.length for span in region.pieces[0].spans) for region in regions)
-    return 1 if _overlap(regions) else covered - math.prod(shape)
+    try:
+        for dim in range(len(shape)):
+            regions = on_one_grid(regions, dim)
+    except Untraceable:  # grids that cut across each other
+        return 1
+    boxes = [
+        Box(tuple(span.start for span in piece.spans), tuple(span.length for span in piece.spans))
+        for region in regions
+        for piece in region.pieces
+    ]
+    twice = len(boxes) > 1 and (not boxes[0].sizes or overlap(boxes))
+    return 1 if twice else sum(box.numel for box in boxes) - math.prod(shape)
 
 
 def _region(shape: tuple[int, ...], view: AxisView | None) -> Provenance:
@@ -252,24 +262,3 @@ def _region(shape: tuple[int, ...], view: AxisView | None) -> Provenance:
         spans += (Span(*bounds.get(at + i, (0, 1)), 0) for i in kept)
         at += len(factors)
     return Provenance(tuple(dims), (SourcePiece(0, 0, tuple(spans)),))
-
-
-def _overlap(regions: Sequence[Provenance]) -> bool:
-    try:
-        for dim in range(len(regions[0].dims) if regions else 0):
-            regions = on_one_grid(regions, dim)
-    except Untraceable:  # grids that cut across each other
-        return True
-    refined = [
-        Box(tuple(span.start for span in piece.spans), tuple(span.length for span in piece.spans))
-        for region in regions
-        for piece in region.pieces
-    ]
-    refined.sort(key=lambda box: box.offsets)
-    active: list[Box] = []
-    for box in refined:
-        active = [other for other in active if not other.ends or other.ends[0] > box.offsets[0]]
-        if any(other.intersect(box) is not None for other in active):
-            return True
-        active.append(box)
-    return False

@@ -70,7 +70,7 @@ def derive(model: torch.nn.Module, natives: Sequence[NativeSpec]) -> Conversion:
     absent = left_out(bare)
     kept = [spec for spec in natives if spec.name not in absent]
     ignored = tuple(spec.name for spec in natives if spec.name in absent)
-    rules = _rules(bare)
+    rules = rule_set(bare)
     if rules is not None:
         return Conversion(*_by_rules(rules, kept), ignored)
     mapping = legacy_renamings(bare)
@@ -86,12 +86,7 @@ def kept_out(model: torch.nn.Module) -> frozenset[str] | None:
     ``None`` where anything is renamed or converted, so that only a conversion shows the names.
     """
     bare = unwrap(model)
-    return None if legacy_renamings(bare) or _rules(bare) is not None else left_out(bare)
-
-
-def _rules(bare: torch.nn.Module) -> RuleSet | None:
-    # Copying the modules of a large model takes longer than everything else here.
-    return rule_set(skeleton(bare)) if may_have_rules(bare) else None
+    return None if legacy_renamings(bare) or rule_set(bare) is not None else left_out(bare)
 
 
 def _by_rules(rules: RuleSet, natives: Sequence[NativeSpec]) -> tuple[tuple[HubTensor, ...], tuple[Computed, ...]]:
@@ -99,7 +94,7 @@ def _by_rules(rules: RuleSet, natives: Sequence[NativeSpec]) -> tuple[tuple[HubT
     groups: defaultdict[str, list[tuple[Member, NativeSpec]]] = defaultdict(list)
     by_name = {spec.name: spec for spec in natives}
     for spec in map(by_name.__getitem__, in_loading_order(by_name)):
-        group, pattern = rules.match(spec.name)
+        group, pattern = upstream.matching_converter(spec.name, rules.converters)
         if pattern is None:
             views.append(HubTensor(rules.rename(spec.name), spec.shape, (HubPart(spec.name),)))
         else:
@@ -212,10 +207,6 @@ class RuleSet:
     #: For each of ``renamings`` a search that fails where it changes nothing; ``None`` without such a search.
     quick: tuple[Callable[[str], object] | None, ...]
 
-    def match(self, name: str) -> tuple[str, str | None]:
-        """The name of the group that a native tensor belongs to and the pattern it fills; ``None`` if it has none."""
-        return upstream.matching_converter(name, self.converters)
-
     def rename(self, name: str) -> str:
         """The hub name of what is called ``name`` once the converters are done with it."""
         for quick, renaming in zip(self.quick, self.renamings, strict=True):
@@ -234,14 +225,15 @@ def may_have_rules(model: torch.nn.Module) -> bool:
     return isinstance(model, model_class() or ())
 
 
-def rule_set(model: torch.nn.Module) -> RuleSet | None:
-    """The rules that transformers would apply to save ``model``, or ``None`` where there are none.
+def rule_set(bare: torch.nn.Module) -> RuleSet | None:
+    """The rules that transformers would apply to save an unwrapped model, or ``None`` where there are none.
 
     The rules with which `from_pretrained` loaded the model, else those registered for its classes and model types; a
     `PrefixChange` only if it was used in loading, since the name alone does not show it.
     """
-    if not may_have_rules(model):
+    if not may_have_rules(bare):
         return None
+    model = skeleton(bare)  # copying the modules of a large model takes longer than everything else here
     rules = upstream.loaded_with(model)
     if rules is None:
         rules = upstream.without_prefix_changes(upstream.registered_rules(model, legacy=False))

@@ -9,10 +9,10 @@ one value. An optimizer is known by its ``param_groups``; what it is called, and
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatError
 from shardwise.sources.dcp_model import DcpPath, find_model, model_below
@@ -215,30 +215,11 @@ class DcpOptimizer:
             values={names[param]: keys for param, keys in self.values.items()},
         )
 
-    def to_state(self) -> dict[str, object]:
-        """As plain containers."""
-        return {
-            "place": self.place,
-            "numbered": self.numbered,
-            "groups": [[dict(group.options), list(group.params)] for group in self.groups],
-            "tensors": {param: dict(found) for param, found in self.tensors.items()},
-            "values": {param: dict(found) for param, found in self.values.items()},
-            "listed": self.listed,
-        }
-
     @staticmethod
     def from_state(state: object) -> DcpOptimizer:
-        """The inverse of `to_state`, on another rank."""
-        fields = cast(dict[str, object], state)
-        groups = cast("list[tuple[dict[str, object], list[str]]]", fields["groups"])
-        return DcpOptimizer(
-            cast(str, fields["place"]),
-            cast(bool, fields["numbered"]),
-            tuple(DcpGroup(options, tuple(params)) for options, params in groups),
-            cast("dict[str, dict[str, str]]", fields["tensors"]),
-            cast("dict[str, dict[str, object]]", fields["values"]),
-            cast(bool, fields["listed"]),
-        )
+        """The inverse of ``dataclasses.asdict``, on another rank."""
+        fields = cast("dict[str, Any]", state)
+        return DcpOptimizer(**{**fields, "groups": tuple(DcpGroup(**group) for group in fields["groups"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,6 +305,9 @@ class _Reading:
         self._values, self._found = values, found
         small = [i.name for items in found.items.values() for i in items if i.name not in values.tensors]
         self._read = values.values(small)
+        #: By parameter and state key: DCP's names of tensors, and what is no tensor.
+        self._tensors: dict[str, dict[str, str]] = {}
+        self._others: dict[str, dict[str, object]] = {}
 
     def optimizer(self) -> DcpOptimizer:
         found = self._found
@@ -335,25 +319,15 @@ class _Reading:
             self._refuse(found.items["param_groups"][0].name, "is nested, and others beside it are flattened")
         if found.flat == {True}:
             return self._flattened()
-        groups, numbered, names = self._groups(self._nested(found.items["param_groups"], tensors=True))
-        tensors, values = self._states()
-        rename = dict(names)
-        return self._made(
-            groups,
-            numbered,
-            {rename.get(param, param): keys for param, keys in tensors.items()},
-            {rename.get(param, param): keys for param, keys in values.items()},
-        )
+        groups = self._groups(self._nested(found.items["param_groups"], tensors=True))
+        self._take_states()
+        return self._made(*groups)
 
-    def _made(
-        self,
-        groups: Iterable[DcpGroup],
-        numbered: bool,
-        tensors: Mapping[str, Mapping[str, str]],
-        values: Mapping[str, Mapping[str, object]],
-    ) -> DcpOptimizer:
-        every = tuple(groups)
-        known = [param for group in every for param in group.params]
+    def _made(self, groups: Sequence[DcpGroup], numbered: bool, names: Mapping[str, str]) -> DcpOptimizer:
+        """The optimizer, its states under the names that the file gives to numbers."""
+        tensors = {names.get(param, param): keys for param, keys in self._tensors.items()}
+        values = {names.get(param, param): keys for param, keys in self._others.items()}
+        known = [param for group in groups for param in group.params]
         if len(set(known)) < len(known):
             raise StateFormatError(
                 "a parameter is in two groups of this optimizer", path=self._values.directory, tensor=self._found.place
@@ -369,7 +343,7 @@ class _Reading:
             )
         path = self._found.path
         listed = bool(path) and isinstance(path[-1], int)
-        return DcpOptimizer(self._found.place, numbered, every, tensors, values, listed)
+        return DcpOptimizer(self._found.place, numbered, tuple(groups), tensors, values, listed)
 
     # --- nested -----------------------------------------------------------------------------------------------------
 
@@ -379,8 +353,11 @@ class _Reading:
         for item in items:
             if item.name not in self._read and not tensors:
                 self._refuse(item.name, "is a tensor inside a list or dictionary of an optimizer's state")
-            found[item.rest] = self._read[item.name] if item.name in self._read else self._values.value(item.name)
+            found[item.rest] = self._value(item)
         return nested(found)
+
+    def _value(self, item: _Item) -> object:
+        return self._read[item.name] if item.name in self._read else self._values.value(item.name)
 
     def _groups(self, value: object) -> tuple[list[DcpGroup], bool, Mapping[str, str]]:
         """Groups, whether their parameters are numbers, and the names of numbers where the file gives them."""
@@ -407,35 +384,25 @@ class _Reading:
             self._refuse(self._found.items["param_groups"][0].name, "names parameters of some groups and not of others")
         return groups, True in numbered, names
 
-    def _states(self) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, object]]]:
-        tensors: dict[str, dict[str, str]] = {}
-        values: dict[str, dict[str, object]] = {}
+    def _take_states(self) -> None:
         deeper: dict[tuple[str, str], list[_Item]] = {}
         for item in self._found.items["state"]:
             param = str(item.rest[0])
             if len(item.rest) == 1:  # a parameter's state without a tensor, as torch before 2.4 wrote it
-                tensors.setdefault(param, {})
-                self._add_all(values.setdefault(param, {}), item)
+                self._tensors.setdefault(param, {})
+                self._add_all(self._others.setdefault(param, {}), item)
             elif len(item.rest) > 2:
                 deeper.setdefault((param, str(item.rest[1])), []).append(_Item(item.name, item.rest[2:]))
             else:
-                self._put(item, param, str(item.rest[1]), tensors, values)
+                self._put(item, param, str(item.rest[1]))
         for (param, key), items in deeper.items():
-            tensors.setdefault(param, {})
-            values.setdefault(param, {})[key] = self._nested(items, tensors=False)
-        return tensors, values
+            self._tensors.setdefault(param, {})
+            self._others.setdefault(param, {})[key] = self._nested(items, tensors=False)
 
-    def _put(
-        self,
-        item: _Item,
-        param: str,
-        key: str,
-        tensors: dict[str, dict[str, str]],
-        values: dict[str, dict[str, object]],
-    ) -> None:
-        own, others = tensors.setdefault(param, {}), values.setdefault(param, {})
+    def _put(self, item: _Item, param: str, key: str) -> None:
+        tensors, others = self._tensors.setdefault(param, {}), self._others.setdefault(param, {})
         if item.name in self._values.tensors:
-            own[key] = item.name
+            tensors[key] = item.name
         else:
             others[key] = self._read[item.name]
 
@@ -451,20 +418,15 @@ class _Reading:
         options: dict[str, dict[str, object]] = {}
         for item in self._found.items["param_groups"]:
             param, option = self._split(item)
-            read = self._read
-            options.setdefault(param, {})[option] = (
-                read[item.name] if item.name in read else self._values.value(item.name)
-            )
+            options.setdefault(param, {})[option] = self._value(item)
         alike: dict[tuple[tuple[str, int], ...], list[str]] = {}
         for param, found in options.items():
             # Values that were read from equal bytes are one object.
             alike.setdefault(tuple(sorted((key, id(value)) for key, value in found.items())), []).append(param)
         groups = [DcpGroup(options[params[0]], tuple(params)) for params in alike.values()]
-        tensors: dict[str, dict[str, str]] = {}
-        values: dict[str, dict[str, object]] = {}
         for item in self._found.items["state"]:
-            self._put(item, *self._split(item), tensors, values)
-        return self._made(groups, False, tensors, values)
+            self._put(item, *self._split(item))
+        return self._made(groups, False, {})
 
     def _split(self, item: _Item) -> tuple[str, str]:
         param, dot, key = str(item.rest[0]).rpartition(".")
@@ -479,13 +441,13 @@ class _Reading:
         if not isinstance(value, dict) or not isinstance(value.get("state"), dict) or "param_groups" not in value:
             self._refuse(name, "is called as an optimizer is and is no optimizer's state")
         self._found.items["param_groups"].append(_Item(name, ()))
-        groups, numbered, names = self._groups(value["param_groups"])
-        states: dict[str, dict[str, object]] = {}
+        groups = self._groups(value["param_groups"])
         for param, state in value["state"].items():
             if not isinstance(state, dict):
                 self._refuse(name, "has state that belongs to no parameter")
-            states[names.get(str(param), str(param))] = {str(key): each for key, each in state.items()}
-        return self._made(groups, numbered, {param: {} for param in states}, states)
+            self._tensors[str(param)] = {}
+            self._others[str(param)] = {str(key): each for key, each in state.items()}
+        return self._made(*groups)
 
     def _refuse(self, name: str, why: str) -> NoReturn:
         raise MisuseError(

@@ -232,15 +232,11 @@ def _of_kind(kind: JsonValue, known: Mapping[str, tuple[SourceChunk, ...]]) -> I
 
 
 def _by_index_rank(own: Mapping[int, Sequence[Entry]], world: int) -> list[bytes]:
-    messages: list[list[tuple[int, list[Entry]]]] = [[] for _ in range(world)]
+    messages: list[dict[int, list[Entry]]] = [{} for _ in range(world)]
     for number, entries in own.items():
-        found: list[list[Entry]] = [[] for _ in range(world)]
         for entry in entries:
-            found[crc32(entry[0].encode()) % world].append(entry)
-        for message, some in zip(messages, found, strict=True):
-            if some:
-                message.append((number, some))
-    return [json.dumps(message).encode() if message else b"" for message in messages]
+            messages[crc32(entry.name.encode()) % world].setdefault(number, []).append(entry)
+    return [json.dumps([*message.items()]).encode() if message else b"" for message in messages]
 
 
 def _decoded(messages: Iterable[bytes]) -> list[tuple[int, list[Entry]]]:

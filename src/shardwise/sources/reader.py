@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -101,7 +100,7 @@ class Reader:
         Raises:
             IntegrityError: A file ends before a range that its header promises.
         """
-        ordered = _in_order(reads)
+        ordered = list(_woven(sorted(reads, key=_position)))
         for read in ordered:
             self._handle(_file(read))
         if self._threads <= 1 or len(ordered) <= 1:
@@ -220,15 +219,6 @@ class Reader:
         for dim, (low, size) in enumerate(zip(read.region.offsets, read.region.sizes, strict=True)):
             region = region.narrow(dim, low, size)
         read.dest.detach().copy_(region)
-
-
-def _in_order(reads: Sequence[AnyRead]) -> list[AnyRead | _Woven]:
-    """The reads in file order, those of one stretch of rows together."""
-    plain = [read for read in reads if isinstance(read, Read)]
-    if len(plain) < len(reads):
-        return list(_woven(sorted(reads, key=_position)))
-    plain.sort(key=itemgetter(0, 1))
-    return [*plain] if all(read.rows == 1 for read in plain) else list(_woven(plain))
 
 
 def _position(read: AnyRead) -> tuple[int, int]:

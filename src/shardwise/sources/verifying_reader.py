@@ -179,7 +179,7 @@ class VerifyingReader:
         """
         spec = tensor.spec
         total, item = math.prod(spec.shape), spec.itemsize
-        pieces = [self._stream(chunk, tensor) for chunk in tensor.chunks if chunk.box.numel]
+        pieces = [_Stream(self, chunk, tensor) for chunk in tensor.chunks if chunk.box.numel]
         per_block = max(1, BLOCK_BYTES // item)
         memory = torch.empty((min(per_block, total) if len(pieces) > 1 else 0, item), dtype=torch.uint8)
         for start in range(0, total, per_block):
@@ -195,16 +195,6 @@ class VerifyingReader:
         for piece in pieces:
             piece.finish()
 
-    def _stream(self, chunk: SourceChunk, tensor: SourceTensor) -> _Stream:
-        if not chunk.packed:
-            return _Stream(self, chunk, tensor, 0)
-        name, _, dtype = tensor.spec
-
-        def fill(into: memoryview, at: int) -> None:
-            self.fill(chunk.file, into, chunk.offset + at, name)
-
-        return _Stream(self, chunk, tensor, self.items.find(fill, chunk.packed, chunk.box.sizes, dtype))
-
     def fill(self, file: int, into: memoryview, offset: int, tensor: str) -> None:
         """Fill memory with a file's bytes from an offset on."""
         with self._opening:
@@ -214,15 +204,15 @@ class VerifyingReader:
 
 
 class _Stream:
-    """A piece's elements, from the first to the last.
+    """A piece's elements, from the first to the last."""
 
-    They lie ``start`` bytes behind the begin of the piece, or (``None``) in a tensor serialised by ``torch.save`` that
-    has to be loaded.
-    """
-
-    def __init__(self, reader: VerifyingReader, chunk: SourceChunk, tensor: SourceTensor, start: int | None) -> None:
+    def __init__(self, reader: VerifyingReader, chunk: SourceChunk, tensor: SourceTensor) -> None:
         self.box = chunk.box
-        self._reader, self._chunk, self._spec, self._start = reader, chunk, tensor.spec, start
+        self._reader, self._chunk, self._spec = reader, chunk, tensor.spec
+        #: Bytes before the elements, or ``None`` for a tensor serialised by ``torch.save`` that has to be loaded.
+        self._start: int | None = 0
+        if chunk.packed:
+            self._start = reader.items.find(self._fill, chunk.packed, chunk.box.sizes, tensor.spec.dtype)
         self._path = reader.files[chunk.file]
         self._counts = bool(reader.ledger.recorded.get(self._path))
         self._crc, self._at = 0, 0

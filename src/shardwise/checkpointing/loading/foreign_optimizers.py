@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -25,7 +25,7 @@ from shardwise.checkpointing.loading.restoring import Stateful
 from shardwise.checkpointing.run_state.schedulers import FoundSchedules, check_rates, no_scheduler, other_number
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
-from shardwise.convert import rename
+from shardwise.convert.mapping import rename
 from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.engine.name_suggestions import listed
 from shardwise.errors import CheckpointNotFoundError, MissingTensorError, MisuseError, ShardwiseError, StateFormatError
@@ -357,7 +357,7 @@ def find_foreign(
     steers = group.any(bool(state.optimizers), "asking which ranks have optimizers")
 
     def read() -> list[object]:
-        return [each.to_state() for each in _read(place, legacy)] if steers else []
+        return [asdict(each) for each in _read(place, legacy)] if steers else []
 
     states = cast("list[object]", broadcast_state(read, group, f"reading the optimizers of {place}"))
     has_schedulers = group.any(bool(schedulers), "comparing schedulers")

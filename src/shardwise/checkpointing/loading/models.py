@@ -33,7 +33,7 @@ from shardwise.checkpointing.per_rank import OwnRead, find_model
 from shardwise.checkpointing.session import Session
 from shardwise.checkpointing.shared_names import exported_modules
 from shardwise.comm import Group, JsonValue
-from shardwise.convert import rename
+from shardwise.convert.mapping import rename
 from shardwise.disk.names import is_file
 from shardwise.engine.computed import OpenedComputed, open_computed
 from shardwise.engine.load import (

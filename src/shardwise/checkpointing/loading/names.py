@@ -19,7 +19,8 @@ from shardwise.base.names import names_in_files, names_of_ties, under_names_of_f
 from shardwise.checkpointing.hub import HubState
 from shardwise.checkpointing.shared_names import file_name, recomputed_buffers
 from shardwise.comm import Group, JsonValue
-from shardwise.convert import HeldGroup, rename
+from shardwise.convert.mapping import rename
+from shardwise.convert.rules import HeldGroup
 from shardwise.disk.storage import Storage
 from shardwise.engine.load import listed_anywhere
 from shardwise.engine.missing_files import saved_aliases

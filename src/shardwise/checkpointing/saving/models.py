@@ -40,7 +40,7 @@ from shardwise.checkpointing.saving.hooks import ModelRequest, hook_arguments, l
 from shardwise.checkpointing.saving.torch_format import capture_distcp, tensors_alone, write_distcp
 from shardwise.checkpointing.shared_names import loose_ties, settle_ties
 from shardwise.comm import Group, JsonValue
-from shardwise.convert import HeldGroup
+from shardwise.convert.rules import HeldGroup
 from shardwise.disk.names import is_file
 from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import storage_errors

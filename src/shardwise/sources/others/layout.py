@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class Layout:
     has_masters: bool = False
 
 
-def require_ranks(directory: Path, world: int, found: Mapping[int, str], what: str = "files") -> None:
+def require_ranks(directory: Path, world: int, found: Collection[int], what: str = "files") -> None:
     """Raise `CheckpointNotFoundError` where a rank's file is not among those ``found``, by rank."""
     missing = [rank for rank in range(world) if rank not in found]
     if missing:

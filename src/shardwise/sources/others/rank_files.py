@@ -43,85 +43,89 @@ from shardwise.sources.torch_files import distributed_class, unwrapped
 
 VERL_NAME = re.compile(r"model_world_size_(\d{1,6})_rank_(\d{1,6})\.pt")
 
-_VERL_SIDE = "huggingface"
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-_SHOWN = 5
-_CONFIG = "config.json"
 #: What FSDP1 calls a flat parameter in a local state dict.
 _FLAT = ("_flat_param", "flat_param")
 
 
 @dataclass(frozen=True, slots=True)
-class RankFiles:
-    """Files of all ranks in a directory: by rank where names say it, and so ``world_size``, else by position."""
+class RankFile:
+    """What one rank wrote: its tensors by the names in the file, and the names of what is no tensor."""
 
-    directory: Path
-    names: Mapping[int, str]
-    world_size: int | None
-
-    def open(self) -> OtherModel:
-        """Join what the files have; see `Layout`."""
-        if self.world_size is not None:
-            require_ranks(self.directory, self.world_size, self.names)
-        found = [file for number, name in sorted(self.names.items()) if (file := self._read(number, name)) is not None]
-        if not found:
-            raise MisuseError(
-                "these files are an optimizer's state and no model",
-                path=self.directory,
-                hint="Name the directory of the model's files.",
-            )
-        files, world = (found, self.world_size) if self.world_size is not None else _by_rank(self.directory, found)
-        joined = join(self.directory, files)
-        kinds = list(dict.fromkeys(tensor.kind for tensor in files[0].tensors.values() if tensor.kind != "Tensor"))
-        checked = [
-            (len(joined.tensors), f"tensors ({', '.join(kinds) or 'whole'}): the pieces make up each exactly once")
-        ]
-        if kinds or len(files) > 1:
-            ranks = "files of ranks: all that there have to be, and all say the same of each tensor"
-            checked.insert(0, (len(files), ranks))
-        source = Source(self.directory, tuple(file.path for file in files), joined.tensors)
-        return OtherModel(source, world, tuple(checked), joined.notes, joined.unchecked)
-
-    def _read(self, number: int, name: str) -> RankFile | None:
-        archive = read_torch_archive(self.directory / name, RANK_NAMES, RANK_ENUMS)
-        if not isinstance(archive.tree, dict):
-            raise FormatError("the file holds no state dict", path=archive.path, hint="Name a model's files.")
-        if self.world_size is None and {"state", "param_groups"} <= archive.tree.keys():
-            return None
-        _refuse_flat(archive)
-        state = unwrapped(archive.tree, archive.path, partial(_elements, archive))
-        tensors: dict[str, RankTensor] = {}
-        left = []
-        for key, value in state.items():
-            tensor = rank_tensor(archive, value, str(key))
-            if tensor is None:
-                refuse_tensors_inside(archive, value, str(key))
-                left.append(str(key))
-            else:
-                tensors[str(key)] = tensor
-        claimed = {tensor.rank for tensor in tensors.values() if tensor.rank is not None}
-        if len(claimed) > 1 or (self.world_size is not None and claimed - {number}):
-            raise FormatError(
-                f"the file says to be of rank {', '.join(map(str, sorted(claimed)))}"
-                + (f", and its name that it is of rank {number}" if self.world_size is not None else ""),
-                path=archive.path,
-                hint="Files were renamed or mixed: restore the directory from a copy.",
-            )
-        return RankFile(archive.path, next(iter(claimed), number), tensors, tuple(left))
+    path: Path
+    rank: int
+    tensors: Mapping[str, RankTensor]
+    left: tuple[str, ...] = ()
 
 
-def _refuse_flat(archive: TorchArchive) -> None:
-    """Refuse FSDP1's local state dict: pieces of flat parameters, without what they are cut from."""
-    state = archive.tree if isinstance(archive.tree, dict) else {}
-    flat = next((str(name) for name in state if str(name).rpartition(".")[2] in _FLAT), None)
+def open_rank_files(directory: Path, names: Mapping[int, str], world_size: int | None) -> OtherModel:
+    """Join what the files of all ranks have, each region once; see `Layout`.
+
+    ``names`` are by rank where they say it, and then ``world_size`` as well; else by position.
+    """
+    if world_size is not None:
+        require_ranks(directory, world_size, names)
+    files = [file for n, name in sorted(names.items()) if (file := _read(directory / name, n, world_size)) is not None]
+    if not files:
+        raise MisuseError(
+            "these files are an optimizer's state and no model",
+            path=directory,
+            hint="Name the directory of the model's files.",
+        )
+    if world_size is None:
+        files, world_size = _by_rank(directory, files)
+    _refuse_other_names(files)
+    replicas = _Replicas()
+    found = {name: _joined(name, files, replicas) for name in files[0].tensors}
+    kinds = list(dict.fromkeys(tensor.kind for tensor in files[0].tensors.values() if tensor.kind != "Tensor"))
+    if not kinds:
+        replicas.refuse(directory)
+    plain = unwrapped_names({name: name for name in found}, directory)
+    tensors = {new: found[name]._replace(spec=found[name].spec._replace(name=new)) for new, name in plain.items()}
+    left = list(dict.fromkeys(name for file in files for name in file.left))
+    notes = [f"not exported, since it is no tensor: {some(left)}"] if left else []
+    checked = [(len(tensors), f"tensors ({', '.join(kinds) or 'whole'}): the pieces make up each exactly once")]
+    if kinds or len(files) > 1:
+        ranks = "files of ranks: all that there have to be, and all say the same of each tensor"
+        checked.insert(0, (len(files), ranks))
+    source = Source(directory, tuple(file.path for file in files), tensors)
+    return OtherModel(source, world_size, tuple(checked), tuple(notes), tuple(replicas.notes()))
+
+
+def _read(path: Path, number: int, world_size: int | None) -> RankFile | None:
+    """What one file has; ``None`` of an optimizer's, where names do not say what it is."""
+    archive = read_torch_archive(path, RANK_NAMES, RANK_ENUMS)
+    if not isinstance(archive.tree, dict):
+        raise FormatError("the file holds no state dict", path=path, hint="Name a model's files.")
+    if world_size is None and {"state", "param_groups"} <= archive.tree.keys():
+        return None
+    flat = next((str(name) for name in archive.tree if str(name).rpartition(".")[2] in _FLAT), None)
     if flat is not None:
         raise MisuseError(
             "the file holds one rank's pieces of flat parameters (FSDP1's LOCAL_STATE_DICT), which say nothing of the "
             "shapes that the parameters had",
-            path=archive.path,
+            path=path,
             tensor=flat,
             hint="Load it where it was saved, on as many ranks, and save it with SHARDED_STATE_DICT instead.",
         )
+    tensors: dict[str, RankTensor] = {}
+    left = []
+    for key, value in unwrapped(archive.tree, path, partial(_elements, archive)).items():
+        tensor = rank_tensor(archive, value, str(key))
+        if tensor is None:
+            refuse_tensors_inside(archive, value, str(key))
+            left.append(str(key))
+        else:
+            tensors[str(key)] = tensor
+    claimed = {tensor.rank for tensor in tensors.values() if tensor.rank is not None}
+    if len(claimed) > 1 or (world_size is not None and claimed - {number}):
+        raise FormatError(
+            f"the file says to be of rank {', '.join(map(str, sorted(claimed)))}"
+            + (f", and its name that it is of rank {number}" if world_size is not None else ""),
+            path=path,
+            hint="Files were renamed or mixed: restore the directory from a copy.",
+        )
+    return RankFile(path, next(iter(claimed), number), tensors, tuple(left))
 
 
 def _elements(archive: TorchArchive, value: object) -> int | None:
@@ -149,7 +153,7 @@ def _by_rank(directory: Path, found: Sequence[RankFile]) -> tuple[list[RankFile]
         )
     world = next(iter(worlds), None)
     if world is not None:
-        require_ranks(directory, world, {rank: file.path.name for rank, file in by_rank.items()})
+        require_ranks(directory, world, by_rank)
     return [by_rank[rank] for rank in sorted(by_rank)], world
 
 
@@ -180,9 +184,10 @@ def _verl(directory: Path, names: Sequence[str]) -> Layout | None:
             path=directory,
             hint="Leave those of one run in it: their names say how many ranks it had.",
         )
-    files = RankFiles(directory, {int(match[2]): match[0] for match in matches}, worlds[0])
-    own = directory / _VERL_SIDE
-    return Layout("verl", directory, own if is_file(own / _CONFIG) else directory, files.open)
+    ranks = {int(match[2]): match[0] for match in matches}
+    own = directory / "huggingface"
+    side = own if is_file(own / "config.json") else directory
+    return Layout("verl", directory, side, partial(open_rank_files, directory, ranks, worlds[0]))
 
 
 def saved_shards(directory: Path, names: Sequence[str]) -> Layout | None:
@@ -193,8 +198,8 @@ def saved_shards(directory: Path, names: Sequence[str]) -> Layout | None:
             what = what_is_file(directory / name)
             if what is not None and what.kind is Kind.TORCH and distributed_class(directory / name) is not None:
                 found.append(name)
-    files = RankFiles(directory, dict(enumerate(found)), None)
-    return Layout("torch.save, one file per rank", directory, directory, files.open) if found else None
+    opens = partial(open_rank_files, directory, dict(enumerate(found)), None)
+    return Layout("torch.save, one file per rank", directory, directory, opens) if found else None
 
 
 # --- joining what the files of all ranks have ------------------------------------------------------------------------
@@ -203,45 +208,6 @@ def saved_shards(directory: Path, names: Sequence[str]) -> Layout | None:
 #: Most runs of bytes in which what one rank holds of one tensor may lie.
 _MOST_RUNS = 65536
 _MIXED = "The directory mixes files of different checkpoints; separate them."
-
-
-@dataclass(frozen=True, slots=True)
-class RankFile:
-    """What one rank wrote: its tensors by the names in the file, and the names of what is no tensor."""
-
-    path: Path
-    rank: int
-    tensors: Mapping[str, RankTensor]
-    left: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Joined:
-    """A model's tensors without what wrappers add to names; notes for a report, see `OtherModel`."""
-
-    tensors: Mapping[str, SourceTensor]
-    notes: tuple[str, ...] = ()
-    unchecked: tuple[str, ...] = ()
-
-
-def join(directory: Path, files: Sequence[RankFile]) -> Joined:
-    """Join the tensors of all ranks, each region once. The pieces name ``files``, one of each rank, by position.
-
-    Raises:
-        IncompleteTensorError: A rank's file lacks a tensor, or the pieces do not make it up.
-        TensorError: The ranks disagree about a tensor, or what a rank holds lies in too many pieces.
-        ReplicasDifferError: Each rank has plain tensors alone, and other values than another rank.
-    """
-    _refuse_other_names(files)
-    replicas = _Replicas()
-    found = {name: _joined(name, files, replicas) for name in files[0].tensors}
-    if all(tensor.kind == "Tensor" for tensor in files[0].tensors.values()):
-        replicas.refuse(directory)
-    names = unwrapped_names({name: name for name in found}, directory)
-    tensors = {plain: found[name]._replace(spec=found[name].spec._replace(name=plain)) for plain, name in names.items()}
-    left = list(dict.fromkeys(name for file in files for name in file.left))
-    notes = [f"not exported, since it is no tensor: {some(left)}"] if left else []
-    return Joined(tensors, tuple(notes), tuple(replicas.notes()))
 
 
 def _refuse_other_names(files: Sequence[RankFile]) -> None:
@@ -393,8 +359,8 @@ def accelerates(directory: Path, names: Sequence[str]) -> Layout | None:
         dcp = directory / sharded[0]
         return Layout(_TOOL, directory, directory, partial(_refuse_dcp, dcp), dcp)
     files = full or [name for group in by_model.values() for name in group]
-    ranks = RankFiles(directory, dict(enumerate(files)), None)
-    return Layout(_TOOL, directory, directory, ranks.open) if files else None
+    opens = partial(open_rank_files, directory, dict(enumerate(files)), None)
+    return Layout(_TOOL, directory, directory, opens) if files else None
 
 
 def _refuse_dcp(directory: Path) -> OtherModel:

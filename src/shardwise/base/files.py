@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from shardwise.base.quantized import find_quantized, is_quantized, quant_settings
+from shardwise.base.quantized import find_quantized, quant_settings, quantization_config
 from shardwise.base.source import BaseSource
 from shardwise.comm import Group, JsonValue
 from shardwise.disk.names import exists, is_directory, is_file, real_path
@@ -65,7 +65,7 @@ def base_config(path: Path) -> dict[str, object]:
     """
     directory = path if is_directory(path) else path.parent
     config = _json_object(directory / "config.json")
-    if is_quantized(config):
+    if quantization_config(config) is not None:
         return config
     for name, method in _QUANTIZERS_FILES.items():
         found = _json_object(directory / name)
@@ -376,13 +376,13 @@ def find_directory(name: str | None) -> Path | None:
     """
     if not name or is_file(Path(name)):
         return None
-    looks = list(_looks(Search(name, None, (default_cache(),), counts=_describes_model)))
+
+    def describes_model(directory: Path) -> bool:
+        return any(exists(directory / landmark) for landmark in _LANDMARKS) or holds_model(directory)
+
+    looks = list(_looks(Search(name, None, (default_cache(),), counts=describes_model)))
     found = [look.model for look in looks if look.model] or [look.empty for look in reversed(looks) if look.empty]
     return found[0] if found else None
-
-
-def _describes_model(directory: Path) -> bool:
-    return any(exists(directory / name) for name in _LANDMARKS) or holds_model(directory)
 
 
 def _looks(search: Search) -> Iterator[_Look]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from shardwise.errors import MisuseError
+from shardwise.geometry import Box
 from shardwise.peft.names import seed_of
 from shardwise.plan.fragments import Fragment, copy_whole, part_in_box
 from shardwise.sources.tensor_bytes import prefer_huge_pages
@@ -72,7 +74,7 @@ def initialise(
     tensors = {slot.name: slot.tensor for slot in slots if slot.kind != "attribute"}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)
-        seeded = SeededInit(tensors, seed, loaded).with_padding(inner)
+        seeded = SeededInit(inner, tensors, seed, loaded)
         with _flags(inner, tensors, loaded), _first_owners(slots), seeded:
             _run_own_code(inner, device)
         _tie(inner)
@@ -408,21 +410,20 @@ class SeededInit(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Tensors whose names are to be kept are left as they are: what is about to be loaded.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], seed: int, keep: Collection[str]) -> None:
+    def __init__(
+        self, module: nn.Module, tensors: Mapping[str, torch.Tensor], seed: int, keep: Collection[str]
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._seed = seed
         self._keep = frozenset(keep)
         self._names = {place: name for name, tensor in tensors.items() if (place := _place(tensor)) is not None}
         self._drawn: dict[str, int] = {}
+        #: Padding rows of embeddings that are spread over ranks: they are zeroed in place too.
         self._padding: dict[int, int] = {}
-
-    def with_padding(self, module: nn.Module) -> SeededInit:
-        """Let embeddings' padding rows be zeroed in place though the embedding is spread over ranks."""
         for inner in module.modules():
             index = getattr(inner, "padding_idx", None)
             if isinstance(inner, nn.Embedding) and isinstance(index, int) and isinstance(inner.weight, DTensor):
                 self._padding[id(local_part(inner.weight))] = index
-        return self
 
     def __torch_dispatch__(
         self,
@@ -483,18 +484,16 @@ def _blocks(key: str, shape: tuple[int, ...], part: Fragment) -> Iterator[tuple[
         yield key, shape, part
         return
     low, high = part.box.offsets[0], part.box.ends[0]
-    row = 1
-    for n in shape[1:]:
-        row *= n
+    row = math.prod(shape[1:])
     if row > BLOCK_ELEMENTS and len(shape) > 2:
         for index in range(low, high):
-            inner = type(part.box)(part.box.offsets[1:], part.box.sizes[1:])
+            inner = Box(part.box.offsets[1:], part.box.sizes[1:])
             yield from _blocks(f"{key}/{index}", shape[1:], Fragment(inner, part.data[index - low]))
         return
     rows = max(1, BLOCK_ELEMENTS // max(row, 1))
     for first in range(low // rows * rows, high, rows):
         begin, end = max(low, first), min(high, first + rows)
-        box = type(part.box)((begin - first, *part.box.offsets[1:]), (end - begin, *part.box.sizes[1:]))
+        box = Box((begin - first, *part.box.offsets[1:]), (end - begin, *part.box.sizes[1:]))
         size = min(rows, shape[0] - first)
         yield f"{key}:{first}", (size, *shape[1:]), Fragment(box, part.data[begin - low : end - low])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -36,15 +36,16 @@ from shardwise.upstream.transformers import class_ties, may_be_missing
 class BaseWanted:
     """The tensors that a base fills on this rank."""
 
-    held: tuple[HeldTensor, ...]  #: Destinations under the names of the base's files.
-    groups: tuple[HeldGroup, ...]  #: Native tensors that have to be computed from the base's.
-    copies: tuple[tuple[torch.Tensor, torch.Tensor], ...]  #: ``(from, to)``: tensors to copy after loading.
-    tensors: tuple[torch.Tensor, ...]  #: The model's tensors behind all of these.
+    held: list[HeldTensor] = field(default_factory=list)  #: Destinations under the names of the base's files.
+    groups: list[HeldGroup] = field(default_factory=list)  #: Native tensors that have to be computed from the base's.
+    #: ``(from, to)``: tensors to copy after loading.
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    tensors: list[torch.Tensor] = field(default_factory=list)  #: The model's tensors behind all of these.
     #: For each part, its tensors and how they become those of the files.
-    conversions: tuple[tuple[tuple[NativeSpec, ...], Conversion], ...]
-    steps: tuple[Step, ...] = ()  #: What modules do that take their state by methods of their own.
+    conversions: list[tuple[tuple[NativeSpec, ...], Conversion]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)  #: What modules do that take their state by methods of their own.
     #: Those of ``tensors`` that the files fill; the model does not expect the others to be there.
-    filled: tuple[torch.Tensor, ...] = ()
+    filled: list[torch.Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,13 +80,8 @@ def match_base(
     """
     register = MeshRegister()
     available = frozenset(names)
+    found = BaseWanted()
     held: list[HeldTensor] = []
-    groups: list[HeldGroup] = []
-    copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-    tensors: list[torch.Tensor] = []
-    conversions: list[tuple[tuple[NativeSpec, ...], Conversion]] = []
-    steps: list[Step] = []
-    filled: list[torch.Tensor] = []
     for number, module in enumerate(parts):
         part = _part(module, names)
         kept = [t for t in part.tensors if not (skip_prefixes and t.name.startswith(tuple(skip_prefixes)))]
@@ -96,7 +92,7 @@ def match_base(
         same = before is not None and before.conversions[number][0] == specs
         known = before.conversions[number][1] if before is not None and same else None
         conversion, converted = under_names_of_files(part.module, natives, names, key_mapping, known)
-        conversions.append((specs, conversion))
+        found.conversions.append((specs, conversion))
         ties = _class_ties(part.module) if base_ties else {}
         lacking = {
             tensor.spec.name: conversion.by_hub(tensor.spec.name).parts[0].native
@@ -107,18 +103,19 @@ def match_base(
         expected = list(_expected(part.module, converted.held, available, moved))
         held += expected
         unfilled = _unfilled(conversion, converted.held, expected)
-        groups += converted.groups
         by_name = {named.name: named.tensor for named in kept}
-        copies += [(by_name[name], copy) for name, copy in part.copies if name in by_name]
-        refuse_stand_ins(held_tensor(name, by_name[name], register) for name, _ in part.copies if name in by_name)
-        tensors += by_name.values()
-        filled += [tensor for name, tensor in by_name.items() if name not in unfilled]
-        steps += part.steps
-    refuse_stand_ins(native for group in groups for native in group.natives)
+        copies = [(name, copy) for name, copy in part.copies if name in by_name]
+        refuse_stand_ins(held_tensor(name, by_name[name], register) for name, _ in copies)
+        found.groups.extend(converted.groups)
+        found.copies.extend((by_name[name], copy) for name, copy in copies)
+        found.tensors.extend(by_name.values())
+        found.filled.extend(tensor for name, tensor in by_name.items() if name not in unfilled)
+        found.steps.extend(part.steps)
+    refuse_stand_ins(native for group in found.groups for native in group.natives)
     own, doubled = _once(held)
-    return BaseWanted(
-        own, tuple(groups), (*doubled, *copies), tuple(tensors), tuple(conversions), tuple(steps), tuple(filled)
-    )
+    found.held.extend(own)
+    found.copies[:0] = doubled
+    return found
 
 
 def under_names_of_files(

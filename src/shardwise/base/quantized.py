@@ -55,10 +55,13 @@ class QuantSettings:
 
 def quant_settings(config: Mapping[str, object]) -> QuantSettings | None:
     """What the base's ``config.json`` says about quantization; ``None`` where it says nothing."""
-    found = _quantization_config(config)
+    found = quantization_config(config)
     if found is None:
         return None
-    method = str(found.get("quant_method") or _unnamed(found))
+    # Settings of old bitsandbytes models name no method: as transformers takes them.
+    old = any(found.get(key) for key in ("load_in_4bit", "load_in_8bit"))
+    unnamed = "bitsandbytes" if old else "a method that its config.json does not name"
+    method = str(found.get("quant_method") or unnamed)
     if method == "fp8":
         return QuantSettings(method, True, _pair(found.get("weight_block_size")))
     if method == "mxfp4":
@@ -71,32 +74,17 @@ def quant_settings(config: Mapping[str, object]) -> QuantSettings | None:
         eight = all(w.get("type") == "float" and w.get("num_bits") == 8 for w in known)
         # Zero points and sparsity masks are further tensors, without which the values would be wrong.
         floats = eight and all(w.get("symmetric") is not False for w in known) and len(known) == len(weights)
-        kind = _sparsity(found) or kind
+        sparsity = found.get("sparsity_config")
+        sparse = sparsity.get("format") if isinstance(sparsity, dict) else None
+        kind = kind if sparse in (None, "dense") else str(sparse)
         blocks = [w.get("block_structure") for w in known]
         block = _pair(blocks[0]) if blocks else None
         return QuantSettings(f"{method} ({kind})", kind in ("float-quantized", "naive-quantized") and floats, block)
     return QuantSettings(method, False)
 
 
-def is_quantized(config: Mapping[str, object]) -> bool:
-    """Whether a base's ``config.json`` says anything about quantization."""
-    return _quantization_config(config) is not None
-
-
-def _sparsity(found: Mapping[str, object]) -> str:
-    """The format of sparse weights, where they are stored compressed; empty otherwise."""
-    settings = found.get("sparsity_config")
-    kind = settings.get("format") if isinstance(settings, dict) else None
-    return "" if kind in (None, "dense") else str(kind)
-
-
-def _unnamed(found: Mapping[str, object]) -> str:
-    """The method of settings that do not name it: those of old bitsandbytes models, as transformers takes them."""
-    old = any(found.get(key) for key in ("load_in_4bit", "load_in_8bit"))
-    return "bitsandbytes" if old else "a method that its config.json does not name"
-
-
-def _quantization_config(config: Mapping[str, object]) -> Mapping[str, object] | None:
+def quantization_config(config: Mapping[str, object]) -> Mapping[str, object] | None:
+    """The entry of a base's ``config.json`` about quantization, wherever it is; ``None`` where there is none."""
     places = [config, *(v for k, v in config.items() if k in ("text_config", "llm_config") and isinstance(v, dict))]
     for place in places:
         for key in ("quantization_config", "compression_config"):
@@ -259,7 +247,7 @@ def _read_scales(tensor: Quantized, slab: Slab, reader: Reader) -> torch.Tensor:
     spec = tensor.scales.spec
     stored = torch.empty(slab.around.sizes, dtype=torch_dtype(spec.dtype))
     fragments = tuple(Fragment(box, part_in_box(stored, box.relative_to(slab.around))) for box in slab.scales)
-    reader.execute(list(plan_reads(tensor.scales, _held(spec, fragments))))
+    reader.execute(list(plan_reads(tensor.scales, HeldTensor.alone(spec, fragments))))
     return scales_to_float(stored)
 
 
@@ -268,9 +256,5 @@ def _read_values(tensor: Quantized, pieces: Sequence[QuantizedPiece], reader: Re
     boxes = [byte_box(piece.box) if tensor.packed else piece.box for piece in pieces]
     raws = [torch.empty(box.sizes, dtype=torch_dtype(spec.dtype)) for box in boxes]
     fragments = tuple(Fragment(box, raw) for box, raw in zip(boxes, raws, strict=True))
-    reader.execute(list(plan_reads(tensor.values, _held(spec, fragments))))
+    reader.execute(list(plan_reads(tensor.values, HeldTensor.alone(spec, fragments))))
     return raws
-
-
-def _held(spec: TensorSpec, fragments: tuple[Fragment, ...]) -> HeldTensor:
-    return HeldTensor.alone(spec, fragments)

@@ -188,23 +188,14 @@ class DcpGroup:
 
 @dataclass(frozen=True, slots=True)
 class DcpOptimizer:
-    """One optimizer in a DCP directory.
+    """One optimizer in a DCP directory."""
 
-    Attributes:
-        place: What DCP's names of it have in front, without the last dot; empty where nothing.
-        numbered: Whether its parameters are known by number alone.
-        groups: In their order.
-        tensors: Parameter -> state key -> DCP's name of the tensor.
-        values: Parameter -> state key -> what is no tensor.
-        listed: Whether it is an entry of a list.
-    """
-
-    place: str
-    numbered: bool
-    groups: tuple[DcpGroup, ...]
-    tensors: Mapping[str, Mapping[str, str]]
-    values: Mapping[str, Mapping[str, object]]
-    listed: bool = False
+    place: str  #: What DCP's names of it have in front, without the last dot; empty where nothing.
+    numbered: bool  #: Whether its parameters are known by number alone.
+    groups: tuple[DcpGroup, ...]  #: In their order.
+    tensors: Mapping[str, Mapping[str, str]]  #: Parameter -> state key -> DCP's name of the tensor.
+    values: Mapping[str, Mapping[str, object]]  #: Parameter -> state key -> what is no tensor.
+    listed: bool = False  #: Whether it is an entry of a list.
 
     def renamed(self, names: Mapping[str, str]) -> DcpOptimizer:
         """The same with other names of its parameters: old name, or number as text -> new, of each."""

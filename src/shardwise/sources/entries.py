@@ -67,13 +67,10 @@ def decode_entry(row: JsonValue) -> Entry:
 
 
 def assemble(root: Path, files: Sequence[Path], entries: Iterable[tuple[int, Sequence[Entry]]]) -> list[SourceTensor]:
-    """Assemble tensors from their pieces in several files.
+    """Assemble tensors from their pieces in several files; ``entries`` are by number of a file, in the files' order.
 
-    Args:
-        root: The directory that was opened. Where a tensor is in a file below it and in an export in
-            ``consolidated/``, the former counts.
-        files: All files.
-        entries: Number of a file, and its entries; in the order of the files.
+    Where a tensor is in a file below ``root``, the directory that was opened, and in an export in ``consolidated/``,
+    the former counts.
     """
     first: dict[str, tuple[Entry, int]] = {}
     pieces: dict[str, list[tuple[Entry, int]]] = {}
@@ -134,16 +131,19 @@ def distribute_entries(
 ) -> tuple[list[SourceTensor], PieceTable]:
     """Send entries to index ranks, which assemble their tensors. All ranks of the group call.
 
-    Args:
-        own: The files whose headers this rank has read, and their entries.
-        root: As for `assemble`.
-        files: All files, the same on every rank.
-        group: The ranks that load together.
-
-    Returns:
-        All tensors, the same on every rank; and this rank's part of the table.
+    ``own`` are the files whose headers this rank has read, by number; ``root`` and ``files`` are as for `assemble`.
+    Returns all tensors, the same on every rank, and this rank's part of the table.
     """
-    messages = group.attempt(lambda: _by_index_rank(own, group.world_size), "sorting headers by tensor")
+    world = group.world_size
+
+    def sort() -> list[bytes]:
+        messages: list[dict[int, list[Entry]]] = [{} for _ in range(world)]
+        for number, entries in own.items():
+            for entry in entries:
+                messages[crc32(entry.name.encode()) % world].setdefault(number, []).append(entry)
+        return [json.dumps([*message.items()]).encode() if message else b"" for message in messages]
+
+    messages = group.attempt(sort, "sorting headers by tensor")
     theirs = group.exchange(messages, "sharing headers")
 
     def put_together() -> list[tuple[SourceTensor, int]]:
@@ -231,14 +231,6 @@ def _of_kind(kind: JsonValue, known: Mapping[str, tuple[SourceChunk, ...]]) -> I
         yield SourceTensor(TensorSpec(name, shape, dtype), known.get(name, ()), RemotePieces(number, file, single))
 
 
-def _by_index_rank(own: Mapping[int, Sequence[Entry]], world: int) -> list[bytes]:
-    messages: list[dict[int, list[Entry]]] = [{} for _ in range(world)]
-    for number, entries in own.items():
-        for entry in entries:
-            messages[crc32(entry.name.encode()) % world].setdefault(number, []).append(entry)
-    return [json.dumps([*message.items()]).encode() if message else b"" for message in messages]
-
-
 def _decoded(messages: Iterable[bytes]) -> list[tuple[int, list[Entry]]]:
     """Numbers of files and entries, in the order of the files."""
     found: list[tuple[int, list[Entry]]] = []
@@ -251,15 +243,10 @@ def _decoded(messages: Iterable[bytes]) -> list[tuple[int, list[Entry]]]:
 def look_up_pieces(
     wanted: Callable[[], Sequence[tuple[SourceTensor, Sequence[Box]]]], piece_table: PieceTable, group: Group
 ) -> dict[int, tuple[SourceChunk, ...]]:
-    """Find the pieces that touch the regions that a rank wants. All ranks of the group call.
+    """Find the pieces that touch the regions that a rank wants. All ranks that opened the checkpoint together call.
 
-    Args:
-        wanted: Gives tensors with remote pieces, and the regions wanted of each. Local.
-        piece_table: This rank's part of the table.
-        group: The ranks that opened the checkpoint together.
-
-    Returns:
-        The number of each such tensor -> its pieces, in the order in which they lie in the files.
+    ``wanted`` gives tensors with remote pieces, and the regions wanted of each. The result has the number of each such
+    tensor -> its pieces, in the order in which they lie in the files.
     """
     questions: list[list[_Question]] = []
     messages: list[bytes] = []

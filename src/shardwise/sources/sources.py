@@ -44,23 +44,15 @@ _ReadIndex: TypeAlias = Callable[[Path], WeightIndex]
 
 @dataclass(frozen=True)
 class Source:
-    """The tensors at a path.
+    """The tensors at a path."""
 
-    Attributes:
-        path: What was opened.
-        files: Every file that holds tensor data.
-        tensors: By name.
-        piece_table: This rank's part of the distributed table of pieces; ``None`` where every rank knows all pieces.
-        dcp: Whether it is a DCP directory, which may hold more than a model.
-        below: Of a DCP directory: what the names of these tensors have in front there, without the last dot.
-    """
-
-    path: Path
-    files: tuple[Path, ...]
-    tensors: Mapping[str, SourceTensor]
+    path: Path  #: What was opened.
+    files: tuple[Path, ...]  #: Every file that holds tensor data.
+    tensors: Mapping[str, SourceTensor]  #: By name.
+    #: This rank's part of the distributed table of pieces; ``None`` where every rank knows all pieces.
     piece_table: PieceTable | None = None
-    dcp: bool = False
-    below: str = ""
+    dcp: bool = False  #: Whether it is a DCP directory, which may hold more than a model.
+    below: str = ""  #: Of a DCP directory: what the names of these tensors have in front, without the last dot.
 
     def without(self, names: Iterable[str]) -> Source:
         """The same without some tensors."""
@@ -217,11 +209,9 @@ def tell_unread(directory: Path, chosen: WeightFiles) -> None:
 def _read_headers(
     files: Sequence[Path], group: Group, spread: bool
 ) -> tuple[dict[int, list[Entry]], list[tuple[int, list[Entry]]] | None]:
-    """Read the files' headers, each of them on one rank.
+    """Read the files' headers, each of them on one rank: this rank's entries by number of a file, and all files'.
 
-    Returns:
-        The entries of the files that this rank has read, by number; and of all files, in their order, or ``None`` where
-        there are pieces of tensors and ``spread`` is set.
+    ``None`` for the latter where there are pieces of tensors and ``spread`` is set.
     """
     own: dict[int, list[Entry]] = {}
 

@@ -92,15 +92,10 @@ def cut_bytes(data: memoryview, block_bytes: int = BLOCK_BYTES) -> Iterator[memo
 
 
 def byte_blocks(tensor: torch.Tensor, dtype: torch.dtype, block_bytes: int = BLOCK_BYTES) -> Iterator[memoryview]:
-    """The row-major bytes of a tensor after a cast to ``dtype``, block by block.
+    """The row-major bytes of a tensor of any strides, on any device, after a cast to ``dtype``, block by block.
 
     Nothing is copied where the tensor lies contiguous in CPU memory in that dtype; otherwise one block at a time is.
     The values behind a stand-in are made.
-
-    Args:
-        tensor: Any strides, any device.
-        dtype: The dtype in the file.
-        block_bytes: Largest block.
     """
     data = bytes_in_place(tensor, dtype)
     if data is not None:
@@ -121,14 +116,10 @@ _ROWS_AT_ONCE = 2**22
 def contribution(
     box: Box, shape: tuple[int, ...], data: torch.Tensor, piece_crc: int, dtype: torch.dtype | None = None
 ) -> int:
-    """The contribution of a piece to the CRC-32C of its whole tensor.
+    """The contribution of a piece, the region ``box``, to the CRC-32C of its whole tensor of ``shape``.
 
-    Args:
-        box: The piece's region.
-        shape: The tensor's shape.
-        data: The piece's elements; row-major order is the box's. Converted only if they have to be looked at.
-        piece_crc: CRC-32C of their bytes in the file, in that order.
-        dtype: The file's dtype; that of ``data`` if not given.
+    ``data`` are the piece's elements, converted to ``dtype``, the file's (by default their own), only if they have to
+    be looked at; ``piece_crc`` is the CRC-32C of their bytes in the file. Both are in the row-major order of the box.
     """
     dtype = dtype or data.dtype
     itemsize = dtype.itemsize

@@ -43,49 +43,36 @@ _COPY_ELEMENTS = 2**20
 
 @dataclass(frozen=True)
 class BinSource:
-    """The tensors of ``.bin`` files.
+    """The tensors of ``.bin`` files."""
 
-    Attributes:
-        source: The tensors that byte ranges can read.
-        loose: Name -> what it is and the file that has to be opened for it.
-        legacy: Whether unrestricted unpickling is permitted.
-    """
-
-    source: Source
-    loose: Mapping[str, tuple[TensorSpec, Path]]
-    legacy: bool
+    source: Source  #: The tensors that byte ranges can read.
+    loose: Mapping[str, tuple[TensorSpec, Path]]  #: Name -> what it is and the file that has to be opened for it.
+    legacy: bool  #: Whether unrestricted unpickling is permitted.
 
 
 def open_bin(path: Path, group: Group, allow_legacy_pickle: bool = False) -> BinSource:
     """Find the tensors of a ``.bin`` file, or of a directory of them. All ranks of the group call and see the same.
 
-    Args:
-        path: A file, an index, or a directory: with an index, with ``pytorch_model.bin``, or with one file of torch.
-        group: The ranks that load together; each file is looked into by one of them.
-        allow_legacy_pickle: Unpickle without restrictions, which runs code from the file.
+    The path is a file, an index, or a directory: with an index, with ``pytorch_model.bin``, or with one file of torch.
+    Each file is looked into by one rank. ``allow_legacy_pickle`` unpickles without restrictions, which runs code from
+    the file.
 
     Raises:
         CheckpointNotFoundError, AmbiguousFilesError: There is no such file, or several could be meant.
         UnsafePickleError: A file names something outside torch's allow-list.
         FormatError: A file is damaged, or holds no state dict, several, or one rank's shards of one.
     """
-    listed = group.broadcast_result(
-        lambda: cast(JsonValue, [path.name] if _is_weights(path) else _listing(path)),
-        f"looking for .bin files at {path}",
-    )
-    names = cast(list[str], listed)
+    names = cast(list[str], group.broadcast_result(lambda: [*_listing(path)], f"looking for .bin files at {path}"))
     files = [(path if is_directory(path) else path.parent) / name for name in names]
-    own: dict[str, JsonValue] = {}
-    with group.together(f"looking into the .bin files at {path}"):
-        for number, file in enumerate(files):
-            if number % group.world_size == group.rank:
-                own[str(number)] = list(_entries(file, allow_legacy_pickle))
-    everyone = cast(list[dict[str, list[JsonValue]]], group.gather_json(cast(JsonValue, own), "sharing headers"))
-    merged = {int(number): rows for theirs in everyone for number, rows in theirs.items()}
+
+    def look_into() -> JsonValue:
+        return [list(_entries(file, allow_legacy_pickle)) for file in files[group.rank :: group.world_size]]
+
+    everyone = cast(list[list[list[JsonValue]]], group.gather(look_into, f"looking into the .bin files at {path}"))
     tensors: dict[str, SourceTensor] = {}
     loose: dict[str, tuple[TensorSpec, Path]] = {}
     for number, file in enumerate(files):
-        for row in merged[number]:
+        for row in everyone[number % group.world_size][number // group.world_size]:
             name, shape, code, offset = cast(tuple[str, list[int], str, int | None], row)
             spec = TensorSpec(name, tuple(shape), code)
             if offset is None:
@@ -95,27 +82,21 @@ def open_bin(path: Path, group: Group, allow_legacy_pickle: bool = False) -> Bin
     return BinSource(Source(path, tuple(files), tensors), loose, allow_legacy_pickle)
 
 
-def _is_weights(path: Path) -> bool:
-    return is_file(path) and TORCH.index_stem(path.name) is None
-
-
-def _indices(directory: Path) -> list[str]:
-    return [name for name in names_in(directory) if TORCH.index_stem(name) is not None]
-
-
-def _listing(path: Path) -> list[str]:
-    """Names of the files that an index lists, or that make up the model in a directory."""
+def _listing(path: Path) -> Sequence[str]:
+    """The name of a file, or of those that an index lists, or that make up the model in a directory."""
     read = cache(read_index)
     if is_file(path):
-        return list(files_of_index(path, names_in(path.parent), read).files)
-    chosen = choose_weights(path, [*torch_files(path), *_indices(path)], TORCH, read)
+        is_list = TORCH.index_stem(path.name) is not None
+        return files_of_index(path, names_in(path.parent), read).files if is_list else [path.name]
+    indices = [name for name in names_in(path) if TORCH.index_stem(name) is not None]
+    chosen = choose_weights(path, [*torch_files(path), *indices], TORCH, read)
     if chosen is None:
         raise CheckpointNotFoundError(
             "the directory holds no .bin weights", path=path, hint="Point at a model directory."
         )
     if chosen.unread is not None:
         tell_unread(path, chosen)
-    return list(chosen.files)
+    return chosen.files
 
 
 def _refuse_other_formats(file: Path) -> None:
@@ -156,19 +137,15 @@ def _entries(file: Path, legacy: bool) -> Iterator[JsonValue]:
 def _looked_into(file: Path, legacy: bool) -> tuple[Mapping[object, object], bool]:
     """What a file holds, and whether its tensors have no memory and know their places in the file."""
     _refuse_other_formats(file)
-    if not _is_found_without_memory(file):
+    with open_regular(file, FormatError) as (stream, _):
+        try:
+            is_placed = zipfile.is_zipfile(stream) and in_this_byte_order(stream)
+        except zipfile.BadZipFile:
+            is_placed = True  # torch says what is wrong with it
+    if not is_placed:
         return _load(file, legacy), False
     with without_memory():
         return _load(file, legacy, mmap=False), True
-
-
-def _is_found_without_memory(file: Path) -> bool:
-    """Whether tensors have places in a file that hold their bytes as they are."""
-    with open_regular(file, FormatError) as (stream, _):
-        try:
-            return zipfile.is_zipfile(stream) and in_this_byte_order(stream)
-        except zipfile.BadZipFile:
-            return True  # torch says what is wrong with it
 
 
 def _is_zip(file: Path) -> bool:
@@ -182,7 +159,7 @@ def load_file(file: Path, legacy: bool) -> dict[str, torch.Tensor]:
 
 
 def _tensors(found: Mapping[object, object], file: Path) -> dict[str, torch.Tensor]:
-    state = unwrapped(found, file)
+    state = unwrapped(found, file, lambda value: value.numel() if isinstance(value, torch.Tensor) else None)
     return {str(name): value.detach() for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
@@ -237,17 +214,11 @@ def fill_from_file(file: Path, legacy: bool, wanted: Sequence[HeldTensor]) -> in
             box = fragment.box
             part = whole[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))]
             copied += part.numel() * part.element_size()
-            _copy(fragment.data, part)
+            with torch.no_grad():
+                pairs = (blocks(data, _COPY_ELEMENTS) for data in (fragment.data, part))
+                for ours, theirs in zip(*pairs, strict=True):
+                    ours.copy_(theirs)
     return copied
-
-
-def _copy(into: torch.Tensor, part: torch.Tensor) -> None:
-    with torch.no_grad():
-        if into.dim() == 0:
-            into.copy_(part)
-            return
-        for ours, theirs in zip(blocks(into, _COPY_ELEMENTS), blocks(part, _COPY_ELEMENTS), strict=True):
-            ours.copy_(theirs)
 
 
 #: Entries under which training loops keep a model's state dict.
@@ -273,17 +244,12 @@ _PICKLES_BEFORE = 3  # magic number, protocol version and system information, be
 _MOST_PICKLE = 2**28
 
 
-def elements_of(value: object) -> int | None:
-    """The number of elements of a tensor; ``None`` of anything else."""
-    return value.numel() if isinstance(value, torch.Tensor) else None
-
-
 def unwrapped(
-    found: Mapping[object, object], file: Path, elements: Callable[[object], int | None] = elements_of
+    found: Mapping[object, object], file: Path, elements: Callable[[object], int | None]
 ) -> Mapping[object, object]:
     """The state dict in what a file holds: the mapping itself, or that under the entry of a training loop.
 
-    ``elements`` gives how many elements a value has that is a tensor, where tensors are not torch's own.
+    ``elements`` gives how many elements a value has that is a tensor, and ``None`` for anything else.
 
     Raises:
         FormatError: No entry holds tensors, or several do and nothing shows which is meant.

@@ -64,20 +64,14 @@ _DAMAGED = "The file is damaged or forged: restore it from a copy."
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor that lies in a file in row-major order, from byte ``offset`` on.
-
-    Attributes:
-        crc32: The archive's checksum of its storage; 0 where it was written without.
-        start: Where it begins in its storage, in bytes.
-        storage_bytes: The length of its storage.
-    """
+    """A tensor that lies in a file in row-major order, from byte ``offset`` on."""
 
     shape: tuple[int, ...]
     dtype: str
     offset: int
-    crc32: int
-    start: int
-    storage_bytes: int
+    crc32: int  #: The archive's checksum of its storage; 0 where it was written without.
+    start: int  #: Where it begins in its storage, in bytes.
+    storage_bytes: int  #: The length of its storage.
 
     @property
     def alone(self) -> bool:

@@ -43,15 +43,10 @@ _STANDARD_BIN = re.compile(r"(?:(diffusion_pytorch_model)|pytorch_model|model)(-
 
 
 def find_base(root_dir: str | Path | None, model_name: str, cache: str | Path | None = None) -> Path:
-    """The directory or file of a base model; the network is never asked.
+    """The directory or file of a base model; see `Search` and `find`. The network is never asked.
 
-    The name is a directory, a model's directory in a hub cache, a file, a name below ``root_dir``, or a hub id
-    (``org/name``, or ``org/name@revision`` with a branch, a tag or a commit). ``root_dir`` is the hub cache, or a
-    directory that models lie in; without it the hub cache is ``cache``, or the hub's own.
-
-    Raises:
-        CheckpointNotFoundError: It is not there; the message lists all places that were looked at.
-        FormatError: It is a file of another format.
+    ``root_dir`` is the hub cache, or a directory that models lie in; without it the hub cache is ``cache``, or the
+    hub's own.
     """
     root = None if root_dir is None else Path(root_dir)
     return find(Search(model_name, root, (root or (default_cache() if cache is None else Path(cache)),)))

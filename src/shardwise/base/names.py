@@ -187,11 +187,8 @@ def _present(
     module: nn.Module, tensors: Sequence[NamedTensor], names: Sequence[str], key_mapping: Mapping[str, str] | None
 ) -> Iterator[NamedTensor]:
     """The tensors, tied ones under a name that the files have if they have one of them."""
-    tied = [t for t in tensors if t.aliases]
-    if not tied:
-        yield from tensors
-        return
-    found = names_in_files(module, (name for t in tied for name in (t.name, *t.aliases)), names, key_mapping)
+    tied = [name for named in tensors if named.aliases for name in (named.name, *named.aliases)]
+    found = names_in_files(module, tied, names, key_mapping) if tied else {}
     for named in tensors:
         choices = [name for name in (named.name, *named.aliases) if name in found]
         yield named._replace(name=choices[0]) if named.aliases and choices else named

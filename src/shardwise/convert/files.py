@@ -71,14 +71,10 @@ def for_files(
         if all(s.name not in hub for s in group.hub) and all(native in unconverted for native in members):
             views += (HubTensor(unconverted[n], shapes[n], (HubPart(n),)) for n in members)
         else:
-            computed.append(_renamed(group, hub))
+            in_files = {spec.name: hub.get(spec.name, spec.name) for spec in group.hub}
+            specs = tuple(spec._replace(name=in_files[spec.name]) for spec in group.hub)
+            computed.append(replace(group, hub=specs, rule=RenamedRule(group.rule, in_files)))
     return Conversion(tuple(views), tuple(computed), conversion.ignored)
-
-
-def _renamed(group: Computed, hub: Mapping[str, str]) -> Computed:
-    in_files = {spec.name: hub.get(spec.name, spec.name) for spec in group.hub}
-    specs = tuple(spec._replace(name=in_files[spec.name]) for spec in group.hub)
-    return replace(group, hub=specs, rule=RenamedRule(group.rule, in_files))
 
 
 def _in_files(model: torch.nn.Module, names: Sequence[str], files: Mapping[str, str]) -> dict[str, str]:

@@ -248,10 +248,13 @@ def look_up_pieces(
     ``wanted`` gives tensors with remote pieces, and the regions wanted of each. The result has the number of each such
     tensor -> its pieces, in the order in which they lie in the files.
     """
-    questions: list[list[_Question]] = []
+    questions: list[list[_Question]] = [[] for _ in range(group.world_size)]
     messages: list[bytes] = []
     with group.together(_ASKING) as request:
-        questions = _questions(wanted(), group.world_size)
+        for tensor, boxes in wanted():
+            assert tensor.remote is not None
+            number = tensor.remote.number
+            questions[number % group.world_size] += [(number, box) for box in boxes]
         messages = [json.dumps(each).encode() if each else b"" for each in questions]
         request.flag = any(questions)
     if not request.any:
@@ -262,16 +265,6 @@ def look_up_pieces(
     )
     answered = group.exchange(answers, "sending where pieces of tensors are")
     return group.attempt(lambda: _collected(questions, answered), "finding pieces of tensors")
-
-
-def _questions(wanted: Sequence[tuple[SourceTensor, Sequence[Box]]], world: int) -> list[list[_Question]]:
-    """What to ask each index rank: numbers of tensors, and a region of each."""
-    found: list[list[_Question]] = [[] for _ in range(world)]
-    for tensor, boxes in wanted:
-        assert tensor.remote is not None
-        number = tensor.remote.number
-        found[number % world] += [(number, box) for box in boxes]
-    return found
 
 
 def _answer(question: bytes, piece_table: PieceTable, world: int) -> bytes:

@@ -53,15 +53,9 @@ def snapshot_in(home: Path) -> Snapshot | None:
 def find_snapshot(cache: Path, name: str) -> Snapshot | None:
     """Look a model up in a cache, or in the directory ``hub`` of one (as ``HF_HOME`` has).
 
-    Without a revision it is that of ``main``, or, where ``main`` was never fetched, the only snapshot there is.
-
-    Args:
-        cache: The directory.
-        name: A hub id (``org/name``), with or without a branch, a tag or a commit behind an ``@``; of a commit the
-            first seven digits are enough.
-
-    Returns:
-        ``None`` where the name is none that a model on the hub may have.
+    The name is a hub id (``org/name``), with or without a branch, a tag or a commit behind an ``@``; of a commit the
+    first seven digits are enough. Without a revision it is that of ``main``, or, where ``main`` was never fetched, the
+    only snapshot there is. ``None`` where the name is none that a model on the hub may have.
     """
     from huggingface_hub.errors import HFValidationError
 

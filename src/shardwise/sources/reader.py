@@ -314,8 +314,8 @@ def tensor_blocks(source: SourceTensor, reader: Reader, elements: int | None = N
     spec = source.spec
     dtype = torch_dtype(spec.dtype)
     per_block = elements or max(1, STREAM_BYTES // spec.itemsize)
-    start, total = 0, math.prod(spec.shape)
-    while start < total:
+    total = math.prod(spec.shape)
+    for start in range(0, total, per_block):
         count = min(per_block, total - start)
         buffer = torch.empty(count, dtype=dtype)
         fragments, used = [], 0
@@ -325,4 +325,3 @@ def tensor_blocks(source: SourceTensor, reader: Reader, elements: int | None = N
         wanted = HeldTensor.alone(spec, fragments)
         reader.execute(list(plan_reads(source, wanted)))
         yield as_bytes(buffer)
-        start += count

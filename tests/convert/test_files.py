@@ -6,8 +6,7 @@ import torch
 from tests.convert import compare
 from tests.convert.tiny_models import build
 
-from shardwise.convert.derive import derive, identity
-from shardwise.convert.files import for_files
+from shardwise.convert.derive import derive, for_files, identity
 from shardwise.convert.rules import Conversion, NativeSpec, to_hub
 
 

@@ -2,7 +2,7 @@
 
 Our checkpoints, and those of today's ``save_pretrained``, have the names that the model's conversion gives. Other files
 come with the original authors' names, with legacy endings, without the base model's prefix, or with some tensors
-unconverted; `shardwise.convert.files.for_files` maps them as transformers would.
+unconverted; `shardwise.convert.derive.for_files` maps them as transformers would.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from shardwise.convert.adapter import conversion_of
-from shardwise.convert.derive import identity
-from shardwise.convert.files import for_files
+from shardwise.convert.derive import for_files, identity
 from shardwise.convert.rules import Conversion, Converted, HeldGroup, NativeSpec, to_hub
 from shardwise.geometry import TensorSpec
 from shardwise.peft.builtin_lora import find_sites

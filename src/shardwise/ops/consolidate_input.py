@@ -38,9 +38,9 @@ from shardwise.sources.directory_contents import holds_model, holds_safetensors,
 from shardwise.sources.entries import read_entries
 from shardwise.sources.others.layout import Layout
 from shardwise.sources.others.recognise import recognise
+from shardwise.sources.reader import DigestLedger, RecordedDigest
 from shardwise.sources.sources import Source, open_source
 from shardwise.sources.state_files import read_file
-from shardwise.sources.verifying_reader import DigestLedger, RecordedDigest
 
 #: What Lightning's FSDP strategies write beside DCP's files.
 _LIGHTNING = "meta.pt"

@@ -43,7 +43,7 @@ from shardwise.ops.write_dcp import write_dcp
 from shardwise.plan.layout import FileLayout, Layout, lay_out, shard_name
 from shardwise.sources.dcp_values import DcpValues, is_dcp
 from shardwise.sources.others.rank_files import optimizer_beside
-from shardwise.sources.verifying_reader import VerifyingReader
+from shardwise.sources.reader import VerifyingReader
 
 __all__ = ["FORMATS", "ConvertReport", "Format", "convert"]
 

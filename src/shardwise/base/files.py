@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from shardwise.base.quantized import find_quantized, quant_settings, quantization_config
-from shardwise.base.source import BaseSource
+from shardwise.base.source import BaseSource, find_quantized, quant_settings, quantization_config
 from shardwise.comm import Group, JsonValue
 from shardwise.disk.names import exists, is_directory, is_file, real_path
 from shardwise.dtypes import FLOATS
@@ -315,15 +314,6 @@ class Search:
         """Description of the search, for messages."""
         return str(self.root) if self.name is None else self.name
 
-    def places(self) -> Iterator[Path]:
-        """Paths to try, in order."""
-        if self.root is not None and self.name is not None:
-            yield self.root / self.name
-        if self.root is not None and self.root_counts:
-            yield self.root
-        if self.name is not None:
-            yield Path(self.name)
-
 
 @dataclass(frozen=True, slots=True)
 class _Look:
@@ -349,9 +339,8 @@ def configured(config: Settings) -> Search | None:
 def find(search: Search) -> Path:
     """The directory or file of a base model. Local.
 
-    Raises:
-        CheckpointNotFoundError: No place holds a model; the message lists all that were looked at.
-        FormatError: A file was named that is of another format, or a reference in a cache is damaged.
+    `CheckpointNotFoundError` lists all places that were looked at; a named file of another format, and a damaged
+    reference in a cache, are a `FormatError`.
     """
     looks = list(_looks(search))
     found = {real_path(look.model): look.model for look in reversed(looks) if look.model is not None}
@@ -381,11 +370,11 @@ def find_directory(name: str | None) -> Path | None:
 
 
 def _looks(search: Search) -> Iterator[_Look]:
-    seen: set[Path] = set()
-    for place in search.places():
-        if place.absolute() not in seen:
-            seen.add(place.absolute())
-            yield _look(place.absolute(), search)
+    places = [search.root / search.name] if search.root is not None and search.name is not None else []
+    places += [search.root] if search.root is not None and search.root_counts else []
+    places += [Path(search.name)] if search.name is not None else []
+    for place in dict.fromkeys(place.absolute() for place in places):
+        yield _look(place, search)
     if search.name is None or os.path.isabs(search.name):
         return
     for cache in dict.fromkeys(cache.absolute() for cache in search.caches):

@@ -25,8 +25,7 @@ _MANY = re.compile(r"[*+?()\[\]{}|\\]")
 def rename(names: Sequence[str], key_mapping: Mapping[str, str]) -> tuple[str, ...]:
     """Rename names of the files to those of the model: the first pattern that matches anywhere in a name applies.
 
-    Raises:
-        ConversionError: A pattern is not a regular expression, or two names become one.
+    A pattern that is no regular expression, or that makes one name of two, is a `ConversionError`.
     """
     rules = [(_compiled(pattern), replacement) for pattern, replacement in key_mapping.items()]
     renamed = tuple(_first_match(name, rules) for name in names)
@@ -44,8 +43,7 @@ def rename(names: Sequence[str], key_mapping: Mapping[str, str]) -> tuple[str, .
 def revert(names: Sequence[str], key_mapping: Mapping[str, str]) -> tuple[str, ...]:
     """Rename names of the model to those of the files, such that `rename` with the same mapping gives ``names`` back.
 
-    Raises:
-        ConversionError: Two names become one, or `rename` would not give back the same names.
+    `ConversionError` where it would not, or where two names become one.
     """
     reversed_mapping = dict(_reverted(old, new) for old, new in key_mapping.items())
     in_files = rename(names, reversed_mapping)

@@ -97,11 +97,7 @@ def remove(tensor: Provenance, dim: int) -> Provenance:
 
 
 def reshape(tensor: Provenance, shape: tuple[int, ...]) -> Provenance:
-    """The tensor's elements, in row-major order, as another shape.
-
-    Raises:
-        Untraceable: Old and new dimensions cut across each other.
-    """
+    """The tensor's elements, in row-major order, as another shape; `Untraceable` where dimensions cut across others."""
     if tensor.shape == shape:
         return tensor
     if 0 in shape:

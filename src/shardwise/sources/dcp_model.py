@@ -64,7 +64,14 @@ def find_model(
     if prefix is not None:
         place = _Place(prefix.rstrip("."))
     else:
-        _refuse_optimizer(paths, tensors, directory)
+        tops = {path[0] for path in paths.values()}
+        alone = "param_groups" in tops or (tops <= _OPTIMIZER_KEYS and bool(tensors))
+        if alone and not tops & set(MODEL_KEYS):
+            raise MisuseError(
+                "this is an optimizer's state and no model",
+                path=directory,
+                hint="Name the checkpoint, or its model directory.",
+            )
         places = places_of(tensors, expected)
         if len(places) > 1:
             raise _ambiguous(paths, directory, f"the model's class fits what is below each of {_quoted(places)}")
@@ -161,17 +168,6 @@ def refuse_transformed(info: StorageInfo, path: Path, name: str) -> None:
             path=path,
             tensor=name,
             hint="Save without extensions of DCP's file system writer, or convert the checkpoint with DCP.",
-        )
-
-
-def _refuse_optimizer(paths: Mapping[str, DcpPath], tensors: Sequence[str], directory: Path) -> None:
-    tops = {path[0] for path in paths.values()}
-    alone = "param_groups" in tops or (tops <= _OPTIMIZER_KEYS and bool(tensors))
-    if alone and not tops & set(MODEL_KEYS):
-        raise MisuseError(
-            "this is an optimizer's state and no model",
-            path=directory,
-            hint="Name the checkpoint, or its model directory.",
         )
 
 

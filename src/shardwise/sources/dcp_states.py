@@ -18,6 +18,7 @@ from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatEr
 from shardwise.sources.dcp_model import DcpPath, find_model, model_below
 from shardwise.sources.dcp_values import DcpValues, nested
 from shardwise.sources.state_files import has_state, read_state
+from shardwise.stateful_wrappers.optimizer import OptimizerRecord
 from shardwise.upstream.torch_optim import STEP_COUNT
 
 _SCHEDULER_NAME = re.compile(r"sched", re.IGNORECASE)
@@ -33,11 +34,7 @@ def state_at(values: DcpValues, place: DcpPath) -> object:
 
 
 def place_called(values: DcpValues, name: str) -> DcpPath:
-    """The place of the entry ``name``: its path in the state dict, joined by dots.
-
-    Raises:
-        CheckpointNotFoundError: There is no such state; lists those that exist.
-    """
+    """The place of the entry ``name``: its path, joined by dots; `CheckpointNotFoundError` lists those that exist."""
     for path in values.paths.values():
         for length in range(1, len(path) + 1):
             if ".".join(map(str, path[:length])) == name:
@@ -73,19 +70,14 @@ def scheduler_places(values: DcpValues) -> list[DcpPath]:
         if isinstance(part, str) and _SCHEDULER_NAME.search(part)
     }
     own = {name for names in optimizer_places(values).values() for name in names} | values.tensors
-    heads = [
-        place for place in named if any(_is_below(values, place, name) for name in values.paths if name not in own)
-    ]
+    others = [path for name, path in values.paths.items() if name not in own]
+    heads = [place for place in named if any(path[: len(place)] == place for path in others)]
     lists = {place: {key for key in children.get(place, ()) if key.isdecimal()} for place in heads}
     return [
         inner
         for place in _outermost(heads)
         for inner in ([(*place, int(key)) for key in sorted(lists[place], key=int)] or [place])
     ]
-
-
-def _is_below(values: DcpValues, place: DcpPath, name: str) -> bool:
-    return values.paths[name][: len(place)] == place
 
 
 def _outermost(places: list[DcpPath]) -> list[DcpPath]:
@@ -141,35 +133,29 @@ def has_record(directory: Path) -> bool:
 def read_record(directory: Path) -> dict[str, object]:
     """DCP's name -> value, of all that is not a tensor of the optimizer's state; nothing where there is no record.
 
-    Raises:
-        StateFormatError: The record is damaged.
+    Both of torch's layouts are there: groups by number with lists of names, as ``get_optimizer_state_dict`` gives them,
+    and one entry for each parameter and option, as with ``flatten_optimizer_state_dict``. `StateFormatError` where the
+    record is damaged.
     """
     if not has_record(directory):
         return {}
-    path = directory / f"{_RECORD}.json"
-    state = read_state(directory / _RECORD)
     try:
-        return _values(state)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StateFormatError(
-            f"this is not an optimizer state ({type(error).__name__}: {error})",
-            path=path,
-            hint="Restore the file or choose another checkpoint.",
-        ) from error
-
-
-def _values(state: object) -> dict[str, object]:
-    fields = cast("dict[str, object]", state)
+        record = OptimizerRecord.from_state(read_state(directory / _RECORD))
+    except StateFormatError as error:
+        error.path = error.path or str(directory / f"{_RECORD}.json")
+        raise
     found: dict[str, object] = {}
-    for number, group in enumerate(cast("list[dict[str, object]]", fields["groups"])):
-        params = [str(param) for param in cast("list[object]", group["params"])]
-        for key, value in cast("dict[str, object]", group["options"]).items():
+    for number, group in enumerate(record.groups):
+        for key, value in group.options.items():
             found[f"param_groups.{number}.{key}"] = value
-            found |= {f"param_groups.{param}.{key}": value for param in params}
-        found[f"param_groups.{number}.params"] = params
-    for param, values in cast("dict[str, dict[str, object]]", fields["values"]).items():
+            found |= {f"param_groups.{param}.{key}": value for param in group.params}
+        found[f"param_groups.{number}.params"] = list(group.params)
+    for param, values in record.values.items():
         found |= {f"state.{param}.{key}": value for key, value in values.items()}
     return found
+
+
+# --- optimizers ------------------------------------------------------------------------------------------------------
 
 
 _FLAT = re.compile(r"(?:(?P<head>.+?)\.)?(?P<kind>state|param_groups)\.(?P<rest>.+)")
@@ -247,9 +233,7 @@ def optimizer_places(values: DcpValues) -> dict[str, frozenset[str]]:
 def read_optimizers(values: DcpValues) -> list[DcpOptimizer]:
     """Every optimizer in a DCP directory, its tensors unread. Local.
 
-    Raises:
-        MisuseError, StateFormatError: One is kept in a way that is not understood, or is no optimizer's state.
-        FormatError, UnsafePickleError: A value is damaged, or could run code.
+    `MisuseError` or `StateFormatError` where one is kept in a way that is not understood, or is no optimizer's state.
     """
     read = []
     for found in _find(values):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,27 +45,25 @@ class DcpValues:
         self.paths: Mapping[str, DcpPath] = item_paths(self.metadata)
         self.tensors = frozenset(tensor_names(self.metadata))
         self._legacy = legacy
-        self._places: dict[str, list[tuple[tuple[int, ...], StorageInfo]]] = {}
+        self._places: defaultdict[str, list[tuple[tuple[int, ...], StorageInfo]]] = defaultdict(list)
         for index, info in (self.metadata.storage_data or {}).items():
-            self._places.setdefault(index.fqn, []).append((tuple(index.offset or ()), info))
+            self._places[index.fqn].append((tuple(index.offset or ()), info))
         self._read: dict[bytes, object] = {}
 
     def values(self, names: Iterable[str]) -> dict[str, object]:
         """Several items, in the order in which they lie in the files."""
-        order = sorted(names, key=lambda name: [(info.relative_path, info.offset) for _, info in self._at(name)])
+        order = sorted(names, key=lambda name: [(info.relative_path, info.offset) for _, info in self._places[name]])
         found = {name: self.value(name) for name in order}
         return {name: found[name] for name in names}
 
     def value(self, name: str) -> object:
         """One item: a value, or a small tensor, whole.
 
-        Raises:
-            CheckpointNotFoundError, FormatError: A file is absent or damaged, or the item too large for such a value.
-            UnsafePickleError: It names something outside the allow-lists.
+        `FormatError` where it is damaged or too large for a value, `UnsafePickleError` where it could run code.
         """
         if name in self.tensors:
             return self._tensor(name)
-        places = self._at(name)
+        places = self._places[name]
         if len(places) != 1:
             raise FormatError(
                 f"the metadata name {len(places)} places for this value", path=self.directory, tensor=name
@@ -74,9 +73,6 @@ class DcpValues:
         if raw not in self._read:
             self._read[raw] = read_torch_value(raw, str(path), name, legacy=self._legacy)
         return self._read[raw]
-
-    def _at(self, name: str) -> list[tuple[tuple[int, ...], StorageInfo]]:
-        return self._places.get(name, [])
 
     def _bytes(self, info: StorageInfo, name: str) -> tuple[bytes, Path]:
         path = self.directory / info.relative_path
@@ -110,27 +106,26 @@ class DcpValues:
 
         item = self.metadata.state_dict_metadata[name]
         assert isinstance(item, TensorStorageMetadata)
-        whole = torch.empty(0, dtype=item.properties.dtype)
-        if item.size.numel() * whole.element_size() > MAX_SMALL_TENSOR_BYTES:
+        dtype = item.properties.dtype
+        if item.size.numel() * dtype.itemsize > MAX_SMALL_TENSOR_BYTES:
             raise MisuseError(
                 f"a tensor of {list(item.size)} is too large for what is read whole on every rank",
                 path=self.directory,
                 tensor=name,
                 hint="Load it by DCP's own means, with shardwise.SafetensorsReader for a reader.",
             )
-        whole = torch.zeros(item.size, dtype=item.properties.dtype)
-        places = dict(self._at(name))
+        whole = torch.zeros(item.size, dtype=dtype)
+        places = dict(self._places[name])
         for chunk in item.chunks:
             info = places.get(tuple(chunk.offsets))
             if info is None:
                 raise FormatError("the metadata lists a chunk without its place", path=self.directory, tensor=name)
             raw, path = self._bytes(info, name)
             try:
-                part = load_item(raw, tuple(chunk.sizes), whole.dtype)
+                part = load_item(raw, tuple(chunk.sizes), dtype)
             except FormatError as error:
                 raise located(error, path, name) from None
-            where = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
-            whole[where] = part
+            whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] = part
         return whole
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +71,8 @@ def find_snapshot(cache: Path, name: str) -> Snapshot | None:
         return Snapshot(found, str(found))
     if not is_directory(home):
         return Snapshot(None, f"{home} (nothing is there)")
-    branches = sorted(_branches(home))
+    references = home / "refs"
+    branches = sorted(path.relative_to(references).as_posix() for path in references.rglob("*") if is_file(path))
     if wanted in branches:
         return Snapshot(None, f"{home} (there is no snapshot of the commit that {wanted} is)")
     commits = sorted(path.name for path in (home / "snapshots").glob("*") if is_directory(path))
@@ -104,8 +104,3 @@ def _fetched(home: Path, repo_id: str, revision: str) -> Path | None:
     # Wherever a damaged reference leads, it is a snapshot of this model or none.
     place = Path(os.path.normpath(found))
     return home / "snapshots" / place.name if place.parent == Path(os.path.normpath(home / "snapshots")) else None
-
-
-def _branches(home: Path) -> Iterator[str]:
-    root = home / "refs"
-    return (path.relative_to(root).as_posix() for path in root.rglob("*") if is_file(path))

@@ -115,11 +115,7 @@ class Reader(_OpenFiles):
         self.counts = ReadCounts()
 
     def execute(self, reads: Sequence[AnyRead]) -> None:
-        """Carry out all reads, in file order on each thread.
-
-        Raises:
-            IntegrityError: A file ends before a range that its header promises.
-        """
+        """Carry out all reads, in file order on each thread; `IntegrityError` where a file ends before a range does."""
         ordered = list(_woven(sorted(reads, key=_position)))
         for read in ordered:
             self._handle(_file(read))
@@ -373,11 +369,7 @@ class DigestLedger:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self, path: Path, offset: int, nbytes: int, crc: int) -> None:
-        """Record a run of bytes that was read; compare it where the same run has a recorded digest. Any thread.
-
-        Raises:
-            IntegrityError: It has changed since it was written.
-        """
+        """Record a run of bytes that was read; compare it where the same run has a recorded digest. Any thread."""
         runs = self.recorded.get(path)
         if not runs or not nbytes:
             return
@@ -477,11 +469,8 @@ class VerifyingReader(_OpenFiles):
         """A tensor's bytes in row-major order; its pieces have to cover each element once.
 
         A block is valid until the next is asked for. Memory is two blocks; of a piece that is a serialised tensor and
-        no plain one (in another order, say), all.
-
-        Raises:
-            IntegrityError: Bytes differ from what was recorded, or a file ends too early.
-            FormatError: A serialised tensor is not what the metadata says.
+        no plain one (in another order, say), all. `IntegrityError` where bytes differ from what was recorded, or a file
+        ends too early.
         """
         spec = tensor.spec
         total, item = math.prod(spec.shape), spec.itemsize

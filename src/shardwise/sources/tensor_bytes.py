@@ -20,6 +20,7 @@ from shardwise.plan.deferred import resolve
 BLOCK_BYTES = 2**19
 
 _HUGE_PAGE = 2 * 2**20
+_libc = cache(lambda: ctypes.CDLL(None))
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
@@ -61,11 +62,6 @@ def prefer_huge_pages(tensor: torch.Tensor) -> None:
     start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
     if tensor.device.type == "cpu" and end - start >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
 
 
 def blocks(tensor: torch.Tensor, max_elements: int) -> Iterator[torch.Tensor]:

@@ -55,12 +55,8 @@ def open_bin(path: Path, group: Group, allow_legacy_pickle: bool = False) -> Bin
 
     The path is a file, an index, or a directory: with an index, with ``pytorch_model.bin``, or with one file of torch.
     Each file is looked into by one rank. ``allow_legacy_pickle`` unpickles without restrictions, which runs code from
-    the file.
-
-    Raises:
-        CheckpointNotFoundError, AmbiguousFilesError: There is no such file, or several could be meant.
-        UnsafePickleError: A file names something outside torch's allow-list.
-        FormatError: A file is damaged, or holds no state dict, several, or one rank's shards of one.
+    the file; without it, what is outside torch's allow-list is an `UnsafePickleError`. A file that holds no state dict,
+    several, or one rank's shards of one is a `FormatError`.
     """
     names = cast(list[str], group.broadcast_result(lambda: [*_listing(path)], f"looking for .bin files at {path}"))
     files = [(path if is_directory(path) else path.parent) / name for name in names]
@@ -249,10 +245,8 @@ def unwrapped(
 ) -> Mapping[object, object]:
     """The state dict in what a file holds: the mapping itself, or that under the entry of a training loop.
 
-    ``elements`` gives how many elements a value has that is a tensor, and ``None`` for anything else.
-
-    Raises:
-        FormatError: No entry holds tensors, or several do and nothing shows which is meant.
+    ``elements`` gives how many elements a value has that is a tensor, and ``None`` for anything else. `FormatError`
+    where no entry holds tensors, or several do and nothing shows which is meant.
     """
     own = {name: count for name, value in found.items() if (count := elements(value)) is not None}
     inner = {

@@ -109,9 +109,8 @@ class RankTensor:
 def rank_tensor(archive: TorchArchive, value: object, name: str) -> RankTensor | None:
     """Describe a value of a state dict; ``None`` where it is no tensor.
 
-    Raises:
-        FormatError: It is a tensor of another class, or not of the form that its class has.
-        TensorError: It is a sum that was not made yet, or spread in a way that is not known.
+    A tensor of another class, or not of the form that its class has, is a `FormatError`; a sum that was not made yet,
+    and what is spread in a way that is not known, a `TensorError`.
     """
     value = without_parameter(value)
     if is_tensor(value):

@@ -31,7 +31,7 @@ from shardwise.errors import (
     some,
 )
 from shardwise.format.sniff import Kind, what_is_file
-from shardwise.format.torch_archive import TorchArchive, read_torch_archive
+from shardwise.format.torch_archive import read_torch_archive
 from shardwise.geometry import DTYPE_BYTES, Box, TensorSpec, covers_once, runs, stride_of
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.sources.dcp_model import unwrapped_names
@@ -108,9 +108,14 @@ def _read(path: Path, number: int, world_size: int | None) -> RankFile | None:
             tensor=flat,
             hint="Load it where it was saved, on as many ranks, and save it with SHARDED_STATE_DICT instead.",
         )
+
+    def elements(value: object) -> int | None:
+        tensor = rank_tensor(archive, value, "")
+        return None if tensor is None else math.prod(tensor.shape)
+
     tensors: dict[str, RankTensor] = {}
     left = []
-    for key, value in unwrapped(archive.tree, path, partial(_elements, archive)).items():
+    for key, value in unwrapped(archive.tree, path, elements).items():
         tensor = rank_tensor(archive, value, str(key))
         if tensor is None:
             refuse_tensors_inside(archive, value, str(key))
@@ -126,11 +131,6 @@ def _read(path: Path, number: int, world_size: int | None) -> RankFile | None:
             hint="Files were renamed or mixed: restore the directory from a copy.",
         )
     return RankFile(path, next(iter(claimed), number), tensors, tuple(left))
-
-
-def _elements(archive: TorchArchive, value: object) -> int | None:
-    tensor = rank_tensor(archive, value, "")
-    return None if tensor is None else math.prod(tensor.shape)
 
 
 def _by_rank(directory: Path, found: Sequence[RankFile]) -> tuple[list[RankFile], int | None]:

@@ -173,11 +173,7 @@ def dtype_of(archive: TorchArchive, value: object, name: str) -> str:
 
 
 def stored_tensor(archive: TorchArchive, value: object, name: str) -> StoredTensor:
-    """Where a plain tensor, or a parameter, lies.
-
-    Raises:
-        FormatError: It is of another form, lies outside of its storage, or is not in row-major order.
-    """
+    """Where a plain tensor, or a parameter, lies; `FormatError` for another form, and where it is not row by row."""
     value = _bare(value)
     if value is None or value.state is not None:
         fail(archive, name, "has something else where a tensor belongs")

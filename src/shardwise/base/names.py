@@ -47,17 +47,6 @@ class BaseWanted:
     filled: list[torch.Tensor] = field(default_factory=list)
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """The tensors of one part of the model under the names of its base."""
-
-    module: nn.Module  #: The part without wrappers and adapters.
-    tensors: tuple[NamedTensor, ...]  #: Its tensors.
-    #: Names of ``tensors``, and further tensors that begin as copies of them.
-    copies: tuple[tuple[str, torch.Tensor], ...]
-    steps: tuple[Step, ...]  #: What its modules do that take their state by methods of their own.
-
-
 def match_base(
     parts: Sequence[nn.Module],
     names: Sequence[str],
@@ -82,34 +71,34 @@ def match_base(
     found = BaseWanted()
     held: list[HeldTensor] = []
     for number, module in enumerate(parts):
-        part = _part(module, names)
-        kept = [t for t in part.tensors if not (skip_prefixes and t.name.startswith(tuple(skip_prefixes)))]
-        kept = list(_present(part.module, kept, names, key_mapping))
+        bare, named_tensors, named_copies, steps = _part(module, names)
+        kept = [t for t in named_tensors if not (skip_prefixes and t.name.startswith(tuple(skip_prefixes)))]
+        kept = list(_present(bare, kept, names, key_mapping))
         natives = [held_tensor(named.name, named.tensor, register) for named in kept]
         specs = tuple(native.spec for native in natives)
         # Initialising may have tied what was not.
         same = before is not None and before.conversions[number][0] == specs
         known = before.conversions[number][1] if before is not None and same else None
-        conversion, converted = under_names_of_files(part.module, natives, names, key_mapping, known)
+        conversion, converted = under_names_of_files(bare, natives, names, key_mapping, known)
         found.conversions.append((specs, conversion))
-        ties = _class_ties(part.module) if base_ties else {}
+        ties = _class_ties(bare) if base_ties else {}
         lacking = {
             tensor.spec.name: conversion.by_hub(tensor.spec.name).parts[0].native
             for tensor in converted.held
             if tensor.spec.name not in available and tensor.parts[0].part.view is None
         }
-        moved = names_of_ties(part.module, lacking, ties, names, key_mapping)
-        expected = list(_expected(part.module, converted.held, available, moved))
+        moved = names_of_ties(bare, lacking, ties, names, key_mapping)
+        expected = list(_expected(bare, converted.held, available, moved))
         held += expected
         unfilled = _unfilled(conversion, converted.held, expected)
         by_name = {named.name: named.tensor for named in kept}
-        copies = [(name, copy) for name, copy in part.copies if name in by_name]
+        copies = [(name, copy) for name, copy in named_copies if name in by_name]
         refuse_stand_ins(held_tensor(name, by_name[name], register) for name, _ in copies)
         found.groups.extend(converted.groups)
         found.copies.extend((by_name[name], copy) for name, copy in copies)
         found.tensors.extend(by_name.values())
         found.filled.extend(tensor for name, tensor in by_name.items() if name not in unfilled)
-        found.steps.extend(part.steps)
+        found.steps.extend(steps)
     refuse_stand_ins(native for group in found.groups for native in group.natives)
     own, doubled = _once(held)
     found.held.extend(own)
@@ -223,7 +212,14 @@ def _once(held: Sequence[HeldTensor]) -> tuple[tuple[HeldTensor, ...], list[tupl
     return tuple(out), doubled
 
 
-def _part(module: nn.Module, there: Sequence[str]) -> _Part:
+def _part(
+    module: nn.Module, there: Sequence[str]
+) -> tuple[nn.Module, list[NamedTensor], list[tuple[str, torch.Tensor]], Sequence[Step]]:
+    """A part without wrappers and adapters, and its tensors under the names of its base.
+
+    Then names of these with further tensors that begin as copies of them, and what its modules do that take their state
+    by methods of their own.
+    """
     inner = bare_model(module)
     wrapped, saved = _peft_layers(inner)
     first = _replicated(module, inner)
@@ -247,8 +243,7 @@ def _part(module: nn.Module, there: Sequence[str]) -> _Part:
             tensors.append(NamedTensor(own[0], named.tensor, tuple(own[1:])))
         else:
             copies += [(name, named.tensor) for name, is_copy in names[:1] if name and is_copy]
-    steps = listing.steps[0] or tuple(post_steps(inner))
-    return _Part(inner, tuple(tensors), tuple(copies), steps)
+    return inner, tensors, copies, listing.steps[0] or post_steps(inner)
 
 
 def _peft_layers(module: nn.Module) -> tuple[dict[str, str], frozenset[str]]:

@@ -86,20 +86,19 @@ class SafetensorsWriter(StorageWriter):
         stem: str = "model",
         storage: Storage | None = None,
     ) -> None:
-        self._path = Path(path).absolute()
         self._consolidated = consolidated
         self._base_files = dict(base_files or {})
         self._max_file_bytes = max_file_bytes
         self._stem = stem
         self._storage = storage or LocalStorage()
-        self._layout: Layout | None = None
-        self._specs: tuple[TensorSpec, ...] = ()
+        self.reset(path)
 
     def reset(self, checkpoint_id: PathLike | None = None) -> None:
         """Start again, at another path if one is given."""
         if checkpoint_id is not None:
             self._path = Path(checkpoint_id).absolute()
-        self._layout, self._specs = None, ()
+        self._layout: Layout | None = None
+        self._specs: tuple[TensorSpec, ...] = ()
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: object, **kwargs: object) -> None:
         """Nothing to set up."""
@@ -218,20 +217,19 @@ class SafetensorsReader(StorageReader):
         storage: Storage | None = None,
         allow_legacy_pickle_restore: bool = False,
     ) -> None:
-        self._path = Path(path).absolute()
         self._legacy = allow_legacy_pickle_restore
-        self._pickled: DcpValues | None = None
         self._threads = threads
         self._storage = storage or LocalStorage()
-        self._source: Source | None = None
-        self._values: dict[str, object] = {}
-        self._failure: ShardwiseError | None = None
+        self.reset(path)
 
     def reset(self, checkpoint_id: PathLike | None = None) -> None:
         """Start again, at another path if one is given."""
         if checkpoint_id is not None:
             self._path = Path(checkpoint_id).absolute()
-        self._source, self._values, self._failure, self._pickled = None, {}, None, None
+        self._source: Source | None = None
+        self._values: dict[str, object] = {}
+        self._pickled: DcpValues | None = None
+        self._failure: ShardwiseError | None = None
 
     def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
         """Read the headers and the values that are not tensors. Every rank calls, by itself.

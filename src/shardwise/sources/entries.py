@@ -19,7 +19,7 @@ import json
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import NamedTuple, TypeAlias, cast
 from zlib import crc32
@@ -147,7 +147,8 @@ def distribute_entries(
     theirs = group.exchange(messages, "sharing headers")
 
     def put_together() -> list[tuple[SourceTensor, int]]:
-        entries = _decoded(theirs)
+        found = sorted((pair for text in theirs if text for pair in json.loads(text)), key=itemgetter(0))
+        entries = [(number, [decode_entry(row) for row in rows]) for number, rows in found]
         times = Counter([entry.name for _, found in entries for entry in found])
         return [(tensor, times[tensor.spec.name]) for tensor in assemble(root, files, entries)]
 
@@ -229,15 +230,6 @@ def _of_kind(kind: JsonValue, known: Mapping[str, tuple[SourceChunk, ...]]) -> I
         yield SourceTensor(TensorSpec(name, shape, dtype), (SourceChunk(Box.whole(shape), file, offset, packed),))
     for name, number, file, single in scattered:
         yield SourceTensor(TensorSpec(name, shape, dtype), known.get(name, ()), RemotePieces(number, file, single))
-
-
-def _decoded(messages: Iterable[bytes]) -> list[tuple[int, list[Entry]]]:
-    """Numbers of files and entries, in the order of the files."""
-    found: list[tuple[int, list[Entry]]] = []
-    for text in messages:
-        if text:
-            found += [(number, [decode_entry(row) for row in rows]) for number, rows in json.loads(text)]
-    return sorted(found, key=lambda each: each[0])
 
 
 def look_up_pieces(

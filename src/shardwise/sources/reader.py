@@ -123,7 +123,12 @@ class Reader(_OpenFiles):
             for read in ordered:
                 self._one(read)
             return
-        pieces = [piece for read in ordered for piece in _split(read)]
+        pieces: list[AnyRead | _Woven] = []
+        for read in ordered:  # large contiguous reads are cut, so that several threads can share them
+            if isinstance(read, Read) and read.rows == 1:
+                pieces += cut_read(read, 16 * BUFFER_BYTES)
+            else:
+                pieces.append(read)
         with ThreadPoolExecutor(self._threads, thread_name_prefix="shardwise-read") as pool:
             futures = [pool.submit(self._one, piece) for piece in pieces]
             try:
@@ -286,14 +291,6 @@ def _spanning(rows: torch.Tensor) -> memoryview:
     """The memory from the first to the last byte of rows that are each contiguous, with what lies between them."""
     elements = (len(rows) - 1) * rows.stride(0) + rows[0].numel()
     return as_bytes(rows.as_strided((elements,), (1,)))
-
-
-def _split(read: AnyRead | _Woven) -> Iterator[AnyRead | _Woven]:
-    """Cut a large contiguous read, so that several threads can share it."""
-    if isinstance(read, Read) and read.rows == 1:
-        yield from cut_read(read, 16 * BUFFER_BYTES)
-    else:
-        yield read
 
 
 def cut_read(read: Read, most: int) -> Iterator[Read]:

@@ -15,7 +15,9 @@ import torch
 from tests.convert import compare
 from tests.convert.tiny_models import CannotBuildError, build, quiet, registered
 
-from shardwise.convert import Conversion, check_round_trip, derive
+from shardwise.convert.adapter import check_round_trip
+from shardwise.convert.derive import derive
+from shardwise.convert.rules import Conversion
 from shardwise.errors import ShardwiseError
 
 PAGE = Path(__file__).parent.parent / "docs" / "conversions.md"

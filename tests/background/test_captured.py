@@ -15,7 +15,7 @@ from torch import nn
 
 from shardwise import Checkpointer, CheckpointingConfig
 from shardwise.addons import ConsolidatedHFAddon, SaveHookArgs
-from shardwise.convert import StateDictAdapter
+from shardwise.convert.adapter import StateDictAdapter
 from shardwise.errors import MisuseError
 
 FORMATS: dict[str, dict[str, object]] = {

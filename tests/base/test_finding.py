@@ -15,8 +15,7 @@ from tests.support.ranks import failure, run
 from transformers import LlamaForCausalLM
 
 from shardwise import Checkpointer, CheckpointingConfig
-from shardwise.base.files import find_base
-from shardwise.base.finding import find_directory
+from shardwise.base.files import find_base, find_directory
 from shardwise.errors import CheckpointNotFoundError, FormatError, ShardwiseError
 
 EVERY: dict[str, object] = {"save_consolidated": "every"}

@@ -35,7 +35,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from shardwise import base_dtype
-from shardwise.base.quantized import find_quantized, read_dequantized
+from shardwise.base.source import find_quantized, read_dequantized
 from shardwise.comm import Group
 from shardwise.disk.storage import LocalStorage
 from shardwise.errors import DtypeMismatchError, FormatError, QuantizationError

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 from shardwise.checkpointing import Checkpointer
 from shardwise.config import CheckpointingConfig
-from shardwise.convert import kept_out
+from shardwise.convert.derive import kept_out
 from shardwise.stateful_wrappers.names import list_state
 from shardwise.stateful_wrappers.snapshot import Memory, Snapshot
 

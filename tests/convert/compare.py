@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from shardwise.convert import Conversion, NativeSpec, to_hub
+from shardwise.convert.rules import Conversion, NativeSpec, to_hub
 from shardwise.dtypes import dtype_code, torch_dtype
 from shardwise.geometry import Box
 from shardwise.plan.fragments import HeldTensor, Part, hold

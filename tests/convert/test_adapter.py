@@ -6,7 +6,8 @@ import pytest
 import torch
 from tests.convert import compare
 
-from shardwise.convert import NativeSpec, StateDictAdapter, check_round_trip, derive_from_adapter, to_hub
+from shardwise.convert.adapter import StateDictAdapter, check_round_trip, derive_from_adapter
+from shardwise.convert.rules import NativeSpec, to_hub
 from shardwise.errors import ConversionError
 
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shardwise.convert import Computed, Conversion, HubPart, HubTensor, NativeSpec, check_round_trip, identity, to_hub
+from shardwise.convert.adapter import check_round_trip
+from shardwise.convert.derive import identity
+from shardwise.convert.rules import Computed, Conversion, HubPart, HubTensor, NativeSpec, to_hub
 from shardwise.errors import ConversionError
 from shardwise.geometry import Box
 from shardwise.plan.fragments import Part, hold

@@ -9,7 +9,9 @@ import torch
 from tests.convert import compare
 from tests.convert.tiny_models import build, quiet
 
-from shardwise.convert import HubPart, NativeSpec, check_round_trip, derive, identity
+from shardwise.convert.adapter import check_round_trip
+from shardwise.convert.derive import derive, identity
+from shardwise.convert.rules import HubPart, NativeSpec
 from shardwise.errors import ConversionError
 
 

@@ -6,7 +6,8 @@ import pytest
 from tests.convert import compare
 from tests.convert.tiny_models import SLOW, UNBUILT, build, quiet, registered
 
-from shardwise.convert import check_round_trip, derive
+from shardwise.convert.adapter import check_round_trip
+from shardwise.convert.derive import derive
 
 #: A routine run takes one type in this many; the rest are slow only by their number.
 SHARE = 5

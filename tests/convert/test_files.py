@@ -6,8 +6,8 @@ import torch
 from tests.convert import compare
 from tests.convert.tiny_models import build
 
-from shardwise.convert import Conversion, derive, for_files, identity, to_hub
-from shardwise.convert.rules import NativeSpec
+from shardwise.convert.derive import derive, for_files, identity
+from shardwise.convert.rules import Conversion, NativeSpec, to_hub
 
 
 def load(conversion: Conversion, files: compare.Tensors, state: compare.Tensors) -> compare.Tensors:

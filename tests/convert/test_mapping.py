@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from shardwise.convert import rename, revert
+from shardwise.convert.mapping import rename, revert
 from shardwise.errors import ConversionError
 
 LLAVA = {

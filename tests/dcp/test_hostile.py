@@ -14,7 +14,7 @@ from tests.support.ranks import failure
 from torch.distributed.checkpoint.api import CheckpointException
 
 from shardwise import SafetensorsReader, SafetensorsWriter
-from shardwise.dcp.values import VALUES_NAME, VALUES_TENSORS_NAME
+from shardwise.dcp.items import VALUES_NAME, VALUES_TENSORS_NAME
 from shardwise.errors import CheckpointNotFoundError, HeaderError, StateFormatError, StorageError
 from shardwise.format.state_json import encode_state
 

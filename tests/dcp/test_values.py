@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, SavePlanner, WriteItem
 
 from shardwise import CheckpointingConfig, SafetensorsReader, SafetensorsWriter
-from shardwise.dcp.values import VALUES_NAME, VALUES_TENSORS_NAME
+from shardwise.dcp.items import VALUES_NAME, VALUES_TENSORS_NAME
 from shardwise.disk.storage import Buffer, LocalStorage
 from shardwise.errors import MissingTensorError, MisuseError, NameCollisionError, StateFormatError
 from shardwise.ops.verify import verify

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from shardwise import Checkpointer, CheckpointingConfig
-from shardwise.convert import StateDictAdapter
+from shardwise.convert.adapter import StateDictAdapter
 from shardwise.disk.storage import LocalStorage
 from shardwise.errors import ConversionError, StorageError
 

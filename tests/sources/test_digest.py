@@ -19,8 +19,7 @@ from shardwise.engine.writer import Digests, FileSet, totals, write_all
 from shardwise.errors import StorageError
 from shardwise.geometry import Box, TensorSpec, runs
 from shardwise.plan.schedule import WriteRun
-from shardwise.sources.digest import contribution
-from shardwise.sources.tensor_bytes import as_bytes, blocks, byte_blocks
+from shardwise.sources.tensor_bytes import as_bytes, blocks, byte_blocks, contribution
 
 shapes = st.lists(st.integers(1, 7), max_size=4).map(tuple)
 

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from shardwise.addons.files import copy_file, read_source, write_bytes
-from shardwise.base.finding import find_directory
+from shardwise.base.files import find_directory
 from shardwise.disk.names import is_directory, is_file, real_path, walk
 from shardwise.errors import ShardwiseError
 from shardwise.stateful_wrappers.wrapping import bare_model, original_class

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from shardwise.addons.custom_code import custom_auto_map
 from shardwise.addons.files import copy_file, write_json, write_text, written_locally
-from shardwise.base.finding import find_directory
+from shardwise.base.files import find_directory
 from shardwise.comm import JsonValue
 from shardwise.disk.names import is_file
 from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError

@@ -28,7 +28,7 @@ from shardwise.addons.side_files import (
     write_tokenizer,
     write_tokenizer_for_v4,
 )
-from shardwise.base.finding import find_directory
+from shardwise.base.files import find_directory
 from shardwise.comm import Group
 from shardwise.disk.names import files_under, is_directory, is_file
 from shardwise.disk.storage import current

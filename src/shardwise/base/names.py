@@ -2,28 +2,21 @@
 
 Our checkpoints, and those of today's ``save_pretrained``, have the names that the model's conversion gives. Other files
 come with the original authors' names, with legacy endings, without the base model's prefix, or with some tensors
-unconverted; `shardwise.convert.for_files` maps them as transformers would.
+unconverted; `shardwise.convert.derive.for_files` maps them as transformers would.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from shardwise.convert import (
-    Conversion,
-    Converted,
-    HeldGroup,
-    NativeSpec,
-    conversion_of,
-    for_files,
-    identity,
-    to_hub,
-)
+from shardwise.convert.adapter import conversion_of
+from shardwise.convert.derive import for_files, identity
+from shardwise.convert.rules import Conversion, Converted, HeldGroup, NativeSpec, to_hub
 from shardwise.geometry import TensorSpec
 from shardwise.peft.builtin_lora import find_sites
 from shardwise.peft.builtin_lora import natives as site_natives
@@ -42,26 +35,16 @@ from shardwise.upstream.transformers import class_ties, may_be_missing
 class BaseWanted:
     """The tensors that a base fills on this rank."""
 
-    held: tuple[HeldTensor, ...]  #: Destinations under the names of the base's files.
-    groups: tuple[HeldGroup, ...]  #: Native tensors that have to be computed from the base's.
-    copies: tuple[tuple[torch.Tensor, torch.Tensor], ...]  #: ``(from, to)``: tensors to copy after loading.
-    tensors: tuple[torch.Tensor, ...]  #: The model's tensors behind all of these.
+    held: list[HeldTensor] = field(default_factory=list)  #: Destinations under the names of the base's files.
+    groups: list[HeldGroup] = field(default_factory=list)  #: Native tensors that have to be computed from the base's.
+    #: ``(from, to)``: tensors to copy after loading.
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    tensors: list[torch.Tensor] = field(default_factory=list)  #: The model's tensors behind all of these.
     #: For each part, its tensors and how they become those of the files.
-    conversions: tuple[tuple[tuple[NativeSpec, ...], Conversion], ...]
-    steps: tuple[Step, ...] = ()  #: What modules do that take their state by methods of their own.
+    conversions: list[tuple[tuple[NativeSpec, ...], Conversion]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)  #: What modules do that take their state by methods of their own.
     #: Those of ``tensors`` that the files fill; the model does not expect the others to be there.
-    filled: tuple[torch.Tensor, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """The tensors of one part of the model under the names of its base."""
-
-    module: nn.Module  #: The part without wrappers and adapters.
-    tensors: tuple[NamedTensor, ...]  #: Its tensors.
-    #: Names of ``tensors``, and further tensors that begin as copies of them.
-    copies: tuple[tuple[str, torch.Tensor], ...]
-    steps: tuple[Step, ...]  #: What its modules do that take their state by methods of their own.
+    filled: list[torch.Tensor] = field(default_factory=list)
 
 
 def match_base(
@@ -85,46 +68,42 @@ def match_base(
     """
     register = MeshRegister()
     available = frozenset(names)
+    found = BaseWanted()
     held: list[HeldTensor] = []
-    groups: list[HeldGroup] = []
-    copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-    tensors: list[torch.Tensor] = []
-    conversions: list[tuple[tuple[NativeSpec, ...], Conversion]] = []
-    steps: list[Step] = []
-    filled: list[torch.Tensor] = []
     for number, module in enumerate(parts):
-        part = _part(module, names)
-        kept = [t for t in part.tensors if not (skip_prefixes and t.name.startswith(tuple(skip_prefixes)))]
-        kept = list(_present(part.module, kept, names, key_mapping))
+        bare, named_tensors, named_copies, steps = _part(module, names)
+        kept = [t for t in named_tensors if not (skip_prefixes and t.name.startswith(tuple(skip_prefixes)))]
+        kept = list(_present(bare, kept, names, key_mapping))
         natives = [held_tensor(named.name, named.tensor, register) for named in kept]
         specs = tuple(native.spec for native in natives)
         # Initialising may have tied what was not.
         same = before is not None and before.conversions[number][0] == specs
         known = before.conversions[number][1] if before is not None and same else None
-        conversion, converted = under_names_of_files(part.module, natives, names, key_mapping, known)
-        conversions.append((specs, conversion))
-        ties = _class_ties(part.module) if base_ties else {}
+        conversion, converted = under_names_of_files(bare, natives, names, key_mapping, known)
+        found.conversions.append((specs, conversion))
+        ties = _class_ties(bare) if base_ties else {}
         lacking = {
             tensor.spec.name: conversion.by_hub(tensor.spec.name).parts[0].native
             for tensor in converted.held
             if tensor.spec.name not in available and tensor.parts[0].part.view is None
         }
-        moved = names_of_ties(part.module, lacking, ties, names, key_mapping)
-        expected = list(_expected(part.module, converted.held, available, moved))
+        moved = names_of_ties(bare, lacking, ties, names, key_mapping)
+        expected = list(_expected(bare, converted.held, available, moved))
         held += expected
         unfilled = _unfilled(conversion, converted.held, expected)
-        groups += converted.groups
         by_name = {named.name: named.tensor for named in kept}
-        copies += [(by_name[name], copy) for name, copy in part.copies if name in by_name]
-        refuse_stand_ins(held_tensor(name, by_name[name], register) for name, _ in part.copies if name in by_name)
-        tensors += by_name.values()
-        filled += [tensor for name, tensor in by_name.items() if name not in unfilled]
-        steps += part.steps
-    refuse_stand_ins(native for group in groups for native in group.natives)
+        copies = [(name, copy) for name, copy in named_copies if name in by_name]
+        refuse_stand_ins(held_tensor(name, by_name[name], register) for name, _ in copies)
+        found.groups.extend(converted.groups)
+        found.copies.extend((by_name[name], copy) for name, copy in copies)
+        found.tensors.extend(by_name.values())
+        found.filled.extend(tensor for name, tensor in by_name.items() if name not in unfilled)
+        found.steps.extend(steps)
+    refuse_stand_ins(native for group in found.groups for native in group.natives)
     own, doubled = _once(held)
-    return BaseWanted(
-        own, tuple(groups), (*doubled, *copies), tuple(tensors), tuple(conversions), tuple(steps), tuple(filled)
-    )
+    found.held.extend(own)
+    found.copies[:0] = doubled
+    return found
 
 
 def under_names_of_files(
@@ -196,11 +175,8 @@ def _present(
     module: nn.Module, tensors: Sequence[NamedTensor], names: Sequence[str], key_mapping: Mapping[str, str] | None
 ) -> Iterator[NamedTensor]:
     """The tensors, tied ones under a name that the files have if they have one of them."""
-    tied = [t for t in tensors if t.aliases]
-    if not tied:
-        yield from tensors
-        return
-    found = names_in_files(module, (name for t in tied for name in (t.name, *t.aliases)), names, key_mapping)
+    tied = [name for named in tensors if named.aliases for name in (named.name, *named.aliases)]
+    found = names_in_files(module, tied, names, key_mapping) if tied else {}
     for named in tensors:
         choices = [name for name in (named.name, *named.aliases) if name in found]
         yield named._replace(name=choices[0]) if named.aliases and choices else named
@@ -236,7 +212,14 @@ def _once(held: Sequence[HeldTensor]) -> tuple[tuple[HeldTensor, ...], list[tupl
     return tuple(out), doubled
 
 
-def _part(module: nn.Module, there: Sequence[str]) -> _Part:
+def _part(
+    module: nn.Module, there: Sequence[str]
+) -> tuple[nn.Module, list[NamedTensor], list[tuple[str, torch.Tensor]], Sequence[Step]]:
+    """A part without wrappers and adapters, and its tensors under the names of its base.
+
+    Then names of these with further tensors that begin as copies of them, and what its modules do that take their state
+    by methods of their own.
+    """
     inner = bare_model(module)
     wrapped, saved = _peft_layers(inner)
     first = _replicated(module, inner)
@@ -260,8 +243,7 @@ def _part(module: nn.Module, there: Sequence[str]) -> _Part:
             tensors.append(NamedTensor(own[0], named.tensor, tuple(own[1:])))
         else:
             copies += [(name, named.tensor) for name, is_copy in names[:1] if name and is_copy]
-    steps = listing.steps[0] or tuple(post_steps(inner))
-    return _Part(inner, tuple(tensors), tuple(copies), steps)
+    return inner, tensors, copies, listing.steps[0] or post_steps(inner)
 
 
 def _peft_layers(module: nn.Module) -> tuple[dict[str, str], frozenset[str]]:

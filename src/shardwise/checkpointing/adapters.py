@@ -15,7 +15,7 @@ from torch import nn
 
 from shardwise.checkpointing.hub import HubNames, HubState, natives_of
 from shardwise.checkpointing.session import Session
-from shardwise.convert import Computed, HeldGroup
+from shardwise.convert.rules import Computed, HeldGroup
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.agreement import Agreement
 from shardwise.errors import AdapterError, ConversionError, MisuseError, ModuleStateError

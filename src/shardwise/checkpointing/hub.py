@@ -26,8 +26,10 @@ from typing import cast
 import torch
 from torch import nn
 
-from shardwise import convert
 from shardwise.addons.hf_config import untie_configs
+from shardwise.convert.adapter import adapter_of, check_adapter, conversion_of, derive_for
+from shardwise.convert.derive import derive, kept_out
+from shardwise.convert.rules import Conversion, HeldGroup, HubTensor, to_hub
 from shardwise.dtypes import FLOATS
 from shardwise.errors import ConversionError, MisuseError, NameCollisionError
 from shardwise.format.manifest import TensorRecord
@@ -66,7 +68,7 @@ class HubState:
 
     native: tuple[HeldTensor, ...]
     held: tuple[HeldTensor, ...]
-    groups: tuple[convert.HeldGroup, ...]
+    groups: tuple[HeldGroup, ...]
     absent: tuple[str, ...] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
     copies: frozenset[str] = frozenset()
@@ -105,7 +107,7 @@ class HubNames:
 
     def __init__(self, may_differ: MayDiffer | None = None) -> None:
         self._may_differ = may_differ or MayDiffer()
-        self._known: dict[tuple[type[nn.Module], tuple[TensorSpec, ...]], convert.Conversion] = {}
+        self._known: dict[tuple[type[nn.Module], tuple[TensorSpec, ...]], Conversion] = {}
         #: The names, aliases and memory of a model's tensors, and what was captured of them.
         self._captured: tuple[object, Memory, HubState] | None = None
         self._last: tuple[Snapshot, HubState] | None = None
@@ -142,7 +144,7 @@ class HubNames:
         parts = [exported_part(p, [pair for pair in ordered if pair[0].part == n]) for n, p in enumerate(state.model)]
         expected = expected_ties(parts)
         held: list[HeldTensor] = []
-        groups: list[convert.HeldGroup] = []
+        groups: list[HeldGroup] = []
         absent: list[str] = []
         excluded: list[HeldTensor] = []
         copies: list[str] = []
@@ -152,13 +154,13 @@ class HubNames:
         for part in parts:
             own = [tensor for _, tensor in part.own]
             module = unwrap(part.module)
-            ignored = None if convert.adapter_of(module) is not None else convert.kept_out(module)
+            ignored = None if adapter_of(module) is not None else kept_out(module)
             if ignored is not None:
                 held += [tensor for tensor in own if tensor.spec.name not in ignored]
                 absent += [tensor.spec.name for tensor in own if tensor.spec.name in ignored]
             else:
                 conversion = self._conversion(part.module, own)
-                converted = convert.to_hub(conversion, own)
+                converted = to_hub(conversion, own)
                 held += converted.held
                 groups += converted.groups
                 ignored = frozenset(conversion.ignored)
@@ -189,20 +191,20 @@ class HubNames:
             joined=joined,
         )
 
-    def _conversion(self, part: nn.Module, own: Sequence[HeldTensor]) -> convert.Conversion:
+    def _conversion(self, part: nn.Module, own: Sequence[HeldTensor]) -> Conversion:
         specs = tuple(tensor.spec for tensor in own)
         module = unwrap(part)
         # Models of two classes may have the same tensors and different conversion rules.
         key = (type(module), specs)
         known = self._known.get(key)
         if known is None:
-            known = convert.conversion_of(module, specs)
-            convert.check_adapter(module, known, specs)
+            known = conversion_of(module, specs)
+            check_adapter(module, known, specs)
             self._known[key] = known
         return known
 
 
-def _joined(conversion: convert.Conversion, own: Sequence[HeldTensor]) -> dict[str, tuple[HeldTensor, ...]]:
+def _joined(conversion: Conversion, own: Sequence[HeldTensor]) -> dict[str, tuple[HeldTensor, ...]]:
     several = [hub for hub in conversion.hub if len(hub.parts) > 1]
     natives = {tensor.spec.name: tensor for tensor in own} if several else {}
     return {hub.name: tuple(natives[p.native] for p in hub.parts if p.native in natives) for hub in several}
@@ -228,7 +230,7 @@ def memory_of(held: Iterable[HeldTensor]) -> Iterator[tuple[str, torch.Tensor]]:
                 yield tensor.spec.name, fragment.data
 
 
-def natives_of(groups: Sequence[convert.HeldGroup]) -> list[HeldTensor]:
+def natives_of(groups: Sequence[HeldGroup]) -> list[HeldTensor]:
     """The native tensors of groups that have to be computed."""
     return [tensor for group in groups for tensor in group.natives]
 
@@ -288,12 +290,12 @@ def shared_names(
     """
     names = tuple(alias for alias, _ in tied)
     module = unwrap(part)
-    if not tied or convert.adapter_of(module) is not None:
+    if not tied or adapter_of(module) is not None:
         return (), {}, names
     aliases = [tensor.renamed(alias) for alias, tensor in tied]
     specs = dict.fromkeys([*(tensor.spec for tensor in aliases), *(tensor.spec for _, tensor in tied)])
     try:
-        conversion = convert.derive(module, list(specs))
+        conversion = derive(module, list(specs))
     except ConversionError:
         # A rule that needs more than these tensors gives them no separate names.
         return (), {}, names
@@ -302,7 +304,7 @@ def shared_names(
     undeclared = {alias for alias in names if alias not in expected} if is_loaded_by_others else set()
     written = [hub for hub in conversion.hub if undeclared.issuperset(each.native for each in hub.parts)]
     natives = {each.native for hub in written for each in hub.parts}
-    copies = convert.to_hub(convert.Conversion(tuple(written)), [t for t in aliases if t.spec.name in natives]).held
+    copies = to_hub(Conversion(tuple(written)), [t for t in aliases if t.spec.name in natives]).held
     kept: dict[str, str] = {}
     for alias, tensor in tied:
         if alias in expected:
@@ -315,7 +317,7 @@ def shared_names(
     return copies, kept, [name for name in dict.fromkeys([*names, *hub_names]) if name not in there]
 
 
-def _views(tensors: Sequence[convert.HubTensor]) -> list[object]:
+def _views(tensors: Sequence[HubTensor]) -> list[object]:
     """Each tensor's view of its one native tensor; a unique object where it is made of several."""
     return [tensor.parts[0].view if len(tensor.parts) == 1 else object() for tensor in tensors]
 
@@ -402,7 +404,7 @@ def differing_ties(ties: Mapping[str, str], tensors: Iterable[TensorRecord]) -> 
 
 def file_name(part: nn.Module, name: str) -> str:
     """Name in the model's files of a tensor that conversion only renames."""
-    made = convert.derive_for(unwrap(part), (TensorSpec(name, (1,), "F32"),))
+    made = derive_for(unwrap(part), (TensorSpec(name, (1,), "F32"),))
     return made.hub[0].name if len(made.hub) == 1 else name
 
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.checkpointing.hub import HubState
 from shardwise.comm import Group
-from shardwise.convert import HeldGroup
+from shardwise.convert.rules import HeldGroup
 from shardwise.disk.names import files_under, is_file
 from shardwise.disk.storage import Storage
 from shardwise.dtypes import torch_dtype

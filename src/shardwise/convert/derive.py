@@ -15,14 +15,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from shardwise.convert.mapping import revert
+from shardwise.convert.mapping import rename, revert
 from shardwise.convert.provenance import Untraceable, axis_views
-from shardwise.convert.rules import Computed, Conversion, HubPart, HubTensor, NativeSpec
+from shardwise.convert.rules import Computed, Conversion, HubPart, HubTensor, NativeSpec, Rule
 from shardwise.convert.trace import TracedTensor, traced
 from shardwise.dtypes import dtype_code, torch_dtype
 from shardwise.errors import ConversionError
@@ -70,7 +70,7 @@ def derive(model: torch.nn.Module, natives: Sequence[NativeSpec]) -> Conversion:
     absent = left_out(bare)
     kept = [spec for spec in natives if spec.name not in absent]
     ignored = tuple(spec.name for spec in natives if spec.name in absent)
-    rules = _rules(bare)
+    rules = rule_set(bare)
     if rules is not None:
         return Conversion(*_by_rules(rules, kept), ignored)
     mapping = legacy_renamings(bare)
@@ -86,12 +86,7 @@ def kept_out(model: torch.nn.Module) -> frozenset[str] | None:
     ``None`` where anything is renamed or converted, so that only a conversion shows the names.
     """
     bare = unwrap(model)
-    return None if legacy_renamings(bare) or _rules(bare) is not None else left_out(bare)
-
-
-def _rules(bare: torch.nn.Module) -> RuleSet | None:
-    # Copying the modules of a large model takes longer than everything else here.
-    return rule_set(skeleton(bare)) if may_have_rules(bare) else None
+    return None if legacy_renamings(bare) or rule_set(bare) is not None else left_out(bare)
 
 
 def _by_rules(rules: RuleSet, natives: Sequence[NativeSpec]) -> tuple[tuple[HubTensor, ...], tuple[Computed, ...]]:
@@ -99,7 +94,7 @@ def _by_rules(rules: RuleSet, natives: Sequence[NativeSpec]) -> tuple[tuple[HubT
     groups: defaultdict[str, list[tuple[Member, NativeSpec]]] = defaultdict(list)
     by_name = {spec.name: spec for spec in natives}
     for spec in map(by_name.__getitem__, in_loading_order(by_name)):
-        group, pattern = rules.match(spec.name)
+        group, pattern = upstream.matching_converter(spec.name, rules.converters)
         if pattern is None:
             views.append(HubTensor(rules.rename(spec.name), spec.shape, (HubPart(spec.name),)))
         else:
@@ -212,10 +207,6 @@ class RuleSet:
     #: For each of ``renamings`` a search that fails where it changes nothing; ``None`` without such a search.
     quick: tuple[Callable[[str], object] | None, ...]
 
-    def match(self, name: str) -> tuple[str, str | None]:
-        """The name of the group that a native tensor belongs to and the pattern it fills; ``None`` if it has none."""
-        return upstream.matching_converter(name, self.converters)
-
     def rename(self, name: str) -> str:
         """The hub name of what is called ``name`` once the converters are done with it."""
         for quick, renaming in zip(self.quick, self.renamings, strict=True):
@@ -234,14 +225,15 @@ def may_have_rules(model: torch.nn.Module) -> bool:
     return isinstance(model, model_class() or ())
 
 
-def rule_set(model: torch.nn.Module) -> RuleSet | None:
-    """The rules that transformers would apply to save ``model``, or ``None`` where there are none.
+def rule_set(bare: torch.nn.Module) -> RuleSet | None:
+    """The rules that transformers would apply to save an unwrapped model, or ``None`` where there are none.
 
     The rules with which `from_pretrained` loaded the model, else those registered for its classes and model types; a
     `PrefixChange` only if it was used in loading, since the name alone does not show it.
     """
-    if not may_have_rules(model):
+    if not may_have_rules(bare):
         return None
+    model = skeleton(bare)  # copying the modules of a large model takes longer than everything else here
     rules = upstream.loaded_with(model)
     if rules is None:
         rules = upstream.without_prefix_changes(upstream.registered_rules(model, legacy=False))
@@ -369,3 +361,81 @@ def loading_names(model: torch.nn.Module, names: Sequence[str]) -> tuple[str, ..
     renamings = upstream.renamings_of(map(deepcopy, upstream.registered_rules(model)))
     renamed = {name: upstream.renamed(name, renamings) for name in upstream.in_loading_order(names)}
     return tuple(renamed[name] for name in names)
+
+
+# --- the names that a given set of files happens to use --------------------------------------------------------------
+
+# Files of one model come under several names: with or without the base model's prefix, in the original authors' names
+# or in transformers' own, with legacy endings, saved unconverted. They are matched by transformers' own code: two names
+# mean the same tensor if its renamings for loading make one name of both.
+
+
+@dataclass(frozen=True, slots=True)
+class RenamedRule:
+    """A rule whose hub tensors have other names in the files (a `shardwise.convert.rules.Rule`)."""
+
+    rule: Rule  #: The rule under the hub's names.
+    in_files: Mapping[str, str]  #: Name in the files of each hub name.
+
+    def forward(self, natives: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """As `shardwise.convert.rules.Rule.forward`."""
+        return {self.in_files[name]: tensor for name, tensor in self.rule.forward(natives).items()}
+
+    def backward(self, hub: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """As `shardwise.convert.rules.Rule.backward`."""
+        return self.rule.backward({name: hub[file] for name, file in self.in_files.items()})
+
+
+def for_files(
+    model: torch.nn.Module,
+    conversion: Conversion,
+    natives: Sequence[NativeSpec],
+    names: Sequence[str],
+    key_mapping: Mapping[str, str] | None = None,
+) -> Conversion:
+    """Put a conversion into the names of files to load. No collectives; any rank may call.
+
+    A native tensor whose hub tensors are not in the files, while it is there itself, is taken unconverted. One that is
+    not there in any form keeps its hub names, so that the loader misses it under the name that the hub would use; names
+    of the files that the result does not have are unexpected. The user's ``key_mapping`` (regular expressions and
+    replacements, from the files' names to the model's) applies first; it may not make one name of two.
+    """
+    if not key_mapping and set(conversion.names) <= set(names):
+        return conversion
+    bare = skeleton(model)
+    files = dict(zip(loading_names(bare, rename(names, key_mapping or {})), names, strict=True))
+    hub = _in_files(bare, conversion.names, files)
+    unconverted = _in_files(bare, [spec.name for spec in natives], files)
+    shapes = {spec.name: spec.shape for spec in natives}
+    views: list[HubTensor] = []
+    taken: set[str] = set()
+    for tensor in conversion.hub:
+        sources = [part.native for part in tensor.parts]
+        if tensor.name not in hub and all(native in unconverted for native in sources):
+            fresh = [native for native in dict.fromkeys(sources) if native not in taken]
+            views += (HubTensor(unconverted[n], shapes[n], (HubPart(n),)) for n in fresh)
+            taken.update(fresh)
+        else:
+            views.append(tensor._replace(name=hub.get(tensor.name, tensor.name)))
+    computed: list[Computed] = []
+    for group in conversion.computed:
+        members = [spec.name for spec in group.natives]
+        if all(s.name not in hub for s in group.hub) and all(native in unconverted for native in members):
+            views += (HubTensor(unconverted[n], shapes[n], (HubPart(n),)) for n in members)
+        else:
+            in_files = {spec.name: hub.get(spec.name, spec.name) for spec in group.hub}
+            specs = tuple(spec._replace(name=in_files[spec.name]) for spec in group.hub)
+            computed.append(replace(group, hub=specs, rule=RenamedRule(group.rule, in_files)))
+    return Conversion(tuple(views), tuple(computed), conversion.ignored)
+
+
+def _in_files(model: torch.nn.Module, names: Sequence[str], files: Mapping[str, str]) -> dict[str, str]:
+    """For each of ``names`` that is in the files, its name there: by what loading makes of both."""
+    prefix: str = getattr(model, "base_model_prefix", "") or ""
+    out: dict[str, str] = {}
+    for name, key in zip(names, loading_names(model, names), strict=True):
+        variants = (key, f"{prefix}.{key}", key.removeprefix(f"{prefix}."))
+        found = next((files[variant] for variant in variants if variant in files), None)
+        if found is not None:
+            out[name] = found
+    return out

@@ -25,24 +25,37 @@ _MANY = re.compile(r"[*+?()\[\]{}|\\]")
 def rename(names: Sequence[str], key_mapping: Mapping[str, str]) -> tuple[str, ...]:
     """Rename names of the files to those of the model: the first pattern that matches anywhere in a name applies.
 
-    Raises:
-        ConversionError: A pattern is not a regular expression, or two names become one.
+    A pattern that is no regular expression, or that makes one name of two, is a `ConversionError`.
     """
     rules = [(_compiled(pattern), replacement) for pattern, replacement in key_mapping.items()]
     renamed = tuple(_first_match(name, rules) for name in names)
-    _refuse_collisions(names, renamed)
+    clashing = sorted(name for name, count in Counter(renamed).items() if count > 1)
+    if clashing:
+        sources = [name for name, new in zip(names, renamed, strict=True) if new == clashing[0]]
+        raise ConversionError(
+            f"the key mapping makes one name of several: {', '.join(sources)} all become {clashing[0]!r}",
+            tensor=clashing[0],
+            hint="Narrow the patterns.",
+        )
     return renamed
 
 
 def revert(names: Sequence[str], key_mapping: Mapping[str, str]) -> tuple[str, ...]:
     """Rename names of the model to those of the files, such that `rename` with the same mapping gives ``names`` back.
 
-    Raises:
-        ConversionError: Two names become one, or `rename` would not give back the same names.
+    `ConversionError` where it would not, or where two names become one.
     """
     reversed_mapping = dict(_reverted(old, new) for old, new in key_mapping.items())
     in_files = rename(names, reversed_mapping)
-    _refuse_patterns(names, in_files)
+    for name, file in zip(names, in_files, strict=True):
+        # A pattern that matches many texts has become part of a name: the original text is unknown.
+        if name != file and _MANY.search(file):
+            raise ConversionError(
+                f"the key mapping cannot be reverted: of {name!r} it would make {file!r}",
+                tensor=name,
+                hint="Write patterns of plain text and of groups that the replacement refers to, or give the model a "
+                "state_dict_adapter.",
+            )
     back = rename(in_files, key_mapping)
     trips = zip(names, in_files, back, strict=True)
     wrong = [f"{name} -> {file} -> {again}" for name, file, again in trips if name != again]
@@ -79,17 +92,6 @@ def _first_match(name: str, rules: Sequence[tuple[re.Pattern[str], str]]) -> str
     return name
 
 
-def _refuse_collisions(names: Sequence[str], renamed: Sequence[str]) -> None:
-    clashing = sorted(name for name, count in Counter(renamed).items() if count > 1)
-    if clashing:
-        sources = [name for name, new in zip(names, renamed, strict=True) if new == clashing[0]]
-        raise ConversionError(
-            f"the key mapping makes one name of several: {', '.join(sources)} all become {clashing[0]!r}",
-            tensor=clashing[0],
-            hint="Narrow the patterns.",
-        )
-
-
 def _reverted(pattern: str, replacement: str) -> tuple[str, str]:
     """The rule for the other direction: the pattern of names that a rule produces, and what they were before.
 
@@ -121,15 +123,3 @@ def _reverted(pattern: str, replacement: str) -> tuple[str, str]:
         return f"\\g<{order.index(number) + 1}>" if number in order else group[0]
 
     return start + made, _GROUP.sub(referred, text).replace("\\.", ".")
-
-
-def _refuse_patterns(names: Sequence[str], in_files: Sequence[str]) -> None:
-    """A pattern that matches many texts has become part of a name: the original text is unknown."""
-    for name, file in zip(names, in_files, strict=True):
-        if name != file and _MANY.search(file):
-            raise ConversionError(
-                f"the key mapping cannot be reverted: of {name!r} it would make {file!r}",
-                tensor=name,
-                hint="Write patterns of plain text and of groups that the replacement refers to, or give the model a "
-                "state_dict_adapter.",
-            )

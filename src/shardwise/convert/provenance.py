@@ -97,11 +97,7 @@ def remove(tensor: Provenance, dim: int) -> Provenance:
 
 
 def reshape(tensor: Provenance, shape: tuple[int, ...]) -> Provenance:
-    """The tensor's elements, in row-major order, as another shape.
-
-    Raises:
-        Untraceable: Old and new dimensions cut across each other.
-    """
+    """The tensor's elements, in row-major order, as another shape; `Untraceable` where dimensions cut across others."""
     if tensor.shape == shape:
         return tensor
     if 0 in shape:
@@ -148,11 +144,6 @@ def narrow(tensor: Provenance, dim: int, start: int, stop: int, step: int = 1) -
         pieces = _restrict(tensor.pieces, at, start, stop, step)
         kept = (-(-(stop - start) // step),)
     return simplify(Provenance((*tensor.dims[:dim], kept, *tensor.dims[dim + 1 :]), pieces))
-
-
-def select(tensor: Provenance, dim: int, index: int) -> Provenance:
-    """Index ``index`` of dimension ``dim``, which goes away."""
-    return remove(narrow(tensor, dim, index, index + 1), dim)
 
 
 def join(tensors: Sequence[Provenance], dim: int) -> Provenance:
@@ -397,17 +388,15 @@ def _wanted_cuts(tensor: Provenance, at: int, count: int, native_shapes: Sequenc
     return wanted
 
 
-def _extents(piece: SourcePiece, shape: tuple[int, ...]) -> tuple[list[int], dict[int, int], dict[int, int]]:
-    """Native cuts; and by stride the extent of the native grid dimension and the piece's first index in it."""
-    cuts = _native_cuts(piece, shape)
-    extent = {low: high // low for low, high in itertools.pairwise(cuts)}
-    first = {stride: piece.base // stride % size for stride, size in extent.items()}
-    return cuts, extent, first
+def _extents(piece: SourcePiece, shape: tuple[int, ...]) -> tuple[dict[int, int], dict[int, int]]:
+    """By stride the extent of the native grid dimension and the piece's first index in it."""
+    extent = {low: high // low for low, high in itertools.pairwise(_native_cuts(piece, shape))}
+    return extent, {stride: piece.base // stride % size for stride, size in extent.items()}
 
 
 def _unwrap(piece: SourcePiece, shape: tuple[int, ...]) -> list[SourcePiece]:
     """Cut a piece wherever it runs over the edge of a native grid dimension."""
-    _, extent, first = _extents(piece, shape)
+    extent, first = _extents(piece, shape)
     wrapping = [
         at
         for at, span in enumerate(piece.spans)
@@ -435,7 +424,7 @@ def _unwrap(piece: SourcePiece, shape: tuple[int, ...]) -> list[SourcePiece]:
 def _view(piece: SourcePiece, grid: tuple[int, ...], shape: tuple[int, ...]) -> AxisView:
     if not shape:
         raise Untraceable("a scalar that becomes part of a tensor")
-    _, extent, first = _extents(piece, shape)
+    extent, first = _extents(piece, shape)
     strides = [span.stride for span in piece.spans if span.length > 1]
     if len(set(strides)) != len(strides):
         raise Untraceable("an element that is used twice")

@@ -6,6 +6,7 @@ currency.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -70,23 +71,17 @@ class Conversion:
     _by_native: dict[str, list[HubTensor]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        clashes: set[str] = set()
-        names = [spec.name for group in self.computed for spec in group.hub]
-        seen = set(names)
-        if len(seen) != len(names):
-            clashes |= {name for name in seen if names.count(name) > 1}
         for tensor in self.hub:
-            if tensor.name in seen:
-                clashes.add(tensor.name)
-            seen.add(tensor.name)
             self._by_name[tensor.name] = tensor
             for native in dict.fromkeys(part.native for part in tensor.parts):
                 self._by_native.setdefault(native, []).append(tensor)
+        computed = (spec.name for group in self.computed for spec in group.hub)
+        counts = Counter([*(tensor.name for tensor in self.hub), *computed])
+        clashes = sorted(name for name, count in counts.items() if count > 1)
         if clashes:
-            shown = ", ".join(sorted(clashes)[:5])
             raise ConversionError(
-                f"several native tensors would be written as one: {shown}",
-                tensor=min(clashes),
+                f"several native tensors would be written as one: {', '.join(clashes[:5])}",
+                tensor=clashes[0],
                 hint="The conversion rules of the model type are ambiguous; give the model a state_dict_adapter, or "
                 "correct the one it has.",
             )
@@ -153,14 +148,8 @@ def to_hub(conversion: Conversion, held: Sequence[HeldTensor]) -> Converted:
 
 
 def _convert(hub: HubTensor, held: dict[str, HeldTensor]) -> HeldTensor:
-    if len(hub.parts) == 1:
-        [only] = hub.parts
-        tensor = held[only.native]
-        if only.view is None and hub.name == only.native:
-            return tensor
-        spec = TensorSpec(hub.name, hub.shape, tensor.spec.dtype)
-        grid = hub.shape if only.view is None else only.view.hub_grid
-        return HeldTensor(spec, grid, (seen_through(only.view, tensor.parts[0]),))
+    if hub.parts == (HubPart(hub.name),):
+        return held[hub.name]
     present = [(held[part.native], part.view) for part in hub.parts if part.native in held]
     spec = TensorSpec(hub.name, hub.shape, present[0][0].spec.dtype)
     grids = {hub.shape if view is None else view.hub_grid for _, view in present}

@@ -8,7 +8,7 @@ A conversion rule is ordinary code over torch tensors. Run on `TracedTensor`s, i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -108,10 +108,6 @@ def _transpose(tensor: torch.Tensor, dim0: int, dim1: int) -> TracedTensor:
     return _like(tensor, pv.permute(_of(tensor), order))
 
 
-def _t(tensor: torch.Tensor) -> TracedTensor:
-    return _like(tensor, pv.permute(_of(tensor), list(range(tensor.dim()))[::-1]))
-
-
 def _permute(tensor: torch.Tensor, dims: list[int]) -> TracedTensor:
     return _like(tensor, pv.permute(_of(tensor), [d % tensor.dim() for d in dims]))
 
@@ -137,24 +133,19 @@ def _slice(
 
 
 def _select(tensor: torch.Tensor, dim: int, index: int) -> TracedTensor:
-    return _like(tensor, pv.select(_of(tensor), dim % tensor.dim(), index % tensor.shape[dim]))
+    at, index = dim % tensor.dim(), index % tensor.shape[dim]
+    return _like(tensor, pv.remove(pv.narrow(_of(tensor), at, index, index + 1), at))
 
 
-def _pieces(tensor: torch.Tensor, dim: int, sizes: Iterator[int]) -> list[TracedTensor]:
+def _split(tensor: torch.Tensor, sizes: int | list[int], dim: int = 0) -> list[TracedTensor]:
+    if isinstance(sizes, int):
+        total = tensor.shape[dim]
+        sizes = [min(sizes, total - at) for at in range(0, total, sizes)]
     out, start = [], 0
     for size in sizes:
         out.append(_like(tensor, pv.narrow(_of(tensor), dim % tensor.dim(), start, start + size)))
         start += size
     return out
-
-
-def _split(tensor: torch.Tensor, size: int, dim: int = 0) -> list[TracedTensor]:
-    total = tensor.shape[dim]
-    return _pieces(tensor, dim, (min(size, total - at) for at in range(0, total, size)))
-
-
-def _split_sizes(tensor: torch.Tensor, sizes: list[int], dim: int = 0) -> list[TracedTensor]:
-    return _pieces(tensor, dim, iter(sizes))
 
 
 def _unbind(tensor: torch.Tensor, dim: int = 0) -> list[TracedTensor]:
@@ -178,26 +169,17 @@ def _expand(tensor: torch.Tensor, shape: list[int], **_: object) -> TracedTensor
 
 
 _HANDLERS: dict[object, Callable[..., object]] = {
-    aten.view.default: _reshape,
-    **dict.fromkeys(RESHAPES, _reshape),
-    aten.reshape.default: _reshape,
-    aten.clone.default: _same,
-    aten.contiguous.default: _same,
-    aten.detach.default: _same,
-    aten.alias.default: _same,
-    aten.lift_fresh.default: _same,
-    **dict.fromkeys(COPIES, _same),
+    **dict.fromkeys((aten.view.default, aten.reshape.default, *RESHAPES), _reshape),
+    **dict.fromkeys((aten.clone.default, aten.contiguous.default, aten.detach.default, *COPIES), _same),
+    **dict.fromkeys((aten.alias.default, aten.lift_fresh.default), _same),
     aten.transpose.int: _transpose,
-    aten.t.default: _t,
+    aten.t.default: lambda tensor: _permute(tensor, list(range(tensor.dim()))[::-1]),
     aten.permute.default: _permute,
     aten.unsqueeze.default: _unsqueeze,
-    aten.squeeze.default: _squeeze,
-    aten.squeeze.dim: _squeeze,
-    aten.squeeze.dims: _squeeze,
+    **dict.fromkeys((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims), _squeeze),
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
-    aten.split.Tensor: _split,
-    aten.split_with_sizes.default: _split_sizes,
+    **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default), _split),
     aten.unbind.int: _unbind,
     aten.cat.default: _cat,
     aten.stack.default: _stack,

@@ -1,31 +1,39 @@
-"""The items of DCP's plans in this library's terms, written, and the messages between ranks and coordinator."""
+"""The items of DCP's plans in this library's terms, written, and the messages between ranks and coordinator.
+
+What is no tensor (numbers, text, lists) DCP would pickle. Here the rank that DCP chose for it encodes the object itself
+and sends the text to the coordinator, which writes all of them as one state (`shardwise.format.state_json`): a table
+from DCP's names (``optim.param_groups.0.lr``) to values. Tensors inside a value, in a tuple say, which DCP does not
+look into, go to a second file; its name does not end in ``.safetensors``, so that nobody takes them for tensors of the
+model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
 from shardwise.dcp.regions import is_packed
-from shardwise.dcp.values import PackedValue
 from shardwise.disk.crc import shift
-from shardwise.disk.sequential import SequentialFile
+from shardwise.disk.names import is_there
+from shardwise.disk.sequential import SequentialFile, write_file
 from shardwise.disk.storage import Storage
 from shardwise.dtypes import dtype_code, torch_dtype
 from shardwise.engine.writer import Digests, FileSet, write_run
-from shardwise.errors import IncompleteTensorError, MisuseError, NameCollisionError
+from shardwise.errors import IncompleteTensorError, MisuseError, NameCollisionError, StateFormatError
 from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
 from shardwise.geometry import Box, TensorSpec, runs
 from shardwise.plan.layout import Layout
 from shardwise.plan.schedule import WriteRun
-from shardwise.plan.shards import ShardFile, ShardPiece, shard_files
-from shardwise.sources.digest import contribution
-from shardwise.sources.tensor_bytes import byte_blocks
+from shardwise.plan.shards import ShardPiece, shard_files
+from shardwise.sources.state_files import pack_state, read_packed, unpack_state
+from shardwise.sources.tensor_bytes import byte_blocks, contribution
 from shardwise.stateful_wrappers.memory import plain_memory
 from shardwise.upstream.torch_tensors import local_part
 
@@ -41,9 +49,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Written:
-    """What a rank says of one tensor item: bytes written, its share of the tensor's CRC-32C, its place in a shard."""
+    """What a rank says of one tensor item: its share of the tensor's CRC-32C, and its place in a shard file."""
 
-    nbytes: int
     contribution: int
     chunk: ChunkRecord | None = None
     file: FileRecord | None = None
@@ -67,7 +74,7 @@ class Totals(Digests):
                 totals.values.append((name, written))
                 continue
             assert isinstance(written, Written)
-            totals.add(name, written.contribution, written.nbytes)
+            totals.add(name, written.contribution, result.size_in_bytes)
             if written.chunk is not None and written.file is not None:
                 totals.chunks.setdefault(name, []).append(written.chunk)
                 totals.files[written.file.path] = written.file
@@ -160,8 +167,7 @@ def write_final(
                 start = first * spec.itemsize
                 run = WriteRun(place.file, place.offset + start, spec, start, data[index])
                 total ^= shift(write_run(run, files, storage), spec.nbytes - start - count * spec.itemsize)
-            nbytes = box.numel * spec.itemsize
-            results.append(WriteResult(item.index, nbytes, Written(nbytes, total)))
+            results.append(WriteResult(item.index, box.numel * spec.itemsize, Written(total)))
         files.sync()
     return results
 
@@ -176,23 +182,84 @@ def write_shards(
     storage.check_space(directory, sum(file.layout.size for file in planned))
     results = []
     for file in planned:
-        for name, written in _write_pieces(file, directory, storage):
-            assert written.chunk is not None
-            index = by_box[(name, written.chunk.box)].index
-            results.append(WriteResult(index, written.nbytes, written))
+        header = file.layout.header
+        record = FileRecord.of_tensors(file.layout.name, file.layout.size, header)
+        with SequentialFile(storage, directory / record.path, file.layout.size) as made:
+            made.append([header])
+            for spec, begin, end in file.layout.entries:
+                piece, dtype = file.pieces[spec.name], torch_dtype(spec.dtype)
+                crc = made.append(byte_blocks(piece.data, dtype), spec.name)
+                share = contribution(piece.box, piece.spec.shape, piece.data, crc, dtype)
+                chunk = ChunkRecord(record.path, len(header) + begin, end - begin, piece.box, crc)
+                index = by_box[spec.name, piece.box].index
+                results.append(WriteResult(index, end - begin, Written(share, chunk, record)))
     return results
 
 
-def _write_pieces(file: ShardFile, directory: Path, storage: Storage) -> list[tuple[str, Written]]:
-    header = file.layout.header
-    record = FileRecord.of_tensors(file.layout.name, file.layout.size, header)
-    out = []
-    with SequentialFile(storage, directory / file.layout.name, file.layout.size) as made:
-        made.append([header])
-        for spec, begin, end in file.layout.entries:
-            piece, dtype = file.pieces[spec.name], torch_dtype(spec.dtype)
-            crc = made.append(byte_blocks(piece.data, dtype), spec.name)
-            share = contribution(piece.box, piece.spec.shape, piece.data, crc, dtype)
-            chunk = ChunkRecord(record.path, len(header) + begin, end - begin, piece.box, crc)
-            out.append((spec.name, Written(end - begin, share, chunk, record)))
-    return out
+# --- what is no tensor -----------------------------------------------------------------------------------------------
+
+
+#: The values, and the tensors inside them, if any.
+VALUES_NAME = "dcp_values.json"
+VALUES_TENSORS_NAME = "dcp_values.tensors"
+VALUES_NAMES = {".json": VALUES_NAME, ".safetensors": VALUES_TENSORS_NAME}
+
+
+@dataclass(frozen=True)
+class PackedValue:
+    """A value as a rank sends it to the coordinator: a state, a table of it alone under its name; see `pack_state`."""
+
+    packed: Mapping[str, bytes]
+
+
+def pack_value(item: WriteItem, planner: SavePlanner) -> WriteResult:
+    """Encode the object that DCP would pickle.
+
+    `MisuseError` where the planner gives none out; `StateFormatError`, with item and place, where it cannot be stored.
+    """
+    name = item.index.fqn
+    look_up: Callable[[MetadataIndex], object] | None = getattr(planner, "lookup_object", None)
+    if look_up is None:
+        what = f"{type(planner).__name__} has no lookup_object, so that this value could only be saved as a pickle"
+        hint = "Derive the planner from DCP's DefaultSavePlanner, or keep the value out of the state dict."
+        raise MisuseError(what, tensor=name, hint=hint)
+    try:
+        packed = pack_state({name: look_up(item.index)})
+    except StateFormatError as error:
+        error.tensor = name
+        raise
+    return WriteResult(item.index, sum(map(len, packed.values())), PackedValue(packed))
+
+
+def write_values(storage: Storage, directory: Path, parts: Iterable[tuple[str, PackedValue]]) -> list[FileRecord]:
+    """Write the values of all ranks in one table, durable; no file where there are none.
+
+    `NameCollisionError` where ranks sent different ones under one name.
+    """
+    seen: dict[str, PackedValue] = {}
+    for name, part in parts:
+        if seen.setdefault(name, part) != part:
+            hint = "Put the rank into the name, or keep what differs between ranks out of the state dict."
+            raise NameCollisionError("ranks saved different values under this name", tensor=name, hint=hint)
+    values = {name: _table(unpack_state(dict(part.packed)))[name] for name, part in seen.items()}
+    records = []
+    for suffix, content in (pack_state(values) if values else {}).items():
+        write_file(storage, directory / VALUES_NAMES[suffix], content)
+        records.append(FileRecord.plain(VALUES_NAMES[suffix], content))
+    return records
+
+
+def read_values(directory: Path) -> dict[str, object]:
+    """The values of a directory; none where it has no such file, `StateFormatError` if that is damaged or forged."""
+    path = directory / VALUES_NAME
+    return _table(read_packed(path, directory / VALUES_TENSORS_NAME), path) if is_there(path) else {}
+
+
+def _table(table: object, path: Path | None = None) -> dict[str, object]:
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table):
+        raise StateFormatError(
+            "the values are not a table from names to values",
+            path=path,
+            hint="The file is damaged or forged: restore it from a copy, or resume from another checkpoint.",
+        )
+    return table

@@ -5,13 +5,14 @@
 
 The writer gives finished Hugging Face files (``consolidated=True``, every rank at the final offsets) or one shard file
 for each rank, with an index and a manifest; the reader takes whatever `shardwise.sources.sources.open_source` opens.
-What is not a tensor (param_groups, a step, a Stateful's counters) is one JSON file beside them: `shardwise.dcp.values`.
+What is not a tensor (param_groups, a step, a Stateful's counters) is one JSON file beside them: `shardwise.dcp.items`.
 Planning is DCP's own here: its coordinator gathers every rank's plan. `Checkpointer` plans locally and does not go
 through these classes.
 """
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
 from contextlib import closing
@@ -32,12 +33,10 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from shardwise.comm import Group
-from shardwise.dcp import values as dcp_values
-from shardwise.dcp.items import Task, Totals, refuse_packed, tensors_and_values, union, write_final, write_shards
-from shardwise.dcp.values import VALUES_NAME, as_stream, remove
+from shardwise.dcp import items
 from shardwise.disk.names import exists
 from shardwise.disk.sequential import write_file
-from shardwise.disk.storage import LocalStorage, Storage, using
+from shardwise.disk.storage import LocalStorage, Storage, storage_errors, using
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.records import ComponentRecord, check_written, layout_record, write_manifest
 from shardwise.errors import CheckpointNotFoundError, MissingTensorError, MisuseError, ShardwiseError, StateFormatError
@@ -46,7 +45,7 @@ from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import Fragment, HeldTensor
 from shardwise.plan.layout import Layout, index_name, is_tensor_file, lay_out
 from shardwise.plan.reads import AnyRead, plan_reads
-from shardwise.sources.dcp_records import RECORD_TENSORS, has_record, read_record
+from shardwise.sources.dcp_states import RECORD_TENSORS, has_record, read_record
 from shardwise.sources.dcp_values import DcpValues
 from shardwise.sources.reader import Reader
 from shardwise.sources.sources import Source, open_source
@@ -87,20 +86,19 @@ class SafetensorsWriter(StorageWriter):
         stem: str = "model",
         storage: Storage | None = None,
     ) -> None:
-        self._path = Path(path).absolute()
         self._consolidated = consolidated
         self._base_files = dict(base_files or {})
         self._max_file_bytes = max_file_bytes
         self._stem = stem
         self._storage = storage or LocalStorage()
-        self._layout: Layout | None = None
-        self._specs: tuple[TensorSpec, ...] = ()
+        self.reset(path)
 
     def reset(self, checkpoint_id: PathLike | None = None) -> None:
         """Start again, at another path if one is given."""
         if checkpoint_id is not None:
             self._path = Path(checkpoint_id).absolute()
-        self._layout, self._specs = None, ()
+        self._layout: Layout | None = None
+        self._specs: tuple[TensorSpec, ...] = ()
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: object, **kwargs: object) -> None:
         """Nothing to set up."""
@@ -115,11 +113,11 @@ class SafetensorsWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Lay out the files and create them. The coordinator calls."""
-        self._specs = union(plans)
+        self._specs = items.union(plans)
         self._storage.make_directory(self._path)
-        for name in (MANIFEST_NAME, index_name(self._stem)):
-            remove(self._storage, self._path / name)
-        dcp_values.remove_values(self._storage, self._path)
+        # What an earlier save left of these must never be read with new tensors.
+        for name in (MANIFEST_NAME, index_name(self._stem), *items.VALUES_NAMES.values()):
+            self._remove(name)
         if self._consolidated:
             self._layout = lay_out(
                 self._specs, base_files=self._base_files, max_file_bytes=self._max_file_bytes, stem=self._stem
@@ -127,7 +125,9 @@ class SafetensorsWriter(StorageWriter):
             self._storage.check_space(self._path, self._layout.total_bytes)
             for file in self._layout.files:
                 self._storage.create(self._path / file.name, file.size, file.header)
-        return [replace(plan, storage_data=Task(rank, len(plans), self._layout)) for rank, plan in enumerate(plans)]
+        return [
+            replace(plan, storage_data=items.Task(rank, len(plans), self._layout)) for rank, plan in enumerate(plans)
+        ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's tensors and make them durable; its other values go to the coordinator with the results.
@@ -135,18 +135,17 @@ class SafetensorsWriter(StorageWriter):
         A value of a kind that cannot be stored is a `StateFormatError`.
         """
         task = plan.storage_data
-        assert isinstance(task, Task)
-        refuse_packed(planner)
-        tensors, values = tensors_and_values(plan.items)
+        assert isinstance(task, items.Task)
+        items.refuse_packed(planner)
+        tensors, values = items.tensors_and_values(plan.items)
         # The values first: what can be refused is refused before tensors are written for nothing.
-        packed = [(item.index, dcp_values.pack_value(item, planner)) for item in values]
+        packed = [items.pack_value(item, planner) for item in values]
         if task.layout is not None:
-            results = write_final(self._storage, self._path, tensors, planner, task.layout)
+            results = items.write_final(self._storage, self._path, tensors, planner, task.layout)
         else:
-            results = write_shards(self._storage, self._path, tensors, planner, task, self._stem)
-        results += [WriteResult(index, value.nbytes, value) for index, value in packed]
+            results = items.write_shards(self._storage, self._path, tensors, planner, task, self._stem)
         future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
+        future.set_result(results + packed)
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -156,24 +155,26 @@ class SafetensorsWriter(StorageWriter):
             IncompleteTensorError: The ranks' items do not cover a tensor.
             NameCollisionError: Ranks saved different values under one name.
         """
-        totals = Totals.of(results)
+        totals = items.Totals.of(results)
         hint = "Wrap the state dict with shardwise.dcp.regions.as_regions, or check the tensor's placements."
         for spec in self._specs:
             check_written(spec, totals.counts.get(spec.name, 0), self._path, hint)
-        plain = dcp_values.write_values(self._storage, self._path, dcp_values.merge_values(totals.values))
+        plain = items.write_values(self._storage, self._path, totals.values)
         record = ComponentRecord(tuple(totals.files.values()), totals.tensors(self._specs))
         if self._layout is not None:
             write_file(self._storage, self._path / index_name(self._stem), self._layout.index)
             plain.append(FileRecord.plain(index_name(self._stem), self._layout.index))
             record = layout_record(self._layout, totals.crcs)
-        self._remove_stale({file.path for file in record.files})
-        write_manifest(self._storage, self._path, record + ComponentRecord(tuple(plain)), {})
-
-    def _remove_stale(self, current: set[str]) -> None:
-        """Remove tensor files of an earlier save under this stem that the new one does not have."""
+        current = {file.path for file in record.files}
         for name, _ in self._storage.entries(self._path):
             if is_tensor_file(name, self._stem) and name not in current:
-                remove(self._storage, self._path / name)
+                self._remove(name)
+        write_manifest(self._storage, self._path, record + ComponentRecord(tuple(plain)), {})
+
+    def _remove(self, name: str) -> None:
+        """Remove a file that an earlier save left, if it is there."""
+        with storage_errors(self._path / name):
+            self._storage.remove_file(self._path / name)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: PathLike) -> bool:
@@ -216,20 +217,19 @@ class SafetensorsReader(StorageReader):
         storage: Storage | None = None,
         allow_legacy_pickle_restore: bool = False,
     ) -> None:
-        self._path = Path(path).absolute()
         self._legacy = allow_legacy_pickle_restore
-        self._pickled: DcpValues | None = None
         self._threads = threads
         self._storage = storage or LocalStorage()
-        self._source: Source | None = None
-        self._values: dict[str, object] = {}
-        self._failure: ShardwiseError | None = None
+        self.reset(path)
 
     def reset(self, checkpoint_id: PathLike | None = None) -> None:
         """Start again, at another path if one is given."""
         if checkpoint_id is not None:
             self._path = Path(checkpoint_id).absolute()
-        self._source, self._values, self._failure, self._pickled = None, {}, None, None
+        self._source: Source | None = None
+        self._values: dict[str, object] = {}
+        self._pickled: DcpValues | None = None
+        self._failure: ShardwiseError | None = None
 
     def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
         """Read the headers and the values that are not tensors. Every rank calls, by itself.
@@ -245,7 +245,7 @@ class SafetensorsReader(StorageReader):
         self._failure = None
         try:
             with using(self._storage):
-                self._values = dcp_values.read_values(self._path) or read_record(self._path)
+                self._values = items.read_values(self._path) or read_record(self._path)
                 self._source = self._open()
                 self._pickled = DcpValues(self._path, self._legacy) if self._source.dcp else None
         except ShardwiseError as error:
@@ -259,13 +259,10 @@ class SafetensorsReader(StorageReader):
             )
             for name, tensor in self._source.tensors.items()
         }
-        described |= {name: BytesStorageMetadata() for name in self._values}
-        planner_data = None
-        if self._pickled is not None:
-            planner_data = self._pickled.metadata.planner_data
-            described |= {
-                name: BytesStorageMetadata() for name in self._pickled.paths if name not in self._pickled.tensors
-            }
+        pickled = self._pickled
+        others = [] if pickled is None else [name for name in pickled.paths if name not in pickled.tensors]
+        described |= {name: BytesStorageMetadata() for name in (*self._values, *others)}
+        planner_data = None if pickled is None else pickled.metadata.planner_data
         return Metadata(described, planner_data, storage_meta=StorageMeta(checkpoint_id=str(self._path)))
 
     def _open(self) -> Source:
@@ -276,7 +273,7 @@ class SafetensorsReader(StorageReader):
             if not self._values:
                 raise
             source = Source(self._path, (), {})  # a state dict without a tensor
-        values_name = VALUES_NAME if exists(self._path / VALUES_NAME) else "optimizer.json"
+        values_name = items.VALUES_NAME if exists(self._path / items.VALUES_NAME) else "optimizer.json"
         both = self._values.keys() & source.tensors.keys()
         if both:
             raise StateFormatError(
@@ -332,13 +329,17 @@ class SafetensorsReader(StorageReader):
         name = item.storage_index.fqn
         if self._pickled is not None and name in self._pickled.paths:
             with using(self._storage):
-                planner.load_bytes(item, as_stream(self._pickled.value(name)))
-            return
-        if name not in self._values:
+                value = self._pickled.value(name)
+        elif name in self._values:
+            value = self._values[name]
+        else:
             what = "the checkpoint has no value of this name"
             hint = "Leave it out of the state dict, or allow partial loads in the planner."
             raise MissingTensorError(what, path=self._path, tensor=name, hint=hint)
-        planner.load_bytes(item, as_stream(self._values[name]))
+        stream = io.BytesIO()  # DCP's planners unpickle: made here and now, nothing of it comes from a file
+        torch.save(value, stream)
+        stream.seek(0)
+        planner.load_bytes(item, stream)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: PathLike) -> bool:

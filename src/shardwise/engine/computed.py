@@ -11,7 +11,7 @@ from zlib import crc32
 import torch
 
 from shardwise.comm import FirstFailure, Group
-from shardwise.convert import HeldGroup
+from shardwise.convert.rules import HeldGroup
 from shardwise.disk.storage import Storage
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.load import LoadOptions, LoadSource

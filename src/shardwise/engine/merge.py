@@ -28,8 +28,8 @@ from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.plan.roster import Roster
 from shardwise.plan.schedule import WriteRun
 from shardwise.plan.shards import plan_shards
+from shardwise.sources.reader import DigestLedger, RecordedDigest, VerifyingReader
 from shardwise.sources.tensor_bytes import byte_blocks
-from shardwise.sources.verifying_reader import DigestLedger, RecordedDigest, VerifyingReader
 from shardwise.timing import phase
 
 _STAGE_ELSEWHERE = "Something else writes below staging_dir, or its disk is not reliable; name another directory."

@@ -50,9 +50,9 @@ from shardwise.ops.torchtitan_names import Rope
 from shardwise.ops.verify import Progress
 from shardwise.plan.layout import MAX_FILE_BYTES, Layout, index_name, lay_out
 from shardwise.plan.reads import SourceTensor
+from shardwise.sources.reader import VerifyingReader
 from shardwise.sources.sources import Source, open_source
 from shardwise.sources.tensor_bytes import as_bytes
-from shardwise.sources.verifying_reader import VerifyingReader
 
 __all__ = ["ConsolidateReport", "consolidate"]
 

@@ -40,12 +40,11 @@ from shardwise.sources.directory_contents import holds_model, holds_safetensors,
 from shardwise.sources.entries import read_entries
 from shardwise.sources.others.layout import Layout
 from shardwise.sources.others.recognise import recognise
+from shardwise.sources.reader import DigestLedger, RecordedDigest
 from shardwise.sources.sources import Source, open_source
 from shardwise.sources.state_files import read_file
 from shardwise.sources.tensor_bytes import byte_blocks
-from shardwise.sources.torch_files import BinSource, entries_of, load_file, open_bin
-from shardwise.sources.torch_state import WRAPPERS
-from shardwise.sources.verifying_reader import DigestLedger, RecordedDigest
+from shardwise.sources.torch_files import WRAPPERS, BinSource, entries_of, load_file, open_bin
 
 #: What Lightning's FSDP strategies write beside DCP's files, and an entry of those of ``Trainer.save_checkpoint``.
 _LIGHTNING, _LIGHTNING_ENTRY = "meta.pt", "pytorch-lightning_version"

@@ -209,7 +209,7 @@ def check_index(root: Path, relative: str) -> Iterator[Damage]:
 
 
 def _check_dcp(root: Path, relative: str, names: Sequence[str], found: Findings) -> None:
-    from shardwise.sources.dcp_extents import check_dcp_extents
+    from shardwise.sources.dcp_values import check_dcp_extents
 
     try:
         extents = check_dcp_extents((root / relative).parent)

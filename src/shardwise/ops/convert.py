@@ -49,8 +49,8 @@ from shardwise.ops.torchtitan_names import ROPES, Rope
 from shardwise.ops.verify import Counted, Progress
 from shardwise.plan.layout import FileLayout, Layout, lay_out, shard_name
 from shardwise.sources.dcp_values import DcpValues, is_dcp
-from shardwise.sources.others.accelerate import optimizer_beside
-from shardwise.sources.verifying_reader import VerifyingReader
+from shardwise.sources.others.rank_files import optimizer_beside
+from shardwise.sources.reader import VerifyingReader
 from shardwise.upstream.torch_checkpoint import storage_info
 
 __all__ = ["FORMATS", "ConvertReport", "Format", "convert"]

@@ -475,8 +475,7 @@ def _add_dcp(found: _Listing, relative: str, component: str) -> None:
 
 def _add_torch(found: _Listing, relative: str, component: str) -> None:
     from shardwise.comm import Group
-    from shardwise.sources.torch_files import entries_of, open_bin
-    from shardwise.sources.torch_state import WRAPPERS
+    from shardwise.sources.torch_files import WRAPPERS, entries_of, open_bin
 
     path = found.root / relative
     try:

@@ -17,10 +17,9 @@ from shardwise.ops.tensors_to_write import Computed
 from shardwise.ops.torchtitan_names import in_halves
 from shardwise.plan.reads import SourceTensor
 from shardwise.sources.dcp_model import is_no_model
-from shardwise.sources.dcp_optimizers import DcpOptimizer, optimizer_places, read_optimizers
-from shardwise.sources.dcp_records import RECORD_TENSORS, has_record
+from shardwise.sources.dcp_states import RECORD_TENSORS, DcpOptimizer, has_record, optimizer_places, read_optimizers
 from shardwise.sources.dcp_values import DcpValues, is_dcp
-from shardwise.sources.others.accelerate import optimizer_beside
+from shardwise.sources.others.rank_files import optimizer_beside
 from shardwise.sources.sources import Source, open_source
 from shardwise.sources.state_files import pack_state
 from shardwise.stateful_wrappers.wrapping import plain_name

@@ -43,40 +43,35 @@ DcpPath = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class DcpModel:
-    """The model in a DCP directory.
+    """The model in a DCP directory."""
 
-    Attributes:
-        names: The model's name of each tensor -> DCP's.
-        prefix: What DCP's names of the model have in front.
-        left: Names, as DCP has them, of what is not a tensor and lies in the same place, such as extra state.
-        apart: The same of tensors elsewhere that are no optimizer's and of nothing else with a name that tells.
-    """
-
-    names: Mapping[str, str]
-    prefix: str
-    left: tuple[str, ...] = ()
+    names: Mapping[str, str]  #: The model's name of each tensor -> DCP's.
+    prefix: str  #: What DCP's names of the model have in front.
+    left: tuple[str, ...] = ()  #: DCP's names of what is no tensor and lies in the same place, such as extra state.
+    #: The same of tensors elsewhere that are no optimizer's and of nothing else with a name that tells.
     apart: tuple[str, ...] = ()
 
 
 def find_model(
     metadata: Metadata, directory: Path, expected: Collection[str] = (), prefix: str | None = None
 ) -> DcpModel:
-    """Decide which tensors are the model.
+    """Decide which tensors are the model; `MisuseError` where there is none, or more than one candidate.
 
-    Args:
-        metadata: Of the directory.
-        directory: For messages.
-        expected: Names that the model's class has, where it is known.
-        prefix: What the names of the model have in front, where the caller knows better; "" for all of them.
-
-    Raises:
-        MisuseError: There is no model, or more than one candidate; lists the top-level keys.
+    ``expected`` are the names that the model's class has, where it is known; ``prefix`` is what the names of the model
+    have in front, where the caller knows better ("" for all of them).
     """
     tensors, paths = tensor_names(metadata), item_paths(metadata)
     if prefix is not None:
         place = _Place(prefix.rstrip("."))
     else:
-        _refuse_optimizer(paths, tensors, directory)
+        tops = {path[0] for path in paths.values()}
+        alone = "param_groups" in tops or (tops <= _OPTIMIZER_KEYS and bool(tensors))
+        if alone and not tops & set(MODEL_KEYS):
+            raise MisuseError(
+                "this is an optimizer's state and no model",
+                path=directory,
+                hint="Name the checkpoint, or its model directory.",
+            )
         places = places_of(tensors, expected)
         if len(places) > 1:
             raise _ambiguous(paths, directory, f"the model's class fits what is below each of {_quoted(places)}")
@@ -173,17 +168,6 @@ def refuse_transformed(info: StorageInfo, path: Path, name: str) -> None:
             path=path,
             tensor=name,
             hint="Save without extensions of DCP's file system writer, or convert the checkpoint with DCP.",
-        )
-
-
-def _refuse_optimizer(paths: Mapping[str, DcpPath], tensors: Sequence[str], directory: Path) -> None:
-    tops = {path[0] for path in paths.values()}
-    alone = "param_groups" in tops or (tops <= _OPTIMIZER_KEYS and bool(tensors))
-    if alone and not tops & set(MODEL_KEYS):
-        raise MisuseError(
-            "this is an optimizer's state and no model",
-            path=directory,
-            hint="Name the checkpoint, or its model directory.",
         )
 
 

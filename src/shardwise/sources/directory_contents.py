@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from shardwise.disk.names import exists, is_directory, names_in
-from shardwise.format.sniff import Kind, Recognised, what_is_file
+from shardwise.format.sniff import Kind, what_is_file
 from shardwise.format.weight_files import SAFETENSORS, TORCH, is_adapter
 
 #: Names of weight files of other tools; other files of a directory are not mentioned.
@@ -37,7 +36,8 @@ def torch_files(directory: Path) -> list[str]:
         if stem is None or _NO_MODEL.match(name):
             continue
         standard = re.fullmatch(r"(pytorch_model|model|diffusion_pytorch_model)(-\d+-of-\d+)?\.bin", name)
-        if standard or _is_torch(what_is_file(directory / name)):
+        kind = None if standard else what_is_file(directory / name)
+        if standard or (kind is not None and kind.kind is Kind.TORCH):
             found.append(name)
     return found
 
@@ -68,13 +68,9 @@ def holds_torch_files(directory: Path) -> bool:
     return any(TORCH.index_stem(name) is not None for name in names_in(directory)) or bool(torch_files(directory))
 
 
-def _is_torch(found: Recognised | None) -> bool:
-    return found is not None and found.kind is Kind.TORCH
-
-
 def found_instead(directory: Path) -> str:
     """The contents of a directory without a model, for a message: "only model-q4.gguf (a GGUF file)"; may be empty."""
-    weights = sorted(name for name in names_in(directory) if _WEIGHTS.search(name))
+    weights = _weights(directory)
     shown = []
     for name in weights[:_SHOWN]:
         found = what_is_file(directory / name)
@@ -85,13 +81,17 @@ def found_instead(directory: Path) -> str:
 
 def how_to_open(directory: Path) -> str:
     """The hint for the first of the files that `found_instead` lists; may be empty."""
-    for name in sorted(name for name in names_in(directory) if _WEIGHTS.search(name)):
+    for name in _weights(directory):
         if is_adapter(name):
             return "It holds an adapter: set is_peft=True, or load its base model."
         found = what_is_file(directory / name)
         if found is not None and found.kind is not Kind.SAFETENSORS:
             return found.hint
     return ""
+
+
+def _weights(directory: Path) -> list[str]:
+    return sorted(name for name in names_in(directory) if _WEIGHTS.search(name))
 
 
 def models_below(directory: Path) -> list[Path]:
@@ -131,16 +131,13 @@ def _holds_safely(directory: Path) -> bool:
         return False
 
 
-def _children(directory: Path) -> Sequence[Path]:
-    return sorted(_directories(directory), key=lambda path: natural(path.name), reverse=True)
-
-
-def _directories(directory: Path) -> Iterator[Path]:
+def _children(directory: Path) -> list[Path]:
     try:
         named = [name for name in names_in(directory) if not name.startswith(".") and name not in _BESIDE]
-        yield from [directory / name for name in named if is_directory(directory / name)]
+        below = [directory / name for name in named if is_directory(directory / name)]
     except OSError:
-        return
+        return []
+    return sorted(below, key=lambda path: natural(path.name), reverse=True)
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:

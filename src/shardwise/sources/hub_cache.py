@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,15 +52,9 @@ def snapshot_in(home: Path) -> Snapshot | None:
 def find_snapshot(cache: Path, name: str) -> Snapshot | None:
     """Look a model up in a cache, or in the directory ``hub`` of one (as ``HF_HOME`` has).
 
-    Without a revision it is that of ``main``, or, where ``main`` was never fetched, the only snapshot there is.
-
-    Args:
-        cache: The directory.
-        name: A hub id (``org/name``), with or without a branch, a tag or a commit behind an ``@``; of a commit the
-            first seven digits are enough.
-
-    Returns:
-        ``None`` where the name is none that a model on the hub may have.
+    The name is a hub id (``org/name``), with or without a branch, a tag or a commit behind an ``@``; of a commit the
+    first seven digits are enough. Without a revision it is that of ``main``, or, where ``main`` was never fetched, the
+    only snapshot there is. ``None`` where the name is none that a model on the hub may have.
     """
     from huggingface_hub.errors import HFValidationError
 
@@ -78,7 +71,8 @@ def find_snapshot(cache: Path, name: str) -> Snapshot | None:
         return Snapshot(found, str(found))
     if not is_directory(home):
         return Snapshot(None, f"{home} (nothing is there)")
-    branches = sorted(_branches(home))
+    references = home / "refs"
+    branches = sorted(path.relative_to(references).as_posix() for path in references.rglob("*") if is_file(path))
     if wanted in branches:
         return Snapshot(None, f"{home} (there is no snapshot of the commit that {wanted} is)")
     commits = sorted(path.name for path in (home / "snapshots").glob("*") if is_directory(path))
@@ -110,8 +104,3 @@ def _fetched(home: Path, repo_id: str, revision: str) -> Path | None:
     # Wherever a damaged reference leads, it is a snapshot of this model or none.
     place = Path(os.path.normpath(found))
     return home / "snapshots" / place.name if place.parent == Path(os.path.normpath(home / "snapshots")) else None
-
-
-def _branches(home: Path) -> Iterator[str]:
-    root = home / "refs"
-    return (path.relative_to(root).as_posix() for path in root.rglob("*") if is_file(path))

@@ -97,8 +97,7 @@ def load_item(raw: bytes | bytearray, shape: tuple[int, ...], dtype: torch.dtype
 def in_this_byte_order(archive: IO[bytes]) -> bool:
     """Whether ``torch.load`` takes an archive's elements as they are: turning ones without memory ends the process.
 
-    Raises:
-        zipfile.BadZipFile: It is no archive.
+    `zipfile.BadZipFile` where it is no archive.
     """
     with zipfile.ZipFile(archive) as entries:
         notes = [entry for entry in entries.infolist() if entry.filename.rpartition("/")[2] == "byteorder"]

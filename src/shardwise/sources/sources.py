@@ -25,12 +25,15 @@ from shardwise.geometry import Box
 from shardwise.plan.reads import SourceTensor
 from shardwise.sources.dcp_model import refuse_transformed
 from shardwise.sources.directory_contents import did_you_mean, found_instead, how_to_open
-from shardwise.sources.entries import Entry, assemble, decode_entry, read_entries
-from shardwise.sources.piece_lookup import (
+from shardwise.sources.entries import (
+    Entry,
     PieceTable,
+    assemble,
+    decode_entry,
     distribute_entries,
     distribute_rows,
     look_up_pieces,
+    read_entries,
     tensor_of_row,
 )
 from shardwise.timing import phase
@@ -41,23 +44,15 @@ _ReadIndex: TypeAlias = Callable[[Path], WeightIndex]
 
 @dataclass(frozen=True)
 class Source:
-    """The tensors at a path.
+    """The tensors at a path."""
 
-    Attributes:
-        path: What was opened.
-        files: Every file that holds tensor data.
-        tensors: By name.
-        piece_table: This rank's part of the distributed table of pieces; ``None`` where every rank knows all pieces.
-        dcp: Whether it is a DCP directory, which may hold more than a model.
-        below: Of a DCP directory: what the names of these tensors have in front there, without the last dot.
-    """
-
-    path: Path
-    files: tuple[Path, ...]
-    tensors: Mapping[str, SourceTensor]
+    path: Path  #: What was opened.
+    files: tuple[Path, ...]  #: Every file that holds tensor data.
+    tensors: Mapping[str, SourceTensor]  #: By name.
+    #: This rank's part of the distributed table of pieces; ``None`` where every rank knows all pieces.
     piece_table: PieceTable | None = None
-    dcp: bool = False
-    below: str = ""
+    dcp: bool = False  #: Whether it is a DCP directory, which may hold more than a model.
+    below: str = ""  #: Of a DCP directory: what the names of these tensors have in front, without the last dot.
 
     def without(self, names: Iterable[str]) -> Source:
         """The same without some tensors."""
@@ -98,13 +93,11 @@ def open_source(
 ) -> Source:
     """Find the tensors at ``path``. All ranks of the group call and see the same.
 
-    Args:
-        path: A safetensors file, a weight index, or a directory: of safetensors files with or without an index, a
-            ``model/`` directory with ``consolidated/`` or shards in it, or a DCP directory.
-        group: The ranks that load together.
-        spread: Whether a rank has to ask for the pieces that it wants of tensors that were saved in several, with
-            `Source.located`; otherwise each knows all of them, which are as many as tensors times ranks that saved.
-        exclude: Names of files in a directory that hold something else than the tensors to load.
+    The path is a safetensors file, a weight index, or a directory: of safetensors files with or without an index, a
+    ``model/`` directory with ``consolidated/`` or shards in it, or a DCP directory. ``exclude`` names files in a
+    directory that hold something else than the tensors to load. With ``spread`` a rank has to ask for the pieces that
+    it wants of tensors that were saved in several (`Source.located`); otherwise each knows all of them, which are as
+    many as tensors times ranks that saved.
 
     Raises:
         CheckpointNotFoundError: There is nothing at the path, or no tensor file in it.
@@ -156,7 +149,13 @@ def _look(root: Path, read: _ReadIndex, exclude: frozenset[str]) -> JsonValue:
         index = index or [f"consolidated/{name}" for name in index_below]
     # A name in both is read from the shards, which hold it as it was in memory; so they come first.
     if not own and not merged:
-        raise nothing_to_open(root)
+        there = found_instead(root)
+        hint = did_you_mean(root) or how_to_open(root)
+        raise CheckpointNotFoundError(
+            "the directory holds no safetensors file and no DCP metadata" + (f", {there}" if there else ""),
+            path=root,
+            hint=hint or "Point at a model directory, at model/ of a checkpoint, or at a .safetensors file.",
+        )
     return ["files", [*own, *merged], [*index]]
 
 
@@ -169,17 +168,6 @@ def _look_at_file(file: Path, read: _ReadIndex) -> JsonValue:
             "this is one file of a DCP directory", path=file, hint=f"Pass the directory: {str(file.parent)!r}."
         )
     return ["file", [], []]
-
-
-def nothing_to_open(root: Path) -> CheckpointNotFoundError:
-    """The error for a directory without a model: what is there instead, and where below it there is one."""
-    there = found_instead(root)
-    hint = did_you_mean(root) or how_to_open(root)
-    return CheckpointNotFoundError(
-        "the directory holds no safetensors file and no DCP metadata" + (f", {there}" if there else ""),
-        path=root,
-        hint=hint or "Point at a model directory, at model/ of a checkpoint, or at a .safetensors file.",
-    )
 
 
 def _refuse_both(root: Path) -> None:
@@ -221,11 +209,9 @@ def tell_unread(directory: Path, chosen: WeightFiles) -> None:
 def _read_headers(
     files: Sequence[Path], group: Group, spread: bool
 ) -> tuple[dict[int, list[Entry]], list[tuple[int, list[Entry]]] | None]:
-    """Read the files' headers, each of them on one rank.
+    """Read the files' headers, each of them on one rank: this rank's entries by number of a file, and all files'.
 
-    Returns:
-        The entries of the files that this rank has read, by number; and of all files, in their order, or ``None`` where
-        there are pieces of tensors and ``spread`` is set.
+    ``None`` for the latter where there are pieces of tensors and ``spread`` is set.
     """
     own: dict[int, list[Entry]] = {}
 
@@ -258,7 +244,8 @@ def _check_index(root: Path, indices: Sequence[str], source: Source, read: _Read
             if known is not None:
                 held = {chunk.file for chunk in known.chunks}
                 # A tensor that is read from shards beside the export has no say about the export's files.
-                if not held <= here or _sharded(known) or numbers.get(file, -1) in {-1, *held}:
+                sharded = len(known.chunks) > 1 or known.chunks[0].box.sizes != known.spec.shape
+                if not held <= here or sharded or numbers.get(file, -1) in {-1, *held}:
                     continue
             raise WeightIndexError(
                 f"the index says that {file} holds this tensor, which it does not",
@@ -268,29 +255,23 @@ def _check_index(root: Path, indices: Sequence[str], source: Source, read: _Read
             )
 
 
-def _sharded(tensor: SourceTensor) -> bool:
-    return len(tensor.chunks) > 1 or tensor.chunks[0].box.sizes != tensor.spec.shape
-
-
 def _open_dcp(root: Path, group: Group, spread: bool) -> Source:
     """The tensors of a DCP directory; rank 0 reads its metadata, through an unpickler with an allow-list."""
     rows: list[JsonValue] = []
-    what = f"reading the DCP metadata of {root}"
+    spread = spread and group.world_size > 1
 
     def describe() -> JsonValue:
         files, found = _describe_dcp(root)
         rows.extend(found)
-        return list(files)
+        return [files, [] if spread else found]
 
+    described = group.broadcast_result(describe, f"reading the DCP metadata of {root}")
+    files, everyone = cast(tuple[list[str], list[JsonValue]], described)
     piece_table: PieceTable | None = None
-    if spread and group.world_size > 1:
-        files = cast(list[str], group.broadcast_result(describe, what))
+    if spread:
         tensors, piece_table = distribute_rows(rows, group)
     else:
-        files, found = cast(
-            tuple[list[str], list[JsonValue]], group.broadcast_result(lambda: [*_describe_dcp(root)], what)
-        )
-        tensors = [tensor_of_row(row) for row in found]
+        tensors = [tensor_of_row(row) for row in everyone]
     return Source(root, tuple(root / name for name in files), {t.spec.name: t for t in tensors}, piece_table, dcp=True)
 
 

@@ -19,8 +19,7 @@ MAX_STATE_FILE_BYTES = 4 * 2**30
 def pack_state(value: object) -> dict[str, bytes]:
     """Encode a state: file name suffix -> content (``.json``, and ``.safetensors`` where it holds tensors).
 
-    Raises:
-        StateFormatError: The state holds something that cannot be stored; names the key path.
+    `StateFormatError` names the key path of what cannot be stored.
     """
     from safetensors.torch import save
 

@@ -1,14 +1,18 @@
-"""Tensors as bytes, in pieces of bounded size."""
+"""Tensors as bytes, in pieces of bounded size, and digests of pieces that are not consecutive in their tensor."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 from collections.abc import Iterator
 from functools import cache
 
+import numpy as np
 import torch
 
+from shardwise.disk.crc import crc32c, shift
+from shardwise.geometry import Box, flat_offset, stride_of
 from shardwise.plan.deferred import resolve
 
 #: Bytes that are converted, handed to the file system and digested at a time: they stay in a core's second-level cache
@@ -16,6 +20,7 @@ from shardwise.plan.deferred import resolve
 BLOCK_BYTES = 2**19
 
 _HUGE_PAGE = 2 * 2**20
+_libc = cache(lambda: ctypes.CDLL(None))
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
@@ -59,11 +64,6 @@ def prefer_huge_pages(tensor: torch.Tensor) -> None:
         _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
 
 
-@cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
-
-
 def blocks(tensor: torch.Tensor, max_elements: int) -> Iterator[torch.Tensor]:
     """Cut a tensor into views of at most ``max_elements`` elements whose row-major concatenation is the tensor."""
     if tensor.numel() <= max_elements:
@@ -88,15 +88,10 @@ def cut_bytes(data: memoryview, block_bytes: int = BLOCK_BYTES) -> Iterator[memo
 
 
 def byte_blocks(tensor: torch.Tensor, dtype: torch.dtype, block_bytes: int = BLOCK_BYTES) -> Iterator[memoryview]:
-    """The row-major bytes of a tensor after a cast to ``dtype``, block by block.
+    """The row-major bytes of a tensor of any strides, on any device, after a cast to ``dtype``, block by block.
 
     Nothing is copied where the tensor lies contiguous in CPU memory in that dtype; otherwise one block at a time is.
     The values behind a stand-in are made.
-
-    Args:
-        tensor: Any strides, any device.
-        dtype: The dtype in the file.
-        block_bytes: Largest block.
     """
     data = bytes_in_place(tensor, dtype)
     if data is not None:
@@ -105,3 +100,79 @@ def byte_blocks(tensor: torch.Tensor, dtype: torch.dtype, block_bytes: int = BLO
     tensor = resolve(tensor).detach().resolve_conj().resolve_neg()
     for block in blocks(tensor, max(1, block_bytes // max(tensor.element_size(), dtype.itemsize))):
         yield as_bytes(block.to(device="cpu", dtype=dtype).contiguous())
+
+
+# --- digests ---------------------------------------------------------------------------------------------------------
+
+
+_POLYNOMIAL = np.uint32(0x82F63B78)
+_ROWS_AT_ONCE = 2**22
+
+
+def contribution(
+    box: Box, shape: tuple[int, ...], data: torch.Tensor, piece_crc: int, dtype: torch.dtype | None = None
+) -> int:
+    """The contribution of a piece, the region ``box``, to the CRC-32C of its whole tensor of ``shape``.
+
+    ``data`` are the piece's elements, converted to ``dtype``, the file's (by default their own), only if they have to
+    be looked at; ``piece_crc`` is the CRC-32C of their bytes in the file. Both are in the row-major order of the box.
+    """
+    dtype = dtype or data.dtype
+    itemsize = dtype.itemsize
+    total = math.prod(shape) * itemsize
+    how = stride_of(box, shape)
+    if box.numel == 0:
+        return 0
+    if how.count == 1:
+        end = (flat_offset(box.offsets, shape) + how.run) * itemsize
+        return shift(piece_crc, total - end)
+    inner = math.prod(shape[how.outer :]) * itemsize
+    period = inner
+    rows = box.sizes[how.outer - 1]
+    found = 0
+    crcs = _row_crcs(resolve(data).detach().to("cpu", dtype), how.run, how.count).reshape(-1, rows)
+    leads = Box(box.offsets[: how.outer - 1], box.sizes[: how.outer - 1])
+    tail = flat_offset(box.offsets[how.outer :], shape[how.outer :]) * itemsize + how.run * itemsize
+    for number, row in enumerate(crcs):
+        index = np.unravel_index(number, leads.sizes) if leads.sizes else ()
+        lead = flat_offset(tuple(int(i) + o for i, o in zip(index, leads.offsets, strict=True)), shape[: how.outer - 1])
+        last = lead * shape[how.outer - 1] + box.offsets[how.outer - 1] + rows - 1
+        found ^= shift(_combine_regular(row, period), total - (last * inner + tail))
+    return found
+
+
+def _row_crcs(data: torch.Tensor, run: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
+    crcs = np.empty(count, dtype=np.uint32)
+    width = run * data.element_size()
+    at = 0
+    for block in blocks(data.reshape(count, run), max(run, _ROWS_AT_ONCE // data.element_size() // run * run)):
+        view = as_bytes(stored(block))
+        for start in range(0, len(view), width):
+            crcs[at] = crc32c(view[start : start + width])
+            at += 1
+    return crcs
+
+
+def _times(
+    crcs: np.ndarray[tuple[int], np.dtype[np.uint32]], factor: int
+) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
+    """Multiply every polynomial by ``factor`` modulo the generator (reflected bit order)."""
+    product = np.zeros_like(crcs)
+    power = crcs.copy()
+    while factor:
+        if factor & 0x80000000:
+            product ^= power
+        factor = (factor << 1) & 0xFFFFFFFF
+        power = (power >> np.uint32(1)) ^ np.where(power & np.uint32(1), _POLYNOMIAL, np.uint32(0))
+    return product
+
+
+def _combine_regular(crcs: np.ndarray[tuple[int], np.dtype[np.uint32]], period: int) -> int:
+    """The exclusive or of the CRCs of rows ``period`` bytes apart, each shifted to the end of the last."""
+    while len(crcs) > 1:
+        if len(crcs) % 2:
+            crcs = np.concatenate([np.zeros(1, dtype=np.uint32), crcs])
+        # shift() of the polynomial 1 is the factor x**(8 * period) itself.
+        crcs = _times(crcs[0::2], shift(0x80000000, period)) ^ crcs[1::2]
+        period *= 2
+    return int(crcs[0])

@@ -9,13 +9,14 @@ opened by ``torch.load``, memory-mapped where the format allows it, and copied s
 from __future__ import annotations
 
 import errno
+import pickletools
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import BinaryIO, cast
 
 import torch
 
@@ -24,7 +25,7 @@ from shardwise.disk.guarded import open_regular
 from shardwise.disk.names import file_size, is_directory, is_file, names_in
 from shardwise.disk.storage import local_path
 from shardwise.dtypes import dtype_code
-from shardwise.errors import CheckpointNotFoundError, FormatError, UnsafePickleError
+from shardwise.errors import CheckpointNotFoundError, FormatError, UnsafePickleError, some
 from shardwise.format.index import read_index
 from shardwise.format.sniff import Kind, what_is_file
 from shardwise.format.weight_files import TORCH, choose_weights, files_of_index
@@ -35,7 +36,6 @@ from shardwise.sources.directory_contents import torch_files
 from shardwise.sources.packed_items import in_this_byte_order
 from shardwise.sources.sources import Source, tell_unread
 from shardwise.sources.tensor_bytes import blocks
-from shardwise.sources.torch_state import distributed_class, unwrapped
 from shardwise.upstream.torch_dispatch import place_in_archive, without_memory
 
 _COPY_ELEMENTS = 2**20
@@ -43,49 +43,32 @@ _COPY_ELEMENTS = 2**20
 
 @dataclass(frozen=True)
 class BinSource:
-    """The tensors of ``.bin`` files.
+    """The tensors of ``.bin`` files."""
 
-    Attributes:
-        source: The tensors that byte ranges can read.
-        loose: Name -> what it is and the file that has to be opened for it.
-        legacy: Whether unrestricted unpickling is permitted.
-    """
-
-    source: Source
-    loose: Mapping[str, tuple[TensorSpec, Path]]
-    legacy: bool
+    source: Source  #: The tensors that byte ranges can read.
+    loose: Mapping[str, tuple[TensorSpec, Path]]  #: Name -> what it is and the file that has to be opened for it.
+    legacy: bool  #: Whether unrestricted unpickling is permitted.
 
 
 def open_bin(path: Path, group: Group, allow_legacy_pickle: bool = False) -> BinSource:
     """Find the tensors of a ``.bin`` file, or of a directory of them. All ranks of the group call and see the same.
 
-    Args:
-        path: A file, an index, or a directory: with an index, with ``pytorch_model.bin``, or with one file of torch.
-        group: The ranks that load together; each file is looked into by one of them.
-        allow_legacy_pickle: Unpickle without restrictions, which runs code from the file.
-
-    Raises:
-        CheckpointNotFoundError, AmbiguousFilesError: There is no such file, or several could be meant.
-        UnsafePickleError: A file names something outside torch's allow-list.
-        FormatError: A file is damaged, or holds no state dict, several, or one rank's shards of one.
+    The path is a file, an index, or a directory: with an index, with ``pytorch_model.bin``, or with one file of torch.
+    Each file is looked into by one rank. ``allow_legacy_pickle`` unpickles without restrictions, which runs code from
+    the file; without it, what is outside torch's allow-list is an `UnsafePickleError`. A file that holds no state dict,
+    several, or one rank's shards of one is a `FormatError`.
     """
-    listed = group.broadcast_result(
-        lambda: cast(JsonValue, [path.name] if _is_weights(path) else _listing(path)),
-        f"looking for .bin files at {path}",
-    )
-    names = cast(list[str], listed)
+    names = group.broadcast_result(lambda: [*_listing(path)], f"looking for .bin files at {path}")
     files = [(path if is_directory(path) else path.parent) / name for name in names]
-    own: dict[str, JsonValue] = {}
-    with group.together(f"looking into the .bin files at {path}"):
-        for number, file in enumerate(files):
-            if number % group.world_size == group.rank:
-                own[str(number)] = list(_entries(file, allow_legacy_pickle))
-    everyone = cast(list[dict[str, list[JsonValue]]], group.gather_json(cast(JsonValue, own), "sharing headers"))
-    merged = {int(number): rows for theirs in everyone for number, rows in theirs.items()}
+
+    def look_into() -> JsonValue:
+        return [list(_entries(file, allow_legacy_pickle)) for file in files[group.rank :: group.world_size]]
+
+    everyone = cast(list[list[list[JsonValue]]], group.gather(look_into, f"looking into the .bin files at {path}"))
     tensors: dict[str, SourceTensor] = {}
     loose: dict[str, tuple[TensorSpec, Path]] = {}
     for number, file in enumerate(files):
-        for row in merged[number]:
+        for row in everyone[number % group.world_size][number // group.world_size]:
             name, shape, code, offset = cast(tuple[str, list[int], str, int | None], row)
             spec = TensorSpec(name, tuple(shape), code)
             if offset is None:
@@ -95,27 +78,21 @@ def open_bin(path: Path, group: Group, allow_legacy_pickle: bool = False) -> Bin
     return BinSource(Source(path, tuple(files), tensors), loose, allow_legacy_pickle)
 
 
-def _is_weights(path: Path) -> bool:
-    return is_file(path) and TORCH.index_stem(path.name) is None
-
-
-def _indices(directory: Path) -> list[str]:
-    return [name for name in names_in(directory) if TORCH.index_stem(name) is not None]
-
-
-def _listing(path: Path) -> list[str]:
-    """Names of the files that an index lists, or that make up the model in a directory."""
+def _listing(path: Path) -> Sequence[str]:
+    """The name of a file, or of those that an index lists, or that make up the model in a directory."""
     read = cache(read_index)
     if is_file(path):
-        return list(files_of_index(path, names_in(path.parent), read).files)
-    chosen = choose_weights(path, [*torch_files(path), *_indices(path)], TORCH, read)
+        is_list = TORCH.index_stem(path.name) is not None
+        return files_of_index(path, names_in(path.parent), read).files if is_list else [path.name]
+    indices = [name for name in names_in(path) if TORCH.index_stem(name) is not None]
+    chosen = choose_weights(path, [*torch_files(path), *indices], TORCH, read)
     if chosen is None:
         raise CheckpointNotFoundError(
             "the directory holds no .bin weights", path=path, hint="Point at a model directory."
         )
     if chosen.unread is not None:
         tell_unread(path, chosen)
-    return list(chosen.files)
+    return chosen.files
 
 
 def _refuse_other_formats(file: Path) -> None:
@@ -156,19 +133,15 @@ def _entries(file: Path, legacy: bool) -> Iterator[JsonValue]:
 def _looked_into(file: Path, legacy: bool) -> tuple[Mapping[object, object], bool]:
     """What a file holds, and whether its tensors have no memory and know their places in the file."""
     _refuse_other_formats(file)
-    if not _is_found_without_memory(file):
+    with open_regular(file, FormatError) as (stream, _):
+        try:
+            is_placed = zipfile.is_zipfile(stream) and in_this_byte_order(stream)
+        except zipfile.BadZipFile:
+            is_placed = True  # torch says what is wrong with it
+    if not is_placed:
         return _load(file, legacy), False
     with without_memory():
         return _load(file, legacy, mmap=False), True
-
-
-def _is_found_without_memory(file: Path) -> bool:
-    """Whether tensors have places in a file that hold their bytes as they are."""
-    with open_regular(file, FormatError) as (stream, _):
-        try:
-            return zipfile.is_zipfile(stream) and in_this_byte_order(stream)
-        except zipfile.BadZipFile:
-            return True  # torch says what is wrong with it
 
 
 def _is_zip(file: Path) -> bool:
@@ -182,7 +155,7 @@ def load_file(file: Path, legacy: bool) -> dict[str, torch.Tensor]:
 
 
 def _tensors(found: Mapping[object, object], file: Path) -> dict[str, torch.Tensor]:
-    state = unwrapped(found, file)
+    state = unwrapped(found, file, lambda value: value.numel() if isinstance(value, torch.Tensor) else None)
     return {str(name): value.detach() for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
@@ -237,14 +210,117 @@ def fill_from_file(file: Path, legacy: bool, wanted: Sequence[HeldTensor]) -> in
             box = fragment.box
             part = whole[tuple(slice(o, e) for o, e in zip(box.offsets, box.ends, strict=True))]
             copied += part.numel() * part.element_size()
-            _copy(fragment.data, part)
+            with torch.no_grad():
+                pairs = (blocks(data, _COPY_ELEMENTS) for data in (fragment.data, part))
+                for ours, theirs in zip(*pairs, strict=True):
+                    ours.copy_(theirs)
     return copied
 
 
-def _copy(into: torch.Tensor, part: torch.Tensor) -> None:
-    with torch.no_grad():
-        if into.dim() == 0:
-            into.copy_(part)
-            return
-        for ours, theirs in zip(blocks(into, _COPY_ELEMENTS), blocks(part, _COPY_ELEMENTS), strict=True):
-            ours.copy_(theirs)
+#: Entries under which training loops keep a model's state dict.
+WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "model_state",
+    "model_states",
+    "net",
+    "network",
+    "weights",
+    "params",
+)
+#: Entries that hold tensors and are no model's: those of optimizers, schedules and random number generators.
+_BESIDE = re.compile(
+    r"optim|sched|scaler|rng|random|loss|metric|stat(istic)?s$|sampler|dataloader|history", re.IGNORECASE
+)
+_SHOWN = 8
+_DISTRIBUTED = re.compile(r"^torch\.distributed\.\S* (DTensor|ShardedTensor|ShardedTensorMetadata)$")
+_PICKLES_BEFORE = 3  # magic number, protocol version and system information, before torch 1.6
+_MOST_PICKLE = 2**28
+
+
+def unwrapped(
+    found: Mapping[object, object], file: Path, elements: Callable[[object], int | None]
+) -> Mapping[object, object]:
+    """The state dict in what a file holds: the mapping itself, or that under the entry of a training loop.
+
+    ``elements`` gives how many elements a value has that is a tensor, and ``None`` for anything else. `FormatError`
+    where no entry holds tensors, or several do and nothing shows which is meant.
+    """
+    own = {name: count for name, value in found.items() if (count := elements(value)) is not None}
+    inner = {
+        str(name): value
+        for name, value in found.items()
+        if isinstance(value, Mapping)
+        and any(elements(each) is not None for each in value.values())
+        and not _BESIDE.search(str(name))
+    }
+    wrappers = [name for name in inner if name in WRAPPERS]
+    if not wrappers and own:
+        return found
+    if not inner:
+        if not found:
+            return found
+        raise FormatError(
+            f"the file holds no state dict; its entries are {some(map(repr, map(str, found)), _SHOWN)}",
+            path=file,
+            hint="Save the model's state dict, and pass that file.",
+        )
+    # A step count may be a tensor too.
+    weights = [str(name) for name, count in own.items() if count > 1]
+    if len(inner) > 1 or weights or not wrappers:
+        several = some(map(repr, [*inner, *weights]), _SHOWN)
+        raise FormatError(
+            f"the file holds tensors under {several}, and nothing says which of them is the model",
+            path=file,
+            hint="Save the state dict that is meant by itself, and pass that file.",
+        )
+    return inner[wrappers[0]]
+
+
+def distributed_class(file: Path) -> str | None:
+    """The class of distributed tensors that a file's pickle names, or ``None``; nothing is unpickled.
+
+    A file that cannot be recognised, such as a damaged one, is left to the reader.
+    """
+    try:
+        with open_regular(file, FormatError) as (stream, _):
+            if not zipfile.is_zipfile(stream):
+                return _named_in_legacy(stream)
+            with zipfile.ZipFile(stream) as archive:
+                name = next((n for n in archive.namelist() if n.endswith("data.pkl")), None)
+                if name is None or archive.getinfo(name).file_size > _MOST_PICKLE:
+                    return None
+                data = archive.read(name)
+            return _scan(data) if b"torch.distributed" in data else None
+    except (OSError, ValueError, zipfile.BadZipFile, KeyError, IndexError):
+        return None
+
+
+def _named_in_legacy(stream: BinaryIO) -> str | None:
+    stream.seek(0)
+    if b"torch.distributed" not in stream.read(2**20):
+        return None
+    stream.seek(0)
+    for _ in range(_PICKLES_BEFORE + 1):
+        found = _scan(stream)
+        if found is not None:
+            return found
+    return None
+
+
+def _scan(pickle: bytes | BinaryIO) -> str | None:
+    texts: list[str] = []
+    for opcode, argument, _ in pickletools.genops(pickle):
+        if opcode.name == "GLOBAL" and isinstance(argument, str):
+            named = argument
+        elif opcode.name == "STACK_GLOBAL" and len(texts) > 1:
+            named = f"{texts[-2]} {texts[-1]}"
+        else:
+            if isinstance(argument, str):
+                texts = [*texts[-1:], argument]
+            continue
+        if _DISTRIBUTED.match(named):
+            return named.replace(" ", ".")
+    return None

@@ -249,7 +249,7 @@ def _matched(
     specs = {name: spec for name in source.names() if (spec := source.stored(name)) is not None}
     own = {tensor.spec.name for tensor in found.held} | {s.name for g in found.groups for s in g.computed.hub}
     theirs = [spec for name, spec in specs.items() if name not in source.behind]
-    return replace(found, held=(*in_shapes_of(found.held, specs), *claimed(found.steps, own, theirs)))
+    return replace(found, held=[*in_shapes_of(found.held, specs), *claimed(found.steps, own, theirs)])
 
 
 def _tell(report: LoadReport, parts: Sequence[nn.Module], wanted: Sequence[HeldTensor], source: BaseSource) -> None:

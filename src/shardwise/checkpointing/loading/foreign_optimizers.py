@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -25,12 +25,18 @@ from shardwise.checkpointing.loading.restoring import Stateful
 from shardwise.checkpointing.run_state.schedulers import FoundSchedules, check_rates, no_scheduler, other_number
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
-from shardwise.convert import rename
+from shardwise.convert.mapping import rename
 from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.engine.name_suggestions import listed
 from shardwise.errors import CheckpointNotFoundError, MissingTensorError, MisuseError, ShardwiseError, StateFormatError
-from shardwise.sources.dcp_optimizers import DcpOptimizer, read_optimizers
-from shardwise.sources.dcp_states import components, place_called, scheduler_places, state_at
+from shardwise.sources.dcp_states import (
+    DcpOptimizer,
+    components,
+    place_called,
+    read_optimizers,
+    scheduler_places,
+    state_at,
+)
 from shardwise.sources.dcp_values import DcpValues, is_dcp
 from shardwise.sources.sources import Source, open_source
 from shardwise.sources.state_files import has_state, joined, pack_state, split, unpack_state
@@ -328,7 +334,7 @@ def find_foreign(
     steers = group.any(bool(state.optimizers), "asking which ranks have optimizers")
 
     def read() -> list[object]:
-        return [each.to_state() for each in _read(place, legacy)] if steers else []
+        return [asdict(each) for each in _read(place, legacy)] if steers else []
 
     def read_schedules() -> list[object]:
         values = DcpValues(place, legacy)

@@ -32,7 +32,8 @@ from shardwise.checkpointing.hub import (
 from shardwise.checkpointing.per_rank import OwnRead, find_of_model
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
-from shardwise.convert import HeldGroup, rename
+from shardwise.convert.mapping import rename
+from shardwise.convert.rules import HeldGroup
 from shardwise.disk.names import is_file
 from shardwise.disk.storage import Storage
 from shardwise.engine.computed import OpenedComputed, open_computed

@@ -23,7 +23,7 @@ from shardwise.checkpointing.saving.commits import Closing
 from shardwise.checkpointing.saving.hooks import ModelRequest, hook_arguments, leading_own, run_after, run_hooks
 from shardwise.checkpointing.saving.torch_format import capture_distcp, tensors_alone, write_distcp
 from shardwise.comm import Group, JsonValue
-from shardwise.convert import HeldGroup
+from shardwise.convert.rules import HeldGroup
 from shardwise.disk.names import is_file
 from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import storage_errors

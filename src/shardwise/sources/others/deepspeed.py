@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from shardwise.disk.guarded import read_small_file, why_not_relative
 from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.errors import CheckpointNotFoundError, FormatError, IncompleteTensorError, MisuseError
 from shardwise.format.pickle_tree import PickledCall, PickledGlobal
-from shardwise.format.torch_archive import TorchArchive, read_torch_archive
+from shardwise.format.torch_archive import read_torch_archive
 from shardwise.geometry import DTYPE_BYTES, Box, TensorSpec, covers_once
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.plan.views import refine_range
@@ -60,112 +60,112 @@ _NAMES = PLAIN_NAMES | {
 }
 _LATEST = "latest"
 _CONFIG = "config.json"
-_RESTORE = "Restore the file from a copy."
 
 
-@dataclass(frozen=True)
-class DeepSpeedDirectory:
-    """The files of one checkpoint (``global_stepN``), and whether master weights are preferred."""
+def open_deepspeed(directory: Path, masters: bool) -> OtherModel:
+    """Read what the files of all ranks of one checkpoint (``global_stepN``) have; see `Layout`.
 
-    directory: Path
-    masters: bool
+    ``masters`` says whether master weights are preferred.
+    """
+    names = names_in(directory)
+    for name in names:
+        match = _MODEL.fullmatch(name) or _OPTIM.fullmatch(name)
+        if _PARTS.fullmatch(name) or (match is not None and int(match["mp"]) > 0):
+            raise _parallel(directory / name)
+    models = {int(m["dp"] or 0): m for name in names if (m := _MODEL.fullmatch(name)) is not None}
+    optimizers = {int(m["dp"]): m[0] for name in names if (m := _OPTIM.fullmatch(name)) is not None}
+    lowest = models[min(models)]
+    first = _States(directory / lowest[0])
+    if lowest["dp"] is not None:
+        require_ranks(directory, first.world, models, "model_states files")
+        others = [_States(directory / models[rank][0]) for rank in range(1, first.world)]
+        return _stage3([first, *others], _partitions(directory, optimizers, first.world))
+    if masters:
+        return _stage2(first, _partitions(directory, optimizers, first.world))
+    result = _Result([first])
+    result.add_whole(first.whole())
+    found = result.opened(first)
+    if not optimizers:
+        return found
+    note = "the weights of the model's state dict were taken; the master weights are there too (--master-weights)"
+    unread = "the optimizer's partitions: the model is not read from them"
+    return replace(found, notes=(*found.notes, note), unchecked=(unread,))
 
-    def open(self) -> OtherModel:
-        """Read what the files of all ranks have; see `Layout`."""
-        names = names_in(self.directory)
-        _refuse_parallel(self.directory, names)
-        models = {int(m["dp"] or 0): m[0] for name in names if (m := _MODEL.fullmatch(name)) is not None}
-        first = _States(self._read(models[min(models)]))
-        stage3 = _MODEL.fullmatch(models[min(models)])
-        if stage3 is not None and stage3["dp"] is not None:
-            return self._stage3(models, names)
-        if self.masters:
-            return self._stage2(first, names)
-        found = _opened(self.directory, _Result([first.archive.path]), first.whole(), first, ())
-        if not any(map(_OPTIM.fullmatch, names)):
-            return found
-        note = "the weights of the model's state dict were taken; the master weights are there too (--master-weights)"
-        unread = "the optimizer's partitions: the model is not read from them"
-        return replace(found, notes=(*found.notes, note), unchecked=(unread,))
 
-    def _read(self, name: str) -> TorchArchive:
-        return read_torch_archive(self.directory / name, _NAMES, {_STAGE})
+def _partitions(directory: Path, found: Mapping[int, str], world: int) -> list[_Partitions]:
+    """Every rank's optimizer file, in the order of the ranks."""
+    require_ranks(directory, world, found, "optim_states files")
+    return [_Partitions(directory / found[rank]) for rank in range(world)]
 
-    def _optimizers(self, names: Sequence[str], world: int) -> list[_Partitions]:
-        """Every rank's optimizer file, in the order of the ranks."""
-        found = {int(m["dp"]): m[0] for name in names if (m := _OPTIM.fullmatch(name)) is not None}
-        require_ranks(self.directory, world, found, "optim_states files")
-        return [_Partitions(self._read(found[rank])) for rank in range(world)]
 
-    def _stage2(self, first: _States, names: Sequence[str]) -> OtherModel:
-        """Master weights of up to ZeRO-2: each group is one vector, of which each rank has an equal part."""
-        ranks = self._optimizers(names, first.world)
-        result = _Result([first.archive.path, *(rank.archive.path for rank in ranks)])
-        groups = first.param_shapes
-        held = [rank.groups("single_partition_of_fp32_groups") for rank in ranks]
-        if any(len(each) != len(groups) for each in held):
-            raise first.wrong(f"has {len(groups)} parameter groups, and a rank's optimizer another number")
-        for number, shapes in enumerate(groups):
-            equal = held[0][number].numel
-            vector = [_Segment(rank * equal, each[number], 1 + rank) for rank, each in enumerate(held)]
-            padding = ranks[0].alignment(number, len(shapes))
-            position = 0
-            for (name, shape), behind in zip(shapes.items(), padding, strict=True):
-                numel = Box.whole(shape).numel
-                for rank, part in enumerate(ranks):
-                    part.compare(number, name, position - rank * equal, numel, equal)
-                result.add(name, shape, "F32", _pieces(vector, position, numel, shape))
-                position += numel + behind
-            _refuse_rest(first, number, position, vector[-1].end, 2 * first.world)
-        for segment_dtype in {each.dtype for rank in held for each in rank} - {"F32"}:
-            raise first.wrong(f"has master weights in {segment_dtype}")
-        # What is in no partition, as buffers and what is frozen, is in the state dict; a tied parameter is there twice.
-        whole = first.whole()
-        places = {(whole[name][1].offset, whole[name][0]): name for name in result.tensors if name in whole}
-        twice = {name: of for name, (shape, stored) in whole.items() if (of := places.get((stored.offset, shape)))}
-        result.alias({**first.shared, **twice})
-        for name, (shape, stored) in whole.items():
-            if name not in result.tensors:
-                result.add(name, shape, stored.dtype, [SourceChunk(Box.whole(shape), 0, stored.offset)])
-        return _opened(self.directory, result, {}, first, ("the fp32 master weights were taken",))
-
-    def _stage3(self, models: Mapping[int, str], names: Sequence[str]) -> OtherModel:
-        """Master weights of ZeRO-3: each parameter by itself is cut into equal parts."""
-        first = _States(self._read(models[min(models)]))
-        world = first.world
-        require_ranks(self.directory, world, models, "model_states files")
-        states = [first, *(_States(self._read(models[rank])) for rank in range(1, world))]
-        ranks = self._optimizers(names, world)
-        result = _Result([*(each.archive.path for each in states), *(each.archive.path for each in ranks)])
-        shapes = {name: shape for group in first.param_shapes for name, shape in group.items()}
-        for state in states[1:]:
-            if state.param_shapes != first.param_shapes or state.frozen != first.frozen:
-                raise state.wrong("says other shapes of the parameters than that of rank 0")
-        vectors = [_vector(part.groups("fp32_flat_groups"), world + rank) for rank, part in enumerate(ranks)]
+def _stage2(first: _States, ranks: Sequence[_Partitions]) -> OtherModel:
+    """Master weights of up to ZeRO-2: each group is one vector, of which each rank has an equal part."""
+    result = _Result([first, *ranks])
+    groups = first.param_shapes
+    held = [rank.groups("single_partition_of_fp32_groups") for rank in ranks]
+    if any(len(each) != len(groups) for each in held):
+        raise first.wrong(f"has {len(groups)} parameter groups, and a rank's optimizer another number")
+    for number, shapes in enumerate(groups):
+        equal = held[0][number].numel
+        vector = [_Segment(rank * equal, each[number], 1 + rank) for rank, each in enumerate(held)]
+        padding = ranks[0].alignment(number, len(shapes))
         position = 0
-        for name, shape in shapes.items():
-            part = -(-Box.whole(shape).numel // world)
-            result.add(name, shape, "F32", _cut(vectors, position, shape))
-            position += part
-        for rank, vector in enumerate(vectors):
-            if not vector or vector[-1].end != position or any(each.stored.dtype != "F32" for each in vector):
-                raise ranks[rank].wrong(f"has not just the {position} master weights in F32 that the shapes ask for")
-        for name, shape in first.frozen.items():
-            parts = [_vector([state.fragment(name)], rank) for rank, state in enumerate(states)]
-            if len({part[0].stored.dtype for part in parts}) > 1:
-                raise first.wrong(f"and those of other ranks have parts of {name} in several dtypes")
-            result.add(name, shape, parts[0][0].stored.dtype, _cut(parts, 0, shape))
-        whole = first.whole()
-        for name in first.buffers:
-            if name in whole:
-                shape, stored = whole[name]
-                result.add(name, shape, stored.dtype, [SourceChunk(Box.whole(shape), 0, stored.offset)])
-        result.alias({**first.shared, **first.aliases(result.tensors)})
-        for name in first.names:
-            if name not in result.tensors:
-                raise first.unknown(name)
-        note = "the fp32 master weights were taken: ZeRO-3 saves no 16-bit weights in these files"
-        return _opened(self.directory, result, {}, first, (note,))
+        for (name, shape), behind in zip(shapes.items(), padding, strict=True):
+            numel = Box.whole(shape).numel
+            for rank, part in enumerate(ranks):
+                part.compare(number, name, position - rank * equal, numel, equal)
+            result.add(name, shape, "F32", _pieces(vector, position, numel, shape))
+            position += numel + behind
+        there, align = vector[-1].end, 2 * first.world
+        if -(-position // align) != -(-there // align):
+            raise first.wrong(
+                f"says that the parameters of group {number} have {position} elements; the ranks have {there}"
+            )
+    for segment_dtype in {each.dtype for rank in held for each in rank} - {"F32"}:
+        raise first.wrong(f"has master weights in {segment_dtype}")
+    # What is in no partition, as buffers and what is frozen, is in the state dict; a tied parameter is there twice.
+    whole = first.whole()
+    places = {(whole[name].offset, whole[name].shape): name for name in result.tensors if name in whole}
+    twice = {name: of for name, stored in whole.items() if (of := places.get((stored.offset, stored.shape)))}
+    result.alias({**first.shared, **twice})
+    result.add_whole({name: stored for name, stored in whole.items() if name not in result.tensors})
+    return result.opened(first, "the fp32 master weights were taken")
+
+
+def _stage3(states: Sequence[_States], ranks: Sequence[_Partitions]) -> OtherModel:
+    """Master weights of ZeRO-3: each parameter by itself is cut into equal parts."""
+    first, world = states[0], len(states)
+    result = _Result([*states, *ranks])
+    for state in states[1:]:
+        if state.param_shapes != first.param_shapes or state.frozen != first.frozen:
+            raise state.wrong("says other shapes of the parameters than that of rank 0")
+    vectors = [_vector(part.groups("fp32_flat_groups"), world + rank) for rank, part in enumerate(ranks)]
+    position = 0
+    shapes = {name: shape for group in first.param_shapes for name, shape in group.items()}
+    for name, shape in shapes.items():
+        result.add(name, shape, "F32", _cut(vectors, position, shape))
+        position += -(-Box.whole(shape).numel // world)
+    for rank, vector in enumerate(vectors):
+        if not vector or vector[-1].end != position or any(each.stored.dtype != "F32" for each in vector):
+            raise ranks[rank].wrong(f"has not just the {position} master weights in F32 that the shapes ask for")
+    for name, shape in first.frozen.items():
+        parts = [_vector([state.fragment(name)], rank) for rank, state in enumerate(states)]
+        if len({part[0].stored.dtype for part in parts}) > 1:
+            raise first.wrong(f"and those of other ranks have parts of {name} in several dtypes")
+        result.add(name, shape, parts[0][0].stored.dtype, _cut(parts, 0, shape))
+    whole = first.whole()
+    result.add_whole({name: whole[name] for name in first.buffers if name in whole})
+    result.alias({**first.shared, **first.aliases(result.tensors)})
+    for name in first.names:
+        if name not in result.tensors:
+            raise IncompleteTensorError(
+                "the model's state dict has this tensor, and no partition has its values",
+                path=first.path,
+                tensor=name,
+                hint="Save 16-bit weights with the tool that wrote it (save_16bit_model).",
+            )
+    note = "the fp32 master weights were taken: ZeRO-3 saves no 16-bit weights in these files"
+    return result.opened(first, note)
 
 
 class _Segment(NamedTuple):
@@ -218,8 +218,8 @@ def _cut(vectors: Sequence[Sequence[_Segment]], position: int, shape: tuple[int,
 class _Result:
     """The tensors that were found so far."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = tuple(files)
+    def __init__(self, files: Sequence[_File]) -> None:
+        self.files = tuple(file.path for file in files)
         self.tensors: dict[str, SourceTensor] = {}
 
     def add(self, name: str, shape: tuple[int, ...], dtype: str, found: Iterable[SourceChunk]) -> None:
@@ -235,6 +235,11 @@ class _Result:
         spec = TensorSpec(name, shape, dtype)
         self.tensors[name] = SourceTensor(spec, chunks or (SourceChunk(Box.whole(shape), 0, 0),))
 
+    def add_whole(self, found: Mapping[str, StoredTensor]) -> None:
+        """Add tensors that the first file has whole."""
+        for name, stored in found.items():
+            self.add(name, stored.shape, stored.dtype, [SourceChunk(Box.whole(stored.shape), 0, stored.offset)])
+
     def alias(self, names: Mapping[str, str]) -> None:
         """Give tensors further names."""
         for name, of in names.items():
@@ -242,19 +247,35 @@ class _Result:
                 known = self.tensors[of]
                 self.tensors[name] = known._replace(spec=known.spec._replace(name=name))
 
+    def opened(self, first: _States, *notes: str) -> OtherModel:
+        """The model under its own names, in the order of its state dict."""
+        if not self.tensors:
+            raise first.wrong("holds no model")
+        order = dict.fromkeys([*(name for name in first.names if name in self.tensors), *self.tensors])
+        plain = unwrapped_names({name: name for name in order}, first.path.parent)
+        tensors = {
+            name: self.tensors[own]._replace(spec=self.tensors[own].spec._replace(name=name))
+            for name, own in plain.items()
+        }
+        left = [f"not exported, since it is no tensor: {', '.join(first.left[:3])}"] if first.left else []
+        checked = ((len(tensors), "tensors of DeepSpeed: each is there exactly once"),)
+        source = Source(first.path.parent, self.files, tensors)
+        return OtherModel(source, first.world, checked, (*notes, *left))
+
 
 class _File:
     """A file of DeepSpeed, and what it has under its keys."""
 
-    def __init__(self, archive: TorchArchive) -> None:
-        self.archive = archive
-        if not isinstance(archive.tree, dict):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.archive = read_torch_archive(path, _NAMES, {_STAGE})
+        if not isinstance(self.archive.tree, dict):
             raise self.wrong("holds no dictionary")
-        self.tree: dict[object, object] = archive.tree
+        self.tree: dict[object, object] = self.archive.tree
 
     def wrong(self, what: str) -> FormatError:
         """The error for a file that is not of the form that DeepSpeed writes."""
-        return FormatError(f"the file {what}", path=self.archive.path, hint=_RESTORE)
+        return FormatError(f"the file {what}", path=self.path, hint="Restore the file from a copy.")
 
     def mapping(self, key: str) -> dict[str, object]:
         """A dictionary with names for keys; empty where there is none."""
@@ -280,7 +301,7 @@ class _States(_File):
         if type(found) is not int or not 0 < found <= 10**6:
             raise self.wrong("does not say how many ranks there were")
         if self.tree.get("mp_world_size", 1) not in (1, None):
-            raise _parallel(self.archive.path)
+            raise _parallel(self.path)
         return found
 
     @cached_property
@@ -301,10 +322,9 @@ class _States(_File):
             refuse_tensors_inside(self.archive, value, name)
         return list(found)
 
-    def whole(self) -> dict[str, tuple[tuple[int, ...], StoredTensor]]:
+    def whole(self) -> dict[str, StoredTensor]:
         """The tensors of the model's state dict."""
-        found = {name: stored_tensor(self.archive, self._module[name], name) for name in self.names}
-        return {name: (stored.shape, stored) for name, stored in found.items()}
+        return {name: stored_tensor(self.archive, self._module[name], name) for name in self.names}
 
     @cached_property
     def param_shapes(self) -> list[dict[str, tuple[int, ...]]]:
@@ -344,15 +364,6 @@ class _States(_File):
         found = {name: storages.get(storage_of(self._module[name]), []) for name in self.names if name not in known}
         # Where several parameters have one storage, it says nothing.
         return {name: of[0] for name, of in found.items() if len(of) == 1}
-
-    def unknown(self, name: str) -> IncompleteTensorError:
-        """The error for a tensor of which no partition has the values."""
-        return IncompleteTensorError(
-            "the model's state dict has this tensor, and no partition has its values",
-            path=self.archive.path,
-            tensor=name,
-            hint="Save 16-bit weights with the tool that wrote it (save_16bit_model).",
-        )
 
 
 class _Partitions(_File):
@@ -402,19 +413,6 @@ class _Partitions(_File):
             raise self.wrong(f"says that {name} lies at {said} in its partition, and not at {(low, high - low)}")
 
 
-def _refuse_rest(first: _States, group: int, used: int, there: int, align: int) -> None:
-    """Refuse a group that has more elements than its parameters and padding to a multiple."""
-    if -(-used // align) != -(-there // align):
-        raise first.wrong(f"says that the parameters of group {group} have {used} elements; the ranks have {there}")
-
-
-def _refuse_parallel(directory: Path, names: Sequence[str]) -> None:
-    for name in names:
-        match = _MODEL.fullmatch(name) or _OPTIM.fullmatch(name)
-        if _PARTS.fullmatch(name) or (match is not None and int(match["mp"]) > 0):
-            raise _parallel(directory / name)
-
-
 def _parallel(path: Path) -> MisuseError:
     return MisuseError(
         "the file holds a part of a model (model or pipeline parallelism, or experts), and does not say which part of "
@@ -422,28 +420,6 @@ def _parallel(path: Path) -> MisuseError:
         path=path,
         hint="Make a model of it with the tool that cut it.",
     )
-
-
-def _opened(
-    directory: Path,
-    result: _Result,
-    whole: Mapping[str, tuple[tuple[int, ...], StoredTensor]],
-    first: _States,
-    notes: Sequence[str],
-) -> OtherModel:
-    for name, (shape, stored) in whole.items():
-        result.add(name, shape, stored.dtype, [SourceChunk(Box.whole(shape), 0, stored.offset)])
-    if not result.tensors:
-        raise first.wrong("holds no model")
-    order = dict.fromkeys([*(name for name in first.names if name in result.tensors), *result.tensors])
-    plain = unwrapped_names({name: name for name in order}, directory)
-    tensors = {
-        name: result.tensors[own]._replace(spec=result.tensors[own].spec._replace(name=name))
-        for name, own in plain.items()
-    }
-    left = [f"not exported, since it is no tensor: {', '.join(first.left[:3])}"] if first.left else []
-    checked = ((len(tensors), "tensors of DeepSpeed: each is there exactly once"),)
-    return OtherModel(Source(directory, result.files, tensors), first.world, checked, (*notes, *left))
 
 
 def deepspeeds(directory: Path, names: Sequence[str], masters: bool) -> Layout | None:
@@ -465,4 +441,4 @@ def deepspeeds(directory: Path, names: Sequence[str], masters: bool) -> Layout |
         if not any(map(_MODEL.fullmatch, names_in(place))):
             return None
     side = place if is_file(place / _CONFIG) else requested
-    return Layout("DeepSpeed", place, side, DeepSpeedDirectory(place, masters).open, has_masters=True)
+    return Layout("DeepSpeed", place, side, partial(open_deepspeed, place, masters), has_masters=True)

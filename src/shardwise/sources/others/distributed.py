@@ -15,7 +15,7 @@ from typing import NamedTuple
 from shardwise.errors import FormatError, TensorError
 from shardwise.format.pickle_tree import PickledCall, PickledGlobal
 from shardwise.format.torch_archive import TorchArchive
-from shardwise.geometry import Box
+from shardwise.geometry import Box, flat_offset
 from shardwise.plan.placement import Placement, Region, Replicated, Sharded, Strided, regions
 from shardwise.sources.others.stored import (
     PLAIN_NAMES,
@@ -95,32 +95,22 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RankTensor:
-    """What one rank's file has of a tensor.
+    """What one rank's file has of a tensor."""
 
-    Attributes:
-        shape: Of the whole tensor.
-        kind: Its class: ``Tensor``, ``DTensor`` or ``ShardedTensor``.
-        spread: How it is spread over the ranks; equal in every rank's file.
-        parts: The regions that are in this file.
-        rank: The rank that the file says to be of, where it says so.
-        world: The number of ranks, likewise.
-    """
-
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  #: Of the whole tensor.
     dtype: str
-    kind: str
-    spread: object
-    parts: tuple[Part, ...]
-    rank: int | None = None
-    world: int | None = None
+    kind: str  #: Its class: ``Tensor``, ``DTensor`` or ``ShardedTensor``.
+    spread: object  #: How it is spread over the ranks; equal in every rank's file.
+    parts: tuple[Part, ...]  #: The regions that are in this file.
+    rank: int | None = None  #: The rank that the file says to be of, where it says so.
+    world: int | None = None  #: The number of ranks, likewise.
 
 
 def rank_tensor(archive: TorchArchive, value: object, name: str) -> RankTensor | None:
     """Describe a value of a state dict; ``None`` where it is no tensor.
 
-    Raises:
-        FormatError: It is a tensor of another class, or not of the form that its class has.
-        TensorError: It is a sum that was not made yet, or spread in a way that is not known.
+    A tensor of another class, or not of the form that its class has, is a `FormatError`; a sum that was not made yet,
+    and what is spread in a way that is not known, a `TensorError`.
     """
     value = without_parameter(value)
     if is_tensor(value):
@@ -142,20 +132,16 @@ def rank_tensor(archive: TorchArchive, value: object, name: str) -> RankTensor |
     elif kind in _SHARDED:
         found = _sharded_tensor(archive, value.args[3], name)
     else:
-        raise _unknown(archive, kind, name)
+        raise FormatError(
+            f"the tensor is of the class {kind}, which is not read",
+            path=archive.path,
+            tensor=name,
+            hint="Save the model's full state dict with the tool that wrote it.",
+        )
     outer = counts(archive, inner[2], name, "a shape's sizes") if len(inner) > 2 else None
     if outer != found.shape:
         fail(archive, name, f"says to be of {outer} and of {found.shape}")
     return found
-
-
-def _unknown(archive: TorchArchive, kind: PickledGlobal, name: str) -> FormatError:
-    return FormatError(
-        f"the tensor is of the class {kind}, which is not read",
-        path=archive.path,
-        tensor=name,
-        hint="Save the model's full state dict with the tool that wrote it.",
-    )
 
 
 def _slots(archive: TorchArchive, state: object, name: str) -> dict[object, object]:
@@ -222,10 +208,7 @@ def _mesh(archive: TorchArchive, value: object, name: str) -> _Mesh:
     # torch 2.4 to 2.8 keep the ranks of the mesh in order, from which the own rank follows.
     ranks = fields.get("_flatten_mesh_list")
     if rank is None and isinstance(ranks, (tuple, list)) and len(ranks) == math.prod(shape):
-        position = 0
-        for index, size in zip(coordinate, shape, strict=True):
-            position = position * size + index
-        rank = ranks[position]
+        rank = ranks[flat_offset(coordinate, shape)]
     return _Mesh(shape, coordinate, rank if type(rank) is int else None)
 
 
@@ -245,12 +228,9 @@ def _mesh_shape(archive: TorchArchive, fields: dict[object, object], name: str) 
     else:
         found = layout.get("shape")
         sizes = list(found) if isinstance(found, (tuple, list)) else [found]
-    return tuple(math.prod(_flat(archive, size, name)) for size in sizes)
-
-
-def _flat(archive: TorchArchive, size: object, name: str) -> tuple[int, ...]:
-    """The sizes of one dimension of a mesh, which may be made of several."""
-    return counts(archive, size if isinstance(size, (tuple, list)) else (size,), name, "a mesh's sizes")
+    # A dimension of a mesh may be made of several.
+    several = [size if isinstance(size, (tuple, list)) else (size,) for size in sizes]
+    return tuple(math.prod(counts(archive, each, name, "a mesh's sizes")) for each in several)
 
 
 def _placement(archive: TorchArchive, value: object, dims: int, name: str) -> Placement:
@@ -299,11 +279,8 @@ def _refuse_order(
 
 def _compare(archive: TorchArchive, local: StoredTensor, held: tuple[Region, ...], name: str) -> None:
     """Compare a local tensor with the regions that its rank has to hold."""
-    if not held:
-        expected: tuple[int, ...] = (0,)
-    else:
-        ends = zip(*([a + n for a, n in zip(r.local, r.box.sizes, strict=True)] for r in held), strict=True)
-        expected = tuple(max(each) for each in ends)
+    ends = zip(*([a + n for a, n in zip(r.local, r.box.sizes, strict=True)] for r in held), strict=True)
+    expected = tuple(max(each) for each in ends) if held else (0,)
     if (local.shape != expected) if held else local.numel:
         fail(archive, name, f"has a local tensor of {list(local.shape)}, where its rank holds {list(expected)}")
 
@@ -337,13 +314,9 @@ def _sharded_tensor(archive: TorchArchive, state: object, name: str) -> RankTens
         if box not in boxes or stored.shape != box.sizes or stored.dtype != code:
             fail(archive, name, f"has a shard of {list(stored.shape)} {stored.dtype} that its metadata do not list")
         parts.append(Part(Region(box, (0,) * len(shape)), stored))
-    rank, world = _count(group, "global_rank"), _count(group, "global_world_size")
+    said = [group.get(key) for key in ("global_rank", "global_world_size")]
+    rank, world = (value if type(value) is int else None for value in said)
     return RankTensor(shape, code, "ShardedTensor", boxes, tuple(parts), rank, world)
-
-
-def _count(group: dict[object, object], key: str) -> int | None:
-    value = group.get(key)
-    return value if type(value) is int else None
 
 
 def _shard_box(archive: TorchArchive, value: object, shape: tuple[int, ...], name: str) -> Box:

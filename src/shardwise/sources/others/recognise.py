@@ -5,19 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from shardwise.disk.names import is_directory, names_in
-from shardwise.sources.others.accelerate import accelerates
 from shardwise.sources.others.deepspeed import deepspeeds
 from shardwise.sources.others.layout import Layout
-from shardwise.sources.others.rank_files import saved_shards, verl_files
+from shardwise.sources.others.rank_files import accelerates, saved_shards, verl_files
 
 
 def recognise(directory: Path, master_weights: bool = False) -> Layout | None:
     """Which other tool's checkpoint stands in a directory; ``None`` where it is Hugging Face's, DCP's, or none.
 
-    With ``master_weights`` fp32 master weights are preferred to 16-bit ones where both are there.
-
-    Raises:
-        AmbiguousFilesError: There are several.
+    With ``master_weights`` fp32 master weights are preferred to 16-bit ones where both are there. Several checkpoints
+    are an `AmbiguousFilesError`.
     """
     if not is_directory(directory):
         return None

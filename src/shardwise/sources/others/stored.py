@@ -64,20 +64,14 @@ _DAMAGED = "The file is damaged or forged: restore it from a copy."
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor that lies in a file in row-major order, from byte ``offset`` on.
-
-    Attributes:
-        crc32: The archive's checksum of its storage; 0 where it was written without.
-        start: Where it begins in its storage, in bytes.
-        storage_bytes: The length of its storage.
-    """
+    """A tensor that lies in a file in row-major order, from byte ``offset`` on."""
 
     shape: tuple[int, ...]
     dtype: str
     offset: int
-    crc32: int
-    start: int
-    storage_bytes: int
+    crc32: int  #: The archive's checksum of its storage; 0 where it was written without.
+    start: int  #: Where it begins in its storage, in bytes.
+    storage_bytes: int  #: The length of its storage.
 
     @property
     def alone(self) -> bool:
@@ -179,11 +173,7 @@ def dtype_of(archive: TorchArchive, value: object, name: str) -> str:
 
 
 def stored_tensor(archive: TorchArchive, value: object, name: str) -> StoredTensor:
-    """Where a plain tensor, or a parameter, lies.
-
-    Raises:
-        FormatError: It is of another form, lies outside of its storage, or is not in row-major order.
-    """
+    """Where a plain tensor, or a parameter, lies; `FormatError` for another form, and where it is not row by row."""
     value = _bare(value)
     if value is None or value.state is not None:
         fail(archive, name, "has something else where a tensor belongs")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Collection
 from pathlib import Path
 
-from shardwise.disk.names import is_directory, is_there, names_in, walk
+from shardwise.disk.names import is_directory, is_there, names_in, status, walk
 from shardwise.disk.storage import current, local_path, storage_errors
 from shardwise.errors import (
     CheckpointBusyError,
@@ -22,15 +23,19 @@ from shardwise.lifecycle.names import (
     doomed_name,
     is_plain,
     leftover_of,
+    owner_name,
     parse_checkpoint_name,
     published_name,
     temporary_name,
 )
-from shardwise.lifecycle.ownership import claim
+from shardwise.lifecycle.ownership import claim, writer_of
 from shardwise.lifecycle.pointers import announce
 from shardwise.lifecycle.resolve import is_complete, is_verifiable, list_checkpoints
 
 _LOG = logging.getLogger(__name__)
+
+#: What another machine has claimed is a leftover once nothing in it has changed for so long.
+_QUIET_SECONDS = 86400.0
 
 
 def reserve(root: Path, name: str, start: Start | None = None) -> Path:
@@ -167,8 +172,9 @@ def remove_leftovers(root: Path, *, active: Collection[Path] = ()) -> tuple[str,
     """Delete what interrupted saves and deletions left in the root; one rank calls, before its first save.
 
     A killed save of a step that is never saved again would otherwise hold its space for ever. A save that is under way
-    (``active``), or whose lock is held by a live process, is no leftover. Neither are components saved by themselves
-    (``.saving-model``): their own next save removes what is left of them. Returns the names that were deleted.
+    (``active``), or whose lock is held by a live process, is no leftover; nor is one that another machine claimed and
+    that changed within a day. Neither are components saved by themselves (``.saving-model``): their own next save
+    removes what is left of them. Returns the names that were deleted.
     """
     if local_path(root) is None:
         return ()  # without locks nobody knows what is still being written
@@ -181,6 +187,8 @@ def remove_leftovers(root: Path, *, active: Collection[Path] = ()) -> tuple[str,
             if name is not None and name not in busy and parse_checkpoint_name(name) is not None:
                 found.setdefault(name, []).append(entry)
         for name, entries in found.items():
+            if _may_live_elsewhere(root, name):
+                continue
             try:
                 mine = claim(root, name)
             except CheckpointBusyError:
@@ -193,6 +201,23 @@ def remove_leftovers(root: Path, *, active: Collection[Path] = ()) -> tuple[str,
             finally:
                 mine.release()
     return tuple(gone)
+
+
+def _may_live_elsewhere(root: Path, name: str) -> bool:
+    """Whether a process of another machine may be writing ``name``.
+
+    Some file systems do not pass locks between machines: there, that a lock can be taken here proves nothing.
+    """
+    writer = writer_of(root, name)
+    if writer is None or writer.alive is not None:
+        return False
+    temp = root / temporary_name(name)
+    try:
+        paths = [root / owner_name(name), *(where / each for where, names in walk(temp) for each in ("", *names))]
+    except CheckpointNotFoundError:  # somebody renames or deletes it at this moment
+        return True
+    changed = [found.changed for found in map(status, paths) if found is not None]
+    return any(when is None or time.time() - when < _QUIET_SECONDS for when in changed)
 
 
 def remove_checkpoint(root: Path, *names: str) -> None:

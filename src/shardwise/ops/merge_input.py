@@ -50,7 +50,7 @@ from shardwise.sources.reader import Reader
 from shardwise.sources.sources import open_source
 from shardwise.sources.state_files import read_file
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
-from shardwise.upstream.diffusers import CLASS_NAME
+from shardwise.upstream.hugging_face import CLASS_NAME
 from shardwise.upstream.peft import copy_class, forget_origin, model_class_of, tokens_class
 from shardwise.upstream.transformers import kept_in_float32
 from shardwise.upstream.transformers_rules import legacy_renamings

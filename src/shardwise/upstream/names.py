@@ -1,14 +1,14 @@
 """Every private or undocumented name of another library that shardwise depends on, each once, with the reason.
 
 A name is written as it is reached. ``torch.nn.Module()._parameters`` is an attribute of an instance that is made
-without arguments, ``@dtensor._spec`` one of an object in `EXAMPLES`. ``torch.optim.lr_scheduler:_last_lr`` is a word
+without arguments, ``@dtensor._spec`` one of an object of the tests. ``torch.optim.lr_scheduler:_last_lr`` is a word
 that a module's source has to contain: what libraries set on instances, write into files, or pass by keyword. The tests
 in ``tests/upstream`` look each of them up in the installed release, and compare the list with the code of this package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -284,9 +284,6 @@ BY_MODULE: Mapping[str, tuple[Name, ...]] = {
             "function",
         ),
     ),
-    "accelerate": _several(
-        "accelerate.accelerator:", _PREPARED, "_models _optimizers _schedulers _dataloaders _custom_objects"
-    ),
     "peft": (
         *_several(f"{_TUNERS}.tuners_utils.", _LAYERS, "BaseTuner BaseTunerLayer", "type"),
         *_called(
@@ -309,42 +306,16 @@ BY_MODULE: Mapping[str, tuple[Name, ...]] = {
         ),
         Name("accelerate.hooks:_hf_hook", "hooks of the real module are not a stand-in's"),
     ),
-    "diffusers": (
+    "hugging_face": (
+        *_several("accelerate.accelerator:", _PREPARED, "_models _optimizers _schedulers _dataloaders _custom_objects"),
         Name("diffusers.models.modeling_utils.ModelMixin", "the base of its models, where it was imported", "type"),
         Name("diffusers.configuration_utils:_internal_dict", "a frozen configuration can only be replaced"),
         Name("diffusers.configuration_utils:_class_name", "the entry that names a configuration's class"),
-    ),
-    "huggingface_hub": (
-        *_called(
-            "huggingface_hub.file_download",
-            "the name of a model's folder in a cache",
-            repo_folder_name="repo_id repo_type",
-        ),
+        *_called("huggingface_hub.file_download", "a model's folder in a cache", repo_folder_name="repo_id repo_type"),
         Name("huggingface_hub.hub_mixin.ModelHubMixin", "the mixin is looked for where it was imported", "type"),
         Name("huggingface_hub.hub_mixin:_hub_mixin_config", "the arguments that rebuild a model"),
-    ),
-    "sentence_transformers": (
         Name("sentence_transformers.base.model:_get_model_config", "the settings beside its modules", optional=True),
     ),
 }
 
 ALL: tuple[Name, ...] = tuple(name for names in BY_MODULE.values() for name in names)
-
-
-def _dtensor() -> object:
-    """Wants a process group."""
-    import torch
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, distribute_tensor
-
-    return distribute_tensor(torch.zeros(2), init_device_mesh("cpu", (1,)), [Replicate()])
-
-
-def _optimizer() -> object:
-    import torch
-
-    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-
-
-#: Objects whose attributes are on the list.
-EXAMPLES: Mapping[str, Callable[[], object]] = {"dtensor": _dtensor, "optimizer": _optimizer}

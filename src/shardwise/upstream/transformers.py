@@ -6,6 +6,7 @@ import contextlib
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from shardwise.upstream.python import imported_class
@@ -42,14 +43,9 @@ _TABLES = (
 # --- models and configurations ----------------------------------------------------------------------------------------
 
 
-def model_class() -> type | None:
-    """The base of transformers' models; ``None`` where its module was not imported."""
-    return imported_class("transformers.modeling_utils", "PreTrainedModel")
-
-
-def config_class() -> type | None:
-    """The base of transformers' configurations; ``None`` where its module was not imported."""
-    return imported_class("transformers.configuration_utils", "PreTrainedConfig")
+#: The base of transformers' models, and that of its configurations; ``None`` where its module was not imported.
+model_class = partial(imported_class, "transformers.modeling_utils", "PreTrainedModel")
+config_class = partial(imported_class, "transformers.configuration_utils", "PreTrainedConfig")
 
 
 def registered_classes(config: type) -> list[type]:

@@ -9,7 +9,7 @@ A save, on the coordinating rank::
     temp = reserve(root, name, start)           # every rank writes below it, lineage and manifest come last
     with publishing(root):
         put_in_place(temp, root / name, start)  # the commit point
-        settle(temp, root / name)               # durable; `publish` is both
+        settle(temp, root / name)               # durable
         set_pointer(root, LATEST, name)
         if best := best_checkpoint(list_checkpoints(root), policy):
             set_pointer(root, BEST, best)
@@ -29,14 +29,13 @@ from shardwise.lifecycle.names import (
     checkpoint_name,
     doomed_name,
     parse_checkpoint_name,
-    published_name,
     temporary_name,
 )
 from shardwise.lifecycle.ownership import Claim, Writer, claim, claimed_by, publishing, writer_of
 from shardwise.lifecycle.pointers import pointers, read_pointer, set_pointer
 from shardwise.lifecycle.preemption import PreemptionGuard
-from shardwise.lifecycle.publish import abandon, make_root, publish, put_in_place, remove_leftovers, reserve, settle
-from shardwise.lifecycle.resolve import CheckpointInfo, ResolvedCheckpoint, latest_step, list_checkpoints, resolve
+from shardwise.lifecycle.publish import abandon, make_root, put_in_place, remove_leftovers, reserve, settle
+from shardwise.lifecycle.resolve import CheckpointInfo, latest_step, list_checkpoints, resolve
 from shardwise.lifecycle.retention import Retention, best_checkpoint, lacks_metric, prunable, prune, select_doomed
 
 __all__ = [
@@ -49,7 +48,6 @@ __all__ = [
     "Claim",
     "Lineage",
     "PreemptionGuard",
-    "ResolvedCheckpoint",
     "Retention",
     "Start",
     "Writer",
@@ -68,8 +66,6 @@ __all__ = [
     "pointers",
     "prunable",
     "prune",
-    "publish",
-    "published_name",
     "publishing",
     "put_in_place",
     "read_pointer",

@@ -26,7 +26,7 @@ from shardwise.disk.guarded import read_small_file
 from shardwise.disk.processes import process_exists
 from shardwise.disk.storage import LOCAL, local_path, storage_errors, using
 from shardwise.errors import CheckpointBusyError, StorageError
-from shardwise.lifecycle.names import owner_name
+from shardwise.lifecycle.names import OWNER
 
 _LIMIT = 4096
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
@@ -77,7 +77,7 @@ def claim(root: Path, name: str, token: str = "") -> Claim:
     Raises:
         CheckpointBusyError: A process that is alive has it; the message names its host and number.
     """
-    path = root / owner_name(name)
+    path = root / (OWNER + name)
     place = local_path(path)
     if place is None:
         return Claim(path, None)
@@ -102,7 +102,7 @@ def claim(root: Path, name: str, token: str = "") -> Claim:
 
 def claimed_by(root: Path, name: str) -> str | None:
     """The token of the process that has claimed ``name``; ``None`` where there is no claim to be seen. Any rank."""
-    path = local_path(root / owner_name(name))
+    path = local_path(root / (OWNER + name))
     return None if path is None else _owner(path)[2]
 
 
@@ -120,7 +120,7 @@ def writer_of(root: Path, name: str) -> Writer | None:
 
     The lock is not tried: whoever tries it holds it for a moment, and a save that begins then would be refused.
     """
-    path = local_path(root / owner_name(name))
+    path = local_path(root / (OWNER + name))
     host, pid, _ = ("", 0, None) if path is None else _owner(path)
     if not host:
         return None

@@ -18,7 +18,7 @@ from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import current, storage_errors
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StorageError
 from shardwise.lifecycle.lineage import Origin
-from shardwise.lifecycle.names import ANNOUNCEMENT_NAME, LATEST, draft_name, is_plain, parse_checkpoint_name
+from shardwise.lifecycle.names import ANNOUNCEMENT_NAME, DRAFT, LATEST, is_plain, parse_checkpoint_name
 
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _TEXT_LIMIT = 4096
@@ -125,7 +125,7 @@ def _replace_link(root: Path, name: str, target: str) -> bool:
     if is_directory(root / name, follows=False):
         # A copy that followed the link. It may be somebody's only one, so the text file takes over beside it.
         return False
-    draft, storage = root / draft_name(name), current()
+    draft, storage = root / (DRAFT + name), current()
     storage.remove_tree(draft)
     try:
         storage.symlink(target, draft)
@@ -139,7 +139,7 @@ def _replace_link(root: Path, name: str, target: str) -> bool:
 
 
 def _replace_text(root: Path, name: str, target: str) -> None:
-    draft, storage = root / draft_name(name), current()
+    draft, storage = root / (DRAFT + name), current()
     storage.remove_tree(draft)
     write_file(storage, draft, f"{target}\n".encode())
     storage.rename(draft, root / name)

@@ -20,10 +20,10 @@ from shardwise.errors import (
 from shardwise.lifecycle.lineage import Start, branch_point, next_lineage, read_lineage
 from shardwise.lifecycle.names import (
     MANIFEST_NAME,
+    OWNER,
     doomed_name,
     is_plain,
     leftover_of,
-    owner_name,
     parse_checkpoint_name,
     published_name,
     temporary_name,
@@ -57,7 +57,8 @@ def reserve(root: Path, name: str, start: Start | None = None) -> Path:
     storage = current()
     with storage_errors(root):
         if is_there(final) and not is_abandoned(root, name, start):
-            _refuse_published(final)
+            if not is_directory(final, follows=False) or is_complete(final):
+                _refuse(final)
             remove_checkpoint(root, name)
         storage.remove_tree(temp)
         storage.make_directory(temp, new=True)
@@ -80,31 +81,25 @@ def is_abandoned(root: Path, name: str, start: Start | None) -> bool:
     return bool(line) and name not in line and branch_point(found, line, checkpoints) is not None
 
 
-def publish(temp: Path, final: Path, start: Start | None = None) -> None:
+def put_in_place(temp: Path, final: Path, start: Start | None = None) -> None:
     """Make the finished save in ``temp`` the checkpoint ``final``; one rank calls, when every rank is durable.
 
-    The writers have synced the content of their files; this syncs the directories that list them, and then renames
-    once (`put_in_place`) and makes that durable (`settle`). A crash before the rename leaves a temporary directory, one
-    after it the whole checkpoint. Set ``LATEST`` next, with `set_pointer`; until then resolving ``LATEST`` follows the
-    announcement made here.
+    When it returns the checkpoint is there, and when it raises it is not. The writers have synced the content of their
+    files; this syncs the directories that list them, and then renames once. A crash before the rename leaves a
+    temporary directory, one after it the whole checkpoint. `settle` comes next, then `set_pointer`; until ``LATEST`` is
+    set, resolving it follows the announcement made here.
 
     One that the run left behind when it went back to ``start`` is replaced: the two directories swap their names in
-    one step, and the old one is deleted. Where the file system has no such step the old one is renamed away first; a
-    crash between the two renames leaves neither under its name, and the line that the run is on is whole without it.
+    one step, and `settle` deletes the old one. Where the file system has no such step the old one is renamed away
+    first; a crash between the two renames leaves neither under its name, and the run's line is whole without it.
 
     Raises:
         CheckpointExistsError: ``final`` exists; it is untouched, and so is ``temp``.
         CheckpointNotFoundError: ``temp`` does not exist.
         IncompleteCheckpointError: ``temp`` has no manifest.
         MisuseError: ``temp`` is not what `reserve` returned for ``final``.
-        StorageError: The file system refused; ``temp`` is still there, unless only what comes after the rename failed.
+        StorageError: The file system refused; ``temp`` is still there.
     """
-    put_in_place(temp, final, start)
-    settle(temp, final)
-
-
-def put_in_place(temp: Path, final: Path, start: Start | None = None) -> None:
-    """The first part of `publish`: when it returns the checkpoint is there, and when it raises it is not."""
     if temp.parent != final.parent or published_name(temp.name) != final.name:
         raise MisuseError(
             f"{temp.name!r} was not reserved for {final.name!r}", path=temp, hint="Pass what reserve() returned."
@@ -139,7 +134,7 @@ def put_in_place(temp: Path, final: Path, start: Start | None = None) -> None:
 
 
 def settle(temp: Path, final: Path) -> None:
-    """The second part of `publish`: sync the rename, and delete the checkpoint that was replaced.
+    """Sync the rename that `put_in_place` made, and delete the checkpoint that was replaced.
 
     Raises:
         StorageError: The file system refused the sync: after a power failure ``final`` might not be there. What could
@@ -213,7 +208,7 @@ def _may_live_elsewhere(root: Path, name: str) -> bool:
         return False
     temp = root / temporary_name(name)
     try:
-        paths = [root / owner_name(name), *(where / each for where, names in walk(temp) for each in ("", *names))]
+        paths = [root / (OWNER + name), *(where / each for where, names in walk(temp) for each in ("", *names))]
     except CheckpointNotFoundError:  # somebody renames or deletes it at this moment
         return True
     changed = [found.changed for found in map(status, paths) if found is not None]
@@ -248,11 +243,6 @@ def make_root(root: Path) -> None:
         for directory in reversed(missing):
             current().make_directory(directory)
             current().sync_directory(directory.parent)
-
-
-def _refuse_published(final: Path) -> None:
-    if not is_directory(final, follows=False) or is_complete(final):
-        _refuse(final)
 
 
 def _refuse(final: Path) -> None:

@@ -19,7 +19,6 @@ A save, on the coordinating rank::
 
 from __future__ import annotations
 
-from shardwise.lifecycle.lineage import Lineage, Start, next_lineage
 from shardwise.lifecycle.names import (
     BEST,
     LATEST,
@@ -35,7 +34,14 @@ from shardwise.lifecycle.ownership import Claim, Writer, claim, claimed_by, publ
 from shardwise.lifecycle.pointers import pointers, read_pointer, set_pointer
 from shardwise.lifecycle.preemption import PreemptionGuard
 from shardwise.lifecycle.publish import abandon, make_root, put_in_place, remove_leftovers, reserve, settle
-from shardwise.lifecycle.resolve import CheckpointInfo, latest_step, list_checkpoints, resolve
+from shardwise.lifecycle.resolve import (
+    CheckpointInfo,
+    Lineage,
+    Start,
+    list_checkpoints,
+    next_lineage,
+    resolve,
+)
 from shardwise.lifecycle.retention import Retention, best_checkpoint, lacks_metric, prunable, prune, select_doomed
 
 __all__ = [
@@ -58,7 +64,6 @@ __all__ = [
     "claimed_by",
     "doomed_name",
     "lacks_metric",
-    "latest_step",
     "list_checkpoints",
     "make_root",
     "next_lineage",

@@ -72,10 +72,8 @@ os.register_at_fork(after_in_child=_leave_to_the_parent)
 def claim(root: Path, name: str, token: str = "") -> Claim:
     """Claim the unfinished save of ``name`` in ``root``; one rank calls, before it makes or removes anything of it.
 
-    ``token`` identifies this run, for other ranks that check whether they see the same directory.
-
-    Raises:
-        CheckpointBusyError: A process that is alive has it; the message names its host and number.
+    ``token`` identifies this run, for other ranks that check whether they see the same directory. Where a process that
+    is alive has the claim, that is a `CheckpointBusyError`, which names its host and number.
     """
     path = root / (OWNER + name)
     place = local_path(path)
@@ -129,11 +127,7 @@ def writer_of(root: Path, name: str) -> Writer | None:
 
 @contextlib.contextmanager
 def publishing(root: Path) -> Iterator[None]:
-    """Keep others from publishing in the same root meanwhile; one rank calls.
-
-    Raises:
-        CheckpointBusyError: Another process has been at it for minutes.
-    """
+    """Keep others from publishing in the same root meanwhile; one rank calls. It waits for them for some minutes."""
     deadline = time.monotonic() + _PUBLISHING_SECONDS
     while True:
         try:

@@ -17,7 +17,6 @@ from shardwise.errors import (
     MisuseError,
     ShardwiseError,
 )
-from shardwise.lifecycle.lineage import Start, branch_point, next_lineage, read_lineage
 from shardwise.lifecycle.names import (
     MANIFEST_NAME,
     OWNER,
@@ -30,7 +29,15 @@ from shardwise.lifecycle.names import (
 )
 from shardwise.lifecycle.ownership import claim, writer_of
 from shardwise.lifecycle.pointers import announce
-from shardwise.lifecycle.resolve import is_complete, is_verifiable, list_checkpoints
+from shardwise.lifecycle.resolve import (
+    Start,
+    branch_point,
+    is_complete,
+    is_verifiable,
+    list_checkpoints,
+    next_lineage,
+    read_lineage,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,12 +50,8 @@ def reserve(root: Path, name: str, start: Start | None = None) -> Path:
 
     What an interrupted save of the same name left is removed: its temporary directory, and a directory of the published
     name that could not be resumed from. ``start`` is the checkpoint that the run was restored from or saved last, if
-    that is known: one of this name that was abandoned when the run was rolled back is replaced on publication.
-
-    Raises:
-        CheckpointExistsError: The checkpoint is already published, and not one that the run left behind.
-        MisuseError: ``name`` is not a plain name.
-        StorageError: The root is a file, not writable, or the file system refused.
+    that is known: one of this name that was abandoned when the run was rolled back is replaced on publication. Any
+    other that is published is a `CheckpointExistsError`.
     """
     if not is_plain(name):
         raise MisuseError(f"{name!r} cannot be the name of a checkpoint", hint="Use checkpoint_name(epoch, step).")
@@ -93,12 +96,7 @@ def put_in_place(temp: Path, final: Path, start: Start | None = None) -> None:
     one step, and `settle` deletes the old one. Where the file system has no such step the old one is renamed away
     first; a crash between the two renames leaves neither under its name, and the run's line is whole without it.
 
-    Raises:
-        CheckpointExistsError: ``final`` exists; it is untouched, and so is ``temp``.
-        CheckpointNotFoundError: ``temp`` does not exist.
-        IncompleteCheckpointError: ``temp`` has no manifest.
-        MisuseError: ``temp`` is not what `reserve` returned for ``final``.
-        StorageError: The file system refused; ``temp`` is still there.
+    When it raises, ``temp`` is still there: a `CheckpointExistsError` where ``final`` exists, which is untouched.
     """
     if temp.parent != final.parent or published_name(temp.name) != final.name:
         raise MisuseError(
@@ -136,9 +134,8 @@ def put_in_place(temp: Path, final: Path, start: Start | None = None) -> None:
 def settle(temp: Path, final: Path) -> None:
     """Sync the rename that `put_in_place` made, and delete the checkpoint that was replaced.
 
-    Raises:
-        StorageError: The file system refused the sync: after a power failure ``final`` might not be there. What could
-            not be deleted is logged, and `remove_leftovers` deletes it later.
+    Where the file system refuses the sync, ``final`` might not be there after a power failure. What could not be
+    deleted is logged, and `remove_leftovers` deletes it later.
     """
     storage, doomed = current(), final.with_name(doomed_name(final.name))
     with storage_errors(final):
@@ -153,12 +150,8 @@ def settle(temp: Path, final: Path) -> None:
 
 
 def abandon(temp: Path) -> None:
-    """Delete an unfinished save; one rank calls, when no rank writes to it any more. A second call does nothing.
-
-    Raises:
-        MisuseError: ``temp`` is not an unfinished save; nothing is deleted.
-    """
-    published_name(temp.name)
+    """Delete an unfinished save; one rank calls, when no rank writes to it any more. A second call does nothing."""
+    published_name(temp.name)  # refuses any other directory
     with storage_errors(temp):
         current().remove_tree(temp)
 

@@ -52,8 +52,7 @@ from shardwise.sources.state_files import read_file
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 from shardwise.upstream.hugging_face import CLASS_NAME
 from shardwise.upstream.peft import copy_class, forget_origin, model_class_of, tokens_class
-from shardwise.upstream.transformers import kept_in_float32
-from shardwise.upstream.transformers_rules import legacy_renamings
+from shardwise.upstream.transformers import kept_in_float32, legacy_renamings
 
 _QUANTIZATION = "quantization_config"
 #: Files that say how the base was quantized, which the merged model is not.

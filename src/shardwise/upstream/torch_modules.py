@@ -45,9 +45,6 @@ INITIALISERS = ("reset_parameters", "_reset_parameters")
 SAVE_OWN = "_save_to_state_dict"
 LOAD_OWN = "_load_from_state_dict"
 
-#: Methods that a module overrides to make its own state.
-MAKES_STATE = ("state_dict", SAVE_OWN, "get_extra_state", "set_extra_state")
-
 #: The name under which a module's extra state stands among its entries.
 EXTRA: str = _EXTRA_STATE_KEY_SUFFIX
 
@@ -84,11 +81,6 @@ def loading_pre_hooks(module: nn.Module) -> list[Hook]:
 def loading_post_hooks(module: nn.Module) -> list[Hook]:
     """The hooks that a module calls once it has taken state."""
     return list(module._load_state_dict_post_hooks.values())
-
-
-def has_state_hooks(module: nn.Module) -> bool:
-    """Whether a module has hooks around giving its state, or before taking it."""
-    return bool(module._state_dict_hooks or module._state_dict_pre_hooks or module._load_state_dict_pre_hooks)
 
 
 def take_off_hooks(module: nn.Module, source: str) -> None:

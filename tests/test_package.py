@@ -29,7 +29,7 @@ def _run(code: str) -> str:
         "shardwise.upstream.names",
         "shardwise.upstream.transformers",
         "shardwise.upstream.peft",
-        "shardwise.upstream.huggingface_hub",
+        "shardwise.upstream.hugging_face",
     ],
 )
 def test_importing_is_cheap(module: str) -> None:

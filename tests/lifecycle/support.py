@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from shardwise.disk.storage import Buffer, LocalStorage, Storage, using
-from shardwise.lifecycle import LATEST, checkpoint_name, publish, reserve, set_pointer
+from shardwise.lifecycle import LATEST, Start, checkpoint_name, put_in_place, reserve, set_pointer, settle
 
 
 class Crash(BaseException):
@@ -79,6 +79,12 @@ def made(root: Path, epoch: int, step: int, metrics: dict[str, float] | None = N
     name = checkpoint_name(epoch, step)
     fill(root / name, metrics, f"{epoch} {step}".encode())
     return name
+
+
+def publish(temp: Path, final: Path, start: Start | None = None) -> None:
+    """As a commit does."""
+    put_in_place(temp, final, start)
+    settle(temp, final)
 
 
 def save(root: Path, epoch: int, step: int, storage: Storage, metrics: dict[str, float] | None = None) -> str:

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,6 +115,25 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".owner-epoch_0_step_3", ".saving-epoch_0_step_3"]
     mine.release()
     assert remove_leftovers(tmp_path) == (".saving-epoch_0_step_3",)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_another_machine_may_still_be_writing_stays(tmp_path: Path) -> None:
+    """Its lock is not seen here where the file system does not pass locks between machines."""
+    owner, temp = tmp_path / ".owner-epoch_0_step_4", tmp_path / ".saving-epoch_0_step_4"
+    (temp / "model").mkdir(parents=True)
+    (temp / "model" / "shard").write_bytes(b"half")
+    owner.write_text("elsewhere 4711 run\n")
+    everything = [owner, temp / "model" / "shard", temp / "model", temp]
+    assert remove_leftovers(tmp_path) == ()
+    long_ago = time.time() - 100_000
+    for path in everything[:1] + everything[2:]:
+        os.utime(path, (long_ago, long_ago))
+    assert remove_leftovers(tmp_path) == ()  # a file is still being written
+    assert owner.read_text() == "elsewhere 4711 run\n"
+    assert (temp / "model" / "shard").read_bytes() == b"half"
+    os.utime(everything[1], (long_ago, long_ago))
+    assert remove_leftovers(tmp_path) == (temp.name,)
     assert list(tmp_path.iterdir()) == []
 
 

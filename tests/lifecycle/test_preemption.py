@@ -254,7 +254,7 @@ def test_signals_that_cannot_ask(number: signal.Signals) -> None:
 def test_a_second_signal_publishes_nothing_by_halves(tmp_path: object) -> None:
     body = f"""
 from pathlib import Path
-from shardwise.lifecycle import LATEST, publish, reserve, set_pointer
+from shardwise.lifecycle import LATEST, put_in_place, reserve, set_pointer, settle
 root = Path({str(tmp_path)!r})
 
 def write(step):
@@ -266,7 +266,8 @@ def write(step):
 def commit(temp):
     (temp / "manifest.json").write_text("{{}}")
     name = temp.name.removeprefix(".saving-")
-    publish(temp, root / name)
+    put_in_place(temp, root / name)
+    settle(temp, root / name)
     set_pointer(root, LATEST, name)
 
 with PreemptionGuard() as guard:

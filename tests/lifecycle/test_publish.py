@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.lifecycle.support import Crash, FaultyStorage, fill_existing, is_whole, made, save
+from tests.lifecycle.support import Crash, FaultyStorage, fill_existing, is_whole, made, publish, save
 
 from shardwise.disk.storage import LocalStorage, using
 from shardwise.errors import (
@@ -19,7 +19,6 @@ from shardwise.lifecycle import (
     LATEST,
     abandon,
     list_checkpoints,
-    publish,
     remove_leftovers,
     reserve,
     resolve,

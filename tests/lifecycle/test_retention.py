@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.lifecycle.support import Crash, FaultyStorage, fill_existing, is_whole, made, save
+from tests.lifecycle.support import Crash, FaultyStorage, fill_existing, is_whole, made, publish, save
 
 from shardwise.config import CheckpointingConfig
 from shardwise.disk.storage import LocalStorage, using
@@ -21,7 +21,6 @@ from shardwise.lifecycle import (
     checkpoint_name,
     list_checkpoints,
     prune,
-    publish,
     reserve,
     resolve,
     select_doomed,

@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 
-from shardwise.upstream.names import ALL, EXAMPLES, Name
+from shardwise.upstream.names import ALL, Name
 
 _STEP = re.compile(r"(\w+)(?:\((\d*)\))?")
 
@@ -22,6 +25,13 @@ def _group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+#: Objects whose attributes are on the list.
+_EXAMPLES = {
+    "@dtensor": lambda: distribute_tensor(torch.zeros(2), init_device_mesh("cpu", (1,)), [Replicate()]),
+    "@optimizer": lambda: torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1),
+}
 
 
 @pytest.mark.parametrize("name", ALL, ids=lambda name: name.path)
@@ -53,7 +63,7 @@ def _problem(name: Name) -> str:
 
 def _find(path: str) -> object:
     first, *rest = path.split(".")
-    found: object = EXAMPLES[first[1:]]() if first.startswith("@") else importlib.import_module(first)
+    found: object = _EXAMPLES[first]() if first.startswith("@") else importlib.import_module(first)
     while rest and inspect.ismodule(found):  # modules first: a package may have a function of the same name
         try:
             found = importlib.import_module(f"{found.__name__}.{rest[0]}")

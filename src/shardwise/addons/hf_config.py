@@ -21,8 +21,7 @@ from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseErro
 from shardwise.format.json_file import read_json_object
 from shardwise.stateful_wrappers.model_parts import has_quantized_parameters
 from shardwise.stateful_wrappers.wrapping import bare_model, original_class
-from shardwise.upstream.diffusers import CLASS_NAME, keeps_config, replace_config
-from shardwise.upstream.huggingface_hub import mixin_config
+from shardwise.upstream.hugging_face import CLASS_NAME, keeps_config, mixin_config, replace_config
 from shardwise.upstream.transformers import FROM_MODEL_CONFIG, NAME_OR_PATH
 
 if TYPE_CHECKING:

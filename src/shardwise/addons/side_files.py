@@ -16,7 +16,7 @@ from shardwise.disk.storage import current
 from shardwise.errors import FormatError
 from shardwise.format.json_file import read_json, read_json_object
 from shardwise.stateful_wrappers.wrapping import original_class
-from shardwise.upstream.sentence_transformers import model_settings
+from shardwise.upstream.hugging_face import model_settings
 
 if TYPE_CHECKING:
     import torch.nn as nn

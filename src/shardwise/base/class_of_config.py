@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from shardwise.upstream.diffusers import CLASS_NAME
+from shardwise.upstream.hugging_face import CLASS_NAME
 from shardwise.upstream.transformers import without_initial_values
 
 

@@ -35,8 +35,8 @@ from shardwise.plan.roster import Roster
 from shardwise.plan.views import hub_views
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.replicas import MayDiffer
-from shardwise.stateful_wrappers.state_dict_overrides import refuse_fsdp1
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
+from shardwise.stateful_wrappers.units import refuse_fsdp1
 from shardwise.stateful_wrappers.wrapping import is_average
 from shardwise.upstream.torch_tensors import storage_key
 

@@ -32,7 +32,7 @@ from shardwise.errors import AdapterError, ConfigError, MisuseError, StorageErro
 from shardwise.lifecycle import claimed_by, parse_checkpoint_name
 from shardwise.peft.models import is_whole_with_adapter
 from shardwise.settings import SaveConsolidatedMode, Settings
-from shardwise.stateful_wrappers.state_dict_overrides import refuse_fsdp1
+from shardwise.stateful_wrappers.units import refuse_fsdp1
 
 _LOG = logging.getLogger(__name__)
 

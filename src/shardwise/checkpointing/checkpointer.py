@@ -32,7 +32,7 @@ from shardwise.comm import ABSENT_SECONDS
 from shardwise.disk.storage import LocalStorage, Storage
 from shardwise.engine.device_streams import DeviceStreams
 from shardwise.engine.verify import VerifyLevel
-from shardwise.lifecycle import CheckpointInfo, PreemptionGuard, latest_step, list_checkpoints
+from shardwise.lifecycle import CheckpointInfo, PreemptionGuard, list_checkpoints, resolve
 from shardwise.settings import Settings
 from shardwise.stateful_wrappers.model import Model
 from shardwise.timing import Callback, CallRecord
@@ -332,7 +332,8 @@ class Checkpointer:
             CheckpointNotFoundError: ``LATEST`` leads nowhere, and there is no other checkpoint.
             StorageError: The directory cannot be read.
         """
-        return latest_step(self._life.root)
+        found = resolve(self._life.root)
+        return None if found is None else found.step
 
     # --- components -------------------------------------------------------------------------------------------------
 

@@ -35,11 +35,10 @@ from shardwise.sources.sources import Source
 from shardwise.sources.state_files import pack_state, read_state
 from shardwise.stateful_wrappers.model import Installing, post_steps
 from shardwise.stateful_wrappers.names import Listing
-from shardwise.stateful_wrappers.state_dict_overrides import EXTRA
 from shardwise.stateful_wrappers.units import Aside, Step, Taker, label
 from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
 from shardwise.upstream.torch_dispatch import map_leaves
-from shardwise.upstream.torch_modules import own_children
+from shardwise.upstream.torch_modules import EXTRA, own_children
 
 _LOG = logging.getLogger(__name__)
 _VERSION = 1

@@ -29,12 +29,11 @@ from shardwise.errors import ConversionError
 from shardwise.geometry import TensorSpec
 from shardwise.plan.views import AxisView
 from shardwise.stateful_wrappers.wrapping import skeleton, unwrap
-from shardwise.upstream import transformers_rules as upstream
-from shardwise.upstream.transformers import left_out, model_class
-from shardwise.upstream.transformers_rules import in_loading_order, legacy_renamings
+from shardwise.upstream import transformers as upstream
+from shardwise.upstream.transformers import in_loading_order, left_out, legacy_renamings, model_class
 
 if TYPE_CHECKING:
-    from shardwise.upstream.transformers_rules import WeightConverter, WeightRenaming
+    from shardwise.upstream.transformers import WeightConverter, WeightRenaming
 
 #: Errors that conversion code may raise on a tensor that it does not expect.
 RULE_ERRORS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)

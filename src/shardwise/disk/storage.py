@@ -69,7 +69,7 @@ class Status:
         identity: What distinguishes it from everything else in the storage, whatever name it has; ``None`` where the
             storage knows no such thing.
         changed: When its content changed last, in seconds since 1970; ``None`` where the storage does not say. For
-            people: nothing is decided by it.
+            people, and for whether a save of another machine is long over; nothing else is decided by it.
     """
 
     kind: Kind

@@ -23,7 +23,7 @@ from shardwise.integrations.accelerate_data import Rest, Tracked, tracked
 from shardwise.integrations.host_paths import HostPaths, Parts, is_complete, local_path
 from shardwise.integrations.host_settings import refuse_ways
 from shardwise.stateful_wrappers.wrapping import unwrap
-from shardwise.upstream.accelerate import lists_of
+from shardwise.upstream.hugging_face import lists_of
 
 if TYPE_CHECKING:
     import os

@@ -9,7 +9,7 @@ A save, on the coordinating rank::
     temp = reserve(root, name, start)           # every rank writes below it, lineage and manifest come last
     with publishing(root):
         put_in_place(temp, root / name, start)  # the commit point
-        settle(temp, root / name)               # durable; `publish` is both
+        settle(temp, root / name)               # durable
         set_pointer(root, LATEST, name)
         if best := best_checkpoint(list_checkpoints(root), policy):
             set_pointer(root, BEST, best)
@@ -19,7 +19,6 @@ A save, on the coordinating rank::
 
 from __future__ import annotations
 
-from shardwise.lifecycle.lineage import Lineage, Start, next_lineage
 from shardwise.lifecycle.names import (
     BEST,
     LATEST,
@@ -29,14 +28,20 @@ from shardwise.lifecycle.names import (
     checkpoint_name,
     doomed_name,
     parse_checkpoint_name,
-    published_name,
     temporary_name,
 )
 from shardwise.lifecycle.ownership import Claim, Writer, claim, claimed_by, publishing, writer_of
 from shardwise.lifecycle.pointers import pointers, read_pointer, set_pointer
 from shardwise.lifecycle.preemption import PreemptionGuard
-from shardwise.lifecycle.publish import abandon, make_root, publish, put_in_place, remove_leftovers, reserve, settle
-from shardwise.lifecycle.resolve import CheckpointInfo, ResolvedCheckpoint, latest_step, list_checkpoints, resolve
+from shardwise.lifecycle.publish import abandon, make_root, put_in_place, remove_leftovers, reserve, settle
+from shardwise.lifecycle.resolve import (
+    CheckpointInfo,
+    Lineage,
+    Start,
+    list_checkpoints,
+    next_lineage,
+    resolve,
+)
 from shardwise.lifecycle.retention import Retention, best_checkpoint, lacks_metric, prunable, prune, select_doomed
 
 __all__ = [
@@ -49,7 +54,6 @@ __all__ = [
     "Claim",
     "Lineage",
     "PreemptionGuard",
-    "ResolvedCheckpoint",
     "Retention",
     "Start",
     "Writer",
@@ -60,7 +64,6 @@ __all__ = [
     "claimed_by",
     "doomed_name",
     "lacks_metric",
-    "latest_step",
     "list_checkpoints",
     "make_root",
     "next_lineage",
@@ -68,8 +71,6 @@ __all__ = [
     "pointers",
     "prunable",
     "prune",
-    "publish",
-    "published_name",
     "publishing",
     "put_in_place",
     "read_pointer",

@@ -25,8 +25,10 @@ ANNOUNCEMENT_NAME = ".publishing"
 
 _SAVING = ".saving-"
 _DOOMED = ".doomed-"
-_DRAFT = ".draft-"
-_OWNER = ".owner-"
+#: A link or small file is prepared under this prefix before it replaces the old one.
+DRAFT = ".draft-"
+#: The lock file that is held while a live process saves the checkpoint of the rest of its name.
+OWNER = ".owner-"
 
 # One spelling per checkpoint: no leading zeros, ASCII digits.
 _CHECKPOINT = re.compile(r"epoch_(0|[1-9][0-9]*)_step_(0|[1-9][0-9]*)")
@@ -68,19 +70,9 @@ def doomed_name(name: str) -> str:
     return _DOOMED + name
 
 
-def draft_name(name: str) -> str:
-    """Name under which the link or small file ``name`` is prepared before it replaces the old one."""
-    return _DRAFT + name
-
-
-def owner_name(name: str) -> str:
-    """Name of the lock file held while a live process saves ``name``."""
-    return _OWNER + name
-
-
 def leftover_of(name: str) -> str | None:
     """The checkpoint's name in the name of an unfinished save, deletion or claim; ``None`` for any other name."""
-    for prefix in (_SAVING, _DOOMED, _OWNER):
+    for prefix in (_SAVING, _DOOMED, OWNER):
         if name.startswith(prefix):
             return name.removeprefix(prefix)
     return None

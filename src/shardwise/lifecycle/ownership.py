@@ -26,7 +26,7 @@ from shardwise.disk.guarded import read_small_file
 from shardwise.disk.processes import process_exists
 from shardwise.disk.storage import LOCAL, local_path, storage_errors, using
 from shardwise.errors import CheckpointBusyError, StorageError
-from shardwise.lifecycle.names import owner_name
+from shardwise.lifecycle.names import OWNER
 
 _LIMIT = 4096
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
@@ -72,12 +72,10 @@ os.register_at_fork(after_in_child=_leave_to_the_parent)
 def claim(root: Path, name: str, token: str = "") -> Claim:
     """Claim the unfinished save of ``name`` in ``root``; one rank calls, before it makes or removes anything of it.
 
-    ``token`` identifies this run, for other ranks that check whether they see the same directory.
-
-    Raises:
-        CheckpointBusyError: A process that is alive has it; the message names its host and number.
+    ``token`` identifies this run, for other ranks that check whether they see the same directory. Where a process that
+    is alive has the claim, that is a `CheckpointBusyError`, which names its host and number.
     """
-    path = root / owner_name(name)
+    path = root / (OWNER + name)
     place = local_path(path)
     if place is None:
         return Claim(path, None)
@@ -102,7 +100,7 @@ def claim(root: Path, name: str, token: str = "") -> Claim:
 
 def claimed_by(root: Path, name: str) -> str | None:
     """The token of the process that has claimed ``name``; ``None`` where there is no claim to be seen. Any rank."""
-    path = local_path(root / owner_name(name))
+    path = local_path(root / (OWNER + name))
     return None if path is None else _owner(path)[2]
 
 
@@ -120,7 +118,7 @@ def writer_of(root: Path, name: str) -> Writer | None:
 
     The lock is not tried: whoever tries it holds it for a moment, and a save that begins then would be refused.
     """
-    path = local_path(root / owner_name(name))
+    path = local_path(root / (OWNER + name))
     host, pid, _ = ("", 0, None) if path is None else _owner(path)
     if not host:
         return None
@@ -129,11 +127,7 @@ def writer_of(root: Path, name: str) -> Writer | None:
 
 @contextlib.contextmanager
 def publishing(root: Path) -> Iterator[None]:
-    """Keep others from publishing in the same root meanwhile; one rank calls.
-
-    Raises:
-        CheckpointBusyError: Another process has been at it for minutes.
-    """
+    """Keep others from publishing in the same root meanwhile; one rank calls. It waits for them for some minutes."""
     deadline = time.monotonic() + _PUBLISHING_SECONDS
     while True:
         try:

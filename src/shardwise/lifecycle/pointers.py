@@ -17,8 +17,7 @@ from shardwise.disk.names import is_directory, is_link, is_there, real_path
 from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import current, storage_errors
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StorageError
-from shardwise.lifecycle.lineage import Origin
-from shardwise.lifecycle.names import ANNOUNCEMENT_NAME, LATEST, draft_name, is_plain, parse_checkpoint_name
+from shardwise.lifecycle.names import ANNOUNCEMENT_NAME, DRAFT, LATEST, is_plain, parse_checkpoint_name
 
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _TEXT_LIMIT = 4096
@@ -29,10 +28,6 @@ def set_pointer(root: Path, name: str, target: str) -> None:
 
     At every moment, a crash included, the pointer leads to the old target or to the new one. Setting ``LATEST`` also
     ends the publication that `announce` began.
-
-    Raises:
-        MisuseError: ``name`` cannot be a pointer's, or ``target`` is not a plain name.
-        CheckpointNotFoundError: There is no directory ``target`` in the root.
     """
     if not is_plain(name) or name.endswith(".txt") or parse_checkpoint_name(name) is not None:
         raise MisuseError(f"{name!r} cannot be the name of a pointer", hint="Use letters, digits and underscores.")
@@ -63,8 +58,7 @@ def set_pointer(root: Path, name: str, target: str) -> None:
 def read_pointer(root: Path, name: str) -> str | None:
     """Name of the directory, which need not exist, in the root that a pointer leads to; ``None`` for no pointer.
 
-    Raises:
-        CheckpointNotFoundError: The pointer leads outside the root, in a circle, or is unreadable.
+    One that leads outside the root or in a circle, or is unreadable, is a `CheckpointNotFoundError`.
     """
     if not is_plain(name):
         return None
@@ -113,19 +107,19 @@ def announce(root: Path, name: str, known_as: str = "") -> None:
         _replace_text(root, ANNOUNCEMENT_NAME, f"{name} {known_as}".rstrip())
 
 
-def announced(root: Path) -> Origin | None:
-    """The checkpoint whose publication began and whose ``LATEST`` was not set; it may not exist."""
+def announced(root: Path) -> tuple[str, str] | None:
+    """Name and id of the checkpoint whose publication began and whose ``LATEST`` was not set; it may not exist."""
     with storage_errors(root):
         text = _read_text(root / ANNOUNCEMENT_NAME)
     name, _, known_as = (text or "").partition(" ")
-    return Origin(name, known_as) if is_plain(name) else None
+    return (name, known_as) if is_plain(name) else None
 
 
 def _replace_link(root: Path, name: str, target: str) -> bool:
     if is_directory(root / name, follows=False):
         # A copy that followed the link. It may be somebody's only one, so the text file takes over beside it.
         return False
-    draft, storage = root / draft_name(name), current()
+    draft, storage = root / (DRAFT + name), current()
     storage.remove_tree(draft)
     try:
         storage.symlink(target, draft)
@@ -139,7 +133,7 @@ def _replace_link(root: Path, name: str, target: str) -> bool:
 
 
 def _replace_text(root: Path, name: str, target: str) -> None:
-    draft, storage = root / draft_name(name), current()
+    draft, storage = root / (DRAFT + name), current()
     storage.remove_tree(draft)
     write_file(storage, draft, f"{target}\n".encode())
     storage.rename(draft, root / name)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Collection
 from pathlib import Path
 
-from shardwise.disk.names import is_directory, is_there, names_in, walk
+from shardwise.disk.names import is_directory, is_there, names_in, status, walk
 from shardwise.disk.storage import current, local_path, storage_errors
 from shardwise.errors import (
     CheckpointBusyError,
@@ -16,9 +17,9 @@ from shardwise.errors import (
     MisuseError,
     ShardwiseError,
 )
-from shardwise.lifecycle.lineage import Start, branch_point, next_lineage, read_lineage
 from shardwise.lifecycle.names import (
     MANIFEST_NAME,
+    OWNER,
     doomed_name,
     is_plain,
     leftover_of,
@@ -26,11 +27,22 @@ from shardwise.lifecycle.names import (
     published_name,
     temporary_name,
 )
-from shardwise.lifecycle.ownership import claim
+from shardwise.lifecycle.ownership import claim, writer_of
 from shardwise.lifecycle.pointers import announce
-from shardwise.lifecycle.resolve import is_complete, is_verifiable, list_checkpoints
+from shardwise.lifecycle.resolve import (
+    Start,
+    branch_point,
+    is_complete,
+    is_verifiable,
+    list_checkpoints,
+    next_lineage,
+    read_lineage,
+)
 
 _LOG = logging.getLogger(__name__)
+
+#: What another machine has claimed is a leftover once nothing in it has changed for so long.
+_QUIET_SECONDS = 86400.0
 
 
 def reserve(root: Path, name: str, start: Start | None = None) -> Path:
@@ -38,12 +50,8 @@ def reserve(root: Path, name: str, start: Start | None = None) -> Path:
 
     What an interrupted save of the same name left is removed: its temporary directory, and a directory of the published
     name that could not be resumed from. ``start`` is the checkpoint that the run was restored from or saved last, if
-    that is known: one of this name that was abandoned when the run was rolled back is replaced on publication.
-
-    Raises:
-        CheckpointExistsError: The checkpoint is already published, and not one that the run left behind.
-        MisuseError: ``name`` is not a plain name.
-        StorageError: The root is a file, not writable, or the file system refused.
+    that is known: one of this name that was abandoned when the run was rolled back is replaced on publication. Any
+    other that is published is a `CheckpointExistsError`.
     """
     if not is_plain(name):
         raise MisuseError(f"{name!r} cannot be the name of a checkpoint", hint="Use checkpoint_name(epoch, step).")
@@ -52,7 +60,8 @@ def reserve(root: Path, name: str, start: Start | None = None) -> Path:
     storage = current()
     with storage_errors(root):
         if is_there(final) and not is_abandoned(root, name, start):
-            _refuse_published(final)
+            if not is_directory(final, follows=False) or is_complete(final):
+                _refuse(final)
             remove_checkpoint(root, name)
         storage.remove_tree(temp)
         storage.make_directory(temp, new=True)
@@ -75,31 +84,20 @@ def is_abandoned(root: Path, name: str, start: Start | None) -> bool:
     return bool(line) and name not in line and branch_point(found, line, checkpoints) is not None
 
 
-def publish(temp: Path, final: Path, start: Start | None = None) -> None:
+def put_in_place(temp: Path, final: Path, start: Start | None = None) -> None:
     """Make the finished save in ``temp`` the checkpoint ``final``; one rank calls, when every rank is durable.
 
-    The writers have synced the content of their files; this syncs the directories that list them, and then renames
-    once (`put_in_place`) and makes that durable (`settle`). A crash before the rename leaves a temporary directory, one
-    after it the whole checkpoint. Set ``LATEST`` next, with `set_pointer`; until then resolving ``LATEST`` follows the
-    announcement made here.
+    When it returns the checkpoint is there, and when it raises it is not. The writers have synced the content of their
+    files; this syncs the directories that list them, and then renames once. A crash before the rename leaves a
+    temporary directory, one after it the whole checkpoint. `settle` comes next, then `set_pointer`; until ``LATEST`` is
+    set, resolving it follows the announcement made here.
 
     One that the run left behind when it went back to ``start`` is replaced: the two directories swap their names in
-    one step, and the old one is deleted. Where the file system has no such step the old one is renamed away first; a
-    crash between the two renames leaves neither under its name, and the line that the run is on is whole without it.
+    one step, and `settle` deletes the old one. Where the file system has no such step the old one is renamed away
+    first; a crash between the two renames leaves neither under its name, and the run's line is whole without it.
 
-    Raises:
-        CheckpointExistsError: ``final`` exists; it is untouched, and so is ``temp``.
-        CheckpointNotFoundError: ``temp`` does not exist.
-        IncompleteCheckpointError: ``temp`` has no manifest.
-        MisuseError: ``temp`` is not what `reserve` returned for ``final``.
-        StorageError: The file system refused; ``temp`` is still there, unless only what comes after the rename failed.
+    When it raises, ``temp`` is still there: a `CheckpointExistsError` where ``final`` exists, which is untouched.
     """
-    put_in_place(temp, final, start)
-    settle(temp, final)
-
-
-def put_in_place(temp: Path, final: Path, start: Start | None = None) -> None:
-    """The first part of `publish`: when it returns the checkpoint is there, and when it raises it is not."""
     if temp.parent != final.parent or published_name(temp.name) != final.name:
         raise MisuseError(
             f"{temp.name!r} was not reserved for {final.name!r}", path=temp, hint="Pass what reserve() returned."
@@ -134,11 +132,10 @@ def put_in_place(temp: Path, final: Path, start: Start | None = None) -> None:
 
 
 def settle(temp: Path, final: Path) -> None:
-    """The second part of `publish`: sync the rename, and delete the checkpoint that was replaced.
+    """Sync the rename that `put_in_place` made, and delete the checkpoint that was replaced.
 
-    Raises:
-        StorageError: The file system refused the sync: after a power failure ``final`` might not be there. What could
-            not be deleted is logged, and `remove_leftovers` deletes it later.
+    Where the file system refuses the sync, ``final`` might not be there after a power failure. What could not be
+    deleted is logged, and `remove_leftovers` deletes it later.
     """
     storage, doomed = current(), final.with_name(doomed_name(final.name))
     with storage_errors(final):
@@ -153,12 +150,8 @@ def settle(temp: Path, final: Path) -> None:
 
 
 def abandon(temp: Path) -> None:
-    """Delete an unfinished save; one rank calls, when no rank writes to it any more. A second call does nothing.
-
-    Raises:
-        MisuseError: ``temp`` is not an unfinished save; nothing is deleted.
-    """
-    published_name(temp.name)
+    """Delete an unfinished save; one rank calls, when no rank writes to it any more. A second call does nothing."""
+    published_name(temp.name)  # refuses any other directory
     with storage_errors(temp):
         current().remove_tree(temp)
 
@@ -167,8 +160,9 @@ def remove_leftovers(root: Path, *, active: Collection[Path] = ()) -> tuple[str,
     """Delete what interrupted saves and deletions left in the root; one rank calls, before its first save.
 
     A killed save of a step that is never saved again would otherwise hold its space for ever. A save that is under way
-    (``active``), or whose lock is held by a live process, is no leftover. Neither are components saved by themselves
-    (``.saving-model``): their own next save removes what is left of them. Returns the names that were deleted.
+    (``active``), or whose lock is held by a live process, is no leftover; nor is one that another machine claimed and
+    that changed within a day. Neither are components saved by themselves (``.saving-model``): their own next save
+    removes what is left of them. Returns the names that were deleted.
     """
     if local_path(root) is None:
         return ()  # without locks nobody knows what is still being written
@@ -181,6 +175,8 @@ def remove_leftovers(root: Path, *, active: Collection[Path] = ()) -> tuple[str,
             if name is not None and name not in busy and parse_checkpoint_name(name) is not None:
                 found.setdefault(name, []).append(entry)
         for name, entries in found.items():
+            if _may_live_elsewhere(root, name):
+                continue
             try:
                 mine = claim(root, name)
             except CheckpointBusyError:
@@ -193,6 +189,23 @@ def remove_leftovers(root: Path, *, active: Collection[Path] = ()) -> tuple[str,
             finally:
                 mine.release()
     return tuple(gone)
+
+
+def _may_live_elsewhere(root: Path, name: str) -> bool:
+    """Whether a process of another machine may be writing ``name``.
+
+    Some file systems do not pass locks between machines: there, that a lock can be taken here proves nothing.
+    """
+    writer = writer_of(root, name)
+    if writer is None or writer.alive is not None:
+        return False
+    temp = root / temporary_name(name)
+    try:
+        paths = [root / (OWNER + name), *(where / each for where, names in walk(temp) for each in ("", *names))]
+    except CheckpointNotFoundError:  # somebody renames or deletes it at this moment
+        return True
+    changed = [found.changed for found in map(status, paths) if found is not None]
+    return any(when is None or time.time() - when < _QUIET_SECONDS for when in changed)
 
 
 def remove_checkpoint(root: Path, *names: str) -> None:
@@ -223,11 +236,6 @@ def make_root(root: Path) -> None:
         for directory in reversed(missing):
             current().make_directory(directory)
             current().sync_directory(directory.parent)
-
-
-def _refuse_published(final: Path) -> None:
-    if not is_directory(final, follows=False) or is_complete(final):
-        _refuse(final)
 
 
 def _refuse(final: Path) -> None:

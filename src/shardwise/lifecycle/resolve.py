@@ -1,11 +1,16 @@
-"""Resolves what a user names to a checkpoint that may be resumed from; it only reads, so every rank may call it.
+"""Which checkpoints there are, where each came from, and which one is meant; it only reads, so every rank may call it.
+
+A run that was rolled back goes on beside the checkpoints that it left. Names do not show which of them belong to it:
+step 60 of the abandoned line is not newer than step 45 of the present one. So each checkpoint has a small file that
+says which one it is and which checkpoints of its root came before it. The *present line* is the newest checkpoint with
+those. What is not on it was either abandoned (it came from a checkpoint of the line) or is another run's.
 
 Order is never by time stamps: a clock that jumps, a copy or a restored backup must not change what is newest. What was
-published later is newer (`shardwise.lifecycle.lineage`); checkpoints without a lineage count as older than all others
-and are ordered by ``(epoch, step)``. With a step that counts on through the epochs this is the order of the steps; with
-one that starts again in every epoch, ordering by step alone would take the end of an old epoch for the newest and let
-retention delete the newest instead. The one case that this order gets wrong, epoch numbers that run backwards after a
-change of the data, is decided by ``LATEST``, which is set by publication and always comes first.
+published later is newer; checkpoints without a lineage count as older than all others and are ordered by ``(epoch,
+step)``. With a step that counts on through the epochs this is the order of the steps; with one that starts again in
+every epoch, ordering by step alone would take the end of an old epoch for the newest and let retention delete the
+newest instead. The one case that this order gets wrong, epoch numbers that run backwards after a change of the data, is
+decided by ``LATEST``, which is set by publication and always comes first.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import logging
 import math
 import operator
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,9 +33,9 @@ from shardwise.disk.storage import current, storage_errors
 from shardwise.errors import CheckpointNotFoundError, IncompleteCheckpointError, MisuseError, ShardwiseError
 from shardwise.format.dcp_metadata import DCP_METADATA_NAME
 from shardwise.format.manifest import read_manifest
-from shardwise.lifecycle.lineage import Lineage, read_lineage
 from shardwise.lifecycle.names import (
     LATEST,
+    LINEAGE_NAME,
     MANIFEST_NAME,
     METRICS_NAME,
     foreign_numbers,
@@ -38,6 +44,153 @@ from shardwise.lifecycle.names import (
     parse_checkpoint_name,
 )
 from shardwise.lifecycle.pointers import announced, linked_checkpoint, read_pointer
+
+_LINEAGE_LIMIT = 1 << 24
+_LINEAGE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A checkpoint's name when it was published, and an id that tells it from an earlier one of the same name.
+
+    The id is empty for one that was saved without a lineage.
+    """
+
+    name: str
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """A checkpoint's identity and ancestors.
+
+    Attributes:
+        sequence: How many publications the root had seen when it was saved; a later one has a higher number.
+        ancestors: The checkpoints of its root that its run came through, the nearest first.
+        tree: What all checkpoints that have one first ancestor have in common, also when that is deleted; empty for
+            those that come from one without a lineage.
+    """
+
+    own: Origin
+    epoch: int
+    step: int
+    sequence: int
+    ancestors: tuple[Origin, ...] = ()
+    tree: str = ""
+
+    def encode(self) -> bytes:
+        """As the content of ``lineage.json``."""
+        document = {
+            "version": _LINEAGE_VERSION,
+            "name": self.own.name,
+            "id": self.own.id,
+            "epoch": self.epoch,
+            "step": self.step,
+            "sequence": self.sequence,
+            "tree": self.tree,
+            "ancestors": [[origin.name, origin.id] for origin in self.ancestors],
+        }
+        return (json.dumps(document, indent=1) + "\n").encode()
+
+
+def read_lineage(directory: Path) -> Lineage | None:
+    """The lineage of a checkpoint; ``None`` where it has none that can be read, as that of another tool.
+
+    A damaged one is no reason not to resume; `verify` reports it.
+    """
+    data = read_note(directory, LINEAGE_NAME, _LINEAGE_LIMIT)
+    if data is None:
+        return None
+    try:
+        document = json.loads(data)
+        if document["version"] != _LINEAGE_VERSION:
+            return None
+        ancestors = tuple(Origin(str(name), str(known)) for name, known in document["ancestors"])
+        epoch, step, sequence = (int(document[key]) for key in ("epoch", "step", "sequence"))
+        own = Origin(str(document["name"]), str(document["id"]))
+        return Lineage(own, epoch, step, sequence, ancestors, str(document["tree"]))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The checkpoint that a run goes on from, as it was when the run restored or saved it.
+
+    Later, another checkpoint or none may have its name. Its lineage is ``None`` where it has none.
+    """
+
+    path: Path
+    lineage: Lineage | None
+
+    @staticmethod
+    def at(path: Path) -> Start:
+        """The checkpoint that is there now."""
+        return Start(path, read_lineage(path))
+
+
+def next_lineage(
+    root: Path, checkpoints: Sequence[CheckpointInfo], name: str, epoch: int, step: int, start: Start | None
+) -> Lineage:
+    """The lineage of the checkpoint ``name`` that is about to be published in a root, which holds ``checkpoints``.
+
+    ``start`` is the checkpoint that the run was restored from or saved last; where that is not known, the one before it
+    in the order of steps is taken for it.
+    """
+    known = {info.name: info for info in checkpoints if info.complete and info.name != name}
+    before: CheckpointInfo | None = None
+    if start is None:
+        earlier = (info for info in known.values() if info.order < (epoch, step))
+        before = max(earlier, key=lambda info: info.order, default=None)
+    elif start.lineage is None and real_path(start.path.parent) == real_path(root):
+        before = known.get(start.path.name)
+    ancestors: tuple[Origin, ...] = ()
+    tree = uuid.uuid4().hex
+    if start is not None and start.lineage is not None:
+        theirs = start.lineage
+        ancestors = tuple(each for each in (theirs.own, *theirs.ancestors) if _is_there(each, known))
+        tree = theirs.tree
+    elif before is not None:
+        ancestors = tuple(_origin(known[each]) for each in line_of(known, before.name))
+        tree = before.tree
+    sequence = 1 + max((info.sequence for info in checkpoints), default=0)
+    return Lineage(Origin(name, uuid.uuid4().hex), epoch, step, sequence, ancestors, tree)
+
+
+def line_of(checkpoints: Mapping[str, CheckpointInfo], tip: str) -> tuple[str, ...]:
+    """Names of the complete checkpoints on the line that ends with ``tip``, newest first; empty where there is no tip.
+
+    One that was saved without a lineage is taken to come from all such that precede it in the order of steps.
+    """
+    last = checkpoints.get(tip)
+    if last is None:
+        return ()
+    if last.lineage is None:
+        alike = (info for info in checkpoints.values() if info.complete and info.lineage is None)
+        earlier = sorted((info for info in alike if info.order < last.order), key=lambda info: info.order, reverse=True)
+        return (tip, *(info.name for info in earlier))
+    return (tip, *(origin.name for origin in last.lineage.ancestors if _is_there(origin, checkpoints)))
+
+
+def branch_point(info: CheckpointInfo, line: Sequence[str], checkpoints: Mapping[str, CheckpointInfo]) -> int | None:
+    """Where a checkpoint left a line: the position in ``line`` of the nearest checkpoint that both come from.
+
+    The length of the line where that is deleted; ``None`` where they have nothing in common.
+    """
+    position = {name: number for number, name in enumerate(line)}
+    shared = (position[name] for name in line_of(checkpoints, info.name) if name in position)
+    alike = bool(line) and checkpoints[line[0]].tree == info.tree
+    return next(shared, len(line) if alike else None)
+
+
+def _is_there(origin: Origin, checkpoints: Mapping[str, CheckpointInfo]) -> bool:
+    found = checkpoints.get(origin.name)
+    return found is not None and found.complete and _origin(found).id == origin.id
+
+
+def _origin(info: CheckpointInfo) -> Origin:
+    return Origin(info.name, "" if info.lineage is None else info.lineage.own.id)
+
 
 logger = logging.getLogger(__name__)
 
@@ -130,13 +283,8 @@ def is_complete(directory: Path) -> bool:
 def list_checkpoints(root: Path) -> tuple[CheckpointInfo, ...]:
     """Every directory of the root with a checkpoint's name, by epoch and step; a root that does not exist has none.
 
-    Names are read, and the small files beside the tensors.
-
-    A link to a directory elsewhere counts as the checkpoint that it is called (`linked_checkpoint`); any other link is
-    a pointer, whatever it is called.
-
-    Raises:
-        StorageError: The root is a file, or cannot be read.
+    Names are read, and the small files beside the tensors. A link to a directory elsewhere counts as the checkpoint
+    that it is called (`linked_checkpoint`); any other link is a pointer, whatever it is called.
     """
     found = []
     with storage_errors(root):
@@ -202,13 +350,8 @@ def resolve(root: Path, restore_from: str | Path | int = LATEST) -> ResolvedChec
 
     ``restore_from`` is ``LATEST``, another pointer's name, the name of a directory in the root, a path (a `Path`, or
     text that names nothing in the root), or the number of a step. Returns ``None`` only for ``LATEST`` of a root in
-    which no checkpoint was published.
-
-    Raises:
-        CheckpointNotFoundError: There is no such thing; the text lists what there is.
-        IncompleteCheckpointError: It is an interrupted save.
-        StorageError: The root or the target cannot be read.
-        MisuseError: ``restore_from`` is neither text nor a path nor a number, or the number of several checkpoints.
+    which no checkpoint was published. What is not there is a `CheckpointNotFoundError` that lists what there is, an
+    interrupted save an `IncompleteCheckpointError`.
     """
     if not isinstance(restore_from, str | Path):
         if isinstance(restore_from, bool) or not isinstance(restore_from, SupportsIndex):
@@ -223,15 +366,6 @@ def resolve(root: Path, restore_from: str | Path | int = LATEST) -> ResolvedChec
         if restore_from == LATEST:
             return _latest(root)
         return _named(root, restore_from)
-
-
-def latest_step(root: Path) -> int | None:
-    """The step of the checkpoint that ``LATEST`` means; raises as `resolve`.
-
-    ``None`` where there is none to resume from, or it is of another tool and does not tell its step.
-    """
-    found = resolve(root)
-    return None if found is None else found.step
 
 
 def _of_step(root: Path, step: int) -> ResolvedCheckpoint:
@@ -278,13 +412,13 @@ def _latest(root: Path) -> ResolvedCheckpoint | None:
 
 def publication_begun(root: Path) -> str | None:
     """Name of the checkpoint that was published and is not ``LATEST`` yet: a crash came between the two."""
-    found = announced(root)
-    if found is None or not parse_checkpoint_name(found.name) or not is_complete(root / found.name):
+    name, known_as = announced(root) or ("", "")
+    if not parse_checkpoint_name(name) or not is_complete(root / name):
         return None
-    if found.id:  # another one may still be there under this name, which was to be replaced
-        lineage = read_lineage(root / found.name)
-        return found.name if lineage is not None and lineage.own.id == found.id else None
-    return found.name
+    if known_as:  # another one may still be there under this name, which was to be replaced
+        lineage = read_lineage(root / name)
+        return name if lineage is not None and lineage.own.id == known_as else None
+    return name
 
 
 def _named(root: Path, text: str) -> ResolvedCheckpoint:

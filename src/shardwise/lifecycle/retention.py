@@ -10,11 +10,10 @@ from pathlib import Path
 from shardwise.disk.names import is_directory, names_in
 from shardwise.disk.storage import current, storage_errors
 from shardwise.errors import ConfigError, StorageError
-from shardwise.lifecycle.lineage import branch_point, line_of
 from shardwise.lifecycle.names import is_doomed, leftover_of, parse_checkpoint_name
 from shardwise.lifecycle.pointers import announced, pointers
 from shardwise.lifecycle.publish import remove_checkpoint
-from shardwise.lifecycle.resolve import CheckpointInfo, list_checkpoints, newest
+from shardwise.lifecycle.resolve import CheckpointInfo, branch_point, line_of, list_checkpoints, newest
 from shardwise.settings import Settings
 
 
@@ -29,9 +28,6 @@ class Retention:
             nor one whose metrics cannot be read.
         metric_mode: ``min`` where lower is better, ``max`` where higher is.
         metric_key: Key of the metric in ``losses.json``.
-
-    Raises:
-        ConfigError: A number is below 1, or the mode is neither.
     """
 
     max_recent: int | None = None
@@ -127,7 +123,7 @@ def prunable(root: Path, policy: Retention) -> tuple[str, ...]:
     pointed = set(pointers(root).values())
     begun = announced(root)
     if begun is not None:
-        pointed.add(begun.name)
+        pointed.add(begun[0])
     checkpoints = list_checkpoints(root)
     return () if lacks_metric(checkpoints, policy) else select_doomed(checkpoints, pointed, policy)
 
@@ -136,13 +132,7 @@ def prune(root: Path, policy: Retention) -> tuple[str, ...]:
     """Delete the checkpoints that the policy gives up; one rank calls, after the pointers are set.
 
     Each is first renamed to a name that nothing resolves, and that is made durable; what an interrupted call left is
-    deleted by the next. One that cannot be deleted does not keep the others.
-
-    Returns the names of the deleted.
-
-    Raises:
-        StorageError: The file system refused, of several refusals the first, when everything was tried. What was to be
-            kept is untouched.
+    deleted by the next. Returns the names of the deleted. Everything is tried before the first refusal is raised.
     """
     refusals: list[StorageError] = []
     with storage_errors(root):

@@ -75,11 +75,10 @@ from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.names import declared_ties
 from shardwise.stateful_wrappers.replicas import MayDiffer
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
-from shardwise.upstream.diffusers import CLASS_NAME
+from shardwise.upstream.hugging_face import CLASS_NAME
 from shardwise.upstream.peft import copy_class, forget_origin, model_class_of, tokens_class
 from shardwise.upstream.torch_tensors import storage_key
-from shardwise.upstream.transformers import kept_in_float32
-from shardwise.upstream.transformers_rules import legacy_renamings
+from shardwise.upstream.transformers import kept_in_float32, legacy_renamings
 
 __all__ = ["MergeReport", "merge_adapter"]
 

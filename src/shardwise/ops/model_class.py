@@ -14,7 +14,7 @@ from shardwise.errors import FormatError, MissingTensorError, ShapeMismatchError
 from shardwise.format.json_file import read_json
 from shardwise.geometry import TensorSpec
 from shardwise.stateful_wrappers import ModelState
-from shardwise.upstream.diffusers import CLASS_NAME
+from shardwise.upstream.hugging_face import CLASS_NAME
 
 CONFIG_NAME = "config.json"
 _WRONG = "A file is absent, or the configuration is another model's: restore the right one."

@@ -119,7 +119,7 @@ def _left(root: Path, listed: tuple[ListedCheckpoint, ...], wrong: tuple[Pointer
         elif each.state == "claimed" and each.writer is not None:
             found.append(
                 f"{each.path.name} was claimed by process {each.writer.pid} on {each.writer.host}: if that has ended, "
-                "run repair there, or delete it; the next save of the run removes it too"
+                "run repair there, or delete it; a run's first save removes it too once it is a day old"
             )
         elif each.state == "interrupted" and each.path.name == each.name:
             found.append(f"{each.name} has neither a manifest nor a model: look at it, and delete it if it is nothing")

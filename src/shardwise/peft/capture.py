@@ -15,15 +15,15 @@ from shardwise.peft.names import join, named_modules, text_config
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, AdapterFile, AdapterTensors
 from shardwise.plan.fragments import HeldTensor, seen_through
 from shardwise.stateful_wrappers.names import own_tensors
-from shardwise.stateful_wrappers.state_dict_overrides import (
+from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
+from shardwise.stateful_wrappers.units import (
     has_foreign_hooks,
     has_torch_method,
+    label,
     overrides_extra_state,
     refuse_hooks_around,
     saves_subtree_itself,
 )
-from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
-from shardwise.stateful_wrappers.units import label
 from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, plain_path, unwrap
 from shardwise.upstream.torch_modules import (
     LOAD_OWN,

@@ -28,7 +28,7 @@ from shardwise.peft.names import named_modules
 from shardwise.stateful_wrappers.memory import identity
 from shardwise.stateful_wrappers.model_parts import config_of, has_quantized_parameters
 from shardwise.stateful_wrappers.names import own_tensors
-from shardwise.stateful_wrappers.state_dict_overrides import has_foreign_hooks
+from shardwise.stateful_wrappers.units import has_foreign_hooks
 from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, original_class, unwrap
 from shardwise.upstream import peft as upstream
 from shardwise.upstream.torch_modules import STORES, UNSAVED, own_parameters

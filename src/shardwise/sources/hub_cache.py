@@ -16,7 +16,7 @@ from pathlib import Path
 
 from shardwise.disk.names import is_directory, is_file
 from shardwise.errors import FormatError
-from shardwise.upstream.huggingface_hub import cache_folder
+from shardwise.upstream.hugging_face import cache_folder
 
 _REVISION = re.compile(r"(?P<id>[^@]+)@(?P<revision>[\w./-]+)")
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")

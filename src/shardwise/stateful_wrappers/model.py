@@ -19,20 +19,19 @@ from shardwise.plan.deferred import deferred, release, resolve
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.memory import install, plain_view
 from shardwise.stateful_wrappers.names import Listing, NamedTensor, is_lm_head, list_state
-from shardwise.stateful_wrappers.state_dict_overrides import EXTRA, every_module, has_foreign_hooks
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
-from shardwise.stateful_wrappers.units import StandIns, Step, Taker, failing, label, saved_tensors
-from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
-from shardwise.upstream.torch_modules import (
-    CHECKPOINTED,
-    LOAD_OWN,
-    keys_of_answer,
-    load_own,
-    loading_answer,
-    loading_post_hooks,
-    note_versions,
-    own_children,
+from shardwise.stateful_wrappers.units import (
+    StandIns,
+    Step,
+    Taker,
+    every_module,
+    failing,
+    has_foreign_hooks,
+    label,
+    saved_tensors,
 )
+from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
+from shardwise.upstream import torch_modules as upstream
 from shardwise.upstream.torch_tensors import local_part
 
 #: A model as a rank holds it: one module, or its pipeline stages.
@@ -133,19 +132,21 @@ class ModelState:
                     takers.setdefault(id(what.owner), {})[what.key] = value
                 elif target is not None:
                     install(plain_view(name, target), plain_view(name, value))
-                elif is_lenient or name.rpartition(".")[2] == EXTRA:
+                elif is_lenient or name.rpartition(".")[2] == upstream.EXTRA:
                     aside[name] = value
                 else:
                     raise KeyError(name)
         metadata = {name: dict(noted) for name, noted in listed.metadata.items()}
         installing = Installing(lambda taker: takers.get(id(taker), {}), aside, metadata, allow_missing=True)
         for part, steps in zip(self.model, listed.steps, strict=True):
-            wanted = [s for s in steps if s.kind != "take" or id(s.taker) in takers or _concerns(s, aside)]
+            wanted = [
+                step
+                for step in steps
+                if step.kind != "take"
+                or id(step.taker) in takers
+                or any(name.startswith(plain_name(step.prefix)) for name in aside)
+            ]
             installing.run([*wanted, *(() if steps else post_steps(unwrap(part)))])
-
-
-def _concerns(step: Step, names: Mapping[str, object]) -> bool:
-    return any(name.startswith(plain_name(step.prefix)) for name in names)
 
 
 def _made(named: NamedTensor) -> torch.Tensor:
@@ -160,7 +161,7 @@ def _made(named: NamedTensor) -> torch.Tensor:
 # --- loading by modules' own methods ---------------------------------------------------------------------------------
 
 
-_CHECKPOINTED = f"{CHECKPOINTED}."
+_CHECKPOINTED = f"{upstream.CHECKPOINTED}."
 
 
 @dataclass
@@ -220,13 +221,13 @@ class Installing:
         prefix = plain_name(taker.prefix)
         for name, value in (self.aside or {}).items():
             rest = name.removeprefix(prefix)
-            is_below = rest.partition(".")[0] in own_children(taker.module)
+            is_below = rest.partition(".")[0] in upstream.own_children(taker.module)
             if name.startswith(prefix) and (taker.whole or not is_below):
                 found[taker.prefix + rest] = value
         return found
 
     def _take_extra(self, module: nn.Module, prefix: str) -> None:
-        name = plain_name(prefix + EXTRA)
+        name = plain_name(prefix + upstream.EXTRA)
         if self.aside is None or name not in self.aside:
             self.without.append(label(module, prefix))
             return
@@ -235,8 +236,8 @@ class Installing:
 
     def _judge(self, answer: _Answer) -> None:
         where = label(answer.module, answer.prefix)
-        self.without += [where for key in answer.missing if key.rpartition(".")[2] == EXTRA]
-        missing = [key for key in answer.missing if key.rpartition(".")[2] != EXTRA]
+        self.without += [where for key in answer.missing if key.rpartition(".")[2] == upstream.EXTRA]
+        missing = [key for key in answer.missing if key.rpartition(".")[2] != upstream.EXTRA]
         if answer.errors:
             raise ModuleStateError(
                 f"{where} does not take the state that was saved: {'; '.join(answer.errors)}",
@@ -279,15 +280,15 @@ class _Answer:
 
     def own(self, module: nn.Module, values: dict[str, object], prefix: str, noted: dict[str, object]) -> None:
         """As ``load_state_dict`` does for one module."""
-        with _failing(module, prefix, LOAD_OWN):
-            load_own(module, values, prefix, noted, self.missing, self.unexpected, self.errors)
+        with _failing(module, prefix, upstream.LOAD_OWN):
+            upstream.load_own(module, values, prefix, noted, self.missing, self.unexpected, self.errors)
 
     def below(
         self, module: nn.Module, values: dict[str, object], prefix: str, noted: Callable[[str], dict[str, object]]
     ) -> None:
         """As ``load_state_dict`` does for a module and all below it."""
         self.own(module, values, prefix, noted(prefix))
-        for name, child in own_children(module).items():
+        for name, child in upstream.own_children(module).items():
             if child is not None:
                 start = f"{prefix}{name}."
                 theirs = {key: value for key, value in values.items() if key.startswith(start)}
@@ -296,8 +297,8 @@ class _Answer:
 
     def after(self, module: nn.Module) -> None:
         """Call a module's post-hooks."""
-        keys = loading_answer(self.missing, self.unexpected)
-        for hook in loading_post_hooks(module):
+        keys = upstream.loading_answer(self.missing, self.unexpected)
+        for hook in upstream.loading_post_hooks(module):
             with _failing(module, self.prefix, "a load_state_dict post-hook"):
                 hook(module, keys)
 
@@ -305,23 +306,23 @@ class _Answer:
         """Call the model's own ``load_state_dict``."""
         given: OrderedDict[str, object] = OrderedDict(values)
         if metadata:
-            note_versions(given, metadata)
+            upstream.note_versions(given, metadata)
         with _failing(self.module, self.prefix, "load_state_dict"):
             found: object = self.module.load_state_dict(given)
-        missing, unexpected = keys_of_answer(found)
+        missing, unexpected = upstream.keys_of_answer(found)
         self.missing += missing
         self.unexpected += unexpected
 
 
 def post_steps(root: nn.Module, prefix: str = "") -> list[Step]:
     """The post-hooks of a model that makes and takes its state as torch does, in torch's order."""
-    if not any(loading_post_hooks(module) for module in every_module([root])):
+    if not any(upstream.loading_post_hooks(module) for module in every_module([root])):
         return []
     found: list[Step] = []
-    for name, child in own_children(root).items():
+    for name, child in upstream.own_children(root).items():
         if child is not None:
             found += post_steps(child, f"{prefix}{name}.")
     # FSDP2's own hooks put sharded parameters back in place; these never left it.
-    if has_foreign_hooks(loading_post_hooks(root)):
+    if has_foreign_hooks(upstream.loading_post_hooks(root)):
         found.append(Step("post", root, prefix))
     return found

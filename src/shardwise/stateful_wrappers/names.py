@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -10,25 +10,20 @@ from torch import nn
 
 from shardwise.errors import NameCollisionError
 from shardwise.stateful_wrappers.memory import address, identity
-from shardwise.stateful_wrappers.state_dict_overrides import (
+from shardwise.stateful_wrappers.units import (
+    Aside,
+    Described,
+    StandIns,
+    Step,
     has_foreign_hooks,
     has_torch_method,
-    loads_as_torch,
+    is_torchs_own,
     refuse_fsdp1,
     refuse_hooks_around,
+    saved_tensors,
 )
-from shardwise.stateful_wrappers.units import Aside, Described, StandIns, Step, saved_tensors
 from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
-from shardwise.upstream.torch_modules import (
-    LOAD_OWN,
-    MAKES_STATE,
-    SAVE_OWN,
-    has_state_hooks,
-    loading_pre_hooks,
-    own_children,
-    saving_hooks,
-    saving_pre_hooks,
-)
+from shardwise.upstream.torch_modules import own_children, saving_pre_hooks
 from shardwise.upstream.transformers import class_ties, configured_ties
 
 
@@ -160,64 +155,40 @@ def _plain_entries(root: nn.Module, norms: bool) -> tuple[dict[str, torch.Tensor
     """
     found: dict[str, torch.Tensor] = {}
     modules: list[nn.Module] = []
-    torchs: dict[type[nn.Module], bool] = {}
-    pending = [("", root)]
     if not has_torch_method(root, "load_state_dict"):
         return None
-    while pending:
-        prefix, module = pending.pop()
-        cls = type(module)
-        plain = torchs.get(cls)
-        if plain is None:
-            plain = has_torchs_ways(cls) and loads_as_torch(module, norms=norms)
-            # A scripted module has no dictionaries that could be watched.
-            plain = torchs[cls] = plain and not issubclass(cls, torch.jit.ScriptModule)
-        if not plain or not keeps_torchs_ways(module):
+    for prefix, module in _with_prefixes(root):
+        if not is_torchs_own(module, norms=norms):
             return None
         modules.append(module)
-        for hook in saving_pre_hooks(module):
-            hook(module, prefix, True)
-        found |= {prefix + name: tensor for name, tensor in saved_tensors(module)}
-        pending.extend(_children(module, prefix))
+        found |= _entries_of(module, prefix)
     return found, modules
 
 
 def _own_entries(root: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers under the names that the modules have them under."""
     found: dict[str, torch.Tensor] = {}
-    pending = [("", root)]
-    while pending:
-        prefix, module = pending.pop()
-        for hook in saving_pre_hooks(module):  # FSDP2's, which puts sharded parameters back in place
-            if not has_foreign_hooks([hook]):
-                hook(module, prefix, True)
-        found |= {prefix + name: tensor for name, tensor in saved_tensors(module)}
-        pending.extend(_children(module, prefix))
+    for prefix, module in _with_prefixes(root):
+        found |= _entries_of(module, prefix)
     return found
 
 
-def _children(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.Module]]:
-    """A module's children with the prefixes of their names, the last one first."""
-    children = own_children(module)
-    if not children:
-        return ()
-    return reversed([(f"{prefix}{name}.", child) for name, child in children.items() if child is not None])
+def _entries_of(module: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
+    for hook in saving_pre_hooks(module):  # FSDP2's, which puts sharded parameters back in place
+        if not has_foreign_hooks([hook]):
+            hook(module, prefix, True)
+    return {prefix + name: tensor for name, tensor in saved_tensors(module)}
 
 
-def has_torchs_ways(cls: type[nn.Module]) -> bool:
-    """Whether modules of a class make their state as torch does: parameters and persistent buffers."""
-    return all(getattr(cls, name) is getattr(nn.Module, name) for name in MAKES_STATE)
-
-
-def keeps_torchs_ways(module: nn.Module) -> bool:
-    """Whether nothing was put into a module that makes or takes its state in another way than its class does."""
-    own = vars(module)  # directly, since this runs for every module of a model
-    if "state_dict" in own or SAVE_OWN in own or LOAD_OWN in own:
-        return False
-    if not has_state_hooks(module):
-        return True
-    # FSDP2's hook puts sharded parameters back in place, which shows in the modules before it runs.
-    return not has_foreign_hooks([*saving_hooks(module), *loading_pre_hooks(module)])
+def _with_prefixes(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A module and all below it, in torch's order, with the prefixes of their names."""
+    pending = [("", root)]
+    while pending:
+        prefix, module = pending.pop()
+        yield prefix, module
+        if children := own_children(module):
+            below = [(f"{prefix}{name}.", child) for name, child in children.items() if child is not None]
+            pending.extend(reversed(below))
 
 
 def declared_ties(parts: Sequence[nn.Module]) -> dict[str, str]:

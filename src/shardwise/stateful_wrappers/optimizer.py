@@ -21,27 +21,32 @@ from torch.optim import Optimizer
 
 from shardwise.errors import MisuseError, StateFormatError
 from shardwise.plan.fragments import HeldTensor
-from shardwise.stateful_wrappers.custom_optimizer_state import StateView, makes_or_loads_custom
 from shardwise.stateful_wrappers.inner_optimizers import (
     AnyOptimizer,
     Options,
     StateHolder,
+    StateView,
     find_state_holders,
+    makes_or_loads_custom,
     members,
 )
 from shardwise.stateful_wrappers.memory import install, plain_view
 from shardwise.stateful_wrappers.names import list_parameters, promised_ties, undeclared_names
-from shardwise.stateful_wrappers.state_tensors import (
+from shardwise.stateful_wrappers.state_trees import (
     LOCAL,
     PLAIN,
     UNCLEAR,
     Kind,
     SavedTensor,
+    Tree,
+    TreeWriter,
     as_shard_of,
     describe,
+    equal,
+    is_flat,
     is_sharded,
+    merged,
 )
-from shardwise.stateful_wrappers.state_trees import Tree, TreeWriter, equal, is_flat, merged
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.upstream.torch_tensors import local_part
 

@@ -18,11 +18,17 @@ from shardwise.errors import (
     StateFormatError,
 )
 from shardwise.plan.fragments import HeldTensor
-from shardwise.stateful_wrappers.custom_optimizer_state import Path, StateView, cloned, makes_or_loads_custom
-from shardwise.stateful_wrappers.inner_optimizers import Options, StateHolder, members
+from shardwise.stateful_wrappers.inner_optimizers import (
+    Options,
+    Path,
+    StateHolder,
+    StateView,
+    cloned,
+    makes_or_loads_custom,
+    members,
+)
 from shardwise.stateful_wrappers.optimizer import Entry, OptimizerRecord, OptimizerState, SavedGroup, label_of
-from shardwise.stateful_wrappers.state_tensors import Place, SavedTensor, make
-from shardwise.stateful_wrappers.state_trees import TreeReader, equal
+from shardwise.stateful_wrappers.state_trees import Place, SavedTensor, TreeReader, equal, make
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.upstream.torch_tensors import local_part
 

@@ -1,9 +1,14 @@
-"""Nested state as plain containers: dictionaries, lists and tuples with tensors in them, split and put together again.
+"""What an optimizer keeps of a parameter: tensors and how each relates to the parameter, and how they are nested.
 
-A tree is a list; its first item names its type: ``["tensor", key]``, ``["value", value]``, ``["dict", [[key, tree],
-...]]``, ``["ordered", ...]``, ``["list", [tree, ...]]``, ``["tuple", ...]``, ``["sharded", {region: tree}]`` for what
-each shard of a parameter has of its own, and ``["subclass", module, class, context, shape, stride, [[name, tree],
-...]]`` for a tensor that consists of others (quantized ones). The tensors go where all others go, under their keys.
+An optimizer that computes with DTensors keeps DTensors, one that works on ``to_local()`` keeps plain tensors of its
+shard, a preconditioner may be plain and the same on all ranks. Values alone do not show which; a state that is
+restored as another kind makes the next step fail, or compute wrong values.
+
+Nested state is split into plain containers and tensors, and put together again. A tree is a list; its first item names
+its type: ``["tensor", key]``, ``["value", value]``, ``["dict", [[key, tree], ...]]``, ``["ordered", ...]``, ``["list",
+[tree, ...]]``, ``["tuple", ...]``, ``["sharded", {region: tree}]`` for what each shard of a parameter has of its own,
+and ``["subclass", module, class, context, shape, stride, [[name, tree], ...]]`` for a tensor that consists of others
+(quantized ones). The tensors go where all others go, under their keys.
 """
 
 from __future__ import annotations
@@ -15,15 +20,274 @@ from dataclasses import dataclass, field
 from typing import NoReturn, cast
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 
+from shardwise.dtypes import dtype_code, torch_dtype
 from shardwise.errors import MisuseError, ShardwiseError, StateFormatError
-from shardwise.stateful_wrappers.memory import PLAIN, Wrapper
-from shardwise.stateful_wrappers.state_tensors import as_shard_of, is_sharded, is_spread_alike, region_of
-from shardwise.upstream.torch_tensors import PendingTensor, local_part
+from shardwise.stateful_wrappers.memory import PLAIN as PLAIN_CLASSES
+from shardwise.stateful_wrappers.memory import Wrapper
+from shardwise.stateful_wrappers.tensors import MeshRegister
+from shardwise.upstream.torch_tensors import PendingTensor, StridedShard, local_part
+
+#: Kinds of state. `USUAL` is what nearly all optimizers keep: tensors of the parameter's shape and spread, and plain
+#: scalars; older checkpoints have no other. `UNCLEAR`: plain, of the shape that both the shard and the whole of the
+#: state may have.
+USUAL, LIKE, PLAIN, LOCAL, UNCLEAR, SPREAD = "", "like", "plain", "local", "unclear", "spread"
+_KINDS = frozenset({USUAL, LIKE, PLAIN, LOCAL, UNCLEAR, SPREAD})
+#: Where a scalar was that could have been elsewhere.
+_DEVICES = frozenset({"", "cpu", "parameter"})
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """The kind of a state tensor."""
+
+    name: str = USUAL  #: One of this module's constants.
+    #: Of a DTensor that is not spread as its parameter: ``R`` or ``S`` with the dimension, for each mesh dimension.
+    placements: tuple[str, ...] = ()
+    mesh: tuple[str, ...] = ()  #: The names of the mesh's dimensions, where it has names.
+    device: str = ""  #: ``cpu`` or ``parameter``, where the parameter is on an accelerator.
+
+    def to_state(self) -> dict[str, object]:
+        """As plain containers."""
+        lists: dict[str, object] = {"placements": list(self.placements), "mesh": list(self.mesh)}
+        return {"kind": self.name, **{key: value for key, value in lists.items() if value}, "device": self.device}
+
+    @staticmethod
+    def from_state(state: Mapping[str, object]) -> Kind:
+        """Check and take in what `to_state` gave; ``ValueError`` where it is something else."""
+        name, device = str(state["kind"]), str(state.get("device", ""))
+        placements = tuple(str(each) for each in cast(list[object], state.get("placements", [])))
+        sound = all(each == "R" or (each[:1] == "S" and each[1:].isdecimal()) for each in placements)
+        if name not in _KINDS or device not in _DEVICES or not sound:
+            raise ValueError(f"a state tensor of kind {dict(state)}")
+        return Kind(name, placements, tuple(str(each) for each in cast(list[object], state.get("mesh", []))), device)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    """The description of a saved state tensor: enough to make one to load into."""
+
+    dtype: str  #: Its dtype's code.
+    shape: tuple[int, ...]  #: Its shape in the whole; of a `LOCAL` one, its parameter's.
+    kind: Kind = Kind()  #: Its kind.
+
+    def to_state(self) -> list[object]:
+        """As plain containers."""
+        row: list[object] = [self.dtype, list(self.shape)]
+        return row if self.kind == Kind() else [*row, self.kind.to_state()]
+
+    @staticmethod
+    def from_state(row: list[object]) -> SavedTensor:
+        """As `Kind.from_state`."""
+        shape = tuple(int(cast(int, n)) for n in cast(list[object], row[1]))
+        kind = Kind.from_state(cast(dict[str, object], row[2])) if len(row) > 2 else Kind()
+        return SavedTensor(str(row[0]), shape, kind)
+
+
+def describe(tensor: torch.Tensor, param: torch.Tensor | None, settled: str | None = None) -> SavedTensor:
+    """Describe a state tensor for the checkpoint; it may belong to no parameter.
+
+    ``settled`` is the kind that the ranks agreed on for a plain tensor of the shape of a shard.
+    """
+    dtype = dtype_code(tensor.dtype)
+    kind = _kind(tensor, param, settled)
+    shape = tuple(param.shape) if kind.name == LOCAL and param is not None else tuple(tensor.shape)
+    return SavedTensor(dtype, shape, kind)
+
+
+def _kind(tensor: torch.Tensor, param: torch.Tensor | None, settled: str | None) -> Kind:
+    if isinstance(tensor, DTensor):
+        if isinstance(param, DTensor) and is_spread_alike(tensor, param):
+            return Kind(USUAL if param.ndim else LIKE)
+        return Kind(SPREAD, tuple(map(_letter, tensor.placements)), tuple(tensor.device_mesh.mesh_dim_names or ()))
+    if param is None:
+        return Kind(PLAIN, device="cpu" if tensor.device.type == "cpu" else "parameter")
+    device = ""
+    if tensor.ndim == 0 and local_part(param).device.type != "cpu":
+        device = "cpu" if tensor.device.type == "cpu" else "parameter"
+    if not isinstance(param, DTensor):
+        return Kind(device=device)
+    if tensor.ndim == 0:
+        return Kind(USUAL if param.ndim else PLAIN, device=device)
+    if tensor.shape == local_part(param).shape:
+        return Kind(settled or UNCLEAR)
+    return Kind(PLAIN)
+
+
+def _letter(placement: Placement) -> str:
+    return f"S{placement.dim}" if isinstance(placement, (Shard, StridedShard)) else "R"
+
+
+def is_spread_alike(tensor: DTensor, param: DTensor) -> bool:
+    """Whether a tensor has the parameter's shape, mesh and placements."""
+    return (
+        tensor.shape == param.shape
+        and tensor.device_mesh == param.device_mesh
+        and list(map(repr, tensor.placements)) == list(map(repr, param.placements))
+    )
+
+
+def is_sharded(param: torch.Tensor) -> bool:
+    """Whether ranks hold different parts of a parameter."""
+    return isinstance(param, DTensor) and not all(isinstance(each, Replicate) for each in param.placements)
+
+
+def region_of(param: torch.Tensor) -> str:
+    """Which part of a parameter this rank holds, as text: ``0:8,0:16``; empty for the whole of a plain tensor."""
+    if not isinstance(param, DTensor):
+        return ""
+    spread = MeshRegister().spread("", param)
+    boxes = [region.box for region in spread.part.regions(spread.coordinate)]
+    return ";".join(",".join(f"{o}:{o + s}" for o, s in zip(b.offsets, b.sizes, strict=True)) for b in boxes) or "none"
+
+
+def as_shard_of(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """A plain tensor of this rank's shard as the part of the whole that it is; its memory is shared."""
+    if not isinstance(param, DTensor):
+        return tensor
+    return DTensor.from_local(
+        tensor, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a state tensor goes."""
+
+    name: str  #: For messages.
+    param: torch.Tensor  #: Its parameter, or any of its optimizer's for what belongs to none.
+    #: What the optimizer has in its place; its kind counts more than what another topology had.
+    have: torch.Tensor | None
+    known: bool | None  #: Whether the state is known to be like its parameter (``True``), or not (``False``).
+    is_torchs: bool  #: Whether torch's own class keeps it, which makes what is smaller by ``new_zeros`` of DTensors.
+    on_device: bool  #: Whether scalars belong to the parameter's device.
+    owned: bool = True  #: Whether it belongs to the parameter.
+    fresh: bool = False  #: Whether memory that the optimizer has may not be used.
+
+
+def make(saved: SavedTensor, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory of the kind that a state tensor had; the optimizer's own where it is of that kind.
+
+    Returns what the optimizer gets, and the same memory as the part of the saved tensor that it is. Where nothing shows
+    the kind on this topology, that is a `MisuseError`.
+    """
+    param, have, dtype = place.param, place.have, torch_dtype(saved.dtype)
+    kind = _settled(saved, place)
+    if have is not None and have.dtype == dtype and _fits(have, kind, saved, param):
+        tensor = torch.empty_like(have) if place.fresh else have
+    elif kind.name == LOCAL:
+        tensor = torch.zeros_like(local_part(param).detach(), dtype=dtype, requires_grad=False)
+    elif kind.name == LIKE:
+        tensor = torch.zeros_like(param.detach(), dtype=dtype, requires_grad=False)
+    elif kind.name == SPREAD and isinstance(param, DTensor):
+        tensor = _spread(saved, kind, param, dtype)
+    else:
+        at_param = kind.device == "parameter" or (not kind.device and (saved.shape != () or place.on_device))
+        tensor = torch.zeros(saved.shape, dtype=dtype, device=local_part(param).device if at_param else "cpu")
+    return tensor, as_shard_of(tensor, param) if kind.name == LOCAL else tensor
+
+
+def _settled(saved: SavedTensor, place: Place) -> Kind:
+    """The kind that a saved tensor has on this topology: like, plain, local or spread."""
+    param, kind, is_param_shape = place.param, saved.kind, saved.shape == tuple(place.param.shape)
+    if not place.owned:
+        return kind if kind.name == SPREAD else Kind(PLAIN, device=kind.device or "cpu")
+    if not isinstance(param, DTensor):
+        if saved.shape == () and kind.name == USUAL:
+            return Kind(LIKE if param.ndim == 0 and place.known and not kind.device else PLAIN, device=kind.device)
+        return Kind(LIKE if is_param_shape and kind.name != PLAIN else PLAIN, device=kind.device)
+    if kind.name in (LIKE, LOCAL, SPREAD, PLAIN):
+        return kind
+    if saved.shape == () and (param.ndim or not place.known):
+        return Kind(PLAIN, device=kind.device)
+    seen = _seen(saved, place)
+    if seen is not None:
+        return seen
+    if kind.name == USUAL and is_param_shape:
+        return Kind(LIKE)
+    if kind.name == UNCLEAR and saved.shape == tuple(local_part(param).shape):
+        return Kind(PLAIN)
+    if kind.name == USUAL and place.is_torchs:
+        return Kind(SPREAD, ("R",) * param.device_mesh.ndim)
+    raise MisuseError(
+        f"the saved state of shape {list(saved.shape)} was a plain tensor, and nothing shows whether the optimizer "
+        f"keeps each rank's shard of it here, the whole, or a DTensor: the parameter is spread otherwise than when it "
+        f"was saved ({list(param.shape)}, {list(local_part(param).shape)} on this rank)",
+        tensor=place.name,
+        hint="Let the optimizer take one step before restoring, which makes its state, or restore on the topology "
+        "that saved.",
+    )
+
+
+def _seen(saved: SavedTensor, place: Place) -> Kind | None:
+    """The kind of what the optimizer has in a tensor's place, if that is the same tensor."""
+    have, param = place.have, place.param
+    if have is None:
+        return None
+    if isinstance(have, DTensor):
+        alike = isinstance(param, DTensor) and is_spread_alike(have, param)
+        return (Kind(LIKE) if alike else _kind(have, param, None)) if tuple(have.shape) == saved.shape else None
+    local = local_part(param).shape
+    if have.shape == local and local != param.shape and saved.shape == tuple(param.shape):
+        return Kind(LOCAL)
+    return Kind(PLAIN) if tuple(have.shape) == saved.shape else None
+
+
+def _fits(have: torch.Tensor, kind: Kind, saved: SavedTensor, param: torch.Tensor) -> bool:
+    """Whether memory that an optimizer has is of the kind and shape that is wanted."""
+    if kind.name == LOCAL:
+        return not isinstance(have, DTensor) and have.shape == local_part(param).shape
+    if tuple(have.shape) != saved.shape or type(local_part(have)) is not torch.Tensor:
+        return False
+    if kind.name == LIKE:
+        alike = isinstance(have, DTensor) and isinstance(param, DTensor) and is_spread_alike(have, param)
+        plain = not isinstance(have, DTensor) and not isinstance(param, DTensor)
+        return (alike or plain) and local_part(have).device == local_part(param).device
+    if kind.name == SPREAD and isinstance(param, DTensor):
+        return isinstance(have, DTensor)
+    return not isinstance(have, DTensor)
+
+
+def _spread(saved: SavedTensor, kind: Kind, param: DTensor, dtype: torch.dtype) -> torch.Tensor:
+    mesh = param.device_mesh
+    placements = [_placement(each, len(saved.shape)) for each in _over(kind, mesh, param)]
+    return torch.distributed.tensor.zeros(saved.shape, dtype=dtype, device_mesh=mesh, placements=placements)
+
+
+def _over(kind: Kind, mesh: DeviceMesh, param: DTensor) -> list[str]:
+    """A saved tensor's placements over another mesh: by the names of its dimensions, by their number, or by what cuts.
+
+    Where it lies changes no value; a mesh of another kind keeps what can be kept.
+    """
+    if len(kind.placements) == mesh.ndim:
+        return list(kind.placements)
+    names = tuple(mesh.mesh_dim_names or ())
+    if names and set(names) & set(kind.mesh):
+        known = dict(zip(kind.mesh, kind.placements, strict=False))
+        return [known.get(name, "R") for name in names]
+    cuts = sorted({each for each in kind.placements if each != "R"})
+    one = cuts[0] if len(cuts) == 1 else "R"
+    first = next((n for n, each in enumerate(param.placements) if isinstance(each, (Shard, StridedShard))), None)
+    return [one if n == first else "R" for n in range(mesh.ndim)]
+
+
+def _placement(letter: str, ndim: int) -> Placement:
+    if letter == "R":
+        return Replicate()
+    dim = int(letter[1:])
+    if dim >= ndim:
+        raise StateFormatError(f"a state of {ndim} dimensions is cut along dimension {dim}", hint="Restore the file.")
+    return Shard(dim)
+
+
+# --- nested state -----------------------------------------------------------------------------------------------------
+
 
 Tree = list[object]
-_PLAIN = {*PLAIN, PendingTensor}
+_PLAIN = {*PLAIN_CLASSES, PendingTensor}
 
 
 def is_flat(state: Mapping[object, object]) -> bool:

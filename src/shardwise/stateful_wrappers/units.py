@@ -1,13 +1,14 @@
-"""The entries of ``state_dict()`` by origin: parameters and buffers themselves, and values made by modules.
+"""How modules save and load their state, and the entries of ``state_dict()`` by origin.
 
-Names here are those of ``state_dict()``, with what wrappers put into them.
+Modules use torch's methods, or overrides and hooks of their own. Entries are parameters and buffers themselves, or
+values made by modules; names here are those of ``state_dict()``, with what wrappers put into them.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, cast
@@ -17,32 +18,117 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from shardwise.errors import ModuleStateError
+from shardwise.errors import MisuseError, ModuleStateError
 from shardwise.plan.deferred import Deferred
-from shardwise.stateful_wrappers.state_dict_overrides import (
-    EXTRA,
-    has_torch_method,
-    loads_itself,
-    overrides_extra_state,
-    reaches_below,
-    saves_subtree_itself,
-)
-from shardwise.stateful_wrappers.wrapping import plain_name
+from shardwise.stateful_wrappers.wrapping import plain_name, wrapped
+from shardwise.upstream import torch_modules as upstream
 from shardwise.upstream.torch_dispatch import MESSAGES, OpOverload, TorchDispatchMode
-from shardwise.upstream.torch_modules import (
-    SAVE_OWN,
-    loading_post_hooks,
-    note_versions,
-    noted_versions,
-    own_buffers,
-    own_children,
-    own_parameters,
-    save_own,
-    saving_pre_hooks,
-    state_version,
-    unsaved_buffers,
-)
 from shardwise.upstream.torch_tensors import around, is_lazy, local_part, spread_of, storage_key
+
+
+def has_torch_method(module: nn.Module, name: str) -> bool:
+    """Whether a module inherits a method from ``nn.Module``."""
+    return getattr(type(module), name) is getattr(nn.Module, name) and name not in vars(module)
+
+
+def has_foreign_hooks(hooks: Iterable[object]) -> bool:
+    """Whether one of the hooks may convert values: it is not on the list of harmless ones."""
+    return not all((getattr(hook, "__module__", None) or "").startswith(upstream.HARMLESS_HOOKS) for hook in hooks)
+
+
+def saves_subtree_itself(module: nn.Module) -> bool:
+    """Whether a module, or a hook on it, makes the saved state of the module and of all modules below it."""
+    return not has_torch_method(module, "state_dict") or has_foreign_hooks(upstream.saving_hooks(module))
+
+
+def overrides_extra_state(module: nn.Module, method: str) -> bool:
+    """Whether a module overrides ``get_extra_state`` or ``set_extra_state``."""
+    return getattr(type(module), method, None) not in (None, getattr(nn.Module, method))
+
+
+def loads_itself(module: nn.Module, *, norms: bool = False) -> bool:
+    """Whether a module loads its state with its own code, or a hook changes it before.
+
+    With ``norms`` torch's normalisation layers count too: they copy only if all their tensors are there.
+    """
+    return not loads_as_torch(module, norms=norms) or has_foreign_hooks(upstream.loading_pre_hooks(module))
+
+
+def loads_as_torch(module: nn.Module, *, norms: bool = False) -> bool:
+    """Whether a module's ``_load_from_state_dict`` copies each tensor into the parameter or buffer of its name."""
+    if has_torch_method(module, upstream.LOAD_OWN):
+        return True
+    if norms or upstream.LOAD_OWN in vars(module):
+        return False
+    return upstream.loads_as_norms_do(module)
+
+
+def is_torchs_own(module: nn.Module, *, norms: bool) -> bool:
+    """Whether a module makes and takes its state as torch does, and keeps it in dictionaries that can be watched."""
+    return (
+        has_torch_method(module, upstream.SAVE_OWN)
+        and not saves_subtree_itself(module)
+        and not loads_itself(module, norms=norms)
+        and not overrides_extra_state(module, "get_extra_state")
+        and not overrides_extra_state(module, "set_extra_state")
+        and not isinstance(module, torch.jit.ScriptModule)
+    )
+
+
+def reaches_below(module: nn.Module) -> bool:
+    """Whether loading a module's state may also change that of the modules below it.
+
+    Hooks and methods are given the whole subtree's state. Torch's own methods look at the module's own alone.
+    """
+    if not any(child is not None for child in upstream.own_children(module).values()):
+        return False
+    if has_foreign_hooks(upstream.loading_pre_hooks(module)) or upstream.LOAD_OWN in vars(module):
+        return True
+    return not upstream.own_loader(type(module)).__module__.startswith("torch.")
+
+
+def refuse_hooks_around(part: nn.Module, inner: nn.Module) -> None:
+    """Check that the wrappers around a model, which are taken off first, have no state hooks."""
+    wrapper: nn.Module | None = part
+    while wrapper is not None and wrapper is not inner:
+        around_loading = (*upstream.loading_pre_hooks(wrapper), *upstream.loading_post_hooks(wrapper))
+        if has_foreign_hooks([*upstream.saving_hooks(wrapper), *around_loading]):
+            raise ModuleStateError(
+                f"the {type(wrapper).__name__} around the model has state_dict hooks of its own",
+                hint="Register them on the module inside.",
+            )
+        wrapper = wrapped(wrapper)
+
+
+def refuse_fsdp1(parts: Iterable[object]) -> None:
+    """Check that no module is wrapped by FSDP1: its ``state_dict()`` depends on modes and gathers."""
+    cls = upstream.fsdp1_class()
+    if cls is None:
+        return
+    modules = [part for part in parts if isinstance(part, nn.Module)]
+    if not any(isinstance(module, cls) for module in every_module(modules)):
+        return
+    for part in modules:
+        for name, module in part.named_modules():
+            if isinstance(module, cls):
+                raise MisuseError(
+                    f"the module {name or type(module.module).__name__!r} is wrapped by FSDP1 "
+                    "(FullyShardedDataParallel), which keeps its parameters in flat tensors without names",
+                    hint="Shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead.",
+                )
+
+
+def every_module(roots: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Every module once, in no particular order: a fifth of the time of torch's ``modules()``, which names them."""
+    seen: set[int] = set()
+    pending = list(roots)
+    while pending:
+        module = pending.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            if upstream.own_children(module):
+                pending.extend([child for child in upstream.own_children(module).values() if child is not None])
 
 
 def label(module: nn.Module, prefix: str) -> str:
@@ -82,11 +168,11 @@ class Unit:
         """Ask for the entries, with torch's ``_metadata``. Names have to be below the module's own."""
         module, prefix = self.module, self.prefix
         made: Mapping[str, object] = OrderedDict()
-        note_versions(made, OrderedDict())
+        upstream.note_versions(made, OrderedDict())
         with failing(f"{self.label} failed to give its state", _GIVE), torch.no_grad():
             if not self.whole:
-                noted_versions(made)[prefix[:-1]] = {"version": state_version(module)}
-                save_own(module, cast("dict[str, object]", made), prefix)
+                upstream.noted_versions(made)[prefix[:-1]] = {"version": upstream.state_version(module)}
+                upstream.save_own(module, cast("dict[str, object]", made), prefix)
             elif prefix:
                 # As its parent calls it, which does not look at what is returned.
                 module.state_dict(destination=cast("dict[str, object]", made), prefix=prefix, keep_vars=False)
@@ -131,11 +217,6 @@ class Taker:
     whole: bool  #: Whether it takes those of the modules below it too.
     is_lenient: bool  #: Whether it decides names and shapes itself, by its own methods or hooks for loading.
     calls_root: bool = False  #: Whether the model's own ``load_state_dict`` is what takes them.
-
-    @property
-    def label(self) -> str:
-        """For messages."""
-        return label(self.module, self.prefix)
 
 
 class Step(NamedTuple):
@@ -202,11 +283,8 @@ class StandIns:
 
     def taker(self, module: nn.Module, prefix: str, whole: bool, is_lenient: bool, calls_root: bool = False) -> Taker:
         """Equal takers are one, too."""
-        seen = ("taker", id(module), prefix, whole, is_lenient, calls_root)
-        known = self._takers.get(seen)
-        if known is None:
-            known = self._takers[seen] = Taker(module, prefix, whole, is_lenient, calls_root)
-        return known
+        seen = (id(module), prefix, whole, is_lenient, calls_root)
+        return self._takers.setdefault(seen, Taker(module, prefix, whole, is_lenient, calls_root))
 
 
 class Described:
@@ -261,15 +339,15 @@ class Described:
         if own is None and overrides_extra_state(module, "set_extra_state"):
             self._steps.append(Step("extra", module, prefix))
         if own is not None:
-            self.metadata.setdefault(prefix[:-1], {"version": state_version(module)})
+            self.metadata.setdefault(prefix[:-1], {"version": upstream.state_version(module)})
         self._modules[plain_name(prefix)] = (module, prefix, own)
         for name, tensor in saved_tensors(module):
             self._owned[plain_name(prefix + name)] = (tensor, own)
             self._memory.setdefault(_memory(tensor), tensor)
-        for name, child in own_children(module).items():
+        for name, child in upstream.own_children(module).items():
             if child is not None:
                 self._look_at_takers(child, f"{prefix}{name}.", below)
-        if below is None and loading_post_hooks(module):
+        if below is None and upstream.loading_post_hooks(module):
             self._steps.append(Step("post", module, prefix))
 
     def _nearest(self, key: str) -> tuple[str, tuple[nn.Module, str, Taker | None]]:
@@ -294,9 +372,9 @@ class Described:
         if saves_subtree_itself(module):
             self._add_made(Unit(module, prefix, whole=True))
             return
-        for hook in saving_pre_hooks(module):  # FSDP2's
+        for hook in upstream.saving_pre_hooks(module):  # FSDP2's
             hook(module, prefix, True)
-        if not has_torch_method(module, SAVE_OWN):
+        if not has_torch_method(module, upstream.SAVE_OWN):
             self._add_made(Unit(module, prefix, whole=False))
         else:
             for name, tensor in saved_tensors(module):
@@ -305,19 +383,20 @@ class Described:
                 name = label(module, prefix)
                 with failing(f"get_extra_state of {name} failed", _GIVE), torch.no_grad():
                     extra = module.get_extra_state()
-                self._add_aside(prefix + EXTRA, extra, name)
-                self.metadata.setdefault(prefix[:-1], {"version": state_version(module)})
-        for name, child in own_children(module).items():
+                self._add_aside(prefix + upstream.EXTRA, extra, name)
+                self.metadata.setdefault(prefix[:-1], {"version": upstream.state_version(module)})
+        for name, child in upstream.own_children(module).items():
             if child is not None:
                 self._look_at_makers(child, f"{prefix}{name}.")
 
     def _add_made(self, unit: Unit) -> None:
-        with _NoMessages(unit.label) if _has_peers() else contextlib.nullcontext():
+        has_peers = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        with _NoMessages(unit.label) if has_peers else contextlib.nullcontext():
             entries = unit.entries()
-        for name, noted in noted_versions(entries).items():
+        for name, noted in upstream.noted_versions(entries).items():
             self.metadata[name] = dict(noted)
         for key, value in entries.items():
-            is_extra = key.rpartition(".")[2] == EXTRA
+            is_extra = key.rpartition(".")[2] == upstream.EXTRA
             if isinstance(value, torch.Tensor) and not is_extra and _is_dense(value):
                 self._add(key, value, unit)
             else:
@@ -328,15 +407,11 @@ class Described:
             self.aside[key] = Aside(value, whose)
 
     def _add(self, key: str, value: torch.Tensor, unit: Unit | None) -> None:
-        owned = self._owned.get(plain_name(key))
-        own: torch.Tensor | None
-        taker: Taker | None
-        if owned is not None:
-            own, taker = owned
-        else:
+        own, taker = self._owned.get(plain_name(key)) or (
             # A wrapper may rename an entry; if it loads as torch does, it is still the same tensor.
-            taker = self._nearest(key)[1][2]
-            own = self._memory.get(_memory(value))
+            self._memory.get(_memory(value)),
+            self._nearest(key)[1][2],
+        )
         if taker is None and own is not None and (value is own or _memory(value) == _memory(own)):
             self.tensors[key] = own
             return
@@ -349,7 +424,8 @@ class Described:
         taker = taker or self._taker_of(key)
         if not _is_ordinary(local_part(value)):
             raise ModuleStateError(
-                f"{taker.label} saves or loads its state by its own methods, and gives a {type(value).__name__}, "
+                f"{label(taker.module, taker.prefix)} saves or loads its state by its own methods, and gives a "
+                f"{type(value).__name__}, "
                 "which cannot be described",
                 tensor=key,
                 hint="Give out a plain tensor in state_dict(), and take one.",
@@ -361,9 +437,10 @@ class Described:
 
 def saved_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """A module's own parameters and persistent buffers, without those of the modules below it."""
-    found: list[tuple[str, torch.Tensor]] = [(n, p) for n, p in own_parameters(module).items() if p is not None]
-    if buffers := own_buffers(module):
-        unsaved = unsaved_buffers(module)
+    found: list[tuple[str, torch.Tensor]]
+    found = [(name, own) for name, own in upstream.own_parameters(module).items() if own is not None]
+    if buffers := upstream.own_buffers(module):
+        unsaved = upstream.unsaved_buffers(module)
         found += [(name, buffer) for name, buffer in buffers.items() if buffer is not None and name not in unsaved]
     return found
 
@@ -387,10 +464,6 @@ def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
     storage = storage_key(local)
     how = (local.dtype, local.shape, local.stride(), local.storage_offset(), local.is_conj(), local.is_neg())
     return (storage, how, spread)
-
-
-def _has_peers() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class _NoMessages(TorchDispatchMode):  # type: ignore[no-untyped-call]

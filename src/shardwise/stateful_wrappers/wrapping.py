@@ -20,8 +20,7 @@ from typing import NamedTuple, cast
 
 from torch import nn
 
-from shardwise.upstream.diffusers import model_mixin
-from shardwise.upstream.huggingface_hub import hub_mixin
+from shardwise.upstream.hugging_face import hub_mixin, model_mixin
 from shardwise.upstream.python import imported_class
 from shardwise.upstream.torch_modules import (
     CHECKPOINTED,

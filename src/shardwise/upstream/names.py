@@ -1,14 +1,14 @@
 """Every private or undocumented name of another library that shardwise depends on, each once, with the reason.
 
 A name is written as it is reached. ``torch.nn.Module()._parameters`` is an attribute of an instance that is made
-without arguments, ``@dtensor._spec`` one of an object in `EXAMPLES`. ``torch.optim.lr_scheduler:_last_lr`` is a word
+without arguments, ``@dtensor._spec`` one of an object of the tests. ``torch.optim.lr_scheduler:_last_lr`` is a word
 that a module's source has to contain: what libraries set on instances, write into files, or pass by keyword. The tests
 in ``tests/upstream`` look each of them up in the installed release, and compare the list with the code of this package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -53,11 +53,14 @@ _TRAINER = "no callback or public method stands where the Trainer writes and rea
 _OVERRIDDEN = "a subclass that overrides it would never see it called"
 _PREPARED = "no public attribute lists what save_state would save"
 
+_BUILT_IN = "builtin_function_or_method"
+
 _MODULE = "torch.nn.Module"
+_DIST = "torch.distributed"
 _PYTHON_DISPATCH = "torch.utils._python_dispatch"
 _COLLECTIVE = "torch.distributed._functional_collectives.AsyncCollectiveTensor"
-_METADATA = "torch.distributed.checkpoint"
 _PRETRAINED = "transformers.modeling_utils.PreTrainedModel"
+_AUTO = "transformers.models.auto.modeling_auto"
 _LOADING = "transformers.core_model_loading"
 _TUNERS = "peft.tuners"
 
@@ -78,9 +81,7 @@ BY_MODULE: Mapping[str, tuple[Name, ...]] = {
         ),
         Name(f"{_MODULE}._version", "noted beside a module's state, and handed back to it", "int"),
         Name(
-            f"{_MODULE}().state_dict()._metadata",
-            "versions travel beside the state, as torch's own loading asks",
-            "dict",
+            f"{_MODULE}().state_dict()._metadata", "versions travel beside the state, as torch's loading asks", "dict"
         ),
         *_called(_MODULE, "parameters of a meta model get memory in place, ties and DTensors among them", _apply="fn"),
         Name("torch.nn.modules.module._IncompatibleKeys", "what load_state_dict answers, for post-hooks", "type"),
@@ -88,16 +89,9 @@ BY_MODULE: Mapping[str, tuple[Name, ...]] = {
         Name("torch.nn.modules.batchnorm._NormBase", "its loading copies only once all its tensors are there", "type"),
         Name("torch.nn.modules.activation:_reset_parameters", "nn.MultiheadAttention gives its initial values by it"),
         Name("torch._dynamo.eval_frame:_orig_mod", _NAMES),
-        Name(
-            "torch.distributed.algorithms._checkpoint.checkpoint_wrapper:_checkpoint_wrapped_module",
-            _NAMES + "; its hooks are known by their module",
-        ),
+        Name(f"{_DIST}.algorithms._checkpoint.checkpoint_wrapper:_checkpoint_wrapped_module", _NAMES),
         Name("torch.distributed.fsdp._common_utils:_fsdp_wrapped_module", _NAMES),
-        Name(
-            "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
-            "FSDP1 is refused where it was imported, and not imported for that",
-            "type",
-        ),
+        Name(f"{_DIST}.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel", "FSDP1 is refused", "type"),
         Name("torch.distributed._composable.replicate.DDP", "replicate() puts a class made from it in front", "type"),
     ),
     "torch_tensors": (
@@ -106,17 +100,9 @@ BY_MODULE: Mapping[str, tuple[Name, ...]] = {
         Name("@dtensor._spec.mesh", _DTENSOR, "DeviceMesh"),
         Name("@dtensor._spec.placements", _DTENSOR, "tuple"),
         Name("@dtensor._spec.tensor_meta.shape", _DTENSOR, "Size"),
-        *_called(
-            "torch.distributed.device_mesh.DeviceMesh",
-            "names of the dimensions around a sliced mesh",
-            _get_root_mesh="",
-        ),
+        *_called(f"{_DIST}.device_mesh.DeviceMesh", "the dimensions around a sliced mesh", _get_root_mesh=""),
         Name("torch.distributed.tensor._dtensor_spec.DTensorSpec", "what a DTensor is made from", "type"),
-        Name(
-            "torch.distributed.tensor.placement_types._StridedShard",
-            "several mesh dimensions that cut one tensor dimension",
-            "type",
-        ),
+        Name(f"{_DIST}.tensor.placement_types._StridedShard", "mesh dimensions that cut one tensor dimension", "type"),
         *_called(
             "torch.distributed.tensor._utils",
             "the region that DCP would record",
@@ -126,61 +112,35 @@ BY_MODULE: Mapping[str, tuple[Name, ...]] = {
         *_called(_COLLECTIVE, "its memory is read once it has come", trigger_wait=""),
         *_called("torch.nn.parameter", "a parameter without a shape", is_lazy="param"),
         *_called(_PYTHON_DISPATCH, "a tensor that consists of others", is_traceable_wrapper_subclass="t"),
-        Name(
-            "torch.Tensor._make_wrapper_subclass",
-            "a tensor with a shape and no memory; torch's notes on extending use it",
-            "builtin_function_or_method",
-        ),
+        Name("torch.Tensor._make_wrapper_subclass", "has a shape and no memory; torch's notes use it", _BUILT_IN),
         Name("torch.empty(1).untyped_storage()._cdata", "identifies storages without memory", "int"),
         Name("torch._C.DisableTorchFunctionSubclass", "reads a subclass's memory whatever it overrides", "type"),
-        Name("torch._neg_view", "memory that is read with the opposite sign", "builtin_function_or_method"),
-        *_several(
-            "torch._make_per_",
-            _QUANTIZED,
-            "tensor_quantized_tensor channel_quantized_tensor",
-            "builtin_function_or_method",
-        ),
+        Name("torch._neg_view", "memory that is read with the opposite sign", _BUILT_IN),
+        *_several("torch._make_per_", _QUANTIZED, "tensor_quantized_tensor channel_quantized_tensor", _BUILT_IN),
     ),
     "torch_dispatch": (
         Name("torch._ops.OpOverload", "what a dispatch mode is given", "type"),
         Name("torch.ops.aten.add_.Tensor._schema.name", "which operation runs", "str"),
-        Name(
-            f"{_PYTHON_DISPATCH}.TorchDispatchMode",
-            "random initial values are drawn by name; torch's notes on extending use it",
-            "type",
-        ),
+        Name(f"{_PYTHON_DISPATCH}.TorchDispatchMode", "initial values are drawn by name; torch's notes use it", "type"),
         *_called("torch.utils._pytree", "tensors anywhere among an operation's arguments", tree_map="func tree"),
         *_several("torch.ops.aten.", _TRACED, "_unsafe_view _reshape_alias _to_copy", "OpOverloadPacket"),
         *_several("torch.ops.", _MESSAGES, "_c10d_functional _c10d_functional_autograd", "_OpNamespace"),
-        Name(
-            "torch._subclasses.fake_tensor.FakeTensorMode",
-            "a .bin file's shapes and offsets are read without its values",
-            "type",
-        ),
+        Name("torch._subclasses.fake_tensor.FakeTensorMode", "a .bin file is looked at without its values", "type"),
         Name("torch.serialization:_checkpoint_offset", "where in a .bin file a tensor lies"),
     ),
     "torch_distributed": (
-        *_called(
-            "torch.distributed.distributed_c10d",
-            "missing or lost ranks are distinguished by keys",
-            _get_default_store="",
-        ),
+        *_called(f"{_DIST}.distributed_c10d", "keys tell missing ranks from lost ones", _get_default_store=""),
         Name("torch._C._distributed_c10d.Store", "the type of that store", "type"),
-        *_several(
-            "torch.distributed.ProcessGroup.",
-            _LATER,
-            "allgather broadcast allreduce alltoall_base send recv",
-            "builtin_function_or_method",
-        ),
+        *_several(f"{_DIST}.ProcessGroup.", _LATER, "allgather broadcast allreduce alltoall_base send recv", _BUILT_IN),
     ),
     "torch_checkpoint": (
         Name(
-            f"{_METADATA}.filesystem._StorageInfo",
+            f"{_DIST}.checkpoint.filesystem._StorageInfo",
             _DCP,
             "type",
             ("relative_path", "offset", "length", "transform_descriptors"),
         ),
-        Name(f"{_METADATA}.metadata._MEM_FORMAT_ENCODING", _DCP, "type"),
+        Name(f"{_DIST}.checkpoint.metadata._MEM_FORMAT_ENCODING", _DCP, "type"),
         Name("torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING", _DCP, "type"),
         *_called("torch.serialization", _DCP, _get_layout=""),
         *_several("torch.distributed.tensor.", _RANKS, "_api:_local_tensor _api:_spec placement_types:_StridedShard"),
@@ -196,13 +156,7 @@ BY_MODULE: Mapping[str, tuple[Name, ...]] = {
         Name("torch.optim.lbfgs:prev_loss", "ranks may differ in it: it is set before it is read"),
     ),
     "python": (
-        Name(
-            "threading._register_atexit",
-            "a save in the background ends before executors close",
-            "function",
-            ("func",),
-            True,
-        ),
+        Name("threading._register_atexit", "a save ends before executors close", "function", ("func",), True),
         Name("numpy.random.RandomState()._bit_generator", "the state of one of numpy's old generators", "object"),
     ),
     "transformers": (
@@ -216,11 +170,7 @@ BY_MODULE: Mapping[str, tuple[Name, ...]] = {
         Name("transformers.initialization:_is_hf_initialized", "which tensors initialisation leaves alone"),
         Name("transformers.configuration_utils:_name_or_path", "a path of this machine, which no file has to name"),
         Name("transformers.generation.configuration_utils:_from_model_config", "where a generation config came from"),
-        Name(
-            "transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING",
-            "the classes that open a configuration; the other tables are looked up likewise",
-            "_LazyAutoMapping",
-        ),
+        Name(f"{_AUTO}.MODEL_FOR_CAUSAL_LM_MAPPING", "the classes that open a configuration", "_LazyAutoMapping"),
         *_called(_LOADING, _META, convert_and_load_state_dict_in_model="model state_dict load_config"),
         Name("transformers.modeling_utils.LoadStateDictConfig", _META, "type", ("device_map", "weight_mapping")),
         *_called(
@@ -230,15 +180,8 @@ BY_MODULE: Mapping[str, tuple[Name, ...]] = {
             tie_weights="missing_keys recompute_mapping",
             _adjust_missing_and_unexpected_keys="loading_info",
         ),
-        *_called(
-            "transformers.initialization",
-            _META,
-            no_init_weights="",
-            no_tie_weights="",
-            meta_device_safe_creation_ops="",
-        ),
-    ),
-    "transformers_rules": (
+        *_called("transformers.initialization", _META, no_init_weights="", no_tie_weights=""),
+        *_called("transformers.initialization", _META, meta_device_safe_creation_ops=""),
         *_called("transformers.conversion_mapping", _RULES, get_model_conversion_mapping="model add_legacy"),
         *_several(f"{_LOADING}.", _RULES, "WeightConverter WeightRenaming PrefixChange", "type"),
         *_called(_LOADING, _RULES, dot_natural_key="s"),
@@ -256,9 +199,7 @@ BY_MODULE: Mapping[str, tuple[Name, ...]] = {
             "_weight_conversions operations source_patterns compiled_sources scope_prefix full_layer_name",
         ),
         Name(
-            "transformers.modeling_utils:_checkpoint_conversion_mapping",
-            "renamings of classes from before there were rules",
-            optional=True,
+            "transformers.modeling_utils:_checkpoint_conversion_mapping", "rules before there were any", optional=True
         ),
     ),
     "transformers_trainer": (
@@ -284,16 +225,9 @@ BY_MODULE: Mapping[str, tuple[Name, ...]] = {
             "function",
         ),
     ),
-    "accelerate": _several(
-        "accelerate.accelerator:", _PREPARED, "_models _optimizers _schedulers _dataloaders _custom_objects"
-    ),
     "peft": (
         *_several(f"{_TUNERS}.tuners_utils.", _LAYERS, "BaseTuner BaseTunerLayer", "type"),
-        *_called(
-            f"{_TUNERS}.tuners_utils.BaseTunerLayer",
-            "layers name their adapters in several stores",
-            _all_available_adapter_names="",
-        ),
+        *_called(f"{_TUNERS}.tuners_utils.BaseTunerLayer", "names are in many stores", _all_available_adapter_names=""),
         Name("peft.utils.other.AuxiliaryTrainingWrapper", _LAYERS, "type"),
         Name(f"{_TUNERS}.trainable_tokens.TrainableTokensLayer", _LAYERS, "type"),
         Name(f"{_TUNERS}.adaption_prompt.AdaptedAttention", _LAYERS, "type"),
@@ -309,42 +243,16 @@ BY_MODULE: Mapping[str, tuple[Name, ...]] = {
         ),
         Name("accelerate.hooks:_hf_hook", "hooks of the real module are not a stand-in's"),
     ),
-    "diffusers": (
+    "hugging_face": (
+        *_several("accelerate.accelerator:", _PREPARED, "_models _optimizers _schedulers _dataloaders _custom_objects"),
         Name("diffusers.models.modeling_utils.ModelMixin", "the base of its models, where it was imported", "type"),
         Name("diffusers.configuration_utils:_internal_dict", "a frozen configuration can only be replaced"),
         Name("diffusers.configuration_utils:_class_name", "the entry that names a configuration's class"),
-    ),
-    "huggingface_hub": (
-        *_called(
-            "huggingface_hub.file_download",
-            "the name of a model's folder in a cache",
-            repo_folder_name="repo_id repo_type",
-        ),
+        *_called("huggingface_hub.file_download", "a model's folder in a cache", repo_folder_name="repo_id repo_type"),
         Name("huggingface_hub.hub_mixin.ModelHubMixin", "the mixin is looked for where it was imported", "type"),
         Name("huggingface_hub.hub_mixin:_hub_mixin_config", "the arguments that rebuild a model"),
-    ),
-    "sentence_transformers": (
         Name("sentence_transformers.base.model:_get_model_config", "the settings beside its modules", optional=True),
     ),
 }
 
 ALL: tuple[Name, ...] = tuple(name for names in BY_MODULE.values() for name in names)
-
-
-def _dtensor() -> object:
-    """Wants a process group."""
-    import torch
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, distribute_tensor
-
-    return distribute_tensor(torch.zeros(2), init_device_mesh("cpu", (1,)), [Replicate()])
-
-
-def _optimizer() -> object:
-    import torch
-
-    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-
-
-#: Objects whose attributes are on the list.
-EXAMPLES: Mapping[str, Callable[[], object]] = {"dtensor": _dtensor, "optimizer": _optimizer}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
+
+from shardwise.upstream.python import class_of
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTuner as BaseTuner  # noqa: PLC0414
@@ -19,25 +22,20 @@ def is_imported() -> bool:
     return "peft" in sys.modules
 
 
-def layer_class() -> type:
-    """The base of the layers that peft puts around others."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+#: The base of the layers that peft puts around others.
+layer_class = partial(class_of, "peft.tuners.tuners_utils", "BaseTunerLayer")
 
-    return cast(type, BaseTunerLayer)
+#: The base of what adapts a whole model.
+tuner_class = partial(class_of, "peft.tuners.tuners_utils", "BaseTuner")
 
+#: The base of what peft puts around a module whose copy is trained, or whose tokens are.
+copy_class = partial(class_of, "peft.utils.other", "AuxiliaryTrainingWrapper")
 
-def tuner_class() -> type:
-    """The base of what adapts a whole model."""
-    from peft.tuners.tuners_utils import BaseTuner
+#: The layer that trains some rows of an embedding.
+tokens_class = partial(class_of, "peft.tuners.trainable_tokens", "TrainableTokensLayer")
 
-    return cast(type, BaseTuner)
-
-
-def copy_class() -> type:
-    """The base of what peft puts around a module whose copy is trained, or whose tokens are."""
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    return cast(type, AuxiliaryTrainingWrapper)
+#: The layer through which LoRA adapts a parameter directly.
+parameter_wrapper_class = partial(class_of, "peft.tuners.lora", "ParamWrapper")
 
 
 def attention_classes() -> tuple[type, ...]:
@@ -46,20 +44,6 @@ def attention_classes() -> tuple[type, ...]:
     from torch.nn import Module
 
     return tuple(cls for cls in AdaptedAttention.__mro__[:-1] if issubclass(cls, Module) and cls is not Module)
-
-
-def tokens_class() -> type:
-    """The layer that trains some rows of an embedding."""
-    from peft.tuners.trainable_tokens import TrainableTokensLayer
-
-    return cast(type, TrainableTokensLayer)
-
-
-def parameter_wrapper_class() -> type:
-    """The layer through which LoRA adapts a parameter directly."""
-    from peft.tuners.lora import ParamWrapper
-
-    return cast(type, ParamWrapper)
 
 
 def tuner_of(kind: object) -> type[BaseTuner] | None:

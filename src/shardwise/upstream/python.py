@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,3 +34,8 @@ def imported_class(where: str, name: str) -> type | None:
     """A class of a module, which is not imported for this: nothing of the class exists without; ``None`` then."""
     found: object = getattr(sys.modules.get(where), name, None)
     return found if isinstance(found, type) else None
+
+
+def class_of(where: str, name: str) -> type:
+    """A class of a module, which is imported for this."""
+    return cast(type, getattr(importlib.import_module(where), name))

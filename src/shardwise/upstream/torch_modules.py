@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
-from operator import itemgetter
+from functools import partial
+from operator import attrgetter, itemgetter
 from typing import Any, TypeAlias, cast
 
 from torch import nn
@@ -25,15 +26,24 @@ UNSAVED = "_non_persistent_buffers_set"
 parameters_in = itemgetter(PARAMETERS)
 other_stores_in = itemgetter(CHILDREN, BUFFERS, "_state_dict_hooks", "_state_dict_pre_hooks")
 
+#: The dictionaries in which a module keeps its own parameters, buffers and children, these under each of their names;
+#: ``None`` stands for one that is registered and absent.
+own_parameters: Callable[[nn.Module], dict[str, nn.Parameter | None]] = attrgetter(PARAMETERS)
+own_buffers: Callable[[nn.Module], dict[str, Any]] = attrgetter(BUFFERS)
+own_children: Callable[[nn.Module], dict[str, nn.Module | None]] = attrgetter(CHILDREN)
+
+#: The set in which a module keeps the names of its buffers that are no part of its state.
+unsaved_buffers: Callable[[nn.Module], set[str]] = attrgetter(UNSAVED)
+
+#: The version that a module's class notes beside its state.
+state_version: Callable[[nn.Module], int] = attrgetter("_version")
+
 #: Methods that give a module of torch's its initial values, in the order in which they are tried.
 INITIALISERS = ("reset_parameters", "_reset_parameters")
 
 #: Methods that make and take a module's own state, but for that of its children.
 SAVE_OWN = "_save_to_state_dict"
 LOAD_OWN = "_load_from_state_dict"
-
-#: Methods that a module overrides to make its own state.
-MAKES_STATE = ("state_dict", SAVE_OWN, "get_extra_state", "set_extra_state")
 
 #: The name under which a module's extra state stands among its entries.
 EXTRA: str = _EXTRA_STATE_KEY_SUFFIX
@@ -47,25 +57,10 @@ FSDP1_WRAPPED = "_fsdp_wrapped_module"
 #: activation checkpointing's strip a prefix.
 HARMLESS_HOOKS = ("torch.distributed.fsdp.", "torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
 
-
-def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The dictionary in which a module keeps its own parameters, ``None`` for one that is registered and absent."""
-    return module._parameters
-
-
-def own_buffers(module: nn.Module) -> dict[str, Any]:
-    """The dictionary in which a module keeps its own buffers, ``None`` for one that is registered and absent."""
-    return module._buffers
-
-
-def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The dictionary in which a module keeps its children, under each of their names, ``None`` for an absent one."""
-    return module._modules
-
-
-def unsaved_buffers(module: nn.Module) -> set[str]:
-    """The set in which a module keeps the names of its buffers that are no part of its state."""
-    return module._non_persistent_buffers_set
+#: FSDP1's wrapper; ``None`` where its module was not imported, without which no model is wrapped by it.
+fsdp1_class: Callable[[], type[Any] | None] = partial(
+    imported_class, "torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"
+)
 
 
 def saving_pre_hooks(module: nn.Module) -> list[Hook]:
@@ -86,11 +81,6 @@ def loading_pre_hooks(module: nn.Module) -> list[Hook]:
 def loading_post_hooks(module: nn.Module) -> list[Hook]:
     """The hooks that a module calls once it has taken state."""
     return list(module._load_state_dict_post_hooks.values())
-
-
-def has_state_hooks(module: nn.Module) -> bool:
-    """Whether a module has hooks around giving its state, or before taking it."""
-    return bool(module._state_dict_hooks or module._state_dict_pre_hooks or module._load_state_dict_pre_hooks)
 
 
 def take_off_hooks(module: nn.Module, source: str) -> None:
@@ -141,11 +131,6 @@ def loads_as_norms_do(module: nn.Module) -> bool:
     return own_loader(type(module)) is cast("object", _NormBase._load_from_state_dict)
 
 
-def state_version(module: nn.Module) -> int:
-    """The version that a module's class notes beside its state."""
-    return module._version
-
-
 def noted_versions(entries: object) -> dict[str, dict[str, object]]:
     """Torch's metadata of modules beside a state dict, by module name; empty where there is none."""
     return cast("dict[str, dict[str, object]]", getattr(entries, "_metadata", {}))
@@ -159,11 +144,6 @@ def note_versions(entries: object, noted: Mapping[str, Mapping[str, object]]) ->
 def apply_to_tensors(module: nn.Module, change: Callable[[Any], Any]) -> None:
     """Replace every parameter and buffer of a module and all below it by what ``change`` makes of it."""
     module._apply(change)  # type: ignore[no-untyped-call]
-
-
-def fsdp1_class() -> type[nn.Module] | None:
-    """FSDP1's wrapper; ``None`` where its module was not imported, without which no model is wrapped by it."""
-    return imported_class("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
 
 
 def generated_bases() -> tuple[type, ...]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from operator import attrgetter
+from collections.abc import Callable, Sequence
+from operator import attrgetter, methodcaller
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,6 +20,24 @@ _Made = TypeVar("_Made", bound=torch.Tensor)
 #: From a DTensor: the tensor that it has on this rank.
 local_in = attrgetter("_local_tensor")
 
+#: From a DTensor: how it is spread (mesh, placements and shape, without its memory); and its mesh and placements, in a
+#: tenth of the time that the public attributes take.
+spread_of: Callable[[DTensor], DTensorSpec] = attrgetter("_spec")
+mesh_of: Callable[[DTensor], DeviceMesh] = attrgetter("_spec.mesh")
+placements_of: Callable[[DTensor], tuple[Placement, ...]] = attrgetter("_spec.placements")
+
+#: The mesh that a mesh was cut out of; itself where it was made by itself.
+root_mesh: Callable[[DeviceMesh], DeviceMesh] = methodcaller("_get_root_mesh")
+
+#: Whether a tensor's class consists of other tensors, which ``__tensor_flatten__`` names.
+is_wrapper: Callable[[torch.Tensor], bool] = is_traceable_wrapper_subclass
+
+#: While active, subclasses' ``__torch_function__`` is not asked.
+as_plain_tensors = torch._C.DisableTorchFunctionSubclass
+
+#: The same memory, read with the opposite sign.
+negated_view: Callable[[torch.Tensor], torch.Tensor] = torch._neg_view
+
 #: A collective's result that may not have come yet.
 PendingTensor = AsyncCollectiveTensor
 
@@ -36,32 +53,12 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
-def spread_of(tensor: DTensor) -> DTensorSpec:
-    """How a DTensor is spread: mesh, placements and shape, without its memory."""
-    return tensor._spec
-
-
 def around(local: torch.Tensor, spread: DTensorSpec) -> DTensor:
     """A DTensor of a known spread around a local tensor, wherever that lies.
 
     ``from_local()`` would move the memory to the mesh's device.
     """
     return DTensor(local, spread, requires_grad=False)  # type: ignore[no-untyped-call]
-
-
-def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh that ``mesh`` was cut out of; itself where it was made by itself."""
-    return mesh._get_root_mesh()
-
-
-def mesh_of(tensor: DTensor) -> DeviceMesh:
-    """A DTensor's mesh, in a tenth of the time that its public attribute takes."""
-    return tensor._spec.mesh
-
-
-def placements_of(tensor: DTensor) -> tuple[Placement, ...]:
-    """A DTensor's placements, in a tenth of the time that its public attribute takes."""
-    return tensor._spec.placements
 
 
 def global_shape(tensor: DTensor) -> torch.Size:
@@ -83,11 +80,6 @@ def arrived(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.trigger_wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor  # type: ignore[no-untyped-call]
 
 
-def is_wrapper(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's class consists of other tensors, which ``__tensor_flatten__`` names."""
-    return is_traceable_wrapper_subclass(tensor)
-
-
 def make_wrapper(
     cls: type[_Made], shape: Sequence[int], dtype: torch.dtype, device: torch.device | str | None
 ) -> _Made:
@@ -98,16 +90,6 @@ def make_wrapper(
 def storage_key(tensor: torch.Tensor) -> int:
     """A number that tensors have in common which share a storage, also one without memory, as long as it is alive."""
     return int(tensor.untyped_storage()._cdata)
-
-
-def as_plain_tensors() -> AbstractContextManager[None]:
-    """While active, subclasses' ``__torch_function__`` is not asked."""
-    return torch._C.DisableTorchFunctionSubclass()
-
-
-def negated_view(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory, read with the opposite sign."""
-    return torch._neg_view(tensor)
 
 
 def quantized_per_tensor(integers: torch.Tensor, scale: float, zero: int) -> torch.Tensor:

@@ -43,7 +43,7 @@ from shardwise.sources.state_files import has_state, joined, pack_state, split, 
 from shardwise.stateful_wrappers import OptimizerState
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord, SavedGroup
 from shardwise.stateful_wrappers.optimizer_restore import OptimizerRestore, plan_restore
-from shardwise.stateful_wrappers.state_tensors import SavedTensor
+from shardwise.stateful_wrappers.state_trees import SavedTensor
 from shardwise.stateful_wrappers.wrapping import plain_name
 
 _NO_SCHEDULER = "Or restore without it, and it starts afresh."

@@ -40,7 +40,7 @@ from shardwise.plan.layout import FileLayout, index_name
 from shardwise.plan.roster import Roster
 from shardwise.stateful_wrappers.model_parts import config_of, described_part
 from shardwise.stateful_wrappers.wrapping import is_pretrained, original_class, unwrap
-from shardwise.upstream.diffusers import CLASS_NAME, model_mixin
+from shardwise.upstream.hugging_face import CLASS_NAME, model_mixin
 from shardwise.upstream.transformers import (
     config_class,
     left_out,

@@ -16,8 +16,8 @@ from shardwise.dcp.regions import is_packed
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.replicas import Comparison, Digested, look_at, refuse, share_of
 from shardwise.errors import MisuseError, ShardwiseError
-from shardwise.stateful_wrappers.state_dict_overrides import EXTRA
 from shardwise.timing import count_bytes, phase
+from shardwise.upstream.torch_modules import EXTRA
 from shardwise.upstream.torch_tensors import local_part
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Protocol, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import tyro
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -25,9 +25,8 @@ from torchtitan.components.dataloader import ParallelAwareDataloader
 from shardwise.comm import Group, JsonValue
 from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 from shardwise.errors import ConfigError, MisuseError
-from shardwise.integrations.host_settings import refuse_derived
-from shardwise.integrations.torchtitan_export import attach_export, divide, hub_adapter
-from shardwise.integrations.torchtitan_qkv import take_over
+from shardwise.integrations.hosts import refuse_derived
+from shardwise.integrations.torchtitan_export import attach_export, divide, hub_adapter, take_over
 from shardwise.lifecycle import LATEST, resolve
 from shardwise.sources.state_files import pack_state, unpack_state
 
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from shardwise.checkpointing import Checkpointer
+    from shardwise.checkpointing.loading.restoring import Stateful
 
 __all__ = ["ShardwiseCheckpointManager"]
 
@@ -47,12 +47,6 @@ _DERIVED = {
     "max_recent_checkpoints": "checkpoint.keep_latest_k",
 }
 _TITANS_OWN = re.compile(r"step-\d+")
-
-
-class _Stateful(Protocol):
-    def state_dict(self) -> _State: ...
-
-    def load_state_dict(self, state_dict: _State) -> object: ...
 
 
 class ShardwiseCheckpointManager(titan.BaseCheckpointManager):  # type: ignore[misc] # torchtitan is not followed by mypy
@@ -84,11 +78,11 @@ class ShardwiseCheckpointManager(titan.BaseCheckpointManager):  # type: ignore[m
         self,
         config: Config,
         *,
-        dataloader: _Stateful | None,
+        dataloader: Stateful | None,
         model_parts: Sequence[nn.Module],
         optimizers: Sequence[object],
         lr_schedulers: Sequence[object],
-        states: dict[str, _Stateful],
+        states: dict[str, Stateful],
         sd_adapter: object | None,
         base_folder: str = "",
     ) -> None:
@@ -237,7 +231,7 @@ class _ByDataRank:
     of others the first rank's is taken then.
     """
 
-    def __init__(self, target: _Stateful, rank: int, size: int, is_bound: bool) -> None:
+    def __init__(self, target: Stateful, rank: int, size: int, is_bound: bool) -> None:
         self._target, self._rank, self._size, self._is_bound = target, rank, size, is_bound
 
     def gathered(self, name: str, group: Group) -> _State:
@@ -281,7 +275,7 @@ class _ByDataRank:
         return self._target.state_dict()
 
 
-def _by_data_rank(dataloader: _Stateful | None, states: Mapping[str, _Stateful]) -> dict[str, _ByDataRank]:
+def _by_data_rank(dataloader: Stateful | None, states: Mapping[str, Stateful]) -> dict[str, _ByDataRank]:
     """The loader and the run's further states, by name."""
     group = Group.current()
     rank = getattr(dataloader, "dp_rank", group.rank)

@@ -5,10 +5,7 @@ The engine reads settings and knows nothing of this module, so imports point one
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from shardwise.setting_kinds import names_unknown_keys
 
 # The names in pairs are public here too: this module is where the reference documents them.
 from shardwise.settings import SaveConsolidatedMode, Settings
@@ -28,8 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["CheckpointingConfig", "SaveConsolidatedMode"]
 
 
-@names_unknown_keys
-@dataclass
 class CheckpointingConfig(Settings):
     """Everything that can be set about checkpointing, and `build`, which makes the engine from it.
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from shardwise.peft.names import seed_of
+from shardwise.peft.tensors import seed_of
 from shardwise.plan.fragments import Fragment, part_in_box
 from shardwise.stateful_wrappers.memory import PLAIN, plain_memory, stands_for_memory
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor

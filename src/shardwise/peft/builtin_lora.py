@@ -26,16 +26,7 @@ import torch
 import torch.nn as nn
 
 from shardwise.errors import AdapterError
-from shardwise.peft.names import (
-    combined_sizes,
-    expand_combined,
-    expert_projections,
-    fused_parameter,
-    join,
-    named_modules,
-    text_config,
-)
-from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry
+from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry, join, named_modules, text_config
 from shardwise.stateful_wrappers.units import saved_tensors
 from shardwise.stateful_wrappers.wrapping import bare_model, original_class, plain_path
 from shardwise.upstream.torch_modules import own_children, own_parameters
@@ -43,6 +34,17 @@ from shardwise.upstream.torch_modules import own_children, own_parameters
 _LOG = logging.getLogger(__name__)
 
 _GROUPED = re.compile(r"lora_(?P<token>.+)_A")
+#: Projections that share one matrix, and the projections of the Hugging Face model that they stand for, in row order.
+_COMBINED_PROJECTIONS: dict[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+#: Model types whose hub files name the experts' projections otherwise. Source: the models' files on the hub.
+_EXPERT_NAMES: dict[str, dict[str, str]] = {
+    "mixtral": {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"},
+}
+
 _MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude", "magnitude")
 
 
@@ -128,7 +130,7 @@ def named_targets(model: nn.Module) -> list[str]:
     expand = not has_hub_names(root)
     paths = (name.rpartition(".") for name, _ in named_modules(root))
     adapted = {parent for parent, _, child in paths if parent and "lora" in child and "lora" not in parent}
-    return sorted({target for fqn in adapted for target in expand_combined(fqn, expand)})
+    return sorted({target for fqn in adapted for target in _expand_combined(fqn, expand)})
 
 
 def hub_target_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -195,7 +197,7 @@ def _linear_site(fqn: str, module: nn.Module, dim: int | None, expand: bool) -> 
     rank, transposed = _orient(a, b, 2, dim)
     magnitude = next((m for name in _MAGNITUDES if (m := _native(fqn, module, name)) is not None), None)
     bias = _native(fqn, module, "lora_B", "bias")
-    return LinearSite(fqn, expand_combined(fqn, expand), a, b, rank, transposed, _scale(module), magnitude, bias)
+    return LinearSite(fqn, _expand_combined(fqn, expand), a, b, rank, transposed, _scale(module), magnitude, bias)
 
 
 def _expert_sites(fqn: str, module: nn.Module, dim: int | None, fuse: bool, kind: str | None) -> list[ExpertSite]:
@@ -203,15 +205,15 @@ def _expert_sites(fqn: str, module: nn.Module, dim: int | None, fuse: bool, kind
     tokens = [m["token"] for name, p in own.items() if p is not None and (m := _GROUPED.fullmatch(name))]
     tokens = [t for t in tokens if own[f"lora_{t}_A"].dim() == 3]  # type: ignore[union-attr]
     # Separate gate and up factors cannot be views of one factor of the fused parameter.
-    fused = fuse and all(fused_parameter(t) in ("gate_up_proj", "down_proj") for t in tokens)
+    fused = fuse and all(_fused_parameter(t) in ("gate_up_proj", "down_proj") for t in tokens)
     sites: list[ExpertSite] = []
     for token in tokens:
         a, b = _native(fqn, module, f"lora_{token}_A"), _native(fqn, module, f"lora_{token}_B")
         if a is None or b is None:
             raise _half(fqn, f"lora_{token}_B")
         rank, transposed = _orient(a, b, 3, dim)
-        projections = expert_projections(token, kind)
-        parameter = fused_parameter(token)
+        projections = _expert_projections(token, kind)
+        parameter = _fused_parameter(token)
         sites.append(ExpertSite(fqn, projections, parameter, fused, a, b, rank, transposed, _scale(module)))
     # peft wraps a module's parameters in the order in which the Hugging Face model declares them: gate_up, then down.
     return sorted(sites, key=lambda site: site.parameter == "down_proj")
@@ -300,6 +302,61 @@ def _state(fqn: str, module: nn.Module) -> Iterator[Native]:
         yield from (Native(join(fqn, name, leaf), tensor) for leaf, tensor in saved_tensors(inner))
 
 
+# --- names of projections ---------------------------------------------------------------------------------------------
+
+
+def _expert_projections(token: str, model_type: str | None) -> tuple[str, ...]:
+    """The per-expert projections behind a grouped parameter called ``lora_<token>_A``.
+
+    ``gate_and_up`` and ``gate_up`` stand for two projections, the gate in the first half of the output columns; any
+    other token names its projection, with or without ``_proj`` or ``_projs`` at the end.
+    """
+    parameter = _fused_parameter(token)
+    names = _COMBINED_PROJECTIONS.get(parameter, (parameter,))
+    renamed = _EXPERT_NAMES.get(model_type or "", {})
+    return tuple(renamed.get(name, name) for name in names)
+
+
+def _fused_parameter(token: str) -> str:
+    """Name of the fused parameter of the Hugging Face model behind ``lora_<token>_A``: gate_up_proj or down_proj."""
+    stem = re.sub(r"_projs?$", "", token)
+    return "gate_up_proj" if stem in ("gate_and_up", "gate_up") else f"{stem}_proj"
+
+
+def _expand_combined(fqn: str, expand: bool) -> tuple[str, ...]:
+    """The Hugging Face modules behind a module: several for a combined projection, else the module itself."""
+    parent, _, leaf = fqn.rpartition(".")
+    if not expand or leaf not in _COMBINED_PROJECTIONS:
+        return (fqn,)
+    return tuple(join(parent, name) for name in _COMBINED_PROJECTIONS[leaf])
+
+
+def _combined_sizes(fqn: str, rows: int, config: object | None) -> tuple[int, ...]:
+    """Output rows of each projection behind a combined one of so many rows.
+
+    The language model's configuration has ``num_attention_heads``, ``num_key_value_heads`` (the number of heads if
+    absent) and ``head_dim`` (``hidden_size / num_attention_heads`` if absent).
+    """
+    leaf = fqn.rpartition(".")[2]
+    if leaf == "gate_up_proj":
+        sizes: Iterable[int] = (rows // 2, rows - rows // 2)
+        known = rows % 2 == 0
+    else:
+        named = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
+        values = (getattr(config, name, None) for name in named)
+        heads, groups, width, hidden = (v if isinstance(v, int) and not isinstance(v, bool) else 0 for v in values)
+        groups, width = groups or heads, width or (hidden // heads if heads else 0)
+        sizes = (heads * width, groups * width, groups * width)
+        known = heads > 0 and sum(sizes) == rows
+    if not known:
+        raise AdapterError(
+            f"the rows of {fqn!r} ({rows}) do not split into {', '.join(_COMBINED_PROJECTIONS[leaf])}",
+            tensor=fqn,
+            hint="Set num_attention_heads, num_key_value_heads and head_dim in the model's config.",
+        )
+    return tuple(sizes)
+
+
 # --- their tensors in peft's format, as views ---------------------------------------------------------------------
 
 
@@ -327,7 +384,7 @@ def _linear(site: LinearSite, config: object | None) -> Iterator[AdapterEntry]:
     rows_at, rank_at = (1, 0) if site.transposed else (0, 1)
     a, b = site.a.tensor, site.b.tensor
     total = int(b.shape[rows_at])
-    sizes = (total,) if len(site.targets) == 1 else combined_sizes(site.fqn, total, config)
+    sizes = (total,) if len(site.targets) == 1 else _combined_sizes(site.fqn, total, config)
     a_shape = (site.rank, int(a.shape[0 if site.transposed else 1]))
     a_view = axis_view([[n] for n in a.shape], (1, 0)) if site.transposed else None
     first = f"{PEFT_PREFIX}{site.targets[0]}.lora_A.weight"

@@ -11,8 +11,15 @@ from shardwise.peft.builtin_lora import capture_own
 from shardwise.peft.config import rank_setting
 from shardwise.peft.extra import allocator_entries, extra_entries
 from shardwise.peft.models import adapter_configs, capture_peft, is_peft_adapted
-from shardwise.peft.names import join, named_modules, text_config
-from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, AdapterFile, AdapterTensors
+from shardwise.peft.tensors import (
+    PEFT_PREFIX,
+    AdapterEntry,
+    AdapterFile,
+    AdapterTensors,
+    join,
+    named_modules,
+    text_config,
+)
 from shardwise.plan.fragments import HeldTensor, seen_through
 from shardwise.stateful_wrappers.names import own_tensors
 from shardwise.stateful_wrappers.state_dict_overrides import (

@@ -16,8 +16,7 @@ import torch.nn as nn
 from shardwise.errors import AdapterError
 from shardwise.geometry import TensorSpec
 from shardwise.peft.models import is_peft_adapted
-from shardwise.peft.names import named_modules
-from shardwise.peft.tensors import PEFT_PREFIX
+from shardwise.peft.tensors import PEFT_PREFIX, named_modules
 from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model
 from shardwise.upstream import peft as upstream
 

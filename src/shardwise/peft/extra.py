@@ -21,8 +21,7 @@ import torch.nn as nn
 from shardwise.errors import NameCollisionError
 from shardwise.peft.builtin_lora import find_sites
 from shardwise.peft.models import adapter_configs, adapters_prefixes, is_below, is_peft_adapted
-from shardwise.peft.names import join, named_modules
-from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, AdapterFile, entry
+from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, AdapterFile, entry, join, named_modules
 from shardwise.stateful_wrappers.names import NamedTensor, list_parameters, own_tensors
 from shardwise.stateful_wrappers.wrapping import adapted_model, plain_path
 from shardwise.upstream import peft as upstream

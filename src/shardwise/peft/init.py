@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from shardwise.errors import AdapterError, MisuseError
 from shardwise.peft.builtin_lora import LinearSite, find_sites
 from shardwise.peft.capture import capture_adapter, hold_adapter
-from shardwise.peft.names import join, named_modules, seed_of
+from shardwise.peft.tensors import join, named_modules, seed_of
 from shardwise.plan.fragments import HeldTensor, copy_whole
 from shardwise.stateful_wrappers.tensors import MeshRegister
 from shardwise.stateful_wrappers.wrapping import bare_model

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from shardwise.errors import AdapterError, ShardwiseError
 from shardwise.peft.load import changed_base
 from shardwise.peft.models import adapter_configs, method_of
-from shardwise.peft.names import join, named_modules, seed_of
+from shardwise.peft.tensors import join, named_modules, seed_of
 from shardwise.plan.fragments import copy_whole
 from shardwise.stateful_wrappers.memory import PLAIN, has_mark, mark
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor

@@ -24,7 +24,7 @@ import torch.nn as nn
 from shardwise.errors import AdapterError, QuantizationError
 from shardwise.peft.builtin_lora import find_sites
 from shardwise.peft.models import adapter_configs, is_peft_adapted, method_of
-from shardwise.peft.names import named_modules
+from shardwise.peft.tensors import named_modules
 from shardwise.stateful_wrappers.memory import identity
 from shardwise.stateful_wrappers.model_parts import config_of, has_quantized_parameters
 from shardwise.stateful_wrappers.names import own_tensors

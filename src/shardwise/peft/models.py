@@ -20,8 +20,7 @@ import torch.nn as nn
 from shardwise.disk.names import exists
 from shardwise.errors import AdapterError
 from shardwise.peft.builtin_lora import find_sites
-from shardwise.peft.names import join, named_modules
-from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry
+from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry, join, named_modules
 from shardwise.plan.views import AxisView
 from shardwise.sources.hub_cache import default_cache, find_snapshot
 from shardwise.stateful_wrappers.names import own_tensors

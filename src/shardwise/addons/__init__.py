@@ -14,6 +14,8 @@ from shardwise.addons.peft import _extract_target_modules as _extract_target_mod
 from shardwise.addons.peft import _extract_target_parameters as _extract_target_parameters
 from shardwise.addons.peft import _get_automodel_peft_metadata as _get_automodel_peft_metadata
 from shardwise.addons.peft import _get_hf_peft_config as _get_hf_peft_config
-from shardwise.addons.peft import _is_qwen3_moe as _is_qwen3_moe
+from shardwise.peft.builtin_lora import is_qwen3_moe
 
 __all__ = ["CheckpointAddon", "ConsolidatedHFAddon", "HFMetadataExporter", "PeftAddon", "SaveHookArgs"]
+
+_is_qwen3_moe = is_qwen3_moe

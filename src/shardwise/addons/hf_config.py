@@ -10,7 +10,7 @@ import json
 import types
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 from shardwise.addons.custom_code import custom_auto_map
 from shardwise.addons.files import copy_file, write_json, write_text, written_locally
@@ -28,6 +28,7 @@ from shardwise.upstream.transformers import FROM_MODEL_CONFIG, NAME_OR_PATH
 if TYPE_CHECKING:
     import torch
     import torch.nn as nn
+    from transformers import GenerationConfig, PreTrainedConfig
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -52,23 +53,6 @@ _AUTO_MAP_FILES = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
 )
-
-
-class _Config(Protocol):
-    """The part of transformers' ``PreTrainedConfig`` that is used here."""
-
-    dtype: object
-    architectures: list[str] | None
-
-    def to_json_string(self, use_diff: bool = True) -> str: ...
-
-
-class _GenerationConfig(Protocol):
-    """The part of transformers' ``GenerationConfig`` that is used here."""
-
-    def to_diff_dict(self) -> dict[str, object]: ...
-
-    def to_json_string(self, use_diff: bool = True, *, keys_to_pop: list[str] | None = None) -> str: ...
 
 
 # --- what the reference page documents ------------------------------------------------------------------------------
@@ -182,7 +166,7 @@ def write_config(
 
     cls = original_class(model)
     with naming_entries(model, model.config):
-        exported = copy.deepcopy(cast(_Config, model.config))
+        exported: PreTrainedConfig = copy.deepcopy(model.config)
         if isinstance(model, PreTrainedModel) or not exported.architectures:
             exported.architectures = [cls.__name__]
         if dtype is not None:
@@ -199,13 +183,13 @@ def write_config(
     write_json(path, entries)
 
 
-def _set_dtype(config: _Config, dtype: str) -> None:
+def _set_dtype(config: PreTrainedConfig, dtype: str) -> None:
     """Set the dtype on a config and on those sub-configs that name one, as loading does (``_get_dtype``)."""
     config.dtype = dtype
     for name in getattr(config, "sub_configs", None) or {}:
         below = getattr(config, name, None)
         if is_transformers_config(below) and getattr(below, "dtype", None) is not None:
-            _set_dtype(cast(_Config, below), dtype)
+            _set_dtype(below, dtype)
 
 
 def _drop_origin(entries: MutableMapping[str, JsonValue]) -> None:
@@ -360,7 +344,7 @@ def write_generation_config(model: nn.Module, path: Path, base: Path | None) -> 
     can_generate = getattr(model, "can_generate", None)
     if callable(can_generate) and not can_generate():
         return
-    generation = cast("_GenerationConfig | None", getattr(model, "generation_config", None))
+    generation: GenerationConfig | None = getattr(model, "generation_config", None)
     theirs = base / GENERATION_CONFIG if base is not None else None
     if theirs is not None and is_file(theirs) and (generation is None or _says_nothing(generation, model.config)):
         copy_file(theirs, path)
@@ -370,11 +354,11 @@ def write_generation_config(model: nn.Module, path: Path, base: Path | None) -> 
     write_text(path, generation.to_json_string(use_diff=True, keys_to_pop=["compile_config"]))
 
 
-def _says_nothing(generation: _GenerationConfig, config: object) -> bool:
+def _says_nothing(generation: GenerationConfig, config: object) -> bool:
     """Whether a generation config holds only defaults and what it took from the model's config."""
     from transformers import GenerationConfig
 
-    taken = cast(_GenerationConfig, GenerationConfig.from_model_config(config)).to_diff_dict()
+    taken = GenerationConfig.from_model_config(config).to_diff_dict()
     own = {key: value for key, value in generation.to_diff_dict().items() if key not in _GENERATION_ORIGIN}
     return all(taken.get(key, _ABSENT) == value for key, value in own.items())
 

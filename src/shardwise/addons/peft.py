@@ -1,8 +1,4 @@
-"""PEFT: the settings and the tokenizer beside an adapter's weights.
-
-The engine writes and reads the weights themselves, as `capture_adapter` describes them; `check_adapter` checks that
-all ranks together write a complete adapter.
-"""
+"""PEFT: the settings and the tokenizer beside an adapter's weights, which the engine itself writes and reads."""
 
 from __future__ import annotations
 
@@ -18,12 +14,8 @@ from shardwise.addons.files import write_text, written_locally
 from shardwise.comm import Group
 from shardwise.errors import MisuseError
 from shardwise.peft.builtin_lora import find_sites, hub_target_modules, is_fused, named_targets
-from shardwise.peft.builtin_lora import is_qwen3_moe as _is_qwen3_moe
-from shardwise.peft.capture import adapter_directory, capture_adapter, hold_adapter
-from shardwise.peft.check import check_adapter
-from shardwise.peft.config import AUTOMODEL_CONFIG_NAME, adapter_settings, automodel_metadata, read_adapter_config
-from shardwise.peft.init import initialise_adapters, initialise_magnitudes
-from shardwise.peft.load import check_shared_factors, differing_settings
+from shardwise.peft.capture import adapter_directory
+from shardwise.peft.config import AUTOMODEL_CONFIG_NAME, adapter_settings, automodel_metadata
 from shardwise.peft.models import (
     adapter_configs,
     expert_targets,
@@ -31,24 +23,7 @@ from shardwise.peft.models import (
     peft_target_modules,
     peft_target_parameters,
 )
-from shardwise.peft.tensors import ADAPTER_CONFIG_NAME, AdapterEntry, AdapterFile, AdapterTensors
-
-__all__ = [
-    "AdapterEntry",
-    "AdapterFile",
-    "AdapterTensors",
-    "PeftAddon",
-    "_is_qwen3_moe",
-    "adapter_settings",
-    "capture_adapter",
-    "check_adapter",
-    "check_shared_factors",
-    "differing_settings",
-    "hold_adapter",
-    "initialise_adapters",
-    "initialise_magnitudes",
-    "read_adapter_config",
-]
+from shardwise.peft.tensors import ADAPTER_CONFIG_NAME
 
 
 class PeftAddon:

@@ -19,7 +19,7 @@ from torchtitan.models.common.attention import FusedQKVLinear
 from shardwise.addons.base import SavesPretrained
 from shardwise.addons.files import copy_file, write_json
 from shardwise.addons.hf_config import CONFIG, GENERATION_CONFIG
-from shardwise.addons.side_files import write_tokenizer
+from shardwise.addons.huggingface import write_tokenizer
 from shardwise.checkpointing.saving.class_check import check_described
 from shardwise.comm import Group, JsonValue
 from shardwise.dtypes import dtype_code

@@ -34,20 +34,17 @@ def check_adapter(
     config: Mapping[str, object],
     inventories: Sequence[Mapping[str, Sequence[int]]] = (),
     layers: int | None = None,
-    *,
-    declared: bool = False,
 ) -> None:
     """Check the tensors that all ranks together are about to write as one adapter. Pure.
 
     That the ranks hold every element of each tensor is the engine's check; this one is about which tensors there are.
     The settings are what ``adapter_config.json`` will say; ``inventories`` are those of each rank
     (`shardwise.peft.tensors.AdapterTensors`), where the ranks have parts of a model; ``layers`` is the number that the
-    model's configuration promises. With ``declared`` each rank has compared its tensors with its modules, as
-    `capture_adapter` does; target names of the settings, which peft matches by its own rules, are then not checked.
+    model's configuration promises. Which modules the settings name is `check_opens`' question.
 
     Raises:
         AdapterError: The adapter has no tensor, a factor lacks its counterpart, shapes contradict each other or the
-            configured ranks, a target has no tensors, or a layer is on no rank. The message lists what is wrong.
+            configured ranks, or a layer is on no rank. The message lists what is wrong.
     """
     by_name = {spec.name: spec for spec in specs}
     if not by_name:
@@ -57,7 +54,6 @@ def check_adapter(
         pairs = dict(_pairs(by_name))
         faults += _pair_faults(pairs, config)
         faults += _magnitude_faults(by_name, pairs, config)
-        faults += [] if declared else _target_faults(pairs, config)
     faults += _layer_faults(inventories, layers)
     if faults:
         more = f" (and {len(faults) - _SHOWN} more)" if len(faults) > _SHOWN else ""
@@ -142,25 +138,6 @@ def _magnitude_faults(
         yield from (f"{owner} has no lora_magnitude_vector" for owner in pairs if owner not in have)
     elif have:
         yield f"{min(have)} has a lora_magnitude_vector, and use_dora is off"
-
-
-def _target_faults(pairs: Mapping[str, Pair], config: Mapping[str, object]) -> Iterator[str]:
-    targets = config.get("target_modules")
-    if not isinstance(targets, (list, tuple, set)) or not targets:
-        return
-    modules = {_adapted(owner) for owner in pairs}
-    # Only a path with a layer number means one module; a suffix may match modules of some layers.
-    whole = [t for t in targets if isinstance(t, str) and re.search(r"(^|\.)\d+\.", t)]
-    if not config.get("exclude_modules"):
-        lost = (t for t in whole if not any(f".{module}".endswith(f".{t}") for module in modules))
-        yield from (f"{target} is a target and has no tensors" for target in lost)
-    if config.get("target_parameters"):
-        return
-    known = set(targets)
-    for module in modules:
-        parts = module.split(".")
-        if not any(".".join(parts[i:]) in known for i in range(len(parts))):
-            yield f"{module} has tensors and is no target"
 
 
 def _layer_faults(inventories: Sequence[Mapping[str, Sequence[int]]], layers: int | None) -> Iterator[str]:

@@ -23,7 +23,6 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from shardwise.addons.peft import initialise_adapters, initialise_magnitudes
 from shardwise.base.files import base_config, find_base, open_base_source, ties_head
 from shardwise.base.initialise import (
     Slot,
@@ -51,6 +50,8 @@ from shardwise.peft.initial_values import (
     adapter_tensors,
     check_can_begin,
     check_method,
+    initialise_adapters,
+    initialise_magnitudes,
     initialise_peft,
     refuse_changed_base,
 )

@@ -71,7 +71,7 @@ class AdapterTensors:
     layers: int | None = None  #: Number of transformer layers that the model's configuration promises, where it does.
     #: Those of `inventory` that are no whole list: dictionaries, and lists with holes, as pipeline stages have.
     cut: frozenset[str] = frozenset()
-    extra: tuple[AdapterEntry, ...] = ()  #: What else changes while the adapter is trained: `shardwise.peft.extra`.
+    extra: tuple[AdapterEntry, ...] = ()  #: What else changes while the adapter is trained: `shardwise.peft.capture`.
 
 
 def entry(

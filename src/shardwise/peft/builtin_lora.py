@@ -14,6 +14,7 @@ Where shapes alone do not show which dimension is the rank, the configured ``dim
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
@@ -22,11 +23,11 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TypeGuard
 
-import torch
 import torch.nn as nn
 
 from shardwise.errors import AdapterError
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry, join, named_modules, text_config
+from shardwise.stateful_wrappers.names import NamedTensor
 from shardwise.stateful_wrappers.units import saved_tensors
 from shardwise.stateful_wrappers.wrapping import bare_model, original_class, plain_path
 from shardwise.upstream.torch_modules import own_children, own_parameters
@@ -49,26 +50,18 @@ _MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude", "magnitude")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Native:
-    """A parameter under its clean name."""
-
-    fqn: str
-    tensor: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class LinearSite:
     """A module with a LoRA pair."""
 
     fqn: str  #: The module's name.
     targets: tuple[str, ...]  #: The Hugging Face modules that it stands for; several for a combined projection.
-    a: Native  #: The factor with the input columns.
-    b: Native  #: The factor with the output rows.
+    a: NamedTensor  #: The factor with the input columns.
+    b: NamedTensor  #: The factor with the output rows.
     rank: int  #: The LoRA rank.
     transposed: bool  #: Whether ``a`` is ``(in, rank)`` and ``b`` is ``(rank, out)``.
     scale: float | None  #: The factor on the product, where the module states it.
-    magnitude: Native | None = None  #: DoRA's magnitude.
-    bias: Native | None = None  #: The bias of ``b``.
+    magnitude: NamedTensor | None = None  #: DoRA's magnitude.
+    bias: NamedTensor | None = None  #: The bias of ``b``.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,8 +72,8 @@ class ExpertSite:
     projections: tuple[str, ...]  #: Per-expert projections of the Hugging Face model that it stands for.
     parameter: str  #: The fused parameter of the Hugging Face model that it stands for.
     fused: bool  #: Whether the adapter is written for the fused parameter instead of single experts.
-    a: Native
-    b: Native
+    a: NamedTensor
+    b: NamedTensor
     rank: int
     transposed: bool
     scale: float | None
@@ -158,33 +151,23 @@ def find_sites(
     sites: list[Site] = []
     for fqn, module in named_modules(root):
         sites += _expert_sites(fqn, module, dim, fuse, model_type(root))
-        if strict or _is_pair(module):
+        with contextlib.nullcontext() if strict else contextlib.suppress(AdapterError):
             site = _linear_site(fqn, module, dim, expand)
-            if site is not None:
-                sites.append(site)
+            sites += [] if site is None else [site]
     return sites
 
 
-def _is_pair(module: nn.Module) -> bool:
-    """Whether both factors of a linear LoRA are there, and are matrices that fit together."""
-    a, b = _native("", module, "lora_A"), _native("", module, "lora_B")
-    if a is None or b is None or a.tensor.dim() != 2 or b.tensor.dim() != 2:
-        return False
-    (rows_a, columns_a), (rows_b, columns_b) = a.tensor.shape, b.tensor.shape
-    return rows_a == columns_b or columns_a == rows_b
-
-
-def _native(fqn: str, module: nn.Module, name: str, leaf: str = "weight") -> Native | None:
+def _native(fqn: str, module: nn.Module, name: str, leaf: str = "weight") -> NamedTensor | None:
     parameter = own_parameters(module).get(name)
     if parameter is not None:
-        return Native(join(fqn, name), parameter) if leaf == "weight" else None
+        return NamedTensor(join(fqn, name), parameter) if leaf == "weight" else None
     child = own_children(module).get(name)
     if child is None or isinstance(child, (nn.ModuleDict, nn.ParameterDict)):
         return None
     for inner_name, inner in named_modules(child):
         found = own_parameters(inner).get(leaf)
         if found is not None:
-            return Native(join(fqn, name, inner_name, leaf), found)
+            return NamedTensor(join(fqn, name, inner_name, leaf), found)
     return None
 
 
@@ -227,7 +210,7 @@ def _half(fqn: str, missing: str) -> AdapterError:
     )
 
 
-def _orient(a: Native, b: Native, dims: int, dim: int | None) -> tuple[int, bool]:
+def _orient(a: NamedTensor, b: NamedTensor, dims: int, dim: int | None) -> tuple[int, bool]:
     """The rank, and whether the factors are transposed with respect to peft's."""
     shape_a, shape_b = tuple(int(n) for n in a.tensor.shape), tuple(int(n) for n in b.tensor.shape)
     choices: list[tuple[int, bool]] = []
@@ -238,8 +221,8 @@ def _orient(a: Native, b: Native, dims: int, dim: int | None) -> tuple[int, bool
             choices.append((shape_a[-1], True))
     if not choices:
         raise AdapterError(
-            f"the factors {a.fqn!r} {shape_a} and {b.fqn!r} {shape_b} do not fit together",
-            tensor=b.fqn,
+            f"the factors {a.name!r} {shape_a} and {b.name!r} {shape_b} do not fit together",
+            tensor=b.name,
             hint="Factors are (rank, in) and (out, rank), or both transposed, with the experts in front if grouped.",
         )
     usual = dims == 3
@@ -254,7 +237,7 @@ def _scale(module: nn.Module) -> float | None:
     return None
 
 
-def find_trained_modules(model: nn.Module, sites: Sequence[Site]) -> dict[str, list[Native]]:
+def find_trained_modules(model: nn.Module, sites: Sequence[Site]) -> dict[str, list[NamedTensor]]:
     """Modules without LoRA whose parameters are trained while the rest of the model is frozen: peft's modules_to_save.
 
     Each, such as a new head, is trained as a whole, and comes with all of its state.
@@ -262,7 +245,7 @@ def find_trained_modules(model: nn.Module, sites: Sequence[Site]) -> dict[str, l
     and a warning says so. Parameters of a LoRA module or of the model itself cannot be such, and raise `AdapterError`.
     """
     root = bare_model(model)
-    lora = {native.fqn for site in sites for native in natives(site)}
+    lora = {native.name for site in sites for native in natives(site)}
     rest = {plain_path(name): p for name, p in root.named_parameters() if plain_path(name) not in lora}
     trained = [name for name, p in rest.items() if p.requires_grad]
     if not trained or not sites:
@@ -291,15 +274,15 @@ def find_trained_modules(model: nn.Module, sites: Sequence[Site]) -> dict[str, l
     return out
 
 
-def natives(site: Site) -> list[Native]:
+def natives(site: Site) -> list[NamedTensor]:
     """The parameters of a site."""
     beside = (site.magnitude, site.bias) if isinstance(site, LinearSite) else ()
     return [native for native in (site.a, site.b, *beside) if native is not None]
 
 
-def _state(fqn: str, module: nn.Module) -> Iterator[Native]:
+def _state(fqn: str, module: nn.Module) -> Iterator[NamedTensor]:
     for name, inner in named_modules(module):
-        yield from (Native(join(fqn, name, leaf), tensor) for leaf, tensor in saved_tensors(inner))
+        yield from (NamedTensor(join(fqn, name, leaf), tensor) for leaf, tensor in saved_tensors(inner))
 
 
 # --- names of projections ---------------------------------------------------------------------------------------------
@@ -374,9 +357,9 @@ def capture_own(model: nn.Module, dim: int | None, v4_compatible: bool, legacy_l
             out += _per_expert(site)
     first: dict[int, str] = {}  # of tensors that are tied
     for native in chain.from_iterable(find_trained_modules(model, sites).values()):
-        name = f"{PEFT_PREFIX}{native.fqn}"
+        name = f"{PEFT_PREFIX}{native.name}"
         known = first.setdefault(id(native.tensor), name)
-        out.append(entry(name, native.fqn, native.tensor, alias_of=known if known != name else None))
+        out.append(entry(name, native.name, native.tensor, alias_of=known if known != name else None))
     return out
 
 
@@ -391,10 +374,10 @@ def _linear(site: LinearSite, config: object | None) -> Iterator[AdapterEntry]:
     start = 0
     for target, size in zip(site.targets, sizes, strict=True):
         name = f"{PEFT_PREFIX}{target}.lora_A.weight"
-        yield entry(name, site.a.fqn, a, a_view, a_shape, first if name != first else None)
+        yield entry(name, site.a.name, a, a_view, a_shape, first if name != first else None)
         whole = size == total and not site.transposed
         b_view = None if whole else axis_view([[n] for n in b.shape], ((rows_at, start, size), rank_at))
-        yield entry(f"{PEFT_PREFIX}{target}.lora_B.weight", site.b.fqn, b, b_view, (size, site.rank))
+        yield entry(f"{PEFT_PREFIX}{target}.lora_B.weight", site.b.name, b, b_view, (size, site.rank))
         if site.bias is not None:
             yield _rows(f"{PEFT_PREFIX}{target}.lora_B.bias", site.bias, start, size)
         if site.magnitude is not None:
@@ -402,15 +385,15 @@ def _linear(site: LinearSite, config: object | None) -> Iterator[AdapterEntry]:
         start += size
 
 
-def _rows(name: str, native: Native, start: int, size: int) -> AdapterEntry:
+def _rows(name: str, native: NamedTensor, start: int, size: int) -> AdapterEntry:
     """Elements ``start .. start + size`` of a vector, which may be kept as a row or a column."""
     shape = tuple(int(n) for n in native.tensor.shape)
     if shape == (size,):
-        return entry(name, native.fqn, native.tensor)
+        return entry(name, native.name, native.tensor)
     long = max(range(len(shape)), key=lambda d: shape[d])
     fixed = tuple((d, 0) for d in range(len(shape)) if d != long)
     view = axis_view([[n] for n in shape], ((long, start, size),), fixed)
-    return entry(name, native.fqn, native.tensor, view, (size,))
+    return entry(name, native.name, native.tensor, view, (size,))
 
 
 def _per_expert(site: ExpertSite) -> Iterator[AdapterEntry]:
@@ -424,8 +407,8 @@ def _per_expert(site: ExpertSite) -> Iterator[AdapterEntry]:
             a_view = axis_view([[n] for n in a.shape], (a_rank, in_at), ((0, expert),))
             b_view = axis_view([[n] for n in b.shape], ((out_at, index * size, size), rank_at), ((0, expert),))
             shared = first if index else None
-            yield entry(f"{base}.lora_A.weight", site.a.fqn, a, a_view, (site.rank, int(a.shape[in_at])), shared)
-            yield entry(f"{base}.lora_B.weight", site.b.fqn, b, b_view, (size, site.rank))
+            yield entry(f"{base}.lora_A.weight", site.a.name, a, a_view, (site.rank, int(a.shape[in_at])), shared)
+            yield entry(f"{base}.lora_B.weight", site.b.name, b, b_view, (size, site.rank))
 
 
 def _depth(site: ExpertSite, sites: Sequence[object]) -> int:
@@ -440,15 +423,12 @@ def _fused(site: ExpertSite, depth: int, legacy_layout: bool) -> Iterator[Adapte
     peft up to 0.19.0 read the parameter's ``(out, in)`` as ``(in, out)``, so that the factors change places.
     """
     in_at, a_rank, rank_at, out_at = (1, 2, 1, 2) if site.transposed else (2, 1, 2, 1)
-    columns, rows = (site.a, in_at, a_rank), (site.b, out_at, rank_at)
-    if legacy_layout:
-        columns, rows = rows, columns
+    factors = (site.a, in_at, a_rank), (site.b, out_at, rank_at)
+    (a, a_long, a_rank), (b, b_long, b_rank) = factors[::-1] if legacy_layout else factors
     base = f"{PEFT_PREFIX}{site.fqn}{'.base_layer' * depth}"
-    native, long, rank = columns
-    view = axis_view([[n] for n in native.tensor.shape], (0, rank, long))
-    shape = (site.experts * site.rank, int(native.tensor.shape[long]))
-    yield entry(f"{base}.lora_A.weight", native.fqn, native.tensor, view, shape)
-    native, long, rank = rows
-    view = axis_view([[n] for n in native.tensor.shape], (long, rank, 0))
-    shape = (int(native.tensor.shape[long]), site.rank * site.experts)
-    yield entry(f"{base}.lora_B.weight", native.fqn, native.tensor, view, shape)
+    a_view = axis_view([[n] for n in a.tensor.shape], (0, a_rank, a_long))
+    b_view = axis_view([[n] for n in b.tensor.shape], (b_long, b_rank, 0))
+    a_shape = (site.experts * site.rank, int(a.tensor.shape[a_long]))
+    b_shape = (int(b.tensor.shape[b_long]), site.rank * site.experts)
+    yield entry(f"{base}.lora_A.weight", a.name, a.tensor, a_view, a_shape)
+    yield entry(f"{base}.lora_B.weight", b.name, b.tensor, b_view, b_shape)

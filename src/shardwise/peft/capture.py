@@ -33,28 +33,19 @@ from shardwise.peft.tensors import (
     text_config,
 )
 from shardwise.plan.fragments import HeldTensor, seen_through
-from shardwise.stateful_wrappers.names import NamedTensor, list_parameters, own_tensors
-from shardwise.stateful_wrappers.state_dict_overrides import (
-    has_foreign_hooks,
-    has_torch_method,
-    overrides_extra_state,
-    refuse_hooks_around,
-    saves_subtree_itself,
+from shardwise.stateful_wrappers.names import (
+    NamedTensor,
+    has_torchs_ways,
+    keeps_torchs_ways,
+    list_parameters,
+    own_tensors,
 )
+from shardwise.stateful_wrappers.state_dict_overrides import has_foreign_hooks, refuse_hooks_around
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 from shardwise.stateful_wrappers.units import label
 from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, plain_path, unwrap
 from shardwise.upstream import peft as upstream
-from shardwise.upstream.torch_modules import (
-    LOAD_OWN,
-    SAVE_OWN,
-    loading_pre_hooks,
-    own_buffers,
-    own_children,
-    own_loader,
-    saving_hooks,
-    unsaved_buffers,
-)
+from shardwise.upstream.torch_modules import own_buffers, own_children, own_loader, saving_hooks, unsaved_buffers
 
 if TYPE_CHECKING:
     from peft.tuners.adalora import AdaLoraModel
@@ -171,14 +162,8 @@ def _inventory(parts: Sequence[nn.Module]) -> tuple[dict[str, tuple[int, ...]], 
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module's state is its parameters and buffers, and loading copies into these, as torch's own do."""
-    return not (
-        saves_subtree_itself(module)
-        or not has_torch_method(module, SAVE_OWN)
-        or overrides_extra_state(module, "get_extra_state")
-        or overrides_extra_state(module, "set_extra_state")
-        or has_foreign_hooks(loading_pre_hooks(module))
-        or LOAD_OWN in vars(module)
-    ) and own_loader(type(module)).__module__.startswith("torch.nn.")
+    own = has_torchs_ways(type(module)) and keeps_torchs_ways(module)
+    return own and own_loader(type(module)).__module__.startswith("torch.nn.")
 
 
 def _require_plain_state(parts: Sequence[nn.Module], files: Sequence[AdapterFile]) -> None:

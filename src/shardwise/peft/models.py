@@ -11,6 +11,7 @@ import copy
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -21,7 +22,6 @@ from shardwise.disk.names import exists
 from shardwise.errors import AdapterError
 from shardwise.peft.builtin_lora import find_sites
 from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry, join, named_modules
-from shardwise.plan.views import AxisView
 from shardwise.sources.hub_cache import default_cache, find_snapshot
 from shardwise.stateful_wrappers.names import own_tensors
 from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, original_class
@@ -388,20 +388,18 @@ def _single_experts(
     base = _innermost(name.partition(f".{side}.")[0])
     rows, columns = (int(n) for n in tensor.shape)
     out: list[AdapterEntry] = []
-    for expert in range(experts):
-        first = f"{base}.{expert}.{projections[0]}.lora_A.weight"
-        for index, projection in enumerate(projections):
-            target = f"{base}.{expert}.{projection}.{side}.weight"
-            view: AxisView
-            if side == "lora_A":
-                shape = (rows // experts, columns)
-                view = axis_view([[experts, shape[0]], [columns]], (1, 2), ((0, expert),))
-            else:
-                shape = (rows // len(projections), columns // experts)
-                span = (0, index * shape[0], shape[0])
-                view = axis_view([[rows], [shape[1], experts]], (span, 1), ((2, expert),))
-            shared = first if side == "lora_A" and index else None
+    for expert, (index, projection) in product(range(experts), enumerate(projections)):
+        target = f"{base}.{expert}.{projection}.{side}.weight"
+        if side == "lora_A":
+            shape = (rows // experts, columns)
+            view = axis_view([[experts, shape[0]], [columns]], (1, 2), ((0, expert),))
+            shared = f"{base}.{expert}.{projections[0]}.lora_A.weight" if index else None
             out.append(entry(target, fqn, tensor, view, shape, shared))
+        else:
+            shape = (rows // len(projections), columns // experts)
+            span = (0, index * shape[0], shape[0])
+            view = axis_view([[rows], [shape[1], experts]], (span, 1), ((2, expert),))
+            out.append(entry(target, fqn, tensor, view, shape))
     return out
 
 

@@ -9,7 +9,7 @@ from typing import Unpack
 
 import torch.nn as nn
 
-from shardwise.addons.base import ModelParts, SaveHookArgs
+from shardwise.addons.base import SaveHookArgs
 from shardwise.addons.files import write_text, written_locally
 from shardwise.comm import Group
 from shardwise.errors import MisuseError
@@ -24,6 +24,7 @@ from shardwise.peft.models import (
     peft_target_parameters,
 )
 from shardwise.peft.tensors import ADAPTER_CONFIG_NAME
+from shardwise.stateful_wrappers import ModelState
 
 
 class PeftAddon:
@@ -138,7 +139,7 @@ def _get_automodel_peft_metadata(peft_config: object) -> dict[str, object]:
     return {} if is_peft_adapted([], peft_config) else automodel_metadata(peft_config)
 
 
-def _get_hf_peft_config(peft_config: object, model_state: ModelParts, v4_compatible: bool = False) -> dict[str, object]:
+def _get_hf_peft_config(peft_config: object, model_state: ModelState, v4_compatible: bool = False) -> dict[str, object]:
     """The content of adapter_config.json, from this process's parts alone.
 
     Args:

@@ -48,11 +48,7 @@ def _iter_custom_code_classes(model_part: torch.nn.Module) -> Iterator[type]:
     (its module is in ``transformers_modules``) or was registered for an auto class. References of ``auto_map`` are
     looked up among the modules that are loaded already; nothing is imported.
 
-    Args:
-        model_part: The model, or the part of it on this rank.
-
-    Yields:
-        Each custom class once, the model's own first.
+    Each custom class is given once, the model's own first.
     """
     model = bare_model(model_part)
     config: object = getattr(model, "config", None)
@@ -92,14 +88,6 @@ def _maybe_save_custom_model_code(
     ``__init__.py`` files are left out, as are hidden directories and the directory that is being written. A symbolic
     link is followed only to a target inside the base directory or among the blobs of a hub cache. Imports of names that
     transformers removed are guarded. Called on the rank that writes.
-
-    Args:
-        original_model_path: Local directory, single file or hub id of the base model; ``None`` where there is none.
-        hf_metadata_dir: Directory to write to; made if there is something to copy.
-        model_part: The model, or the part of it on this rank.
-
-    Raises:
-        StorageError: A file cannot be read or written.
     """
     target = Path(hf_metadata_dir)
     copied = _Copies(target)
@@ -317,12 +305,6 @@ def _apply_transformers_compat_guards(py_path: str) -> None:
     encoding and line ends. Any other file, and one that is no Python of this interpreter's, keeps every byte. Running
     it again changes nothing. The file is parsed, never executed. A path that is absent or cannot be read has no import
     to guard, and is left alone: who copies or imports the file meets that error.
-
-    Args:
-        py_path: A ``.py`` file.
-
-    Raises:
-        StorageError: The guarded file cannot be written.
     """
     path = Path(py_path)
     try:

@@ -59,12 +59,7 @@ _AUTO_MAP_FILES = (
 
 
 def _config_exists(original_model_path: str, config_name: str) -> bool:
-    """Whether the base model has a file ``config_name``. The network is never asked.
-
-    Args:
-        original_model_path: Local directory or hub id (looked up in the hub cache) of the base model.
-        config_name: File name, such as ``config.json``.
-    """
+    """Whether the base model, a local directory or a hub id in the hub cache, has a file ``config_name``."""
     base = find_directory(original_model_path)
     return base is not None and is_file(base / config_name)
 
@@ -74,19 +69,13 @@ def _save_original_config_json(
 ) -> None:
     """Copy the original pretrained ``config.json`` with ``quantization_config`` stripped.
 
-    Readers of the 4.x generation of transformers get the file that they know. Without quantization in it, the file is
-    copied byte for byte; with, every other entry keeps its value and its place. Called on the rank that writes.
-
-    Args:
-        original_model_path: Local directory or hub id (looked up in the hub cache) of the base model.
-        hf_metadata_dir: Directory to write to; made if absent.
-        config_name: Name of the file, there and here: ``config.json`` or ``generation_config.json``.
-        keep_quantization: Whether its ``quantization_config`` is still true.
+    Readers of the 4.x generation of transformers get the file that they know. Without quantization in it, or where that
+    is still true (``keep_quantization``), the file is copied byte for byte; else every other entry keeps its value and
+    its place. Called on the rank that writes.
 
     Raises:
-        CheckpointNotFoundError: The base model has no such file.
+        CheckpointNotFoundError: The base model, a local directory or a hub id in the hub cache, has no such file.
         FormatError: The file is not a JSON object.
-        StorageError: A file cannot be read or written.
     """
     base = find_directory(original_model_path)
     if base is None or not is_file(base / config_name):

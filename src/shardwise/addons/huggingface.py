@@ -52,25 +52,10 @@ _GENERATION_CONFIG_V5 = "generation_config.v5.json"
 
 #: Files of tokenizers, as transformers' tokenizer classes name them (``vocab_files_names``).
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "*.spm",
-    "*.tiktoken",
-    "*.codes",
-    "emoji.json",
-    "entity_vocab.json",
-    "normalizer.json",
-    "sentencepiece.*",
-    "spiece.*",
-    "tekken.json",
-    "tokenizer_config.*.json",
-)
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.codes", "emoji.json", "entity_vocab.json",
+    "normalizer.json", "sentencepiece.*", "spiece.*", "tekken.json", "tokenizer_config.*.json",
+)  # fmt: skip
 
 #: Files of processors (transformers.utils: the ``*_NAME`` constants).
 _PROCESSOR_FILES = (
@@ -142,12 +127,7 @@ class ConsolidatedHFAddon:
 
         The metadata stays in ``hf_metadata_dir`` too, so that a later offline export has the configuration that
         training ended with. The two mappings are for that export only and are not copied.
-
-        Args:
-            **kwargs: See `SaveHookArgs`. Without ``consolidated_path`` nothing is copied.
-
-        Raises:
-            ShardwiseError: What failed on rank 0.
+        What failed on rank 0 is raised on all ranks.
         """
         group = kwargs.get("group") or Group.current()
         if kwargs.get("hf_metadata_dir") is None or kwargs.get("consolidated_path") is None:

@@ -69,10 +69,9 @@ def capture_adapter(
     gathered. Ranks of one pipeline stage describe the same tensors.
 
     Args:
-        parts: This rank's parts of the model: adapted with Hugging Face ``peft`` (with or without ``PeftModel``), or
-            with LoRA modules of its own (see `shardwise.peft.builtin_lora`).
-        peft_config: A ``PeftConfig`` for parts that do not carry one; for a model's own LoRA its configuration, of
-            which ``dim`` is read (or ``r`` of what `shardwise.peft.config.read_adapter_config` returns).
+        parts: Adapted with Hugging Face ``peft`` (with or without ``PeftModel``), or with LoRA modules of their own
+            (see `shardwise.peft.builtin_lora`).
+        peft_config: A ``PeftConfig`` for parts that do not carry one; for a model's own LoRA its configuration.
         v4_compatible: Describe expert adapters as one pair for each expert and projection.
         legacy_paramwrapper_layout: Describe adapters of fused expert parameters as peft up to 0.19.0 lays them out.
         base: The base model, for an adapter that does not name it.

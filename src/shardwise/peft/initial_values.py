@@ -518,15 +518,9 @@ def initialise_adapters(
     each whole factor is drawn once, one at a time. Only LoRA factors are touched: DoRA's magnitudes follow from the
     base weights (`initialise_magnitudes`), and modules_to_save begin as copies of base modules.
 
-    Args:
-        parts: This rank's parts, on a real device.
-        peft_config: As for `shardwise.peft.capture.capture_adapter`.
-        peft_init_method: ``kaiming`` (the default; uniform within ``1 / sqrt(in)``, as peft), ``xavier`` (normal, of
-            standard deviation ``sqrt(2 / (in + rank))``) or ``gaussian`` (normal, ``1 / rank``).
-        seed: Another seed gives other values.
-
-    Raises:
-        MisuseError: The method is unknown, or a factor is on the meta device.
+    The methods are ``kaiming`` (the default; uniform within ``1 / sqrt(in)``, as peft), ``xavier`` (normal, of standard
+    deviation ``sqrt(2 / (in + rank))``) and ``gaussian`` (normal, ``1 / rank``). Another one is a `MisuseError`, as is
+    a factor on the meta device.
     """
     method = _METHODS.get(peft_init_method)
     if method is None:

@@ -64,12 +64,7 @@ class MergedGroup:
         weight = self._quantized.get(name)
         if weight is None:
             return values[name]
-        return weight.dequantize({key: values[_part_of(name, key)] for key in weight.sources}).to(token.dtype)
-
-
-def _part_of(name: str, key: str) -> str:
-    """The name of one of the tensors that a quantized weight is kept as."""
-    return f"{name}/{key}"
+        return weight.dequantize({key: values[f"{name}/{key}"] for key in weight.sources}).to(token.dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -372,7 +367,7 @@ class _Part:
         }
         sources = {name: real for name, real in zip(names, reals, strict=True) if name not in quantized}
         for name, weight in quantized.items():
-            sources |= {_part_of(name, key): tensor for key, tensor in weight.sources.items()}
+            sources |= {f"{name}/{key}": tensor for key, tensor in weight.sources.items()}
         return MergedGroup(
             path,
             sources,
@@ -384,14 +379,13 @@ class _Part:
 
     def _try(self, paths: Sequence[str], copies: Sequence[nn.Module]) -> _Outcome:
         """Merge layers without memory; of methods that look at values, with zeros for memory."""
-        try:
-            return self._dry(copies, "meta")
-        except Exception:  # noqa: BLE001 - peft's own code, which may look at values
-            pass
-        try:
-            return self._dry(copies, "cpu")
-        except Exception as error:  # peft's own code
-            raise _refused(", ".join(paths), self._methods, f"failed with {type(error).__name__}: {error}") from error
+        for device in ("meta", "cpu"):
+            try:
+                return self._dry(copies, device)
+            except Exception as error:  # noqa: BLE001 - peft's own code, which may look at values
+                failure = error
+        reason = f"failed with {type(failure).__name__}: {failure}"
+        raise _refused(", ".join(paths), self._methods, reason) from failure
 
     @staticmethod
     def _dry(copies: Sequence[nn.Module], device: str) -> _Outcome:
@@ -486,11 +480,7 @@ def _with_tensors(state: QuantState, values: Mapping[str, torch.Tensor]) -> Quan
 
 
 def quantized_weight(module: nn.Module) -> QuantizedWeight | None:
-    """The weight of a linear layer of bitsandbytes; ``None`` of others, and where the weight is in shards.
-
-    Raises:
-        QuantizationError: The weight is in the layout that bitsandbytes gives it to compute on this processor.
-    """
+    """The weight of a linear layer of bitsandbytes; ``None`` of others, and where the weight is in shards."""
     if "bitsandbytes" not in sys.modules:
         return None
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit

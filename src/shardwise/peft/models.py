@@ -185,13 +185,9 @@ def capture_peft(
     base: str | None,
     is_stage: bool,
 ) -> list[AdapterEntry]:
-    """The tensors of one adapter that a part has, as peft itself would name them.
+    """The tensors of one adapter that a part has, as peft itself would name them; `AdapterError` if it cannot.
 
-    The layouts are those of `shardwise.peft.capture.capture_adapter`. The base model is for an adapter that does not
-    name it: its vocabulary tells whether embeddings were resized. ``is_stage``: the part is a pipeline stage.
-
-    Raises:
-        AdapterError: peft computes the tensors instead of naming parameters, or cannot name them.
+    The base model is for an adapter that does not name it: its vocabulary tells whether embeddings were resized.
     """
     model = adapted_model(part)
     config = configs[adapter_name]
@@ -221,7 +217,14 @@ def capture_peft(
                 hint="Use LoraConfig, or another method whose adapters live in the layers.",
             )
         out += _entries(_prefixed(name), fqn, state[fqn], wrappers, v4_compatible, legacy_layout)
-    _require_whole(adapter_name, state, owners, {item.fqn for item in out}, config)
+    taken = {item.fqn for item in out}
+    for name in state if method_of(config) == "LORA" else ():  # whatever peft's filters did
+        if name not in taken and is_below(name, owners) == adapter_name and _FACTOR.search(name):
+            raise AdapterError(
+                f"peft leaves {name!r} out of the adapter {adapter_name!r}",
+                tensor=name,
+                hint="Give the adapter, or the module, another name.",
+            )
     return out
 
 
@@ -294,25 +297,6 @@ def _prompt(adapter_name: str, config: PeftConfig, state: Mapping[str, torch.Ten
             hint="Use prompt tuning, prefix tuning without prefix_projection, or a method that lives in the layers.",
         )
     return [entry(name, encoder + leaf, state[encoder + leaf]) for name, leaf in saved.items()]
-
-
-def _require_whole(
-    adapter_name: str,
-    state: Mapping[str, torch.Tensor],
-    owners: Mapping[str, str],
-    found: Collection[str],
-    config: PeftConfig,
-) -> None:
-    """Check that each factor that the modules have for the adapter is in its file, whatever peft's filters did."""
-    if str(config.peft_type).rpartition(".")[2] != "LORA":
-        return
-    for name in state:
-        if name not in found and is_below(name, owners) == adapter_name and _FACTOR.search(name):
-            raise AdapterError(
-                f"peft leaves {name!r} out of the adapter {adapter_name!r}",
-                tensor=name,
-                hint="Give the adapter, or the module, another name.",
-            )
 
 
 def _prefixed(name: str) -> str:

@@ -87,7 +87,8 @@ def _maybe_save_custom_model_code(
 
     ``__init__.py`` files are left out, as are hidden directories and the directory that is being written. A symbolic
     link is followed only to a target inside the base directory or among the blobs of a hub cache. Imports of names that
-    transformers removed are guarded. Called on the rank that writes.
+    transformers removed are guarded. Called on the rank that writes; a file that cannot be read or written is a
+    `StorageError`.
     """
     target = Path(hf_metadata_dir)
     copied = _Copies(target)
@@ -304,7 +305,8 @@ def _apply_transformers_compat_guards(py_path: str) -> None:
     the import resolves. They come after the module's docstring and its ``from __future__`` imports, in the file's own
     encoding and line ends. Any other file, and one that is no Python of this interpreter's, keeps every byte. Running
     it again changes nothing. The file is parsed, never executed. A path that is absent or cannot be read has no import
-    to guard, and is left alone: who copies or imports the file meets that error.
+    to guard, and is left alone: who copies or imports the file meets that error. A `StorageError` says that the guarded
+    file cannot be written.
     """
     path = Path(py_path)
     try:

@@ -71,7 +71,11 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
     def __init__(self, *positional: object, checkpointing: CheckpointingConfig | None = None, **named: object) -> None:
         super().__init__(*positional, **named)
         self._paths = HostPaths(checkpointing, "accelerate")
-        self._check()
+        hint = "Leave it out: all ranks write one checkpoint, in a directory that every node sees."
+        further = {"save_on_each_node": (self.project_configuration.save_on_each_node, hint)}
+        refuse_ways(self, "ShardwiseAccelerator", _SHARDING, further)
+        if self._is_automatic and self.project_dir is not None:
+            local_path(self.project_dir)  # refused now, not at the first save
 
     # --- states -----------------------------------------------------------------------------------------------------
 
@@ -142,7 +146,12 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
             self._refuse_arguments("load_state", ["load_kwargs"] * bool(load_kwargs) + list(others))
         self.wait_for_saves()
         if input_dir is None and self._is_automatic:
-            path = self._newest()
+            numbered = self._numbered()
+            if not numbered:
+                raise CheckpointNotFoundError(
+                    "there is no checkpoint to load", path=self._automatic, hint="Begin without load_state()."
+                )
+            path = numbered[-1]
         else:
             path = _given(input_dir, "load_state was not told from where")
         parts = self._parts()
@@ -262,13 +271,6 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
             hint="Leave it out; what can be set is in ShardwiseAccelerator(checkpointing=CheckpointingConfig(...)).",
         )
 
-    def _check(self) -> None:
-        hint = "Leave it out: all ranks write one checkpoint, in a directory that every node sees."
-        further = {"save_on_each_node": (self.project_configuration.save_on_each_node, hint)}
-        refuse_ways(self, "ShardwiseAccelerator", _SHARDING, further)
-        if self._is_automatic and self.project_dir is not None:
-            local_path(self.project_dir)  # refused now, not at the first save
-
     # --- parts ------------------------------------------------------------------------------------------------------
 
     def _loaders(self) -> list[Tracked]:
@@ -319,14 +321,6 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
         return [
             Path(path) for path in cast("list[str]", Group.current().broadcast_result(look, f"looking into {root}"))
         ]
-
-    def _newest(self) -> Path:
-        numbered = self._numbered()
-        if not numbered:
-            raise CheckpointNotFoundError(
-                "there is no checkpoint to load", path=self._automatic, hint="Begin without load_state()."
-            )
-        return numbered[-1]
 
     def _prune(self) -> None:
         """Remove the oldest automatic names above ``total_limit``."""

@@ -50,33 +50,39 @@ _MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude", "magnitude")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LinearSite:
-    """A module with a LoRA pair."""
+class _Factors:
+    """A pair of factors."""
 
-    fqn: str  #: The module's name.
-    targets: tuple[str, ...]  #: The Hugging Face modules that it stands for; several for a combined projection.
+    fqn: str  #: Name of the module that has them.
     a: NamedTensor  #: The factor with the input columns.
     b: NamedTensor  #: The factor with the output rows.
     rank: int  #: The LoRA rank.
-    transposed: bool  #: Whether ``a`` is ``(in, rank)`` and ``b`` is ``(rank, out)``.
+    transposed: bool  #: Whether ``a`` ends with ``(in, rank)`` and ``b`` with ``(rank, out)``.
     scale: float | None  #: The factor on the product, where the module states it.
-    magnitude: NamedTensor | None = None  #: DoRA's magnitude.
-    bias: NamedTensor | None = None  #: The bias of ``b``.
+
+    @property
+    def dims(self) -> tuple[int, int, int, int]:
+        """The dimensions of input and rank in ``a``, and of rank and output in ``b``."""
+        last = self.a.tensor.dim() - 1
+        return (last - 1, last, last - 1, last) if self.transposed else (last, last - 1, last, last - 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ExpertSite:
-    """A pair of grouped factors for all experts of a layer; attributes as `LinearSite`."""
+class LinearSite(_Factors):
+    """A module with a LoRA pair."""
 
-    fqn: str
+    targets: tuple[str, ...]  #: The Hugging Face modules that it stands for; several for a combined projection.
+    magnitude: NamedTensor | None  #: DoRA's magnitude.
+    bias: NamedTensor | None  #: The bias of ``b``.
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertSite(_Factors):
+    """A pair of grouped factors for all experts of a layer."""
+
     projections: tuple[str, ...]  #: Per-expert projections of the Hugging Face model that it stands for.
     parameter: str  #: The fused parameter of the Hugging Face model that it stands for.
     fused: bool  #: Whether the adapter is written for the fused parameter instead of single experts.
-    a: NamedTensor
-    b: NamedTensor
-    rank: int
-    transposed: bool
-    scale: float | None
 
     @property
     def experts(self) -> int:
@@ -180,7 +186,7 @@ def _linear_site(fqn: str, module: nn.Module, dim: int | None, expand: bool) -> 
     rank, transposed = _orient(a, b, 2, dim)
     magnitude = next((m for name in _MAGNITUDES if (m := _native(fqn, module, name)) is not None), None)
     bias = _native(fqn, module, "lora_B", "bias")
-    return LinearSite(fqn, _expand_combined(fqn, expand), a, b, rank, transposed, _scale(module), magnitude, bias)
+    return LinearSite(fqn, a, b, rank, transposed, _scale(module), _expand_combined(fqn, expand), magnitude, bias)
 
 
 def _expert_sites(fqn: str, module: nn.Module, dim: int | None, fuse: bool, kind: str | None) -> list[ExpertSite]:
@@ -197,7 +203,7 @@ def _expert_sites(fqn: str, module: nn.Module, dim: int | None, fuse: bool, kind
         rank, transposed = _orient(a, b, 3, dim)
         projections = _expert_projections(token, kind)
         parameter = _fused_parameter(token)
-        sites.append(ExpertSite(fqn, projections, parameter, fused, a, b, rank, transposed, _scale(module)))
+        sites.append(ExpertSite(fqn, a, b, rank, transposed, _scale(module), projections, parameter, fused))
     # peft wraps a module's parameters in the order in which the Hugging Face model declares them: gate_up, then down.
     return sorted(sites, key=lambda site: site.parameter == "down_proj")
 
@@ -349,12 +355,17 @@ def capture_own(model: nn.Module, dim: int | None, v4_compatible: bool, legacy_l
     sites = find_sites(model, dim, v4_compatible)
     out: list[AdapterEntry] = []
     for site in sites:
+        rows = int(site.b.tensor.shape[site.dims[-1]])
         if isinstance(site, LinearSite):
-            out += _linear(site, config)
+            single = len(site.targets) == 1
+            out += _pairs(site, site.targets, (rows,) if single else _combined_sizes(site.fqn, rows, config))
         elif site.fused:
             out += _fused(site, _depth(site, sites), legacy_layout)
         else:
-            out += _per_expert(site)
+            sizes = [rows // len(site.projections)] * len(site.projections)
+            for expert in range(site.experts):
+                targets = [f"{site.fqn}.{expert}.{projection}" for projection in site.projections]
+                out += _pairs(site, targets, sizes, ((0, expert),))
     first: dict[int, str] = {}  # of tensors that are tied
     for native in chain.from_iterable(find_trained_modules(model, sites).values()):
         name = f"{PEFT_PREFIX}{native.name}"
@@ -363,24 +374,25 @@ def capture_own(model: nn.Module, dim: int | None, v4_compatible: bool, legacy_l
     return out
 
 
-def _linear(site: LinearSite, config: object | None) -> Iterator[AdapterEntry]:
-    rows_at, rank_at = (1, 0) if site.transposed else (0, 1)
+def _pairs(
+    site: Site, targets: Sequence[str], sizes: Sequence[int], fixed: tuple[tuple[int, int], ...] = ()
+) -> Iterator[AdapterEntry]:
+    """A pair for each target, which has so many rows; ``fixed`` is the expert's index, where there is one."""
+    in_at, a_rank, rank_at, out_at = site.dims
     a, b = site.a.tensor, site.b.tensor
-    total = int(b.shape[rows_at])
-    sizes = (total,) if len(site.targets) == 1 else _combined_sizes(site.fqn, total, config)
-    a_shape = (site.rank, int(a.shape[0 if site.transposed else 1]))
-    a_view = axis_view([[n] for n in a.shape], (1, 0)) if site.transposed else None
-    first = f"{PEFT_PREFIX}{site.targets[0]}.lora_A.weight"
+    a_view = axis_view([[n] for n in a.shape], (a_rank, in_at), fixed) if fixed or site.transposed else None
+    first = f"{PEFT_PREFIX}{targets[0]}.lora_A.weight"
     start = 0
-    for target, size in zip(site.targets, sizes, strict=True):
+    for target, size in zip(targets, sizes, strict=True):
         name = f"{PEFT_PREFIX}{target}.lora_A.weight"
-        yield entry(name, site.a.name, a, a_view, a_shape, first if name != first else None)
-        whole = size == total and not site.transposed
-        b_view = None if whole else axis_view([[n] for n in b.shape], ((rows_at, start, size), rank_at))
+        shared = first if name != first else None
+        yield entry(name, site.a.name, a, a_view, (site.rank, int(a.shape[in_at])), shared)
+        whole = size == b.shape[out_at] and not (fixed or site.transposed)
+        b_view = None if whole else axis_view([[n] for n in b.shape], ((out_at, start, size), rank_at), fixed)
         yield entry(f"{PEFT_PREFIX}{target}.lora_B.weight", site.b.name, b, b_view, (size, site.rank))
-        if site.bias is not None:
+        if isinstance(site, LinearSite) and site.bias is not None:
             yield _rows(f"{PEFT_PREFIX}{target}.lora_B.bias", site.bias, start, size)
-        if site.magnitude is not None:
+        if isinstance(site, LinearSite) and site.magnitude is not None:
             yield _rows(f"{PEFT_PREFIX}{target}.lora_magnitude_vector", site.magnitude, start, size)
         start += size
 
@@ -396,21 +408,6 @@ def _rows(name: str, native: NamedTensor, start: int, size: int) -> AdapterEntry
     return entry(name, native.name, native.tensor, view, (size,))
 
 
-def _per_expert(site: ExpertSite) -> Iterator[AdapterEntry]:
-    in_at, a_rank, rank_at, out_at = (1, 2, 1, 2) if site.transposed else (2, 1, 2, 1)
-    a, b = site.a.tensor, site.b.tensor
-    size = int(b.shape[out_at]) // len(site.projections)
-    for expert in range(site.experts):
-        first = f"{PEFT_PREFIX}{site.fqn}.{expert}.{site.projections[0]}.lora_A.weight"
-        for index, projection in enumerate(site.projections):
-            base = f"{PEFT_PREFIX}{site.fqn}.{expert}.{projection}"
-            a_view = axis_view([[n] for n in a.shape], (a_rank, in_at), ((0, expert),))
-            b_view = axis_view([[n] for n in b.shape], ((out_at, index * size, size), rank_at), ((0, expert),))
-            shared = first if index else None
-            yield entry(f"{base}.lora_A.weight", site.a.name, a, a_view, (site.rank, int(a.shape[in_at])), shared)
-            yield entry(f"{base}.lora_B.weight", site.b.name, b, b_view, (size, site.rank))
-
-
 def _depth(site: ExpertSite, sites: Sequence[object]) -> int:
     """How many of peft's wrappers lie around the one of this parameter: later parameters wrap earlier ones."""
     same = [s for s in sites if isinstance(s, ExpertSite) and s.fqn == site.fqn]
@@ -422,7 +419,7 @@ def _fused(site: ExpertSite, depth: int, legacy_layout: bool) -> Iterator[Adapte
 
     peft up to 0.19.0 read the parameter's ``(out, in)`` as ``(in, out)``, so that the factors change places.
     """
-    in_at, a_rank, rank_at, out_at = (1, 2, 1, 2) if site.transposed else (2, 1, 2, 1)
+    in_at, a_rank, rank_at, out_at = site.dims
     factors = (site.a, in_at, a_rank), (site.b, out_at, rank_at)
     (a, a_long, a_rank), (b, b_long, b_rank) = factors[::-1] if legacy_layout else factors
     base = f"{PEFT_PREFIX}{site.fqn}{'.base_layer' * depth}"

@@ -16,8 +16,8 @@ from tests.peft.test_models import EXPERTS, LINEAR, adapted, save
 import peft
 from shardwise.errors import AdapterError, CheckpointNotFoundError, MisuseError
 from shardwise.peft.capture import capture_adapter
+from shardwise.peft.check import check_shared_factors, differing_settings
 from shardwise.peft.initial_values import initialise_adapters, initialise_magnitudes
-from shardwise.peft.load import check_shared_factors, differing_settings
 from shardwise.peft.tensors import AdapterFile
 
 

@@ -41,8 +41,8 @@ from shardwise.ops.side_content import side_files
 from shardwise.ops.targets import find_targets, nothing_at
 from shardwise.ops.verify import verify
 from shardwise.peft.capture import base_tensors, capture_adapter, hold_adapter
+from shardwise.peft.check import changed_base, is_legacy_layout
 from shardwise.peft.config import read_adapter_config
-from shardwise.peft.load import changed_base, is_legacy_layout
 from shardwise.peft.merge import require_merge
 from shardwise.peft.tensors import ADAPTER_CONFIG_NAME, ADAPTER_EXTRA_NAME, ADAPTER_WEIGHTS_NAME
 from shardwise.sources.reader import Reader

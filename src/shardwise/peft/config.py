@@ -27,7 +27,7 @@ from shardwise.peft.builtin_lora import (
     hub_target_modules,
     is_fused,
 )
-from shardwise.peft.load import LEGACY_LAYOUT_VERSION, is_legacy_version
+from shardwise.peft.check import LEGACY_LAYOUT_VERSION, is_legacy_version
 from shardwise.peft.models import (
     ExpertTargets,
     adapter_configs,

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from shardwise.errors import AdapterError, MisuseError, ShardwiseError
 from shardwise.peft.builtin_lora import LinearSite, find_sites
 from shardwise.peft.capture import capture_adapter, hold_adapter
-from shardwise.peft.load import changed_base
+from shardwise.peft.check import changed_base
 from shardwise.peft.models import adapter_configs, method_of
 from shardwise.peft.tensors import join, named_modules, seed_of
 from shardwise.plan.fragments import HeldTensor, copy_whole

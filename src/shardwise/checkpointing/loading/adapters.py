@@ -20,9 +20,9 @@ from shardwise.engine.load import OpenedLoad, listed_anywhere, open_described
 from shardwise.engine.name_suggestions import listed
 from shardwise.errors import AdapterError, AmbiguousFilesError, FormatError, MissingTensorError
 from shardwise.peft.capture import ALLOCATOR_PREFIX, AllocatorRestore, base_tensors, hold_adapter, restore_allocators
+from shardwise.peft.check import check_shared_factors, differing_settings
 from shardwise.peft.config import adapter_settings, read_adapter_config
 from shardwise.peft.diffusers_lora import LORA_WEIGHTS_NAME, check_scales, component_of, read_lora
-from shardwise.peft.load import check_shared_factors, differing_settings
 from shardwise.peft.tensors import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_EXTRA_NAME,

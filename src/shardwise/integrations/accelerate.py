@@ -58,11 +58,8 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
     schedulers, gradient scaler, random number generators, positions in the data, and what was registered. Writing the
     same directory again replaces it at the moment when the new one is complete.
 
-    Args:
-        *positional: Those of ``Accelerator``.
-        checkpointing: The settings beside those that the script decides. By default each state has a Hugging Face
-            export (``LATEST/model/consolidated``).
-        **named: Those of ``Accelerator``.
+    The arguments are those of ``Accelerator``, and ``checkpointing``: the settings beside those that the script
+    decides. By default each state has a Hugging Face export (``LATEST/model/consolidated``).
 
     Raises:
         ConfigError: The arguments ask for what cannot be saved; the message names it.
@@ -84,12 +81,8 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
     ) -> str:
         """Save everything that was prepared and registered. All ranks call.
 
-        Args:
-            output_dir: The directory. With ``automatic_checkpoint_naming`` it is
-                ``project_dir/checkpoints/checkpoint_N``, whatever is passed, as in accelerate; older ones than
-                ``total_limit`` are removed once the new one is complete.
-            safe_serialization: Only ``True``.
-            **others: None.
+        With ``automatic_checkpoint_naming`` the directory is ``project_dir/checkpoints/checkpoint_N``, whatever is
+        passed, as in accelerate; older ones than ``total_limit`` are removed once the new one is complete.
 
         Returns:
             The directory, whose checkpoint is complete; in asynchronous mode at the next call of `save_state`,
@@ -130,11 +123,8 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
     ) -> None:
         """Restore everything that was prepared and registered, in place, on any number of ranks. All ranks call.
 
-        Args:
-            input_dir: A directory that `save_state` wrote; by default, with ``automatic_checkpoint_naming``, the newest
-                one that is complete. The next automatic name is then the one behind it.
-            load_kwargs: None.
-            **others: None.
+        ``input_dir`` is a directory that `save_state` wrote; by default, with ``automatic_checkpoint_naming``, the
+        newest one that is complete. The next automatic name is then the one behind it.
 
         Raises:
             CheckpointNotFoundError: There is nothing to load.
@@ -194,13 +184,10 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
         max_shard_size: int | str = _MAX_SHARD_SIZE,
         safe_serialization: bool = True,
     ) -> None:
-        """Write a model, its configuration and weights, into a directory that ``from_pretrained`` opens.
+        """Write a model, prepared or not, its configuration and weights, into a directory for ``from_pretrained``.
 
-        Args:
-            model: The model, prepared or not.
-            save_directory: The directory. An earlier model's files that are not replaced are removed.
-            max_shard_size: Only accelerate's default: the setting ``max_file_bytes`` says how large files become.
-            safe_serialization: Only ``True``.
+        An earlier model's files that are not replaced are removed. How large files become the setting
+        ``max_file_bytes`` says, and not ``max_shard_size``.
 
         Raises:
             MisuseError: An argument that cannot be followed.
@@ -230,10 +217,6 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
         After `load_state` it is the epoch that the checkpoint was saved in. With the number of batches that the loop
         had then, on the same number of ranks, these are made again, and the rest is that of the run that was never
         stopped, with all random numbers. Otherwise they are skipped in the order of that epoch.
-
-        Args:
-            dataloader: A loader that was prepared.
-            num_batches: How many to skip.
 
         Raises:
             MisuseError: The loader was not prepared, or keeps its position by itself.
@@ -342,37 +325,14 @@ def _given(directory: str | os.PathLike[str] | None, absent: str) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class _Resumed:
-    """A position that was restored and that the loop has not come to yet.
+    """A position that was restored and that the loop has not come to yet."""
 
-    What `Tracked.position` and `Tracked.own_state` gave (``None`` on another number of ranks), and what the process's
-    generators were set to.
-    """
-
-    position: Mapping[str, object]
-    own: object
-    generators: dict[str, object]
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that was begun last."""
-        return cast(int, self.position["epoch"])
-
-    @property
-    def count(self) -> int:
-        """Number of its batches that the loop has had."""
-        return cast(int, self.position["count"])
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing of the epoch is left."""
-        ends = (0, self.position["length"])
-        return self.count in ends or self.position["iteration"] != self.epoch
-
-    @property
-    def next_epoch(self) -> int:
-        """The epoch that a loop begins which begins one: the same one again if it is not over."""
-        iteration = cast(int, self.position["iteration"])
-        return iteration + 1 if self.count and self.is_over and iteration == self.epoch else iteration
+    position: Mapping[str, object]  #: What `Tracked.position` gave.
+    own: object  #: What `Tracked.own_state` gave; ``None`` on another number of ranks.
+    generators: dict[str, object]  #: What the process's generators were set to.
+    epoch: int  #: The epoch that was begun last.
+    count: int  #: Number of its batches that the loop has had.
+    is_over: bool  #: Whether nothing of the epoch is left.
 
 
 class Tracked:
@@ -481,8 +441,11 @@ class Tracked:
         if self._is_made and position["count"]:  # a run that went on would have to make one
             self.load_state_dict({})  # type: ignore[attr-defined]
             self._is_made = False
-        self._resumed = _Resumed(position, own, RandomState().state_dict())
-        self.iteration = self._resumed.next_epoch
+        epoch, count, iteration = (cast(int, position[name]) for name in ("epoch", "count", "iteration"))
+        is_over = count in (0, position["length"]) or iteration != epoch
+        self._resumed = _Resumed(position, own, RandomState().state_dict(), epoch, count, is_over)
+        # The epoch that a loop begins which begins one: the same one again if it is not over.
+        self.iteration = iteration + 1 if count and is_over and iteration == epoch else iteration
         self._set_generator(position["now"])
         if own is None and position["seed"] is None and isinstance(self.get_sampler(), RandomSampler):  # type: ignore[attr-defined]
             _LOG.warning(

@@ -62,12 +62,9 @@ _END = object()
 class _Shardwise:
     """What strategies of Trainer and Fabric have in common.
 
-    Args:
-        *positional: Those of Lightning's strategy.
-        checkpointing: The settings beside those that Lightning decides. By default each checkpoint has a Hugging Face
-            export (``LATEST/model/consolidated`` below its path).
-        tokenizer: A tokenizer or processor to put beside the weights.
-        **named: Those of Lightning's strategy.
+    The arguments are those of Lightning's strategy, ``checkpointing``, the settings beside those that Lightning
+    decides, and ``tokenizer``, a tokenizer or processor to put beside the weights. By default each checkpoint has a
+    Hugging Face export (``LATEST/model/consolidated`` below its path).
 
     Raises:
         ConfigError: What is asked for cannot be saved; the message names it.
@@ -282,11 +279,7 @@ class _FabricStrategy(_Shardwise):
     ) -> None:
         """Write a checkpoint at a path, where an earlier one is replaced once the new one is complete. All ranks call.
 
-        Args:
-            path: The path.
-            state: Name -> a model, an optimizer, a scheduler, anything with a state, or plain values.
-            storage_options: Only ``None``.
-            filter: Only ``None``.
+        The state has a model, optimizers, schedulers, anything with a state, and plain values, by name.
 
         Raises:
             MisuseError: There is no model in the state.
@@ -306,14 +299,8 @@ class _FabricStrategy(_Shardwise):
     ) -> dict[str, object]:
         """Restore a state in place, on any number of ranks. All ranks call.
 
-        Args:
-            path: A path that was saved to.
-            state: The names that were saved. Plain values are replaced in it.
-            strict: Only ``True``.
-            weights_only: Without effect: nothing is unpickled.
-
-        Returns:
-            Nothing that is left: what the checkpoint has beside the state is named in a warning.
+        The state has the names that were saved; plain values are replaced in it. What the checkpoint has beside it is
+        named in a warning, and the result is empty. ``weights_only`` is without effect: nothing is unpickled.
 
         Raises:
             CheckpointNotFoundError: Nothing of shardwise's is there.
@@ -446,16 +433,16 @@ class Resumable:
 
     def state_dict(self) -> dict[str, object]:
         """The position."""
-        return {_MARK: self._saved or self._position()}
-
-    def _position(self) -> dict[str, object]:
+        if self._saved:
+            return {_MARK: self._saved}
         group = Group.current()
         order = self._order.state(group.rank)
         found = cast("dict[str, dict[str, object]]", order["loaders"])[_LOADER] if order is not None else {}
         count = found.get("count", 0)
         is_over = not count or bool(found.get("is_over")) or count == length_hint(self, -1)
         own = super().state_dict() if self.keeps_position else order  # type: ignore[misc]
-        return {"epoch": self._epoch, "count": count, "is_over": is_over, "world": group.world_size, "own": own}
+        position = {"epoch": self._epoch, "count": count, "is_over": is_over, "world": group.world_size, "own": own}
+        return {_MARK: position}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on at a position. What the loader keeps by itself is taken in on the same number of ranks only."""

@@ -117,14 +117,9 @@ class ShardwiseTrainer(TrainerCheckpoints):
     ) -> object:
         """Train; returns when the last checkpoint is durable, also in asynchronous mode. All ranks call.
 
-        Args:
-            resume_from_checkpoint: ``True`` for the newest checkpoint in ``output_dir``; a checkpoint's path, or its or
-                a pointer's name in ``output_dir``; ``None`` or ``False`` to begin afresh.
-            trial: Not supported.
-            ignore_keys_for_eval: As in ``Trainer``.
-
-        Returns:
-            The ``Trainer``'s record of the training.
+        ``resume_from_checkpoint`` is ``True`` for the newest checkpoint in ``output_dir``; a checkpoint's path, or its
+        or a pointer's name in ``output_dir``; ``None`` or ``False`` to begin afresh. The rest is as in ``Trainer``, but
+        for ``trial``, which is not supported.
 
         Raises:
             CheckpointNotFoundError: There is nothing to resume from.
@@ -222,12 +217,8 @@ class ShardwiseTrainer(TrainerCheckpoints):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model (or the adapter), its configuration and tokenizer into a directory. All ranks call.
 
-        The directory opens with ``from_pretrained``, however the model is sharded. Each file takes its place in one
-        step, and an earlier model's files that are not replaced are removed.
-
-        Args:
-            output_dir: ``args.output_dir`` by default.
-            _internal_call: As in ``Trainer``, without effect.
+        The directory, ``args.output_dir`` by default, opens with ``from_pretrained``, however the model is sharded.
+        Each file takes its place in one step, and an earlier model's files that are not replaced are removed.
         """
         target = Path(output_dir or self.args.output_dir).absolute()
         write_pretrained(self.model, target, self.checkpointing, self._built, _tokenizer(self))
@@ -280,10 +271,7 @@ class ShardwiseTrainer(TrainerCheckpoints):
 
 
 def get_last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """Find the newest checkpoint in a directory, like the function of the same name in transformers. Any rank calls.
-
-    Args:
-        folder: The ``output_dir``.
+    """Find the newest checkpoint in an ``output_dir``, like transformers' function of that name. Any rank calls.
 
     Returns:
         The checkpoint's path for ``train(resume_from_checkpoint=...)``; ``None`` where there is none, or no directory.

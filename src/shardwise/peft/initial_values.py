@@ -292,9 +292,10 @@ def _stand_in(part: nn.Module) -> _StandIn:
 
 def _begin(part: nn.Module, name: str, config: PeftConfig, seed: int) -> None:
     """Adapt a stand-in for a part with one adapter, and copy what that made into the part."""
-    stand_in = _stand_in(part)
-    if not stand_in.held:
+    real_layers = dict(named_modules(bare_model(part)))
+    if not any(upstream.has_adapter(module, name) for module in real_layers.values()):
         return
+    stand_in = _stand_in(part)
     plain = copy.deepcopy(config)
     for setting in ("modules_to_save", "trainable_token_indices", "layer_replication", "modules_to_tie"):
         if hasattr(plain, setting):
@@ -305,11 +306,8 @@ def _begin(part: nn.Module, name: str, config: PeftConfig, seed: int) -> None:
     if hasattr(plain, "ensure_weight_tying"):
         plain.ensure_weight_tying = False
     tuner_class = cast("type[upstream.BaseTuner]", upstream.tuner_of(config.peft_type))
-    real_layers = dict(named_modules(bare_model(part)))
     copier = _Copier(stand_in, name, config, real_layers, seed)
     adapted = upstream.watched_tuner(tuner_class, copier.before, copier.after)
-    if not any(upstream.has_adapter(module, name) for module in real_layers.values()):
-        return
     torch.manual_seed(_seed(seed, name, ""))
     try:
         tuner = adapted(stand_in.root, plain, name)
@@ -472,8 +470,7 @@ def _begin_beside(part: nn.Module, name: str, seed: int) -> None:
     for path, module in named_modules(bare_model(part)):
         if isinstance(module, tokens) and name in cast(Any, module).token_indices:
             _begin_tokens(path, module, name, seed)
-        elif isinstance(module, copies) and name in _trained_copies(module):
-            trained = _trained_copies(module)[name]
+        elif isinstance(module, copies) and (trained := _trained_copies(module).get(name)) is not None:
             first = dict(named_modules(cast("nn.Module", module.original_module)))
             for inner_path, inner in named_modules(trained):
                 source = first[inner_path]

@@ -197,12 +197,15 @@ def _relatively_imported(file: Path) -> Iterator[Path]:
 
 def _add_class(copied: _Copies, cls: type, target: Path) -> None:
     """Copy the code of one custom class."""
-    file = _module_file(cls)
-    if file is None:
+    name = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    if not (isinstance(name, str) and name.endswith(".py") and is_file(file := Path(name))):
         _LOG.warning("custom code: the source of %s.%s is not a file, it is left out", cls.__module__, cls.__qualname__)
         return
     if _in_cache(cls.__module__):
-        root = _cache_root(cls.__module__, file)
+        # The directory of the cache that mirrors the model directory which the file came from.
+        parts = cls.__module__.split(".")[:-1]
+        revision = _revision_index(parts)
+        root = file.parent if revision is None else file.parents[len(parts) - 1 - revision]
         copied.add_all(_python_files(root, target), root)
     else:
         # The user's own class, registered for an auto class: transformers expects its module at the top level.
@@ -242,13 +245,9 @@ def _families_of_name(name: object) -> set[str]:
     if not isinstance(name, str) or not name:
         return set()
     folders = [os.path.basename(os.path.normpath(name))] if is_directory(Path(name)) else name.split("/")
-    return {".".join([_CACHE_PACKAGE, *(_module_name(folder) for folder in folders)])}
-
-
-def _module_name(folder: str) -> str:
-    """The package name that transformers gives to a folder (transformers.dynamic_module_utils)."""
-    name = folder.replace(".", "_dot_").replace("-", "_hyphen_")
-    return f"_{name}" if name[:1].isdigit() else name
+    # Source: transformers.dynamic_module_utils.
+    names = [folder.replace(".", "_dot_").replace("-", "_hyphen_") for folder in folders]
+    return {".".join([_CACHE_PACKAGE, *(f"_{name}" if name[:1].isdigit() else name for name in names)])}
 
 
 def _loaded_classes(target: str, families: set[str]) -> list[type]:
@@ -261,19 +260,6 @@ def _loaded_classes(target: str, families: set[str]) -> list[type]:
             if isinstance(value, type):
                 found.append(value)
     return found
-
-
-def _module_file(cls: type) -> Path | None:
-    module = sys.modules.get(cls.__module__)
-    file = getattr(module, "__file__", None)
-    return Path(file) if isinstance(file, str) and file.endswith(".py") and is_file(Path(file)) else None
-
-
-def _cache_root(module: str, file: Path) -> Path:
-    """The directory of the cache that mirrors the model directory which ``file`` came from."""
-    parts = module.split(".")[:-1]
-    revision = _revision_index(parts)
-    return file.parent if revision is None else file.parents[len(parts) - 1 - revision]
 
 
 def custom_auto_map(model: nn.Module, config: object) -> dict[str, str]:
@@ -323,20 +309,16 @@ def _apply_transformers_compat_guards(py_path: str) -> None:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, LookupError):
         return
-    guards = [guard for symbol in _imported_symbols(tree) if (guard := _guard(symbol))[0] not in text]
-    if guards:
-        write_bytes(path, mark + _inserted(text, tree, guards).encode(encoding))
-
-
-def _imported_symbols(tree: ast.Module) -> list[str]:
-    """Removed symbols that the file imports from the module that had them, in the order of the table."""
-    found = {
+    imported = {
         (node.module, alias.name)
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.level == 0
         for alias in node.names
     }
-    return [s for s, (module, _) in _REMOVED_TRANSFORMERS_SYMBOLS.items() if (module, s) in found]
+    removed = [symbol for symbol, (module, _) in _REMOVED_TRANSFORMERS_SYMBOLS.items() if (module, symbol) in imported]
+    guards = [guard for symbol in removed if (guard := _guard(symbol))[0] not in text]
+    if guards:
+        write_bytes(path, mark + _inserted(text, tree, guards).encode(encoding))
 
 
 def _inserted(text: str, tree: ast.Module, guards: list[list[str]]) -> str:

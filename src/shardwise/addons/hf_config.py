@@ -259,7 +259,11 @@ def write_own_config(model: nn.Module, config: object, directory: Path, *, keep_
         with _spared(model, config), written_locally(directory) as local:
             cast(Callable[[str], object], save)(str(local))
     else:
-        _write_entries(config, path)
+        to_dict: object = getattr(config, "to_dict", None)
+        given: object = to_dict() if callable(to_dict) else config
+        if not isinstance(given, Mapping):
+            given = {name: value for name, value in getattr(given, "__dict__", {}).items() if not name.startswith("_")}
+        write_json(path, json.loads(json.dumps(dict(given), default=_nested)))
     if not is_file(path):
         return
     entries = read_json_object(path)
@@ -270,15 +274,6 @@ def write_own_config(model: nn.Module, config: object, directory: Path, *, keep_
         _strip(entries)
     if json.dumps(entries) != before:
         write_json(path, entries)
-
-
-def _write_entries(config: object, path: Path) -> None:
-    """Write a config of any kind as JSON; `naming_entries` is around it."""
-    to_dict: object = getattr(config, "to_dict", None)
-    entries: object = to_dict() if callable(to_dict) else config
-    if not isinstance(entries, Mapping):
-        entries = {name: value for name, value in getattr(entries, "__dict__", {}).items() if not name.startswith("_")}
-    write_json(path, json.loads(json.dumps(dict(entries), default=_nested)))
 
 
 def _nested(value: object) -> object:

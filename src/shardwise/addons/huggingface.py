@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol, Unpack, cast
@@ -166,7 +166,9 @@ def write_metadata(args: SaveHookArgs, quantized: bool, exporter: HFMetadataExpo
     model = described_part(parts)
     tokenizer = args.get("tokenizer")
     base_path = args.get("original_model_path")
-    _write_mappings(directory, args)
+    for name, mapping in ((FILE_INDEX, "fqn_to_file_index_mapping"), (FILE_DTYPES, "fqn_to_dtype_mapping")):
+        if (known := cast("Mapping[str, JsonValue] | None", args.get(mapping))) is not None:
+            write_json(directory / name, dict(known))
     if exporter is not None:
         with written_locally(directory) as local:
             exporter.save(hf_metadata_dir=str(local), tokenizer=tokenizer, original_model_path=base_path)
@@ -252,14 +254,6 @@ def own_exporter(args: SaveHookArgs) -> HFMetadataExporter | None:
             hint="See what its validate() checks.",
         )
     return exporter
-
-
-def _write_mappings(directory: Path, args: SaveHookArgs) -> None:
-    files, dtypes = args.get("fqn_to_file_index_mapping"), args.get("fqn_to_dtype_mapping")
-    if files is not None:
-        write_json(directory / FILE_INDEX, dict(files))
-    if dtypes is not None:
-        write_json(directory / FILE_DTYPES, dict(dtypes))
 
 
 # --- tokenizer, processor and sentence-transformers files: from memory where they are given, else from the base -------

@@ -384,9 +384,8 @@ class Tracked:
         self._start = cast("dict[str, object]", own["start"])
         RandomState().load_state_dict(self._start)  # of which a sampler without a generator draws the order
         self._begun = {"epoch": resumed.epoch, "generator": start, "count": count, "was_made": was_made}
-        for batch in first_then(self._epoch(), resumed.generators):
-            count += 1
-            self._begun["count"] = count
+        for number, batch in enumerate(first_then(self._epoch(), resumed.generators), count + 1):
+            self._begun["count"] = number
             yield batch
 
     def _from_start(self, epoch: int) -> Iterator[object]:
@@ -398,9 +397,8 @@ class Tracked:
         self._begun = {"epoch": epoch, "generator": start, "count": count, "was_made": self._is_made}
         self._is_made = False
         self._start = RandomState().state_dict() if self.use_stateful_dataloader else None
-        for batch in self._order.batches(self._epoch(), epoch, _LOADER):
-            count += 1
-            self._begun["count"] = count
+        for number, batch in enumerate(self._order.batches(self._epoch(), epoch, _LOADER), count + 1):
+            self._begun["count"] = number
             yield batch
 
     def _epoch(self) -> Pass:

@@ -159,7 +159,11 @@ class ShardwiseTrainer(TrainerCheckpoints):
             self._batches = epoch_iterator
             if self.is_replayable and self._checkpointer is not None:
                 loader = self.callback_handler.train_dataloader
-                _set_epoch(loader, self.current_epoch)
+                # As the Trainer does with the loader that it was to iterate over.
+                sampler: object = getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)
+                for each in (loader, sampler):
+                    if hasattr(each, "set_epoch"):
+                        each.set_epoch(self.current_epoch)
                 # Without accelerate's state_dict, which is empty unless torchdata's loader is in it.
                 epoch = Pass(loader, loader.__iter__, generator=getattr(loader, "synchronized_generator", None))
                 self._batches = self._checkpointer.batches(epoch, self.current_epoch)
@@ -331,14 +335,6 @@ class _TrainerState:
 
     def post_save(self, **kwargs: Unpack[SaveHookArgs]) -> None:
         """Nothing."""
-
-
-def _set_epoch(loader: object, epoch: int) -> None:
-    """Tell the loader and its samplers the epoch, as the Trainer does with the one that it was to iterate over."""
-    sampler = getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)
-    for each in (loader, sampler):
-        if hasattr(each, "set_epoch"):
-            each.set_epoch(epoch)
 
 
 def _record_callbacks(trainer: ShardwiseTrainer) -> None:

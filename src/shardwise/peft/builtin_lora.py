@@ -360,7 +360,9 @@ def capture_own(model: nn.Module, dim: int | None, v4_compatible: bool, legacy_l
             single = len(site.targets) == 1
             out += _pairs(site, site.targets, (rows,) if single else _combined_sizes(site.fqn, rows, config))
         elif site.fused:
-            out += _fused(site, _depth(site, sites), legacy_layout)
+            # Later parameters' wrappers lie around those of earlier ones.
+            same = [s for s in sites if is_fused(s) and s.fqn == site.fqn]
+            out += _fused(site, len(same) - 1 - same.index(site), legacy_layout)
         else:
             sizes = [rows // len(site.projections)] * len(site.projections)
             for expert in range(site.experts):
@@ -406,12 +408,6 @@ def _rows(name: str, native: NamedTensor, start: int, size: int) -> AdapterEntry
     fixed = tuple((d, 0) for d in range(len(shape)) if d != long)
     view = axis_view([[n] for n in shape], ((long, start, size),), fixed)
     return entry(name, native.name, native.tensor, view, (size,))
-
-
-def _depth(site: ExpertSite, sites: Sequence[object]) -> int:
-    """How many of peft's wrappers lie around the one of this parameter: later parameters wrap earlier ones."""
-    same = [s for s in sites if isinstance(s, ExpertSite) and s.fqn == site.fqn]
-    return len(same) - 1 - same.index(site)
 
 
 def _fused(site: ExpertSite, depth: int, legacy_layout: bool) -> Iterator[AdapterEntry]:

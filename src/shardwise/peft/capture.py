@@ -159,12 +159,6 @@ def _inventory(parts: Sequence[nn.Module]) -> tuple[dict[str, tuple[int, ...]], 
     return {name: tuple(sorted(indices)) for name, indices in sorted(found.items())}, frozenset(cut)
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a module's state is its parameters and buffers, and loading copies into these, as torch's own do."""
-    own = has_torchs_ways(type(module)) and keeps_torchs_ways(module)
-    return own and own_loader(type(module)).__module__.startswith("torch.nn.")
-
-
 def _require_plain_state(parts: Sequence[nn.Module], files: Sequence[AdapterFile]) -> None:
     """Check that each saved module's state is its parameters and buffers, and is loaded into these unchanged."""
     owners = {item.fqn.rpartition(".")[0] for file in files for item in file.entries}
@@ -174,7 +168,9 @@ def _require_plain_state(parts: Sequence[nn.Module], files: Sequence[AdapterFile
         for name, module in (*named_modules(adapted_model(part)), *named_modules(bare_model(part))):
             # Modules around it may override state_dict(), as peft's layers do; peft picks from the result.
             hooked = (name in around or not name) and has_foreign_hooks(saving_hooks(module))
-            if hooked or (name in owners and not _is_plain(module)):
+            plain = has_torchs_ways(type(module)) and keeps_torchs_ways(module)
+            plain = plain and own_loader(type(module)).__module__.startswith("torch.nn.")
+            if hooked or (name in owners and not plain):
                 raise ModuleStateError(
                     f"{label(module, name)} saves or loads its state by its own methods or hooks, and an adapter's "
                     "file holds parameters and buffers unchanged",

@@ -43,7 +43,7 @@ from shardwise.stateful_wrappers.wrapping import bare_model, original_class
 from shardwise.upstream.transformers import NAME_OR_PATH
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    pass
 
 _LOG = logging.getLogger(__name__)
 
@@ -312,7 +312,12 @@ def _local_settings(parts: Sequence[nn.Module], peft_config: object | None, v4_c
         return {"own": cast(JsonValue, own_settings(parts, peft_config, v4_compatible))}
     configs = adapter_configs(parts, peft_config)
     experts = {name: [[*target] for target in expert_targets(parts, name)] for name in configs if v4_compatible}
-    own = {name: _part_settings(config) for name, config in configs.items()}
+    own: dict[str, Settings] = {}
+    for name, config in configs.items():
+        values = config.to_dict()
+        if str(values.get("target_modules")).lower() == "all-linear":
+            values["target_modules"] = None  # of a stage in which peft has looked for nothing yet
+        own[name] = {key: jsonable(values[key], key) for key in (*_FOUND, *_SAME) if key in values}
     return cast(JsonValue, {"experts": experts, "settings": own})
 
 
@@ -367,14 +372,6 @@ def _experts_of(rows: Sequence[dict[str, JsonValue]], adapter_name: str) -> list
             projections = tuple(listed)
             found[module, projections] = ExpertTargets(module, projections, experts, rank, alpha)
     return list(found.values())
-
-
-def _part_settings(config: PeftConfig) -> dict[str, object]:
-    """The settings that the stages of one adapter have to agree on or to unite, as JSON values."""
-    values = config.to_dict()
-    if str(values.get("target_modules")).lower() == "all-linear":
-        values["target_modules"] = None  # of a stage in which peft has looked for nothing yet
-    return {key: jsonable(values[key], key) for key in (*_FOUND, *_SAME) if key in values}
 
 
 def _united(adapter_name: str, stages: Sequence[Mapping[str, object]]) -> dict[str, object]:

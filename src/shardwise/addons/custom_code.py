@@ -280,8 +280,6 @@ _REMOVED_TRANSFORMERS_SYMBOLS: dict[str, tuple[str, str]] = {
     "NEED_SETUP_CACHE_CLASSES_MAPPING": ("transformers.generation.utils", "{}"),
 }
 
-_LINE = re.compile(r"[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+")
-
 
 def _apply_transformers_compat_guards(py_path: str) -> None:
     """Guard imports of transformers symbols removed in newer versions.
@@ -325,7 +323,15 @@ def _inserted(text: str, tree: ast.Module, guards: list[list[str]]) -> str:
     """The text with guards before its first statement that is neither docstring nor future import."""
     first = re.search(r"\r\n|\n|\r", text)
     newline = first.group() if first else "\n"
-    position = _insertion_offset(text, tree)
+    body = tree.body
+    index = next(i for i, statement in enumerate(body) if not _must_come_first(statement, i))
+    lines = list(io.StringIO(text, newline=""))
+    first_line = min([body[index].lineno, *(d.lineno for d in getattr(body[index], "decorator_list", []))])
+    position = sum(len(line) for line in lines[: first_line - 1])
+    if index and body[index - 1].end_lineno == first_line:
+        # A docstring or future import shares the line with the statement (`"""doc"""; import x`): break the line there.
+        # Columns count bytes of UTF-8, whatever the file's encoding (ast).
+        position += len(lines[first_line - 1].encode()[: body[index].col_offset].decode())
     head = text[:position]
     if head and not head.endswith(("\n", "\r")):
         head += newline
@@ -341,20 +347,6 @@ def _guard(symbol: str) -> list[str]:
         f"    _shardwise_guarded.{symbol} = {stand_in}",
         "del _shardwise_guarded",
     ]
-
-
-def _insertion_offset(text: str, tree: ast.Module) -> int:
-    body = tree.body
-    index = next(i for i, statement in enumerate(body) if not _must_come_first(statement, i))
-    statement = body[index]
-    lines = _LINE.findall(text)
-    first_line = min([statement.lineno, *(d.lineno for d in getattr(statement, "decorator_list", []))])
-    start = sum(len(line) for line in lines[: first_line - 1])
-    if index and body[index - 1].end_lineno == first_line:
-        # A docstring or future import shares the line with the statement (`"""doc"""; import x`): break the line there.
-        # Columns count bytes of UTF-8, whatever the file's encoding (ast).
-        start += len(lines[first_line - 1].encode()[: statement.col_offset].decode())
-    return start
 
 
 def _must_come_first(statement: ast.stmt, index: int) -> bool:

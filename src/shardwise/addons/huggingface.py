@@ -274,7 +274,9 @@ def write_tokenizer(tokenizer: SavesPretrained | None, base: Path | None, direct
         _copy_matching(base, directory, _TOKENIZER_FILES)
     if not any(exists(directory / name) for name in _PROCESSOR_FILES):
         _copy_matching(base, directory, _PROCESSOR_FILES)
-    if not _has_template(directory):
+    config = directory / "tokenizer_config.json"
+    has_template = any(exists(directory / name) for name in _TEMPLATES)
+    if not has_template and not (is_file(config) and read_json_object(config).get("chat_template")):
         _copy_matching(base, directory, _TEMPLATES)
         if is_directory(base / _TEMPLATE_FOLDER):
             _copy_matching(base / _TEMPLATE_FOLDER, directory / _TEMPLATE_FOLDER, ("*.jinja",))
@@ -367,13 +369,6 @@ def _module_folders(path: Path) -> list[str] | None:
     if any(kind.rpartition(".")[2] == "Transformer" for kind, _ in folders):
         return None
     return [folder for _, folder in folders]
-
-
-def _has_template(directory: Path) -> bool:
-    if any(exists(directory / name) for name in _TEMPLATES):
-        return True
-    config = directory / "tokenizer_config.json"
-    return is_file(config) and bool(read_json_object(config).get("chat_template"))
 
 
 def _copy_matching(base: Path, directory: Path, patterns: tuple[str, ...]) -> None:

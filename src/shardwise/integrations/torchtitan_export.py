@@ -7,7 +7,7 @@ and each rank writes the rows that it holds: dividing only rearranges rows, so t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -79,13 +79,6 @@ class HubAdapter:
         return list(self.to_hf({fqn: tensor}).items())
 
 
-class _Described(Protocol):
-    """What a model may say of itself to shardwise."""
-
-    state_dict_adapter: HubAdapter
-    _get_consolidated_hf_metadata_exporter: Callable[..., _Metadata]
-
-
 @dataclass(frozen=True, slots=True)
 class _Metadata:
     """Writes what is beside the weights (a `shardwise.addons.huggingface.HFMetadataExporter`).
@@ -114,7 +107,7 @@ class _Metadata:
 def divide(parts: Sequence[nn.Module], fused: FusedProjections) -> None:
     """Have the parts' tensors named as torchtitan's own checkpoints name them: q, k and v apart. Local."""
     for part in parts:
-        cast("_Described", part).state_dict_adapter = HubAdapter(None, fused)
+        setattr(part, "state_dict_adapter", HubAdapter(None, fused))  # noqa: B010 - modules are typed to hold others
 
 
 def hub_adapter(parts: Sequence[nn.Module], adapter: object | None, fused: FusedProjections) -> HubAdapter:
@@ -126,7 +119,7 @@ def hub_adapter(parts: Sequence[nn.Module], adapter: object | None, fused: Fused
         )
     made = HubAdapter(cast("_TitansAdapter", adapter), fused)
     for part in parts:
-        cast("_Described", part).state_dict_adapter = made
+        setattr(part, "state_dict_adapter", made)  # noqa: B010
     return made
 
 
@@ -164,7 +157,7 @@ def attach_export(
         _check(hub, config, entries, path)
         exporter = _Metadata(Path(assets), have.pop())
         for part in parts:
-            cast("_Described", part)._get_consolidated_hf_metadata_exporter = lambda **_: exporter
+            setattr(part, "_get_consolidated_hf_metadata_exporter", lambda **_: exporter)  # noqa: B010
 
 
 def _check(hub: HubAdapter, config: object, entries: Mapping[str, JsonValue], path: Path) -> None:

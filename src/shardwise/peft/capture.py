@@ -191,10 +191,16 @@ def _extra_entries(
     taken = {id(item.tensor) for file in files for item in file.entries}
     out: dict[str, AdapterEntry] = {}
     for part in parts:
-        for named in _changing(part, stepped):
-            name = named.name.removeprefix(PEFT_PREFIX)
-            if id(named.tensor) in taken:
+        model = adapted_model(part)
+        listed = list_parameters([model])
+        prepared = _is_prepared(model, listed)
+        changed = _statistics(model) | _changed_at_start(model)
+        for named in listed:
+            trained = (named.tensor.requires_grad and prepared) or id(named.tensor) in stepped
+            counts = (trained and isinstance(named.tensor, nn.Parameter)) or named.name in changed
+            if not counts or id(named.tensor) in taken:
                 continue
+            name = named.name.removeprefix(PEFT_PREFIX)
             if name in out:
                 raise NameCollisionError(
                     "two parts train a tensor of this name beside the adapter",
@@ -210,17 +216,6 @@ def base_tensors(parts: Sequence[nn.Module]) -> Iterator[tuple[tuple[str, ...], 
     for part in parts:
         for named in list_parameters([part]):
             yield tuple(name.removeprefix(PEFT_PREFIX) for name in (named.name, *named.aliases)), named.tensor
-
-
-def _changing(part: nn.Module, stepped: Collection[int]) -> Iterator[NamedTensor]:
-    model = adapted_model(part)
-    listed = list_parameters([model])
-    prepared = _is_prepared(model, listed)
-    changed = _statistics(model) | _changed_at_start(model)
-    for named in listed:
-        trained = (named.tensor.requires_grad and prepared) or id(named.tensor) in stepped
-        if (trained and isinstance(named.tensor, nn.Parameter)) or named.name in changed:
-            yield named
 
 
 def _changed_at_start(model: nn.Module) -> frozenset[str]:

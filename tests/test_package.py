@@ -102,7 +102,7 @@ def test_the_version_is_that_of_the_installed_package() -> None:
 
 def test_the_range_of_peft_begins_after_the_legacy_layout_of_expert_adapters() -> None:
     """What peft up to 0.19.0 lays out `v4_compatible` cannot split: it refuses, and the range leaves it out."""
-    from shardwise.peft.load import is_legacy_version
+    from shardwise.peft.check import is_legacy_version
 
     text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
     lowest = re.findall(r'"peft>=([\d.]+)[",]', text)

@@ -7,7 +7,6 @@ interpreter itself makes, hashes and compares where a frozen dataclass does all 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -126,17 +125,11 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Stride:
-    """How a box lies in its tensor.
+    """How a box lies in its tensor."""
 
-    Attributes:
-        outer: Number of leading dimensions over which the runs are enumerated.
-        run: Elements in each run.
-        count: Number of runs.
-    """
-
-    outer: int
-    run: int
-    count: int
+    outer: int  #: Number of leading dimensions over which the runs are enumerated.
+    run: int  #: Elements in each run.
+    count: int  #: Number of runs.
 
 
 @lru_cache(maxsize=65536)
@@ -178,7 +171,7 @@ def runs(box: Box, shape: tuple[int, ...]) -> Iterator[tuple[int, int, tuple[int
     how = stride_of(box, shape)
     inner = math.prod(shape[how.outer :])
     tail = flat_offset(box.offsets[how.outer :], shape[how.outer :])
-    for index in itertools.product(*(range(n) for n in box.sizes[: how.outer])):
+    for index in product(*(range(n) for n in box.sizes[: how.outer])):
         at = tuple(i + o for i, o in zip(index, box.offsets[: how.outer], strict=True))
         yield flat_offset(at, shape[: how.outer]) * inner + tail, how.run, index
 

@@ -6,17 +6,19 @@
 
 from __future__ import annotations
 
+import difflib
 import enum
+import functools
 import logging
 import math
+import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
-from shardwise.errors import ConfigError
-from shardwise.setting_kinds import checked, names_unknown_keys, number_in_text, unknown_key
+from shardwise.errors import ConfigError, UnknownSettingError
 
 __all__ = ["SaveConsolidatedMode", "SerializationFormat", "Settings"]
 
@@ -30,6 +32,11 @@ _CHOICES = {
 }
 # A URL keeps both slashes in a string; pathlib folds them into one. Two letters at least: "C:/" is a drive.
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:/")
+#: Settings in which "~/" is the home directory: no shell has seen a YAML file, and a directory called "~" is no place.
+_PLACES = frozenset(
+    {"checkpoint_dir", "model_cache_dir", "model_repo_id", "original_model_root_dir", "staging_dir", "trace"}
+)
+_Class = TypeVar("_Class", bound=type)
 
 
 class SerializationFormat(enum.StrEnum):
@@ -89,7 +96,34 @@ def _normalize_save_consolidated(value: bool | str | SaveConsolidatedMode) -> Sa
     )
 
 
-@names_unknown_keys
+def _unknown_key(key: object, known: Iterable[str]) -> UnknownSettingError:
+    """The error for a key that no setting has; it names the nearest that one has."""
+    if key == "restore_from":
+        return UnknownSettingError(
+            "'restore_from' is not a setting of the engine",
+            hint="Take it out of the block and pass it to Checkpointer.restore(restore_from=...).",
+        )
+    near = difflib.get_close_matches(str(key).lower(), list(known), n=1, cutoff=0.0)[0]
+    return UnknownSettingError(f"Unknown key {key!r} in the checkpoint block", hint=f"Did you mean {near!r}?")
+
+
+def _names_unknown_keys(cls: _Class) -> _Class:
+    """Let a dataclass answer a keyword that it does not have with `_unknown_key`: blocks are passed as ``**block``."""
+    plain: Callable[..., None] = vars(cls)["__init__"]
+    known: Mapping[str, object] = vars(cls)["__dataclass_fields__"]
+
+    @functools.wraps(plain)
+    def init(self: object, *args: object, **kwargs: object) -> None:
+        for key in kwargs:
+            if key not in known:
+                raise _unknown_key(key, known)
+        plain(self, *args, **kwargs)
+
+    type.__setattr__(cls, "__init__", init)
+    return cls
+
+
+@_names_unknown_keys
 @dataclass
 class Settings:
     """Everything that can be set about checkpointing; every field has a default.
@@ -246,7 +280,7 @@ class Settings:
             setattr(self, key, _choice(key, getattr(self, key), choices))
         self.save_consolidated = _normalize_save_consolidated(self.save_consolidated)
         for field in fields(self):
-            setattr(self, field.name, checked(field, getattr(self, field.name)))
+            setattr(self, field.name, _checked(field, getattr(self, field.name)))
         self._check_merging()
         self._apply_peft_constraints()
         self._check_values()
@@ -282,11 +316,6 @@ class Settings:
             )
 
     def _check_values(self) -> None:
-        if not isinstance(self.allow_legacy_pickle_restore, bool):
-            raise ConfigError(
-                f"allow_legacy_pickle_restore is {self.allow_legacy_pickle_restore!r}",
-                hint="It permits running code from a file, so it has to be exactly true or false.",
-            )
         if str(self.checkpoint_dir) == "":
             raise ConfigError("checkpoint_dir is empty", hint="Name the directory that is to hold the checkpoints.")
         for key in ("max_recent_checkpoints", "io_threads", "keep_every_k_steps", "keep_best"):
@@ -367,8 +396,8 @@ class Settings:
         values: dict[str, object] = {}
         for key, value in block.items():
             if key not in kinds:
-                raise unknown_key(key, kinds)
-            values[key] = number_in_text(key, kinds[key], value)
+                raise _unknown_key(key, kinds)
+            values[key] = _number_in_text(key, kinds[key], value)
         return cls(**values)  # type: ignore[arg-type]
 
     @classmethod
@@ -414,3 +443,80 @@ def _choice(key: str, value: object, allowed: tuple[str, ...]) -> str:
         return text
     label = "Unsupported model save format" if key == "model_save_format" else f"Unsupported {key}"
     raise ConfigError(f"{label}: {value!r}", hint=f"Use {' or '.join(repr(choice) for choice in allowed)}.")
+
+
+# A value of the wrong type must not pass because it happens to be truthy or iterable: ``is_async="false"`` would save
+# in the background, and a prefix given as text would be taken as a list of letters.
+
+
+def _checked(field: Field[object], value: object) -> object:
+    """The value, if it is of its field's kind; a path that is to be text becomes text, any list of texts a list.
+
+    ``~/`` is the home directory where a setting names a place. Numbers and modes are checked elsewhere. A value of
+    another kind is a `ConfigError`.
+    """
+    kind = str(field.type)
+    if value is None and kind.endswith("| None"):
+        return None
+    if kind.startswith("list[str]"):
+        if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
+            texts = list(value)
+            if all(isinstance(text, str) for text in texts):
+                return texts
+        raise _wrong_kind(field.name, value, "a list of texts")
+    if kind.startswith("bool |") and "str" in kind:
+        return value
+    if kind.startswith("bool"):
+        if not isinstance(value, bool):
+            raise _wrong_kind(field.name, value, "true or false")
+        return value
+    if kind.startswith("str"):
+        if not isinstance(value, str | os.PathLike):
+            raise _wrong_kind(field.name, value, "text")
+        path = value if "Path" in kind else os.fspath(value)
+        if "\0" in str(path):
+            raise _wrong_kind(field.name, value, "text without a zero byte")
+        if field.name in _PLACES and str(path).startswith("~/"):
+            return path.expanduser() if isinstance(path, Path) else os.path.expanduser(path)
+        return path
+    return value
+
+
+def _wrong_kind(key: str, value: object, wanted: str) -> ConfigError:
+    """The error for a value of another kind than its setting takes."""
+    return ConfigError(f"{key} is {value!r}, a {type(value).__name__}", hint=f"Write {wanted}.")
+
+
+def _number_in_text(key: str, kind: str, value: object) -> object:
+    """A number that YAML may have read as text (``1e9``), by the annotation of its field; `ConfigError` for others."""
+    if value is None and kind.endswith("| None"):
+        return None
+    if kind.startswith("float"):
+        return _float(key, value)
+    return _int(key, value) if kind.startswith("int") else value
+
+
+def _float(key: str, value: object) -> float:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise _wrong_kind(key, value, "a number") from None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    raise _wrong_kind(key, value, "a number")
+
+
+def _int(key: str, value: object) -> int:
+    if isinstance(value, str):
+        # Underscores group digits in YAML 1.1 and in Python alike; int() keeps what float() would round.
+        try:
+            return int(value)
+        except ValueError:
+            pass
+    number = _float(key, value)
+    if isinstance(number, int):
+        return number
+    if not number.is_integer():
+        raise _wrong_kind(key, value, "a whole number")
+    return int(number)

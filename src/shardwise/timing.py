@@ -85,11 +85,10 @@ class CallRecord:
     def scalars(self) -> dict[str, float]:
         """The figures by names such as ``checkpoint/save/seconds``, for W&B, TensorBoard and their like."""
         top = f"checkpoint/{self.call}"
-        known = self.nbytes if self.total_bytes is None else self.total_bytes
         figures = {
             f"{top}/seconds": self.seconds,
             f"{top}/stall": self.stall,
-            f"{top}/gb": known / 1e9,
+            f"{top}/gb": (self.nbytes if self.total_bytes is None else self.total_bytes) / 1e9,
             f"{top}/gb_per_second": self.gb_per_second,
         }
         return figures | {f"{top}/phases/{name}": seconds for name, seconds in self.phases.items()}
@@ -240,9 +239,6 @@ class Shares:
         try:
             yield self
         finally:
-            self._close()
-
-    def _close(self) -> None:
-        if self._into is not None:
-            for thread, (begin, end, busy) in self._threads.items():
-                self._into.add(self._name, begin, end, self._names[thread], busy)
+            if self._into is not None:
+                for thread, (begin, end, busy) in self._threads.items():
+                    self._into.add(self._name, begin, end, self._names[thread], busy)

@@ -11,7 +11,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, PartialState
 from torch.utils.data import DataLoader
 
-from shardwise.integrations.accelerate_data import Rest, Tracked, tracked
+from shardwise.integrations.accelerate import Rest, Tracked, tracked
 
 SAMPLES, SAMPLES_OF_A_STEP = 40, 4
 STEPS = SAMPLES // SAMPLES_OF_A_STEP

@@ -9,8 +9,8 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save_file
 
-from shardwise.addons.peft import capture_adapter, hold_adapter
 from shardwise.geometry import Box
+from shardwise.peft.capture import capture_adapter, hold_adapter
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers.tensors import MeshRegister
 

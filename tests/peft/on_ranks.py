@@ -19,19 +19,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from shardwise.addons import PeftAddon
 from shardwise.addons.base import SaveHookArgs
-from shardwise.addons.peft import (
-    PeftAddon,
-    adapter_settings,
-    capture_adapter,
-    check_adapter,
-    hold_adapter,
-    initialise_adapters,
-    initialise_magnitudes,
-)
 from shardwise.comm import Group, JsonValue
 from shardwise.errors import ShardwiseError
 from shardwise.geometry import TensorSpec
+from shardwise.peft.capture import capture_adapter, hold_adapter
+from shardwise.peft.check import check_adapter
+from shardwise.peft.config import adapter_settings
+from shardwise.peft.initial_values import initialise_adapters, initialise_magnitudes
 from shardwise.stateful_wrappers.tensors import MeshRegister
 
 DENSE: dict[str, object] = {

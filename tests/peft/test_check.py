@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.peft.models import causal
 
-from shardwise.addons.peft import check_adapter
 from shardwise.errors import AdapterError
 from shardwise.geometry import TensorSpec
+from shardwise.peft.check import check_adapter, check_opens
 
 Specs = dict[str, TensorSpec]
 PREFIX = "base_model.model."
@@ -51,12 +52,24 @@ def test_no_tensor_can_be_lost(data: st.DataObject, dora: bool) -> None:
         check_adapter([s for n, s in specs.items() if n != lost], config)
 
 
-@given(st.sampled_from([f"model.layers.{i}.self_attn.{p}" for i in range(3) for p in ("q_proj", "v_proj")]))
+@pytest.mark.parametrize("module", [f"model.layers.{i}.self_attn.{p}" for i in range(2) for p in ("q_proj", "v_proj")])
 def test_no_target_can_be_lost(module: str) -> None:
+    peft = pytest.importorskip("peft")
+    specs, config = adapter(2)
+    model = peft.get_peft_model(causal("llama"), peft.LoraConfig(r=4, target_modules=config["target_modules"]))
+    check_opens([model], "default", specs, config)
+    rest = [name for name in specs if not name.startswith(f"{PREFIX}{module}.")]
+    with pytest.raises(AdapterError, match=f"'{module}' has no tensors, and by the settings peft would adapt it"):
+        check_opens([model], "default", rest, config)
+
+
+def test_no_module_that_is_no_target_has_tensors() -> None:
+    pytest.importorskip("peft")
     specs, config = adapter()
-    rest = [s for n, s in specs.items() if not n.startswith(f"{PREFIX}{module}.")]
-    with pytest.raises(AdapterError, match=f"{module} is a target and has no tensors"):
-        check_adapter(rest, config)
+    check_opens([], "default", specs, config)
+    specs |= pair("model.layers.0.mlp.down_proj")
+    with pytest.raises(AdapterError, match="has tensors, and the settings give peft no adapter for it"):
+        check_opens([], "default", specs, config)
 
 
 Change = Callable[[Specs, dict[str, object]], object]
@@ -70,7 +83,6 @@ FAULTS: dict[str, tuple[Change, str]] = {
         lambda s, c: s.update({f"{PREFIX}x.lora_A.weight": TensorSpec(f"{PREFIX}x.lora_A.weight", (3, 2), "F32")}),
         "x has no lora_B",
     ),
-    "not a target": (lambda s, c: s.update(pair("model.layers.0.mlp.down_proj")), "has tensors and is no target"),
     "empty": (lambda s, c: s.update(pair("model.layers.0.self_attn.q_proj", n_in=0)), "lora_A.weight is empty"),
     "no magnitude": (lambda s, c: c.update(use_dora=True), "has no lora_magnitude_vector"),
     "stray magnitude": (lambda s, c: s.update(pair("model.layers.0.self_attn.q_proj", dora=True)), "use_dora is off"),

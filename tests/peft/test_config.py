@@ -12,8 +12,9 @@ import torch
 from tests.peft.models import Parts
 from tests.peft.own_models import OwnConfig, dense
 
-from shardwise.addons.peft import PeftAddon, _get_automodel_peft_metadata, _get_hf_peft_config, read_adapter_config
+from shardwise.addons import PeftAddon, _get_automodel_peft_metadata, _get_hf_peft_config
 from shardwise.errors import AdapterError, CheckpointNotFoundError, MisuseError, StorageError
+from shardwise.peft.config import read_adapter_config
 
 
 class Tokenizer:

@@ -14,15 +14,11 @@ from tests.peft.own_models import HIDDEN, OwnConfig, dense, moe
 from tests.peft.test_models import EXPERTS, LINEAR, adapted, save
 
 import peft
-from shardwise.addons.peft import (
-    AdapterFile,
-    capture_adapter,
-    check_shared_factors,
-    differing_settings,
-    initialise_adapters,
-    initialise_magnitudes,
-)
 from shardwise.errors import AdapterError, CheckpointNotFoundError, MisuseError
+from shardwise.peft.capture import capture_adapter
+from shardwise.peft.check import check_shared_factors, differing_settings
+from shardwise.peft.initial_values import initialise_adapters, initialise_magnitudes
+from shardwise.peft.tensors import AdapterFile
 
 
 def only_file(model: nn.Module) -> AdapterFile:

@@ -12,17 +12,12 @@ import torch.nn as nn
 from safetensors.torch import load_file
 from tests.peft.models import Parts, causal, logits, randomise, save_captured
 
+from shardwise.addons import PeftAddon, _extract_target_modules, _extract_target_parameters, _get_hf_peft_config
 from shardwise.addons.base import SaveHookArgs
-from shardwise.addons.peft import (
-    PeftAddon,
-    _extract_target_modules,
-    _extract_target_parameters,
-    _get_hf_peft_config,
-    capture_adapter,
-    check_adapter,
-    read_adapter_config,
-)
 from shardwise.errors import AdapterError
+from shardwise.peft.capture import capture_adapter
+from shardwise.peft.check import check_adapter
+from shardwise.peft.config import read_adapter_config
 
 peft = pytest.importorskip("peft")
 

@@ -29,17 +29,17 @@ from tests.peft.own_models import (
 )
 from tests.peft.test_models import legacy_delta, save
 
-from shardwise.addons.peft import (
-    AdapterTensors,
+from shardwise.addons import (
     _extract_target_modules,
     _extract_target_parameters,
     _get_automodel_peft_metadata,
     _get_hf_peft_config,
     _is_qwen3_moe,
-    capture_adapter,
-    read_adapter_config,
 )
 from shardwise.errors import AdapterError
+from shardwise.peft.capture import capture_adapter
+from shardwise.peft.config import read_adapter_config
+from shardwise.peft.tensors import AdapterTensors
 
 peft = pytest.importorskip("peft")
 

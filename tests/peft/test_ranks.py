@@ -13,9 +13,9 @@ from tests.peft.own_models import OwnConfig, dense, moe
 from tests.peft.test_models import adapted, same_json, save
 from tests.support.ranks import failure, run
 
-from shardwise.addons.peft import initialise_adapters, initialise_magnitudes
 from shardwise.dtypes import dtype_code
 from shardwise.errors import AdapterError
+from shardwise.peft.initial_values import initialise_adapters, initialise_magnitudes
 
 pytest.importorskip("peft")
 

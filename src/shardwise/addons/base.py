@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol, TypedDict, Unpack, runtime_checkable
 
 if TYPE_CHECKING:
     import os
 
-    import torch.nn as nn
     from torch.distributed import ProcessGroup
 
     from shardwise.comm import Group
-
-
-class ModelParts(Protocol):
-    """A model as one rank holds it."""
-
-    @property
-    def model(self) -> Sequence[nn.Module]:
-        """The parts on this rank: one, or one for each pipeline stage that the rank runs."""
+    from shardwise.stateful_wrappers import ModelState
 
 
 class SavesPretrained(Protocol):
@@ -50,7 +42,7 @@ class SaveHookArgs(TypedDict, total=False):
         pp_group: The ranks of this pipeline, as `shardwise.config.CheckpointingConfig.build` was given it.
     """
 
-    model_state: ModelParts
+    model_state: ModelState
     hf_metadata_dir: str | None
     consolidated_path: str | None
     model_path: str

@@ -48,11 +48,7 @@ def _iter_custom_code_classes(model_part: torch.nn.Module) -> Iterator[type]:
     (its module is in ``transformers_modules``) or was registered for an auto class. References of ``auto_map`` are
     looked up among the modules that are loaded already; nothing is imported.
 
-    Args:
-        model_part: The model, or the part of it on this rank.
-
-    Yields:
-        Each custom class once, the model's own first.
+    Each custom class is given once, the model's own first.
     """
     model = bare_model(model_part)
     config: object = getattr(model, "config", None)
@@ -91,15 +87,8 @@ def _maybe_save_custom_model_code(
 
     ``__init__.py`` files are left out, as are hidden directories and the directory that is being written. A symbolic
     link is followed only to a target inside the base directory or among the blobs of a hub cache. Imports of names that
-    transformers removed are guarded. Called on the rank that writes.
-
-    Args:
-        original_model_path: Local directory, single file or hub id of the base model; ``None`` where there is none.
-        hf_metadata_dir: Directory to write to; made if there is something to copy.
-        model_part: The model, or the part of it on this rank.
-
-    Raises:
-        StorageError: A file cannot be read or written.
+    transformers removed are guarded. Called on the rank that writes; a file that cannot be read or written is a
+    `StorageError`.
     """
     target = Path(hf_metadata_dir)
     copied = _Copies(target)
@@ -208,12 +197,15 @@ def _relatively_imported(file: Path) -> Iterator[Path]:
 
 def _add_class(copied: _Copies, cls: type, target: Path) -> None:
     """Copy the code of one custom class."""
-    file = _module_file(cls)
-    if file is None:
+    name = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    if not (isinstance(name, str) and name.endswith(".py") and is_file(file := Path(name))):
         _LOG.warning("custom code: the source of %s.%s is not a file, it is left out", cls.__module__, cls.__qualname__)
         return
     if _in_cache(cls.__module__):
-        root = _cache_root(cls.__module__, file)
+        # The directory of the cache that mirrors the model directory which the file came from.
+        parts = cls.__module__.split(".")[:-1]
+        revision = _revision_index(parts)
+        root = file.parent if revision is None else file.parents[len(parts) - 1 - revision]
         copied.add_all(_python_files(root, target), root)
     else:
         # The user's own class, registered for an auto class: transformers expects its module at the top level.
@@ -253,13 +245,9 @@ def _families_of_name(name: object) -> set[str]:
     if not isinstance(name, str) or not name:
         return set()
     folders = [os.path.basename(os.path.normpath(name))] if is_directory(Path(name)) else name.split("/")
-    return {".".join([_CACHE_PACKAGE, *(_module_name(folder) for folder in folders)])}
-
-
-def _module_name(folder: str) -> str:
-    """The package name that transformers gives to a folder (transformers.dynamic_module_utils)."""
-    name = folder.replace(".", "_dot_").replace("-", "_hyphen_")
-    return f"_{name}" if name[:1].isdigit() else name
+    # Source: transformers.dynamic_module_utils.
+    names = [folder.replace(".", "_dot_").replace("-", "_hyphen_") for folder in folders]
+    return {".".join([_CACHE_PACKAGE, *(f"_{name}" if name[:1].isdigit() else name for name in names)])}
 
 
 def _loaded_classes(target: str, families: set[str]) -> list[type]:
@@ -272,19 +260,6 @@ def _loaded_classes(target: str, families: set[str]) -> list[type]:
             if isinstance(value, type):
                 found.append(value)
     return found
-
-
-def _module_file(cls: type) -> Path | None:
-    module = sys.modules.get(cls.__module__)
-    file = getattr(module, "__file__", None)
-    return Path(file) if isinstance(file, str) and file.endswith(".py") and is_file(Path(file)) else None
-
-
-def _cache_root(module: str, file: Path) -> Path:
-    """The directory of the cache that mirrors the model directory which ``file`` came from."""
-    parts = module.split(".")[:-1]
-    revision = _revision_index(parts)
-    return file.parent if revision is None else file.parents[len(parts) - 1 - revision]
 
 
 def custom_auto_map(model: nn.Module, config: object) -> dict[str, str]:
@@ -305,8 +280,6 @@ _REMOVED_TRANSFORMERS_SYMBOLS: dict[str, tuple[str, str]] = {
     "NEED_SETUP_CACHE_CLASSES_MAPPING": ("transformers.generation.utils", "{}"),
 }
 
-_LINE = re.compile(r"[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+")
-
 
 def _apply_transformers_compat_guards(py_path: str) -> None:
     """Guard imports of transformers symbols removed in newer versions.
@@ -316,13 +289,8 @@ def _apply_transformers_compat_guards(py_path: str) -> None:
     the import resolves. They come after the module's docstring and its ``from __future__`` imports, in the file's own
     encoding and line ends. Any other file, and one that is no Python of this interpreter's, keeps every byte. Running
     it again changes nothing. The file is parsed, never executed. A path that is absent or cannot be read has no import
-    to guard, and is left alone: who copies or imports the file meets that error.
-
-    Args:
-        py_path: A ``.py`` file.
-
-    Raises:
-        StorageError: The guarded file cannot be written.
+    to guard, and is left alone: who copies or imports the file meets that error. A `StorageError` says that the guarded
+    file cannot be written.
     """
     path = Path(py_path)
     try:
@@ -339,27 +307,31 @@ def _apply_transformers_compat_guards(py_path: str) -> None:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, LookupError):
         return
-    guards = [guard for symbol in _imported_symbols(tree) if (guard := _guard(symbol))[0] not in text]
-    if guards:
-        write_bytes(path, mark + _inserted(text, tree, guards).encode(encoding))
-
-
-def _imported_symbols(tree: ast.Module) -> list[str]:
-    """Removed symbols that the file imports from the module that had them, in the order of the table."""
-    found = {
+    imported = {
         (node.module, alias.name)
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.level == 0
         for alias in node.names
     }
-    return [s for s, (module, _) in _REMOVED_TRANSFORMERS_SYMBOLS.items() if (module, s) in found]
+    removed = [symbol for symbol, (module, _) in _REMOVED_TRANSFORMERS_SYMBOLS.items() if (module, symbol) in imported]
+    guards = [guard for symbol in removed if (guard := _guard(symbol))[0] not in text]
+    if guards:
+        write_bytes(path, mark + _inserted(text, tree, guards).encode(encoding))
 
 
 def _inserted(text: str, tree: ast.Module, guards: list[list[str]]) -> str:
     """The text with guards before its first statement that is neither docstring nor future import."""
     first = re.search(r"\r\n|\n|\r", text)
     newline = first.group() if first else "\n"
-    position = _insertion_offset(text, tree)
+    body = tree.body
+    index = next(i for i, statement in enumerate(body) if not _must_come_first(statement, i))
+    lines = list(io.StringIO(text, newline=""))
+    first_line = min([body[index].lineno, *(d.lineno for d in getattr(body[index], "decorator_list", []))])
+    position = sum(len(line) for line in lines[: first_line - 1])
+    if index and body[index - 1].end_lineno == first_line:
+        # A docstring or future import shares the line with the statement (`"""doc"""; import x`): break the line there.
+        # Columns count bytes of UTF-8, whatever the file's encoding (ast).
+        position += len(lines[first_line - 1].encode()[: body[index].col_offset].decode())
     head = text[:position]
     if head and not head.endswith(("\n", "\r")):
         head += newline
@@ -375,20 +347,6 @@ def _guard(symbol: str) -> list[str]:
         f"    _shardwise_guarded.{symbol} = {stand_in}",
         "del _shardwise_guarded",
     ]
-
-
-def _insertion_offset(text: str, tree: ast.Module) -> int:
-    body = tree.body
-    index = next(i for i, statement in enumerate(body) if not _must_come_first(statement, i))
-    statement = body[index]
-    lines = _LINE.findall(text)
-    first_line = min([statement.lineno, *(d.lineno for d in getattr(statement, "decorator_list", []))])
-    start = sum(len(line) for line in lines[: first_line - 1])
-    if index and body[index - 1].end_lineno == first_line:
-        # A docstring or future import shares the line with the statement (`"""doc"""; import x`): break the line there.
-        # Columns count bytes of UTF-8, whatever the file's encoding (ast).
-        start += len(lines[first_line - 1].encode()[: statement.col_offset].decode())
-    return start
 
 
 def _must_come_first(statement: ast.stmt, index: int) -> bool:

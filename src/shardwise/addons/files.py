@@ -53,11 +53,7 @@ def copy_file(source: Path, destination: Path) -> None:
 
 @contextmanager
 def written_locally(directory: Path) -> Iterator[Path]:
-    """Give a private directory of this machine to a library that writes files by itself, and copy what it wrote.
-
-    Args:
-        directory: Where the files are to be; copied there at the end of the ``with`` block.
-    """
+    """Give a private directory of this machine to a library that writes files by itself, and copy what it wrote."""
     with storage_errors(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix="shardwise-") as private:
         top = Path(private)
         with using(LOCAL):

@@ -10,7 +10,7 @@ import json
 import types
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 from shardwise.addons.custom_code import custom_auto_map
 from shardwise.addons.files import copy_file, write_json, write_text, written_locally
@@ -27,6 +27,7 @@ from shardwise.upstream.transformers import FROM_MODEL_CONFIG, NAME_OR_PATH
 if TYPE_CHECKING:
     import torch
     import torch.nn as nn
+    from transformers import GenerationConfig, PreTrainedConfig
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -53,33 +54,11 @@ _AUTO_MAP_FILES = (
 )
 
 
-class _Config(Protocol):
-    """The part of transformers' ``PreTrainedConfig`` that is used here."""
-
-    dtype: object
-    architectures: list[str] | None
-
-    def to_json_string(self, use_diff: bool = True) -> str: ...
-
-
-class _GenerationConfig(Protocol):
-    """The part of transformers' ``GenerationConfig`` that is used here."""
-
-    def to_diff_dict(self) -> dict[str, object]: ...
-
-    def to_json_string(self, use_diff: bool = True, *, keys_to_pop: list[str] | None = None) -> str: ...
-
-
 # --- what the reference page documents ------------------------------------------------------------------------------
 
 
 def _config_exists(original_model_path: str, config_name: str) -> bool:
-    """Whether the base model has a file ``config_name``. The network is never asked.
-
-    Args:
-        original_model_path: Local directory or hub id (looked up in the hub cache) of the base model.
-        config_name: File name, such as ``config.json``.
-    """
+    """Whether the base model, a local directory or a hub id in the hub cache, has a file ``config_name``."""
     base = find_directory(original_model_path)
     return base is not None and is_file(base / config_name)
 
@@ -89,19 +68,13 @@ def _save_original_config_json(
 ) -> None:
     """Copy the original pretrained ``config.json`` with ``quantization_config`` stripped.
 
-    Readers of the 4.x generation of transformers get the file that they know. Without quantization in it, the file is
-    copied byte for byte; with, every other entry keeps its value and its place. Called on the rank that writes.
-
-    Args:
-        original_model_path: Local directory or hub id (looked up in the hub cache) of the base model.
-        hf_metadata_dir: Directory to write to; made if absent.
-        config_name: Name of the file, there and here: ``config.json`` or ``generation_config.json``.
-        keep_quantization: Whether its ``quantization_config`` is still true.
+    Readers of the 4.x generation of transformers get the file that they know. Without quantization in it, or where that
+    is still true (``keep_quantization``), the file is copied byte for byte; else every other entry keeps its value and
+    its place. Called on the rank that writes.
 
     Raises:
-        CheckpointNotFoundError: The base model has no such file.
+        CheckpointNotFoundError: The base model, a local directory or a hub id in the hub cache, has no such file.
         FormatError: The file is not a JSON object.
-        StorageError: A file cannot be read or written.
     """
     base = find_directory(original_model_path)
     if base is None or not is_file(base / config_name):
@@ -181,7 +154,7 @@ def write_config(
 
     cls = original_class(model)
     with naming_entries(model, model.config):
-        exported = copy.deepcopy(cast(_Config, model.config))
+        exported: PreTrainedConfig = copy.deepcopy(model.config)
         if isinstance(model, PreTrainedModel) or not exported.architectures:
             exported.architectures = [cls.__name__]
         if dtype is not None:
@@ -198,13 +171,13 @@ def write_config(
     write_json(path, entries)
 
 
-def _set_dtype(config: _Config, dtype: str) -> None:
+def _set_dtype(config: PreTrainedConfig, dtype: str) -> None:
     """Set the dtype on a config and on those sub-configs that name one, as loading does (``_get_dtype``)."""
     config.dtype = dtype
     for name in getattr(config, "sub_configs", None) or {}:
         below = getattr(config, name, None)
         if is_transformers_config(below) and getattr(below, "dtype", None) is not None:
-            _set_dtype(cast(_Config, below), dtype)
+            _set_dtype(below, dtype)
 
 
 def _drop_origin(entries: MutableMapping[str, JsonValue]) -> None:
@@ -285,7 +258,11 @@ def write_own_config(model: nn.Module, config: object, directory: Path, *, keep_
         with _spared(model, config), written_locally(directory) as local:
             cast(Callable[[str], object], save)(str(local))
     else:
-        _write_entries(config, path)
+        to_dict: object = getattr(config, "to_dict", None)
+        given: object = to_dict() if callable(to_dict) else config
+        if not isinstance(given, Mapping):
+            given = {name: value for name, value in getattr(given, "__dict__", {}).items() if not name.startswith("_")}
+        write_json(path, json.loads(json.dumps(dict(given), default=_nested)))
     if not is_file(path):
         return
     entries = read_json_object(path)
@@ -296,15 +273,6 @@ def write_own_config(model: nn.Module, config: object, directory: Path, *, keep_
         _strip(entries)
     if json.dumps(entries) != before:
         write_json(path, entries)
-
-
-def _write_entries(config: object, path: Path) -> None:
-    """Write a config of any kind as JSON; `naming_entries` is around it."""
-    to_dict: object = getattr(config, "to_dict", None)
-    entries: object = to_dict() if callable(to_dict) else config
-    if not isinstance(entries, Mapping):
-        entries = {name: value for name, value in getattr(entries, "__dict__", {}).items() if not name.startswith("_")}
-    write_json(path, json.loads(json.dumps(dict(entries), default=_nested)))
 
 
 def _nested(value: object) -> object:
@@ -359,7 +327,7 @@ def write_generation_config(model: nn.Module, path: Path, base: Path | None) -> 
     can_generate = getattr(model, "can_generate", None)
     if callable(can_generate) and not can_generate():
         return
-    generation = cast("_GenerationConfig | None", getattr(model, "generation_config", None))
+    generation: GenerationConfig | None = getattr(model, "generation_config", None)
     theirs = base / GENERATION_CONFIG if base is not None else None
     if theirs is not None and is_file(theirs) and (generation is None or _says_nothing(generation, model.config)):
         copy_file(theirs, path)
@@ -369,11 +337,11 @@ def write_generation_config(model: nn.Module, path: Path, base: Path | None) -> 
     write_text(path, generation.to_json_string(use_diff=True, keys_to_pop=["compile_config"]))
 
 
-def _says_nothing(generation: _GenerationConfig, config: object) -> bool:
+def _says_nothing(generation: GenerationConfig, config: object) -> bool:
     """Whether a generation config holds only defaults and what it took from the model's config."""
     from transformers import GenerationConfig
 
-    taken = cast(_GenerationConfig, GenerationConfig.from_model_config(config)).to_diff_dict()
+    taken = GenerationConfig.from_model_config(config).to_diff_dict()
     own = {key: value for key, value in generation.to_diff_dict().items() if key not in _GENERATION_ORIGIN}
     return all(taken.get(key, _ABSENT) == value for key, value in own.items())
 

@@ -1,8 +1,4 @@
-"""PEFT: the settings and the tokenizer beside an adapter's weights.
-
-The engine writes and reads the weights themselves, as `capture_adapter` describes them; `check_adapter` checks that
-all ranks together write a complete adapter.
-"""
+"""PEFT: the settings and the tokenizer beside an adapter's weights, which the engine itself writes and reads."""
 
 from __future__ import annotations
 
@@ -13,17 +9,13 @@ from typing import Unpack
 
 import torch.nn as nn
 
-from shardwise.addons.base import ModelParts, SaveHookArgs
+from shardwise.addons.base import SaveHookArgs
 from shardwise.addons.files import write_text, written_locally
 from shardwise.comm import Group
 from shardwise.errors import MisuseError
 from shardwise.peft.builtin_lora import find_sites, hub_target_modules, is_fused, named_targets
-from shardwise.peft.builtin_lora import is_qwen3_moe as _is_qwen3_moe
-from shardwise.peft.capture import adapter_directory, capture_adapter, hold_adapter
-from shardwise.peft.check import check_adapter
-from shardwise.peft.config import AUTOMODEL_CONFIG_NAME, adapter_settings, automodel_metadata, read_adapter_config
-from shardwise.peft.init import initialise_adapters, initialise_magnitudes
-from shardwise.peft.load import check_shared_factors, differing_settings
+from shardwise.peft.capture import adapter_directory
+from shardwise.peft.config import AUTOMODEL_CONFIG_NAME, adapter_settings, automodel_metadata
 from shardwise.peft.models import (
     adapter_configs,
     expert_targets,
@@ -31,24 +23,8 @@ from shardwise.peft.models import (
     peft_target_modules,
     peft_target_parameters,
 )
-from shardwise.peft.tensors import ADAPTER_CONFIG_NAME, AdapterEntry, AdapterFile, AdapterTensors
-
-__all__ = [
-    "AdapterEntry",
-    "AdapterFile",
-    "AdapterTensors",
-    "PeftAddon",
-    "_is_qwen3_moe",
-    "adapter_settings",
-    "capture_adapter",
-    "check_adapter",
-    "check_shared_factors",
-    "differing_settings",
-    "hold_adapter",
-    "initialise_adapters",
-    "initialise_magnitudes",
-    "read_adapter_config",
-]
+from shardwise.peft.tensors import ADAPTER_CONFIG_NAME
+from shardwise.stateful_wrappers import ModelState
 
 
 class PeftAddon:
@@ -60,15 +36,11 @@ class PeftAddon:
     def pre_save(self, **kwargs: Unpack[SaveHookArgs]) -> None:
         """Write the settings and the tokenizer. All ranks call; rank 0 of the group writes; all leave together.
 
-        Args:
-            **kwargs: ``model_state`` and ``model_path`` are needed, and ``peft_config`` for a model with LoRA modules
-                of its own; ``tokenizer``, ``original_model_path``, ``v4_compatible``, ``diffusers_compatible`` and
-                ``group`` may be given.
+        ``model_state`` and ``model_path`` are needed, and ``peft_config`` for a model with LoRA modules of its own.
 
         Raises:
             MisuseError: A needed argument is missing.
             AdapterError: The adapter cannot be described.
-            StorageError: The file system refused.
         """
         group = kwargs.get("group") or Group.current()
         state, path = kwargs.get("model_state"), kwargs.get("model_path")
@@ -122,10 +94,6 @@ def _extract_target_modules(model: nn.Module, v4_compatible: bool = False) -> li
     Face model, grouped expert factors to one name for each expert and projection (unless `_extract_target_parameters`
     names them), and wrappers' prefixes are removed. A state-dict adapter of the model's that has
     ``map_peft_target_module_to_hf(name)`` gives each entry its final name.
-
-    Args:
-        model: One part of the model.
-        v4_compatible: Whether experts are written one by one.
     """
     if is_peft_adapted([model]):
         names = set(peft_target_modules(model))
@@ -139,12 +107,7 @@ def _extract_target_modules(model: nn.Module, v4_compatible: bool = False) -> li
 
 
 def _extract_target_parameters(model: nn.Module, v4_compatible: bool = False) -> list[str]:
-    """Names of the fused expert parameters that are adapted as such, sorted; none in v4 mode.
-
-    Args:
-        model: One part of the model.
-        v4_compatible: Whether experts are written one by one.
-    """
+    """Names of the fused expert parameters that are adapted as such, sorted; none in v4 mode."""
     if v4_compatible:
         return []
     if is_peft_adapted([model]):
@@ -156,21 +119,12 @@ def _get_automodel_peft_metadata(peft_config: object) -> dict[str, object]:
     """The settings of an adapter configuration that adapter_config.json does not hold, ready for JSON.
 
     Of a Hugging Face ``PeftConfig`` adapter_config.json holds all, so nothing is left.
-
-    Args:
-        peft_config: The configuration, with ``to_dict()``.
     """
     return {} if is_peft_adapted([], peft_config) else automodel_metadata(peft_config)
 
 
-def _get_hf_peft_config(peft_config: object, model_state: ModelParts, v4_compatible: bool = False) -> dict[str, object]:
-    """The content of adapter_config.json, from this process's parts alone.
-
-    Args:
-        peft_config: The configuration.
-        model_state: The model's parts; those of a single process make up the model.
-        v4_compatible: Whether experts are written one by one.
-    """
+def _get_hf_peft_config(peft_config: object, model_state: ModelState, v4_compatible: bool = False) -> dict[str, object]:
+    """The content of adapter_config.json, from this process's parts alone, which make up the model."""
     parts = list(model_state.model)
     settings = adapter_settings(parts, peft_config, Group(None), v4_compatible=v4_compatible)
     chosen = settings.get("default", next(iter(settings.values())))

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from shardwise.errors import MisuseError
 from shardwise.geometry import Box
-from shardwise.peft.names import seed_of
+from shardwise.peft.tensors import seed_of
 from shardwise.plan.fragments import Fragment, copy_whole, part_in_box
 from shardwise.sources.tensor_bytes import prefer_huge_pages
 from shardwise.stateful_wrappers.memory import PLAIN, has_mark, is_untouched, mark, plain_memory, stands_for_memory

@@ -223,7 +223,7 @@ def check_adapter_file(
 ) -> None:
     """Raise `AdapterError` unless an adapter's file is complete and its library would open it. Local."""
     specs = [as_peft(spec, component) for spec in roster.specs] if component else roster.specs
-    check_adapter(specs, settings, declared.inventories, captured.layers, declared=True)
+    check_adapter(specs, settings, declared.inventories, captured.layers)
     check_opens_in_peft(parts, name, [spec.name for spec in specs], settings)
 
 

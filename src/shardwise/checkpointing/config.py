@@ -5,10 +5,8 @@ The checkpointer reads settings and does not import this module.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shardwise.setting_kinds import names_unknown_keys
 from shardwise.settings import Settings
 
 if TYPE_CHECKING:
@@ -21,8 +19,6 @@ if TYPE_CHECKING:
     from shardwise.timing import Callback
 
 
-@names_unknown_keys
-@dataclass
 class CheckpointingConfig(Settings):
     """Everything that can be set about checkpointing, and `build`, which makes the engine from it.
 

@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from operator import length_hint
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, cast
 
+import torch
 from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+from accelerate.utils import synchronize_rng_states
 from torch import nn
+from torch.utils.data import RandomSampler
 
+from shardwise.checkpointing.run_state.data_order import DataOrder
+from shardwise.checkpointing.run_state.generators import RandomState
 from shardwise.comm import Group
 from shardwise.config import CheckpointingConfig
 from shardwise.errors import CheckpointExistsError, CheckpointNotFoundError, ConfigError, MisuseError
-from shardwise.integrations.accelerate_data import Rest, Tracked, tracked
-from shardwise.integrations.host_paths import HostPaths, Parts, is_complete, local_path
-from shardwise.integrations.host_settings import refuse_ways
+from shardwise.integrations.hosts import HostPaths, Parts, Pass, first_then, is_complete, local_path, refuse_ways
 from shardwise.stateful_wrappers.wrapping import unwrap
 from shardwise.upstream.hugging_face import lists_of
 
@@ -30,11 +36,15 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
+    from torchdata.stateful_dataloader import StatefulDataLoader
 
 __all__ = ["ShardwiseAccelerator"]
 
 _LOG = logging.getLogger(__name__)
 _STATE, _DATA, _SCALER = "accelerate", "accelerate.data", "accelerate.scaler"
+#: The name of a loader's position in its own `DataOrder`.
+_LOADER = "loader"
+_END = object()
 _NAMED = re.compile(r"checkpoint_(\d+)")
 _SHARDING = "Shard with FSDP2 (FullyShardedDataParallelPlugin(fsdp_version=2)), or train with DistributedDataParallel."
 #: Accelerate's own defaults of ``save_model``.
@@ -48,11 +58,8 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
     schedulers, gradient scaler, random number generators, positions in the data, and what was registered. Writing the
     same directory again replaces it at the moment when the new one is complete.
 
-    Args:
-        *positional: Those of ``Accelerator``.
-        checkpointing: The settings beside those that the script decides. By default each state has a Hugging Face
-            export (``LATEST/model/consolidated``).
-        **named: Those of ``Accelerator``.
+    The arguments are those of ``Accelerator``, and ``checkpointing``: the settings beside those that the script
+    decides. By default each state has a Hugging Face export (``LATEST/model/consolidated``).
 
     Raises:
         ConfigError: The arguments ask for what cannot be saved; the message names it.
@@ -61,7 +68,11 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
     def __init__(self, *positional: object, checkpointing: CheckpointingConfig | None = None, **named: object) -> None:
         super().__init__(*positional, **named)
         self._paths = HostPaths(checkpointing, "accelerate")
-        self._check()
+        hint = "Leave it out: all ranks write one checkpoint, in a directory that every node sees."
+        further = {"save_on_each_node": (self.project_configuration.save_on_each_node, hint)}
+        refuse_ways(self, "ShardwiseAccelerator", _SHARDING, further)
+        if self._is_automatic and self.project_dir is not None:
+            local_path(self.project_dir)  # refused now, not at the first save
 
     # --- states -----------------------------------------------------------------------------------------------------
 
@@ -70,12 +81,8 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
     ) -> str:
         """Save everything that was prepared and registered. All ranks call.
 
-        Args:
-            output_dir: The directory. With ``automatic_checkpoint_naming`` it is
-                ``project_dir/checkpoints/checkpoint_N``, whatever is passed, as in accelerate; older ones than
-                ``total_limit`` are removed once the new one is complete.
-            safe_serialization: Only ``True``.
-            **others: None.
+        With ``automatic_checkpoint_naming`` the directory is ``project_dir/checkpoints/checkpoint_N``, whatever is
+        passed, as in accelerate; older ones than ``total_limit`` are removed once the new one is complete.
 
         Returns:
             The directory, whose checkpoint is complete; in asynchronous mode at the next call of `save_state`,
@@ -116,11 +123,8 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
     ) -> None:
         """Restore everything that was prepared and registered, in place, on any number of ranks. All ranks call.
 
-        Args:
-            input_dir: A directory that `save_state` wrote; by default, with ``automatic_checkpoint_naming``, the newest
-                one that is complete. The next automatic name is then the one behind it.
-            load_kwargs: None.
-            **others: None.
+        ``input_dir`` is a directory that `save_state` wrote; by default, with ``automatic_checkpoint_naming``, the
+        newest one that is complete. The next automatic name is then the one behind it.
 
         Raises:
             CheckpointNotFoundError: There is nothing to load.
@@ -132,7 +136,12 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
             self._refuse_arguments("load_state", ["load_kwargs"] * bool(load_kwargs) + list(others))
         self.wait_for_saves()
         if input_dir is None and self._is_automatic:
-            path = self._newest()
+            numbered = self._numbered()
+            if not numbered:
+                raise CheckpointNotFoundError(
+                    "there is no checkpoint to load", path=self._automatic, hint="Begin without load_state()."
+                )
+            path = numbered[-1]
         else:
             path = _given(input_dir, "load_state was not told from where")
         parts = self._parts()
@@ -175,13 +184,10 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
         max_shard_size: int | str = _MAX_SHARD_SIZE,
         safe_serialization: bool = True,
     ) -> None:
-        """Write a model, its configuration and weights, into a directory that ``from_pretrained`` opens.
+        """Write a model, prepared or not, its configuration and weights, into a directory for ``from_pretrained``.
 
-        Args:
-            model: The model, prepared or not.
-            save_directory: The directory. An earlier model's files that are not replaced are removed.
-            max_shard_size: Only accelerate's default: the setting ``max_file_bytes`` says how large files become.
-            safe_serialization: Only ``True``.
+        An earlier model's files that are not replaced are removed. How large files become the setting
+        ``max_file_bytes`` says, and not ``max_shard_size``.
 
         Raises:
             MisuseError: An argument that cannot be followed.
@@ -211,10 +217,6 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
         After `load_state` it is the epoch that the checkpoint was saved in. With the number of batches that the loop
         had then, on the same number of ranks, these are made again, and the rest is that of the run that was never
         stopped, with all random numbers. Otherwise they are skipped in the order of that epoch.
-
-        Args:
-            dataloader: A loader that was prepared.
-            num_batches: How many to skip.
 
         Raises:
             MisuseError: The loader was not prepared, or keeps its position by itself.
@@ -251,13 +253,6 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
             f"{method} of ShardwiseAccelerator does not support {', '.join(names)}",
             hint="Leave it out; what can be set is in ShardwiseAccelerator(checkpointing=CheckpointingConfig(...)).",
         )
-
-    def _check(self) -> None:
-        hint = "Leave it out: all ranks write one checkpoint, in a directory that every node sees."
-        further = {"save_on_each_node": (self.project_configuration.save_on_each_node, hint)}
-        refuse_ways(self, "ShardwiseAccelerator", _SHARDING, further)
-        if self._is_automatic and self.project_dir is not None:
-            local_path(self.project_dir)  # refused now, not at the first save
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
@@ -308,14 +303,6 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
 
         return [Path(path) for path in Group.current().broadcast_result(look, f"looking into {root}")]
 
-    def _newest(self) -> Path:
-        numbered = self._numbered()
-        if not numbered:
-            raise CheckpointNotFoundError(
-                "there is no checkpoint to load", path=self._automatic, hint="Begin without load_state()."
-            )
-        return numbered[-1]
-
     def _prune(self) -> None:
         """Remove the oldest automatic names above ``total_limit``."""
         limit = self.project_configuration.total_limit
@@ -329,3 +316,201 @@ def _given(directory: str | os.PathLike[str] | None, absent: str) -> Path:
     if directory is None:
         raise MisuseError(absent, hint="Pass a directory, or set automatic_checkpoint_naming.")
     return local_path(directory)
+
+
+# --- loaders with their position: epoch, number of batches, and the random numbers of the epoch's start ---------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Resumed:
+    """A position that was restored and that the loop has not come to yet."""
+
+    position: Mapping[str, object]  #: What `Tracked.position` gave.
+    own: object  #: What `Tracked.own_state` gave; ``None`` on another number of ranks.
+    generators: dict[str, object]  #: What the process's generators were set to.
+    epoch: int  #: The epoch that was begun last.
+    count: int  #: Number of its batches that the loop has had.
+    is_over: bool  #: Whether nothing of the epoch is left.
+
+
+class Tracked:
+    """A loader of accelerate's that notes each epoch's start and counts the batches that the loop has had.
+
+    Mixed into a subclass of the loader's own class. Local, but for what accelerate itself synchronizes at the start of
+    an epoch. A loader that keeps its own position (``use_stateful_dataloader``) is left to do so.
+    """
+
+    # Of accelerate's loader; the dispatching one has no kinds of generators.
+    iteration: int
+    rng_types: list[str] | None = None
+    synchronized_generator: torch.Generator | None = None
+    use_stateful_dataloader: bool
+    base_dataloader: StatefulDataLoader
+
+    _order: DataOrder
+    _begun: dict[str, object] | None
+    _start: dict[str, object] | None
+    #: Whether the next epoch's iterator is there: accelerate asks torchdata's loader for its state in the beginning,
+    #: which makes one, and making one draws a random number.
+    _is_made: bool
+    _resumed: _Resumed | None
+
+    def __iter__(self) -> Iterator[object]:
+        resumed = self._resumed
+        if resumed is not None and self.use_stateful_dataloader and not resumed.is_over:
+            return self._by_itself() if resumed.own is not None else self.skipping(resumed.count)
+        self._resumed = None
+        if resumed is not None and not resumed.is_over:
+            _LOG.warning(
+                "the checkpoint was saved after %d batches of epoch %d, which begins again; "
+                "accelerator.skip_first_batches(dataloader, %d) goes on behind them",
+                resumed.count,
+                resumed.epoch,
+                resumed.count,
+            )
+        return self._from_start(self.iteration)
+
+    def _by_itself(self) -> Iterator[object]:
+        """The rest of an epoch, where the loader itself knows the position."""
+        resumed, self._resumed = cast(_Resumed, self._resumed), None
+        start, count = resumed.position["generator"], resumed.count
+        own = cast("Mapping[str, object]", resumed.own)
+        self._set_generator(start)
+        self.load_state_dict(own["loader"])  # type: ignore[attr-defined]
+        if was_made := bool(resumed.position["was_made"]):
+            self.base_dataloader.state_dict()  # makes it
+        self._start = cast("dict[str, object]", own["start"])
+        RandomState().load_state_dict(self._start)  # of which a sampler without a generator draws the order
+        self._begun = {"epoch": resumed.epoch, "generator": start, "count": count, "was_made": was_made}
+        for number, batch in enumerate(first_then(self._epoch(), resumed.generators), count + 1):
+            self._begun["count"] = number
+            yield batch
+
+    def _from_start(self, epoch: int) -> Iterator[object]:
+        if self.rng_types:
+            synchronize_rng_states(self.rng_types, self.synchronized_generator)
+        return self._counted(epoch, self._generator_state(), 0)
+
+    def _counted(self, epoch: int, start: object, count: int) -> Iterator[object]:
+        self._begun = {"epoch": epoch, "generator": start, "count": count, "was_made": self._is_made}
+        self._is_made = False
+        self._start = RandomState().state_dict() if self.use_stateful_dataloader else None
+        for number, batch in enumerate(self._order.batches(self._epoch(), epoch, _LOADER), count + 1):
+            self._begun["count"] = number
+            yield batch
+
+    def _epoch(self) -> Pass:
+        """One pass over accelerate's own loader."""
+        order = {"generator": self.synchronized_generator, "batch_sampler": getattr(self, "batch_sampler", None)}
+        return Pass(self, super().__iter__, **order)  # type: ignore[misc]
+
+    def _generator_state(self) -> torch.Tensor | None:
+        generator = self.synchronized_generator
+        return None if generator is None else generator.get_state()
+
+    def _set_generator(self, state: object) -> None:
+        if self.synchronized_generator is not None and isinstance(state, torch.Tensor):
+            self.synchronized_generator.set_state(state)
+
+    def position(self) -> dict[str, object]:
+        """The position, as far as it is the same on every rank."""
+        if self._resumed is not None:
+            return dict(self._resumed.position)
+        begun = self._begun or {"epoch": self.iteration, "generator": None, "count": 0, "was_made": False}
+        seed = getattr(self.get_sampler(), "initial_seed", None)  # type: ignore[attr-defined]
+        size = length_hint(self, -1)
+        length = size if size >= 0 else None
+        now = {"now": self._generator_state(), "iteration": self.iteration, "length": length, "seed": seed}
+        return begun | now
+
+    def own_state(self, rank: int) -> object:
+        """The rank's part of the position: generators at the epoch's start, or what the loader itself keeps."""
+        if self._resumed is not None:
+            return self._resumed.own
+        if not self.use_stateful_dataloader:
+            return self._order.state(rank)
+        return {"loader": self.state_dict(), "start": self._start}  # type: ignore[attr-defined]
+
+    def resume(self, position: Mapping[str, object], own: object) -> None:
+        """Take in what `position` and `own_state` gave, the latter ``None`` on another number of ranks."""
+        self._order, self._begun = DataOrder(), None
+        if self._is_made and position["count"]:  # a run that went on would have to make one
+            self.load_state_dict({})  # type: ignore[attr-defined]
+            self._is_made = False
+        epoch, count, iteration = (cast(int, position[name]) for name in ("epoch", "count", "iteration"))
+        is_over = count in (0, position["length"]) or iteration != epoch
+        self._resumed = _Resumed(position, own, RandomState().state_dict(), epoch, count, is_over)
+        # The epoch that a loop begins which begins one: the same one again if it is not over.
+        self.iteration = iteration + 1 if count and is_over and iteration == epoch else iteration
+        self._set_generator(position["now"])
+        if own is None and position["seed"] is None and isinstance(self.get_sampler(), RandomSampler):  # type: ignore[attr-defined]
+            _LOG.warning(
+                "the number of ranks is not that of the checkpoint: the order of the data may be another one. "
+                "DataLoaderConfiguration(use_seedable_sampler=True), from the beginning of a run, keeps it"
+            )
+        if position["seed"] is not None and hasattr(sampler := self.get_sampler(), "initial_seed"):  # type: ignore[attr-defined]
+            sampler.initial_seed = position["seed"]
+
+    def skipping(self, number: int) -> Iterator[object]:
+        """What is behind the first batches of the epoch that the restored checkpoint was in, or of a new one."""
+        if self._resumed is None or number == 0:
+            yield from _behind(number, iter(self))
+            return
+        resumed, self._resumed = self._resumed, None
+        self.iteration = resumed.epoch
+        start = resumed.position["generator"]
+        if resumed.own is not None and number == resumed.count and not self.use_stateful_dataloader:
+            self._order.resume(resumed.generators, DataOrder.parsed(resumed.own), ())
+            yield from self._counted(resumed.epoch, start, number)
+        else:
+            self._set_generator(start)
+            rest = _behind(number, self._from_start(resumed.epoch))
+            RandomState().load_state_dict(resumed.generators)
+            yield from rest
+        self.iteration = resumed.epoch + 1
+
+
+class TrackedShard(Tracked, DataLoaderShard):  # type: ignore[misc] # accelerate is not followed by mypy
+    """Batches that each rank makes."""
+
+
+class TrackedDispatcher(Tracked, DataLoaderDispatcher):  # type: ignore[misc] # accelerate is not followed by mypy
+    """Batches that the first rank makes for all."""
+
+
+class Rest:
+    """A loader whose next epoch has the batches behind those that are skipped."""
+
+    def __init__(self, loader: Tracked, number: int) -> None:
+        self._loader, self._number = loader, number
+
+    def __iter__(self) -> Iterator[object]:
+        return self._loader.skipping(self._number)
+
+    def __len__(self) -> int:
+        return max(0, len(cast("DataLoaderShard", self._loader)) - self._number)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._loader, name)
+
+
+def tracked(loader: object) -> Tracked | None:
+    """The loader with its position; ``None`` of another kind than accelerate makes."""
+    cls = {DataLoaderShard: TrackedShard, DataLoaderDispatcher: TrackedDispatcher}.get(type(loader))
+    if cls is None:
+        return None
+    made = cls.__new__(cls)
+    vars(made).update(vars(loader))
+    made._order, made._begun, made._start, made._resumed = DataOrder(), None, None, None
+    made._is_made = made.use_stateful_dataloader
+    return made
+
+
+def _behind(number: int, batches: Iterator[object]) -> Iterator[object]:
+    for had in range(number):
+        if next(batches, _END) is _END:
+            raise MisuseError(
+                f"skip_first_batches was asked to skip {number} batches of an epoch that has {had}",
+                hint="Count the batches of the epoch, not those of the run.",
+            )
+    return batches

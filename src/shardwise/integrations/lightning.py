@@ -11,7 +11,9 @@ path, and how, is `shardwise.Checkpointer`'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from operator import length_hint
 from typing import TYPE_CHECKING, NoReturn, cast
 
 import lightning.fabric.strategies as fabric
@@ -22,15 +24,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
 from shardwise.addons.base import SavesPretrained
+from shardwise.checkpointing.run_state.data_order import DataOrder
 from shardwise.checkpointing.run_state.generators import RandomState
 from shardwise.comm import Group
 from shardwise.config import CheckpointingConfig
 from shardwise.errors import ConfigError, MisuseError, StateFormatError
 from shardwise.format.state_json import encode_state
-from shardwise.integrations.host_paths import HostPaths, Parts
-from shardwise.integrations.lightning_data import Resumable, resumable, with_own, without_own
+from shardwise.integrations.hosts import HostPaths, Parts, Pass, first_then
 from shardwise.stateful_wrappers.wrapping import is_pretrained, unwrap
 
 if TYPE_CHECKING:
@@ -47,18 +50,21 @@ __all__ = [
     "ShardwiseSingleDeviceStrategy",
 ]
 
+_LOG = logging.getLogger(__name__)
 _STATE, _DATA = "lightning", "lightning.data"
+#: The name of a loader's position in its own `DataOrder`.
+_LOADER = "loader"
+#: The key by which a position is found among what Lightning saves.
+_MARK = "shardwise.position"
+_END = object()
 
 
 class _Shardwise:
     """What strategies of Trainer and Fabric have in common.
 
-    Args:
-        *positional: Those of Lightning's strategy.
-        checkpointing: The settings beside those that Lightning decides. By default each checkpoint has a Hugging Face
-            export (``LATEST/model/consolidated`` below its path).
-        tokenizer: A tokenizer or processor to put beside the weights.
-        **named: Those of Lightning's strategy.
+    The arguments are those of Lightning's strategy, ``checkpointing``, the settings beside those that Lightning
+    decides, and ``tokenizer``, a tokenizer or processor to put beside the weights. By default each checkpoint has a
+    Hugging Face export (``LATEST/model/consolidated`` below its path).
 
     Raises:
         ConfigError: What is asked for cannot be saved; the message names it.
@@ -273,11 +279,7 @@ class _FabricStrategy(_Shardwise):
     ) -> None:
         """Write a checkpoint at a path, where an earlier one is replaced once the new one is complete. All ranks call.
 
-        Args:
-            path: The path.
-            state: Name -> a model, an optimizer, a scheduler, anything with a state, or plain values.
-            storage_options: Only ``None``.
-            filter: Only ``None``.
+        The state has a model, optimizers, schedulers, anything with a state, and plain values, by name.
 
         Raises:
             MisuseError: There is no model in the state.
@@ -297,14 +299,8 @@ class _FabricStrategy(_Shardwise):
     ) -> dict[str, object]:
         """Restore a state in place, on any number of ranks. All ranks call.
 
-        Args:
-            path: A path that was saved to.
-            state: The names that were saved. Plain values are replaced in it.
-            strict: Only ``True``.
-            weights_only: Without effect: nothing is unpickled.
-
-        Returns:
-            Nothing that is left: what the checkpoint has beside the state is named in a warning.
+        The state has the names that were saved; plain values are replaced in it. What the checkpoint has beside it is
+        named in a warning, and the result is empty. ``weights_only`` is without effect: nothing is unpickled.
 
         Raises:
             CheckpointNotFoundError: Nothing of shardwise's is there.
@@ -384,3 +380,129 @@ def _on_cpu(state: object) -> object:
     if isinstance(state, list | tuple) and type(state) in (list, tuple):
         return type(state)(_on_cpu(each) for each in state)
     return state.detach().cpu() if isinstance(state, torch.Tensor) else state
+
+
+# --- loaders with their position: epoch, number of batches, and the random numbers of the epoch's start ---------------
+
+
+class Resumable:
+    """A ``DataLoader`` whose state is its position. Mixed into a subclass of the loader's own class; local.
+
+    What the loader itself keeps (torchdata's ``StatefulDataLoader``) is part of the state.
+    """
+
+    _order: DataOrder
+    _epoch: int
+    _sets_epoch: bool
+    _saved: Mapping[str, object] | None
+    _generators: dict[str, object] | None
+
+    def __iter__(self) -> Iterator[object]:
+        # Nothing happens before the first batch: by then Lightning has told the sampler its epoch.
+        saved, self._saved = self._saved, None
+        generators, self._generators = self._generators, None
+        self._epoch += saved is None
+        set_epoch = getattr(getattr(self, "sampler", None), "set_epoch", None)
+        if self._sets_epoch and set_epoch is not None:
+            set_epoch(self._epoch)
+        if saved is not None and generators is None:
+            generators = RandomState().state_dict()
+        if saved is None or generators is None:
+            yield from self._order.batches(self._pass(), self._epoch, _LOADER)
+        elif self.keeps_position:
+            yield from first_then(self._pass(), generators)
+        elif saved["own"] is not None:
+            self._order.resume(generators, DataOrder.parsed(saved["own"]), ())
+            yield from self._order.batches(self._pass(), self._epoch, _LOADER)
+        else:
+            rest = self._order.batches(self._pass(), self._epoch, _LOADER)
+            for _ in range(cast(int, saved["count"])):
+                next(rest, _END)
+            RandomState().load_state_dict(generators)
+            yield from rest
+
+    def _pass(self) -> Pass:
+        """One pass over the loader itself."""
+        order = {name: getattr(self, name, None) for name in ("generator", "sampler", "batch_sampler")}
+        return Pass(self, super().__iter__, **order)  # type: ignore[misc]
+
+    @property
+    def keeps_position(self) -> bool:
+        """Whether the loader has a position of its own."""
+        return hasattr(super(), "state_dict")
+
+    def state_dict(self) -> dict[str, object]:
+        """The position."""
+        if self._saved:
+            return {_MARK: self._saved}
+        group = Group.current()
+        order = self._order.state(group.rank)
+        found = cast("dict[str, dict[str, object]]", order["loaders"])[_LOADER] if order is not None else {}
+        count = found.get("count", 0)
+        is_over = not count or bool(found.get("is_over")) or count == length_hint(self, -1)
+        own = super().state_dict() if self.keeps_position else order  # type: ignore[misc]
+        position = {"epoch": self._epoch, "count": count, "is_over": is_over, "world": group.world_size, "own": own}
+        return {_MARK: position}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Go on at a position. What the loader keeps by itself is taken in on the same number of ranks only."""
+        saved = dict(cast("Mapping[str, object]", state[_MARK]))
+        self._order, self._epoch, self._saved = DataOrder(), cast(int, saved["epoch"]), None
+        if saved["is_over"]:
+            return
+        if saved["world"] != Group.current().world_size:
+            saved["own"] = None
+            _LOG.warning(
+                "the checkpoint was saved on another number of ranks, after %s batches of an epoch: %s",
+                saved["count"],
+                "this loader begins it again" if self.keeps_position else "so many of each rank are skipped",
+            )
+        if self.keeps_position:
+            if saved["own"] is None:
+                return
+            super().load_state_dict(saved["own"])  # type: ignore[misc]
+        self._saved = saved
+
+    def go_on_with(self, generators: dict[str, object]) -> None:
+        """Say what the process's generators are to be when the first batch after a restored position is there."""
+        self._generators = generators
+
+
+def resumable(loader: object, sets_epoch: bool) -> object:
+    """The loader with its position; anything but a ``DataLoader`` as it is.
+
+    If it ``sets_epoch``, it tells the sampler its epoch: for a host that counts from 0 in every process.
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader, Resumable):
+        return loader
+    cls = type(loader)
+    made = cast("Resumable", object.__new__(type(cls.__name__, (Resumable, cls), {})))
+    vars(made).update(vars(loader))
+    vars(made).update(_order=DataOrder(), _epoch=-1, _sets_epoch=sets_epoch, _saved=None, _generators=None)
+    return made
+
+
+def without_own(state: object, is_over: bool) -> tuple[object, list[object]]:
+    """A state tree whose positions have lost what is each rank's own, and that, in the order of the tree.
+
+    If ``is_over``, all positions count as those of epochs that are over.
+    """
+    own: list[object] = []
+
+    def strip(position: Mapping[str, object]) -> Mapping[str, object]:
+        own.append(position["own"])
+        return {**position, "own": None, "is_over": is_over or position["is_over"]}
+
+    return _mapped(state, strip), own
+
+
+def with_own(state: object, own: list[object]) -> object:
+    """What `without_own` has taken apart; positions without an own part where there are none."""
+    rest = iter(own)
+    return _mapped(state, lambda position: {**position, "own": next(rest, None)})
+
+
+def _mapped(state: object, change: Callable[[Mapping[str, object]], Mapping[str, object]]) -> object:
+    if isinstance(state, Mapping):
+        return {key: change(value) if key == _MARK else _mapped(value, change) for key, value in state.items()}
+    return [_mapped(each, change) for each in state] if isinstance(state, list) else state

@@ -12,24 +12,24 @@ goes on. What is written, and how, is `shardwise.Checkpointer`'s: one checkpoint
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, Unpack, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Unpack, cast
 
 from transformers.trainer_callback import ExportableState
+from transformers.utils import is_sagemaker_mp_enabled, is_torch_xla_available
 
 from shardwise.addons import SaveHookArgs
 from shardwise.addons.base import SavesPretrained
 from shardwise.comm import Group
 from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
-from shardwise.errors import MisuseError
-from shardwise.integrations import trainer_checks as checks
-from shardwise.integrations.loaders import Pass
-from shardwise.integrations.model_files import write_pretrained
-from shardwise.lifecycle import checkpoint_name, resolve
+from shardwise.errors import CheckpointNotFoundError, ConfigError, MisuseError, some
+from shardwise.integrations.hosts import Pass, refuse_derived, refuse_ways, write_pretrained
+from shardwise.lifecycle import LATEST, checkpoint_name, list_checkpoints, resolve
 from shardwise.peft.models import is_peft_adapted
-from shardwise.upstream.transformers_trainer import TrainerCheckpoints
+from shardwise.upstream.transformers_trainer import REPLACED, UNUSED, TrainerCheckpoints
 
 if TYPE_CHECKING:
     import os
@@ -44,6 +44,19 @@ __all__ = ["ShardwiseTrainer", "get_last_checkpoint"]
 _LOG = logging.getLogger(__name__)
 #: The metric by which the Trainer's choice of the best checkpoint reaches retention, also among equals.
 _NEW_BEST = "new_best_at_step"
+#: The Trainer's own record of the run, which its `train` reads out of a checkpoint.
+_STATE_NAME = "trainer_state.json"
+#: Settings that follow from the Trainer's arguments, and from which.
+_DERIVED = {
+    "checkpoint_dir": "output_dir",
+    "enabled": "save_strategy",
+    "max_recent_checkpoints": "save_total_limit",
+    "keep_best": "metric_for_best_model and save_total_limit",
+    "best_metric_key": "metric_for_best_model",
+    "best_metric_mode": "greater_is_better",
+}
+_SHARDING = "Shard with FSDP2 (fsdp=True), or train with DistributedDataParallel."
+_TRAINERS_OWN = re.compile(r"checkpoint-\d+")
 
 
 class ShardwiseTrainer(TrainerCheckpoints):
@@ -80,8 +93,8 @@ class ShardwiseTrainer(TrainerCheckpoints):
         checkpointing: CheckpointingConfig | None = None,
         **named: object,
     ) -> None:
-        checks.check_class(type(self))
-        checks.check_arguments(args)
+        _check_class(type(self))
+        _check_arguments(args)
         super().__init__(model, args, *others, **named)
         if checkpointing is not None:
             self.checkpointing = checkpointing
@@ -90,8 +103,8 @@ class ShardwiseTrainer(TrainerCheckpoints):
         self._batches: Iterator[object] | None = None
         self.is_replayable = False
         self._resumed = _Position()
-        checks.check_strategy(self)
-        checks.check_settings(self.checkpointing, self)
+        _check_strategy(self)
+        _check_settings(self.checkpointing, self)
         self._built(self.checkpointing).close()  # refuses what no checkpointer can be built of
 
     # --- training ---------------------------------------------------------------------------------------------------
@@ -104,14 +117,9 @@ class ShardwiseTrainer(TrainerCheckpoints):
     ) -> object:
         """Train; returns when the last checkpoint is durable, also in asynchronous mode. All ranks call.
 
-        Args:
-            resume_from_checkpoint: ``True`` for the newest checkpoint in ``output_dir``; a checkpoint's path, or its or
-                a pointer's name in ``output_dir``; ``None`` or ``False`` to begin afresh.
-            trial: Not supported.
-            ignore_keys_for_eval: As in ``Trainer``.
-
-        Returns:
-            The ``Trainer``'s record of the training.
+        ``resume_from_checkpoint`` is ``True`` for the newest checkpoint in ``output_dir``; a checkpoint's path, or its
+        or a pointer's name in ``output_dir``; ``None`` or ``False`` to begin afresh. The rest is as in ``Trainer``, but
+        for ``trial``, which is not supported.
 
         Raises:
             CheckpointNotFoundError: There is nothing to resume from.
@@ -122,9 +130,7 @@ class ShardwiseTrainer(TrainerCheckpoints):
         if trial is not None:
             self.hyperparameter_search()
         group = Group.current()
-        found = group.broadcast_result(
-            lambda: checks.find_source(self.args, resume_from_checkpoint), "finding checkpoints"
-        )
+        found = group.broadcast_result(lambda: _find_source(self.args, resume_from_checkpoint), "finding checkpoints")
         self._resumed = _Position()
         try:
             with self._built(self.checkpointing) as self._checkpointer:
@@ -153,7 +159,11 @@ class ShardwiseTrainer(TrainerCheckpoints):
             self._batches = epoch_iterator
             if self.is_replayable and self._checkpointer is not None:
                 loader = self.callback_handler.train_dataloader
-                _set_epoch(loader, self.current_epoch)
+                # As the Trainer does with the loader that it was to iterate over.
+                sampler: object = getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)
+                for each in (loader, sampler):
+                    if hasattr(each, "set_epoch"):
+                        each.set_epoch(self.current_epoch)
                 # Without accelerate's state_dict, which is empty unless torchdata's loader is in it.
                 epoch = Pass(loader, loader.__iter__, generator=getattr(loader, "synchronized_generator", None))
                 self._batches = self._checkpointer.batches(epoch, self.current_epoch)
@@ -211,12 +221,8 @@ class ShardwiseTrainer(TrainerCheckpoints):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model (or the adapter), its configuration and tokenizer into a directory. All ranks call.
 
-        The directory opens with ``from_pretrained``, however the model is sharded. Each file takes its place in one
-        step, and an earlier model's files that are not replaced are removed.
-
-        Args:
-            output_dir: ``args.output_dir`` by default.
-            _internal_call: As in ``Trainer``, without effect.
+        The directory, ``args.output_dir`` by default, opens with ``from_pretrained``, however the model is sharded.
+        Each file takes its place in one step, and an earlier model's files that are not replaced are removed.
         """
         target = Path(output_dir or self.args.output_dir).absolute()
         write_pretrained(self.model, target, self.checkpointing, self._built, _tokenizer(self))
@@ -269,10 +275,7 @@ class ShardwiseTrainer(TrainerCheckpoints):
 
 
 def get_last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """Find the newest checkpoint in a directory, like the function of the same name in transformers. Any rank calls.
-
-    Args:
-        folder: The ``output_dir``.
+    """Find the newest checkpoint in an ``output_dir``, like transformers' function of that name. Any rank calls.
 
     Returns:
         The checkpoint's path for ``train(resume_from_checkpoint=...)``; ``None`` where there is none, or no directory.
@@ -328,18 +331,10 @@ class _TrainerState:
         """Write it. All ranks call."""
         group = kwargs["group"]
         if group is None or group.is_main:
-            self._trainer.state.save_to_json(str(Path(kwargs["model_path"]).parent / checks.STATE_NAME))
+            self._trainer.state.save_to_json(str(Path(kwargs["model_path"]).parent / _STATE_NAME))
 
     def post_save(self, **kwargs: Unpack[SaveHookArgs]) -> None:
         """Nothing."""
-
-
-def _set_epoch(loader: object, epoch: int) -> None:
-    """Tell the loader and its samplers the epoch, as the Trainer does with the one that it was to iterate over."""
-    sampler = getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)
-    for each in (loader, sampler):
-        if hasattr(each, "set_epoch"):
-            each.set_epoch(epoch)
 
 
 def _record_callbacks(trainer: ShardwiseTrainer) -> None:
@@ -374,3 +369,125 @@ def _scaler(trainer: ShardwiseTrainer) -> dict[str, object]:
     """The gradient scaler, where there is one."""
     scaler = getattr(trainer.accelerator, "scaler", None)
     return {} if scaler is None else {"scaler": scaler}
+
+
+# --- what is refused before training: arguments, settings, classes and checkpoints that cannot work -------------------
+
+
+def _check_class(cls: type[TrainerCheckpoints]) -> None:
+    """Raise `ConfigError` where a method of another class would never be called. Local."""
+    base = TrainerCheckpoints.__mro__[1]
+    ours = next(each for each in cls.__mro__ if TrainerCheckpoints in each.__bases__)
+    order = list(cls.__mro__)
+    for other in order[: order.index(ours)]:
+        for name in UNUSED:
+            if name in vars(other):
+                raise ConfigError(
+                    f"{other.__name__}.{name} would never be called: {ours.__name__} writes the whole checkpoint",
+                    hint=f"Remove {name}; what it writes can go along as an addon or a callback's state.",
+                )
+    for other in order[order.index(ours) + 1 : order.index(base)]:
+        for name in (*REPLACED, *UNUSED, "save_model", "train"):
+            if other is not TrainerCheckpoints and name in vars(other):
+                raise ConfigError(
+                    f"{other.__name__}.{name} would never be called, because {ours.__name__} comes before it",
+                    hint=f"Change the order of the bases: class {cls.__name__}({other.__name__}, {ours.__name__}).",
+                )
+
+
+def _check_arguments(args: Any) -> None:
+    """Raise `ConfigError` for ``TrainingArguments`` that cannot work, before the Trainer acts on them. Local."""
+    hints = {
+        "push_to_hub": "Leave it out, call save_model(directory), and upload that with huggingface_hub.upload_folder.",
+        "enable_jit_checkpoint": "Leave it out, and save by save_steps: it writes into the Trainer's own directories.",
+        "save_on_each_node": "Leave it out: all ranks write one checkpoint, in a directory that every node sees.",
+        "deepspeed": _SHARDING,
+    }
+    for name, hint in hints.items():
+        if getattr(args, name, None):
+            raise ConfigError(f"ShardwiseTrainer does not support {name}", hint=hint)
+
+
+def _check_strategy(trainer: TrainerCheckpoints) -> None:
+    """Raise `ConfigError` where the model is spread in a way that cannot be saved. Local."""
+    further = {
+        "DeepSpeed": (trainer.is_deepspeed_enabled, _SHARDING),
+        "SageMaker's model parallelism": (is_sagemaker_mp_enabled(), _SHARDING),
+        "torch_xla": (is_torch_xla_available(), _SHARDING),
+    }
+    refuse_ways(trainer.accelerator, "ShardwiseTrainer", _SHARDING, further)
+
+
+def _check_settings(settings: CheckpointingConfig, trainer: TrainerCheckpoints) -> None:
+    """Raise `ConfigError` for settings that follow from the Trainer's arguments, or contradict them. Local."""
+    refuse_derived(settings, _DERIVED, "ShardwiseTrainer")
+    if settings.is_peft and not is_peft_adapted([trainer.model]):
+        raise ConfigError(
+            f"checkpointing sets is_peft, and the {type(trainer.model).__name__} has no adapter of peft's",
+            hint="Leave is_peft out: a PeftModel is recognised.",
+        )
+    if settings.skip_save_while_busy and trainer.args.metric_for_best_model is not None:
+        raise ConfigError(
+            "skip_save_while_busy could skip the best checkpoint, which metric_for_best_model asks for",
+            hint="Leave skip_save_while_busy or metric_for_best_model out.",
+        )
+
+
+def _find_source(args: Any, given: str | os.PathLike[str] | bool | None) -> str | None:
+    """The path of the checkpoint that ``resume_from_checkpoint`` means; ``None`` to begin afresh. One rank calls.
+
+    Raises:
+        CheckpointNotFoundError: There is none.
+        IncompleteCheckpointError: It is an interrupted save.
+        MisuseError: It cannot be resumed from; or training is to begin afresh where checkpoints are.
+    """
+    root = Path(args.output_dir).absolute()
+    _check_root(root, args)
+    if given is None or given is False:
+        there = [info.name for info in list_checkpoints(root)]
+        if there and args.save_strategy != "no":
+            raise MisuseError(
+                f"a run is to begin afresh in a directory that has checkpoints ({some(there)})",
+                path=root,
+                hint="Pass resume_from_checkpoint=True to go on from the newest one, or choose another output_dir.",
+            )
+        return None
+    if given is not True and (Path(given) / _STATE_NAME).is_file() and not (Path(given) / "model").is_dir():
+        raise MisuseError(
+            "the checkpoint was saved by the Trainer itself",
+            path=given,
+            hint="Finish that run with the Trainer, or begin a new one from its model with from_pretrained.",
+        )
+    found = resolve(root, LATEST if given is True else given if isinstance(given, str) else Path(given))
+    if found is None:
+        raise CheckpointNotFoundError(
+            "there is no checkpoint to resume from",
+            path=root,
+            hint="Pass resume_from_checkpoint=get_last_checkpoint(output_dir), which is None where there is none.",
+        )
+    if not (found.path / _STATE_NAME).is_file():
+        raise MisuseError(
+            f"the checkpoint has no {_STATE_NAME}: no ShardwiseTrainer has saved it",
+            path=found.path,
+            hint="Restore it with Checkpointer.restore, in the loop that has saved it.",
+        )
+    if not (found.path / "optim").is_dir():
+        raise MisuseError(
+            "the checkpoint was saved with save_only_model, and has no optimizer to resume with",
+            path=found.path,
+            hint="Begin a new run from its model, with from_pretrained.",
+        )
+    return str(found.path)
+
+
+def _check_root(root: Path, args: Any) -> None:
+    """The Trainer itself deletes its own checkpoints at the end where ``save_total_limit`` is 1."""
+    if args.save_total_limit != 1 or not root.is_dir():
+        return
+    for path in root.iterdir():
+        if _TRAINERS_OWN.fullmatch(path.name):
+            raise MisuseError(
+                "output_dir has a checkpoint of the Trainer itself, which would delete it at the end of the training",
+                path=path,
+                hint="Choose another output_dir, or a save_total_limit other than 1.",
+            )

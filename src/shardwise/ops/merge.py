@@ -58,10 +58,9 @@ from shardwise.ops.exporting import Piece, batches_of, publish, refuse_existing
 from shardwise.ops.targets import find_targets, nothing_at
 from shardwise.ops.tensors_to_write import LastFew, assembled
 from shardwise.ops.verify import Progress, verify
-from shardwise.peft.capture import capture_adapter, hold_adapter
+from shardwise.peft.capture import base_tensors, capture_adapter, hold_adapter
+from shardwise.peft.check import changed_base, is_legacy_layout
 from shardwise.peft.config import read_adapter_config
-from shardwise.peft.extra import base_tensors
-from shardwise.peft.load import changed_base, is_legacy_layout
 from shardwise.peft.merge import merged_parts, require_merge
 from shardwise.peft.tensors import ADAPTER_CONFIG_NAME, ADAPTER_EXTRA_NAME, ADAPTER_WEIGHTS_NAME
 from shardwise.plan.deferred import bound

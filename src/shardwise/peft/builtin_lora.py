@@ -14,6 +14,7 @@ Where shapes alone do not show which dimension is the rank, the configured ``dim
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
@@ -22,20 +23,11 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TypeGuard
 
-import torch
 import torch.nn as nn
 
 from shardwise.errors import AdapterError
-from shardwise.peft.names import (
-    combined_sizes,
-    expand_combined,
-    expert_projections,
-    fused_parameter,
-    join,
-    named_modules,
-    text_config,
-)
-from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry
+from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry, join, named_modules, text_config
+from shardwise.stateful_wrappers.names import NamedTensor
 from shardwise.stateful_wrappers.units import saved_tensors
 from shardwise.stateful_wrappers.wrapping import bare_model, original_class, plain_path
 from shardwise.upstream.torch_modules import own_children, own_parameters
@@ -43,45 +35,54 @@ from shardwise.upstream.torch_modules import own_children, own_parameters
 _LOG = logging.getLogger(__name__)
 
 _GROUPED = re.compile(r"lora_(?P<token>.+)_A")
+#: Projections that share one matrix, and the projections of the Hugging Face model that they stand for, in row order.
+_COMBINED_PROJECTIONS: dict[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+#: Model types whose hub files name the experts' projections otherwise. Source: the models' files on the hub.
+_EXPERT_NAMES: dict[str, dict[str, str]] = {
+    "mixtral": {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"},
+}
+
 _MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude", "magnitude")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Native:
-    """A parameter under its clean name."""
+class _Factors:
+    """A pair of factors."""
 
-    fqn: str
-    tensor: torch.Tensor
+    fqn: str  #: Name of the module that has them.
+    a: NamedTensor  #: The factor with the input columns.
+    b: NamedTensor  #: The factor with the output rows.
+    rank: int  #: The LoRA rank.
+    transposed: bool  #: Whether ``a`` ends with ``(in, rank)`` and ``b`` with ``(rank, out)``.
+    scale: float | None  #: The factor on the product, where the module states it.
+
+    @property
+    def dims(self) -> tuple[int, int, int, int]:
+        """The dimensions of input and rank in ``a``, and of rank and output in ``b``."""
+        last = self.a.tensor.dim() - 1
+        return (last - 1, last, last - 1, last) if self.transposed else (last, last - 1, last, last - 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LinearSite:
+class LinearSite(_Factors):
     """A module with a LoRA pair."""
 
-    fqn: str  #: The module's name.
     targets: tuple[str, ...]  #: The Hugging Face modules that it stands for; several for a combined projection.
-    a: Native  #: The factor with the input columns.
-    b: Native  #: The factor with the output rows.
-    rank: int  #: The LoRA rank.
-    transposed: bool  #: Whether ``a`` is ``(in, rank)`` and ``b`` is ``(rank, out)``.
-    scale: float | None  #: The factor on the product, where the module states it.
-    magnitude: Native | None = None  #: DoRA's magnitude.
-    bias: Native | None = None  #: The bias of ``b``.
+    magnitude: NamedTensor | None  #: DoRA's magnitude.
+    bias: NamedTensor | None  #: The bias of ``b``.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ExpertSite:
-    """A pair of grouped factors for all experts of a layer; attributes as `LinearSite`."""
+class ExpertSite(_Factors):
+    """A pair of grouped factors for all experts of a layer."""
 
-    fqn: str
     projections: tuple[str, ...]  #: Per-expert projections of the Hugging Face model that it stands for.
     parameter: str  #: The fused parameter of the Hugging Face model that it stands for.
     fused: bool  #: Whether the adapter is written for the fused parameter instead of single experts.
-    a: Native
-    b: Native
-    rank: int
-    transposed: bool
-    scale: float | None
 
     @property
     def experts(self) -> int:
@@ -128,7 +129,7 @@ def named_targets(model: nn.Module) -> list[str]:
     expand = not has_hub_names(root)
     paths = (name.rpartition(".") for name, _ in named_modules(root))
     adapted = {parent for parent, _, child in paths if parent and "lora" in child and "lora" not in parent}
-    return sorted({target for fqn in adapted for target in expand_combined(fqn, expand)})
+    return sorted({target for fqn in adapted for target in _expand_combined(fqn, expand)})
 
 
 def hub_target_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -156,33 +157,23 @@ def find_sites(
     sites: list[Site] = []
     for fqn, module in named_modules(root):
         sites += _expert_sites(fqn, module, dim, fuse, model_type(root))
-        if strict or _is_pair(module):
+        with contextlib.nullcontext() if strict else contextlib.suppress(AdapterError):
             site = _linear_site(fqn, module, dim, expand)
-            if site is not None:
-                sites.append(site)
+            sites += [] if site is None else [site]
     return sites
 
 
-def _is_pair(module: nn.Module) -> bool:
-    """Whether both factors of a linear LoRA are there, and are matrices that fit together."""
-    a, b = _native("", module, "lora_A"), _native("", module, "lora_B")
-    if a is None or b is None or a.tensor.dim() != 2 or b.tensor.dim() != 2:
-        return False
-    (rows_a, columns_a), (rows_b, columns_b) = a.tensor.shape, b.tensor.shape
-    return rows_a == columns_b or columns_a == rows_b
-
-
-def _native(fqn: str, module: nn.Module, name: str, leaf: str = "weight") -> Native | None:
+def _native(fqn: str, module: nn.Module, name: str, leaf: str = "weight") -> NamedTensor | None:
     parameter = own_parameters(module).get(name)
     if parameter is not None:
-        return Native(join(fqn, name), parameter) if leaf == "weight" else None
+        return NamedTensor(join(fqn, name), parameter) if leaf == "weight" else None
     child = own_children(module).get(name)
     if child is None or isinstance(child, (nn.ModuleDict, nn.ParameterDict)):
         return None
     for inner_name, inner in named_modules(child):
         found = own_parameters(inner).get(leaf)
         if found is not None:
-            return Native(join(fqn, name, inner_name, leaf), found)
+            return NamedTensor(join(fqn, name, inner_name, leaf), found)
     return None
 
 
@@ -195,7 +186,7 @@ def _linear_site(fqn: str, module: nn.Module, dim: int | None, expand: bool) -> 
     rank, transposed = _orient(a, b, 2, dim)
     magnitude = next((m for name in _MAGNITUDES if (m := _native(fqn, module, name)) is not None), None)
     bias = _native(fqn, module, "lora_B", "bias")
-    return LinearSite(fqn, expand_combined(fqn, expand), a, b, rank, transposed, _scale(module), magnitude, bias)
+    return LinearSite(fqn, a, b, rank, transposed, _scale(module), _expand_combined(fqn, expand), magnitude, bias)
 
 
 def _expert_sites(fqn: str, module: nn.Module, dim: int | None, fuse: bool, kind: str | None) -> list[ExpertSite]:
@@ -203,16 +194,16 @@ def _expert_sites(fqn: str, module: nn.Module, dim: int | None, fuse: bool, kind
     tokens = [m["token"] for name, p in own.items() if p is not None and (m := _GROUPED.fullmatch(name))]
     tokens = [t for t in tokens if own[f"lora_{t}_A"].dim() == 3]  # type: ignore[union-attr]
     # Separate gate and up factors cannot be views of one factor of the fused parameter.
-    fused = fuse and all(fused_parameter(t) in ("gate_up_proj", "down_proj") for t in tokens)
+    fused = fuse and all(_fused_parameter(t) in ("gate_up_proj", "down_proj") for t in tokens)
     sites: list[ExpertSite] = []
     for token in tokens:
         a, b = _native(fqn, module, f"lora_{token}_A"), _native(fqn, module, f"lora_{token}_B")
         if a is None or b is None:
             raise _half(fqn, f"lora_{token}_B")
         rank, transposed = _orient(a, b, 3, dim)
-        projections = expert_projections(token, kind)
-        parameter = fused_parameter(token)
-        sites.append(ExpertSite(fqn, projections, parameter, fused, a, b, rank, transposed, _scale(module)))
+        projections = _expert_projections(token, kind)
+        parameter = _fused_parameter(token)
+        sites.append(ExpertSite(fqn, a, b, rank, transposed, _scale(module), projections, parameter, fused))
     # peft wraps a module's parameters in the order in which the Hugging Face model declares them: gate_up, then down.
     return sorted(sites, key=lambda site: site.parameter == "down_proj")
 
@@ -225,7 +216,7 @@ def _half(fqn: str, missing: str) -> AdapterError:
     )
 
 
-def _orient(a: Native, b: Native, dims: int, dim: int | None) -> tuple[int, bool]:
+def _orient(a: NamedTensor, b: NamedTensor, dims: int, dim: int | None) -> tuple[int, bool]:
     """The rank, and whether the factors are transposed with respect to peft's."""
     shape_a, shape_b = tuple(int(n) for n in a.tensor.shape), tuple(int(n) for n in b.tensor.shape)
     choices: list[tuple[int, bool]] = []
@@ -236,8 +227,8 @@ def _orient(a: Native, b: Native, dims: int, dim: int | None) -> tuple[int, bool
             choices.append((shape_a[-1], True))
     if not choices:
         raise AdapterError(
-            f"the factors {a.fqn!r} {shape_a} and {b.fqn!r} {shape_b} do not fit together",
-            tensor=b.fqn,
+            f"the factors {a.name!r} {shape_a} and {b.name!r} {shape_b} do not fit together",
+            tensor=b.name,
             hint="Factors are (rank, in) and (out, rank), or both transposed, with the experts in front if grouped.",
         )
     usual = dims == 3
@@ -252,7 +243,7 @@ def _scale(module: nn.Module) -> float | None:
     return None
 
 
-def find_trained_modules(model: nn.Module, sites: Sequence[Site]) -> dict[str, list[Native]]:
+def find_trained_modules(model: nn.Module, sites: Sequence[Site]) -> dict[str, list[NamedTensor]]:
     """Modules without LoRA whose parameters are trained while the rest of the model is frozen: peft's modules_to_save.
 
     Each, such as a new head, is trained as a whole, and comes with all of its state.
@@ -260,7 +251,7 @@ def find_trained_modules(model: nn.Module, sites: Sequence[Site]) -> dict[str, l
     and a warning says so. Parameters of a LoRA module or of the model itself cannot be such, and raise `AdapterError`.
     """
     root = bare_model(model)
-    lora = {native.fqn for site in sites for native in natives(site)}
+    lora = {native.name for site in sites for native in natives(site)}
     rest = {plain_path(name): p for name, p in root.named_parameters() if plain_path(name) not in lora}
     trained = [name for name, p in rest.items() if p.requires_grad]
     if not trained or not sites:
@@ -289,15 +280,70 @@ def find_trained_modules(model: nn.Module, sites: Sequence[Site]) -> dict[str, l
     return out
 
 
-def natives(site: Site) -> list[Native]:
+def natives(site: Site) -> list[NamedTensor]:
     """The parameters of a site."""
     beside = (site.magnitude, site.bias) if isinstance(site, LinearSite) else ()
     return [native for native in (site.a, site.b, *beside) if native is not None]
 
 
-def _state(fqn: str, module: nn.Module) -> Iterator[Native]:
+def _state(fqn: str, module: nn.Module) -> Iterator[NamedTensor]:
     for name, inner in named_modules(module):
-        yield from (Native(join(fqn, name, leaf), tensor) for leaf, tensor in saved_tensors(inner))
+        yield from (NamedTensor(join(fqn, name, leaf), tensor) for leaf, tensor in saved_tensors(inner))
+
+
+# --- names of projections ---------------------------------------------------------------------------------------------
+
+
+def _expert_projections(token: str, model_type: str | None) -> tuple[str, ...]:
+    """The per-expert projections behind a grouped parameter called ``lora_<token>_A``.
+
+    ``gate_and_up`` and ``gate_up`` stand for two projections, the gate in the first half of the output columns; any
+    other token names its projection, with or without ``_proj`` or ``_projs`` at the end.
+    """
+    parameter = _fused_parameter(token)
+    names = _COMBINED_PROJECTIONS.get(parameter, (parameter,))
+    renamed = _EXPERT_NAMES.get(model_type or "", {})
+    return tuple(renamed.get(name, name) for name in names)
+
+
+def _fused_parameter(token: str) -> str:
+    """Name of the fused parameter of the Hugging Face model behind ``lora_<token>_A``: gate_up_proj or down_proj."""
+    stem = re.sub(r"_projs?$", "", token)
+    return "gate_up_proj" if stem in ("gate_and_up", "gate_up") else f"{stem}_proj"
+
+
+def _expand_combined(fqn: str, expand: bool) -> tuple[str, ...]:
+    """The Hugging Face modules behind a module: several for a combined projection, else the module itself."""
+    parent, _, leaf = fqn.rpartition(".")
+    if not expand or leaf not in _COMBINED_PROJECTIONS:
+        return (fqn,)
+    return tuple(join(parent, name) for name in _COMBINED_PROJECTIONS[leaf])
+
+
+def _combined_sizes(fqn: str, rows: int, config: object | None) -> tuple[int, ...]:
+    """Output rows of each projection behind a combined one of so many rows.
+
+    The language model's configuration has ``num_attention_heads``, ``num_key_value_heads`` (the number of heads if
+    absent) and ``head_dim`` (``hidden_size / num_attention_heads`` if absent).
+    """
+    leaf = fqn.rpartition(".")[2]
+    if leaf == "gate_up_proj":
+        sizes: Iterable[int] = (rows // 2, rows - rows // 2)
+        known = rows % 2 == 0
+    else:
+        named = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
+        values = (getattr(config, name, None) for name in named)
+        heads, groups, width, hidden = (v if isinstance(v, int) and not isinstance(v, bool) else 0 for v in values)
+        groups, width = groups or heads, width or (hidden // heads if heads else 0)
+        sizes = (heads * width, groups * width, groups * width)
+        known = heads > 0 and sum(sizes) == rows
+    if not known:
+        raise AdapterError(
+            f"the rows of {fqn!r} ({rows}) do not split into {', '.join(_COMBINED_PROJECTIONS[leaf])}",
+            tensor=fqn,
+            hint="Set num_attention_heads, num_key_value_heads and head_dim in the model's config.",
+        )
+    return tuple(sizes)
 
 
 # --- their tensors in peft's format, as views ---------------------------------------------------------------------
@@ -309,72 +355,59 @@ def capture_own(model: nn.Module, dim: int | None, v4_compatible: bool, legacy_l
     sites = find_sites(model, dim, v4_compatible)
     out: list[AdapterEntry] = []
     for site in sites:
+        rows = int(site.b.tensor.shape[site.dims[-1]])
         if isinstance(site, LinearSite):
-            out += _linear(site, config)
+            single = len(site.targets) == 1
+            out += _pairs(site, site.targets, (rows,) if single else _combined_sizes(site.fqn, rows, config))
         elif site.fused:
-            out += _fused(site, _depth(site, sites), legacy_layout)
+            # Later parameters' wrappers lie around those of earlier ones.
+            same = [s for s in sites if is_fused(s) and s.fqn == site.fqn]
+            out += _fused(site, len(same) - 1 - same.index(site), legacy_layout)
         else:
-            out += _per_expert(site)
+            sizes = [rows // len(site.projections)] * len(site.projections)
+            for expert in range(site.experts):
+                targets = [f"{site.fqn}.{expert}.{projection}" for projection in site.projections]
+                out += _pairs(site, targets, sizes, ((0, expert),))
     first: dict[int, str] = {}  # of tensors that are tied
     for native in chain.from_iterable(find_trained_modules(model, sites).values()):
-        name = f"{PEFT_PREFIX}{native.fqn}"
+        name = f"{PEFT_PREFIX}{native.name}"
         known = first.setdefault(id(native.tensor), name)
-        out.append(entry(name, native.fqn, native.tensor, alias_of=known if known != name else None))
+        out.append(entry(name, native.name, native.tensor, alias_of=known if known != name else None))
     return out
 
 
-def _linear(site: LinearSite, config: object | None) -> Iterator[AdapterEntry]:
-    rows_at, rank_at = (1, 0) if site.transposed else (0, 1)
+def _pairs(
+    site: Site, targets: Sequence[str], sizes: Sequence[int], fixed: tuple[tuple[int, int], ...] = ()
+) -> Iterator[AdapterEntry]:
+    """A pair for each target, which has so many rows; ``fixed`` is the expert's index, where there is one."""
+    in_at, a_rank, rank_at, out_at = site.dims
     a, b = site.a.tensor, site.b.tensor
-    total = int(b.shape[rows_at])
-    sizes = (total,) if len(site.targets) == 1 else combined_sizes(site.fqn, total, config)
-    a_shape = (site.rank, int(a.shape[0 if site.transposed else 1]))
-    a_view = axis_view([[n] for n in a.shape], (1, 0)) if site.transposed else None
-    first = f"{PEFT_PREFIX}{site.targets[0]}.lora_A.weight"
+    a_view = axis_view([[n] for n in a.shape], (a_rank, in_at), fixed) if fixed or site.transposed else None
+    first = f"{PEFT_PREFIX}{targets[0]}.lora_A.weight"
     start = 0
-    for target, size in zip(site.targets, sizes, strict=True):
+    for target, size in zip(targets, sizes, strict=True):
         name = f"{PEFT_PREFIX}{target}.lora_A.weight"
-        yield entry(name, site.a.fqn, a, a_view, a_shape, first if name != first else None)
-        whole = size == total and not site.transposed
-        b_view = None if whole else axis_view([[n] for n in b.shape], ((rows_at, start, size), rank_at))
-        yield entry(f"{PEFT_PREFIX}{target}.lora_B.weight", site.b.fqn, b, b_view, (size, site.rank))
-        if site.bias is not None:
+        shared = first if name != first else None
+        yield entry(name, site.a.name, a, a_view, (site.rank, int(a.shape[in_at])), shared)
+        whole = size == b.shape[out_at] and not (fixed or site.transposed)
+        b_view = None if whole else axis_view([[n] for n in b.shape], ((out_at, start, size), rank_at), fixed)
+        yield entry(f"{PEFT_PREFIX}{target}.lora_B.weight", site.b.name, b, b_view, (size, site.rank))
+        if isinstance(site, LinearSite) and site.bias is not None:
             yield _rows(f"{PEFT_PREFIX}{target}.lora_B.bias", site.bias, start, size)
-        if site.magnitude is not None:
+        if isinstance(site, LinearSite) and site.magnitude is not None:
             yield _rows(f"{PEFT_PREFIX}{target}.lora_magnitude_vector", site.magnitude, start, size)
         start += size
 
 
-def _rows(name: str, native: Native, start: int, size: int) -> AdapterEntry:
+def _rows(name: str, native: NamedTensor, start: int, size: int) -> AdapterEntry:
     """Elements ``start .. start + size`` of a vector, which may be kept as a row or a column."""
     shape = tuple(int(n) for n in native.tensor.shape)
     if shape == (size,):
-        return entry(name, native.fqn, native.tensor)
+        return entry(name, native.name, native.tensor)
     long = max(range(len(shape)), key=lambda d: shape[d])
     fixed = tuple((d, 0) for d in range(len(shape)) if d != long)
     view = axis_view([[n] for n in shape], ((long, start, size),), fixed)
-    return entry(name, native.fqn, native.tensor, view, (size,))
-
-
-def _per_expert(site: ExpertSite) -> Iterator[AdapterEntry]:
-    in_at, a_rank, rank_at, out_at = (1, 2, 1, 2) if site.transposed else (2, 1, 2, 1)
-    a, b = site.a.tensor, site.b.tensor
-    size = int(b.shape[out_at]) // len(site.projections)
-    for expert in range(site.experts):
-        first = f"{PEFT_PREFIX}{site.fqn}.{expert}.{site.projections[0]}.lora_A.weight"
-        for index, projection in enumerate(site.projections):
-            base = f"{PEFT_PREFIX}{site.fqn}.{expert}.{projection}"
-            a_view = axis_view([[n] for n in a.shape], (a_rank, in_at), ((0, expert),))
-            b_view = axis_view([[n] for n in b.shape], ((out_at, index * size, size), rank_at), ((0, expert),))
-            shared = first if index else None
-            yield entry(f"{base}.lora_A.weight", site.a.fqn, a, a_view, (site.rank, int(a.shape[in_at])), shared)
-            yield entry(f"{base}.lora_B.weight", site.b.fqn, b, b_view, (size, site.rank))
-
-
-def _depth(site: ExpertSite, sites: Sequence[object]) -> int:
-    """How many of peft's wrappers lie around the one of this parameter: later parameters wrap earlier ones."""
-    same = [s for s in sites if isinstance(s, ExpertSite) and s.fqn == site.fqn]
-    return len(same) - 1 - same.index(site)
+    return entry(name, native.name, native.tensor, view, (size,))
 
 
 def _fused(site: ExpertSite, depth: int, legacy_layout: bool) -> Iterator[AdapterEntry]:
@@ -382,16 +415,13 @@ def _fused(site: ExpertSite, depth: int, legacy_layout: bool) -> Iterator[Adapte
 
     peft up to 0.19.0 read the parameter's ``(out, in)`` as ``(in, out)``, so that the factors change places.
     """
-    in_at, a_rank, rank_at, out_at = (1, 2, 1, 2) if site.transposed else (2, 1, 2, 1)
-    columns, rows = (site.a, in_at, a_rank), (site.b, out_at, rank_at)
-    if legacy_layout:
-        columns, rows = rows, columns
+    in_at, a_rank, rank_at, out_at = site.dims
+    factors = (site.a, in_at, a_rank), (site.b, out_at, rank_at)
+    (a, a_long, a_rank), (b, b_long, b_rank) = factors[::-1] if legacy_layout else factors
     base = f"{PEFT_PREFIX}{site.fqn}{'.base_layer' * depth}"
-    native, long, rank = columns
-    view = axis_view([[n] for n in native.tensor.shape], (0, rank, long))
-    shape = (site.experts * site.rank, int(native.tensor.shape[long]))
-    yield entry(f"{base}.lora_A.weight", native.fqn, native.tensor, view, shape)
-    native, long, rank = rows
-    view = axis_view([[n] for n in native.tensor.shape], (long, rank, 0))
-    shape = (int(native.tensor.shape[long]), site.rank * site.experts)
-    yield entry(f"{base}.lora_B.weight", native.fqn, native.tensor, view, shape)
+    a_view = axis_view([[n] for n in a.tensor.shape], (0, a_rank, a_long))
+    b_view = axis_view([[n] for n in b.tensor.shape], (b_long, b_rank, 0))
+    a_shape = (site.experts * site.rank, int(a.tensor.shape[a_long]))
+    b_shape = (int(b.tensor.shape[b_long]), site.rank * site.experts)
+    yield entry(f"{base}.lora_A.weight", a.name, a.tensor, a_view, a_shape)
+    yield entry(f"{base}.lora_B.weight", b.name, b.tensor, b_view, b_shape)

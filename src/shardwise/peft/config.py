@@ -27,7 +27,7 @@ from shardwise.peft.builtin_lora import (
     hub_target_modules,
     is_fused,
 )
-from shardwise.peft.load import LEGACY_LAYOUT_VERSION, is_legacy_version
+from shardwise.peft.check import LEGACY_LAYOUT_VERSION, is_legacy_version
 from shardwise.peft.models import (
     ExpertTargets,
     adapter_configs,
@@ -43,7 +43,7 @@ from shardwise.stateful_wrappers.wrapping import bare_model, original_class
 from shardwise.upstream.transformers import NAME_OR_PATH
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    pass
 
 _LOG = logging.getLogger(__name__)
 
@@ -148,11 +148,7 @@ def own_config(
     settings: Mapping[str, object],
     original_model_path: str | None = None,
 ) -> dict[str, object]:
-    """The minimal adapter_config.json of a model's own LoRA.
-
-    Its configuration has ``dim``, ``alpha`` and ``use_dora``. The settings are those of `own_settings`, of all ranks
-    together; the path is for a model that does not name its base.
-    """
+    """The minimal adapter_config.json of a model's own LoRA, from the `own_settings` of all ranks together."""
     task, mapping = task_type(parts)
     out: dict[str, object] = {
         "peft_type": "LORA",
@@ -239,12 +235,7 @@ def jsonable(value: object, key: str) -> object:
 
 
 def read_adapter_config(directory: str | os.PathLike[str]) -> dict[str, object]:
-    """Read the ``adapter_config.json`` in ``directory``.
-
-    Raises:
-        CheckpointNotFoundError: There is none.
-        AdapterError: It is not a JSON object that names a peft method.
-    """
+    """Read the ``adapter_config.json`` in ``directory``; `AdapterError` if it is no JSON object with a peft method."""
     path = Path(directory) / ADAPTER_CONFIG_NAME
     try:
         value = read_json(path, AdapterError)
@@ -285,18 +276,11 @@ def adapter_settings(
 ) -> dict[str, Settings]:
     """The content of ``adapter_config.json``, for each adapter. All ranks call.
 
-    Args:
-        parts: This rank's parts of the model.
-        peft_config: The configuration: a ``PeftConfig`` (or adapter names with such) for parts that do not carry one,
-            or that of a model's own LoRA.
-        group: The ranks that hold the model together, all pipeline stages among them.
-        v4_compatible: The tensors are written expert by expert.
-        original_model_path: The base model, for a model that does not name it.
-        legacy_layout: ``peft_version`` says that fused expert parameters are laid out as by peft up to 0.19.0.
-        diffusers_compatible: As diffusers records the settings of peft's adapters: those of the run, for training.
-
-    Raises:
-        AdapterError: The adapter cannot be described.
+    ``peft_config`` is a ``PeftConfig`` (or adapter names with such) for parts that do not carry one, or that of a
+    model's own LoRA; ``original_model_path`` is for a model that does not name its base. With ``v4_compatible`` the
+    tensors are written expert by expert, with ``legacy_layout`` as by peft up to 0.19.0, which ``peft_version`` then
+    says, and with ``diffusers_compatible`` the settings are those of the run, for training, as diffusers records them.
+    An adapter that cannot be described raises `AdapterError`.
     """
     gathered = group.gather(lambda: _local_settings(parts, peft_config, v4_compatible), "describing the adapter")
     rows = [cast("dict[str, JsonValue]", row) for row in gathered]
@@ -327,10 +311,14 @@ def _local_settings(parts: Sequence[nn.Module], peft_config: object | None, v4_c
     if not is_peft_adapted(parts, peft_config):
         return {"own": cast(JsonValue, own_settings(parts, peft_config, v4_compatible))}
     configs = adapter_configs(parts, peft_config)
-    names = sorted(configs)
-    experts = {name: [[*target] for target in expert_targets(parts, name)] for name in names if v4_compatible}
-    own = {name: _part_settings(config) for name, config in configs.items()}
-    return cast(JsonValue, {"experts": experts, "adapters": names, "settings": own})
+    experts = {name: [[*target] for target in expert_targets(parts, name)] for name in configs if v4_compatible}
+    own: dict[str, Settings] = {}
+    for name, config in configs.items():
+        values = config.to_dict()
+        if str(values.get("target_modules")).lower() == "all-linear":
+            values["target_modules"] = None  # of a stage in which peft has looked for nothing yet
+        own[name] = {key: jsonable(values[key], key) for key in (*_FOUND, *_SAME) if key in values}
+    return cast(JsonValue, {"experts": experts, "settings": own})
 
 
 def _merged(
@@ -357,11 +345,12 @@ def _merged(
         for key in ("rank_pattern", "alpha_pattern"):  # in one order, whichever ranks the modules are on
             settings[key] = dict(sorted(cast("dict[str, object]", settings[key]).items()))
         return {"default": own_config(parts, peft_config, settings, original_model_path)}
-    for rank, row in enumerate(rows):
-        if row["adapters"] != rows[0]["adapters"]:
+    stages = [cast("dict[str, Settings]", row["settings"]) for row in rows]
+    for rank, stage in enumerate(stages):
+        if stage.keys() != stages[0].keys():
             # Each is a file of its own, which the ranks write and read one after the other.
             raise AdapterError(
-                f"rank 0 has the adapters {rows[0]['adapters']} and rank {rank} has {row['adapters']}",
+                f"rank 0 has the adapters {sorted(stages[0])} and rank {rank} has {sorted(stage)}",
                 hint="Give every pipeline stage the same adapters: to one without layers for them, their peft_config.",
             )
     out: dict[str, Settings] = {}
@@ -370,7 +359,7 @@ def _merged(
         if not diffusers_compatible:
             saved = config_as_saved(described_part(parts), config, original_model_path)
         saved = {key: jsonable(value, key) for key, value in saved.items()}
-        saved |= _united(name, [cast("dict[str, Settings]", row["settings"])[name] for row in rows])
+        saved |= _united(name, [stage[name] for stage in stages])
         out[name] = v4_config(saved, _experts_of(rows, name)) if v4_compatible else saved
     return out
 
@@ -383,14 +372,6 @@ def _experts_of(rows: Sequence[dict[str, JsonValue]], adapter_name: str) -> list
             projections = tuple(listed)
             found[module, projections] = ExpertTargets(module, projections, experts, rank, alpha)
     return list(found.values())
-
-
-def _part_settings(config: PeftConfig) -> dict[str, object]:
-    """The settings that the stages of one adapter have to agree on or to unite, as JSON values."""
-    values = config.to_dict()
-    if str(values.get("target_modules")).lower() == "all-linear":
-        values["target_modules"] = None  # of a stage in which peft has looked for nothing yet
-    return {key: jsonable(values[key], key) for key in (*_FOUND, *_SAME) if key in values}
 
 
 def _united(adapter_name: str, stages: Sequence[Mapping[str, object]]) -> dict[str, object]:

@@ -23,10 +23,9 @@ from shardwise.convert.mapping import rename
 from shardwise.errors import AdapterError
 from shardwise.format.header import read_header
 from shardwise.geometry import TensorSpec
-from shardwise.peft.load import changed_base
+from shardwise.peft.check import changed_base
 from shardwise.peft.models import adapter_configs, is_peft_adapted, method_of
-from shardwise.peft.names import named_modules
-from shardwise.peft.tensors import PEFT_PREFIX, AdapterFile
+from shardwise.peft.tensors import PEFT_PREFIX, AdapterFile, named_modules
 from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, is_of, original_class
 
 if TYPE_CHECKING:

@@ -1,16 +1,18 @@
-"""Initial values for the adapters of a model that was built on the meta device, computed by peft, layer by layer.
+"""Initial values of adapters, the same on every topology.
 
-peft decides an adapter's initial values. Some follow from the base weights (DoRA's magnitudes, PiSSA, OLoRA, trained
-tokens), others from the method alone (VeRA's projections, OFT's indices, FourierFT's frequencies). So the base is
-loaded first, and then peft adapts a stand-in for the model: only the adapted modules, without memory, each of which
-receives its base weights just before peft replaces it. The values are copied into the model's shards and released, so
-that memory is bounded by the largest adapted module.
+Of a model that was built on the meta device and adapted with peft, peft decides. Some values follow from the base
+weights (DoRA's magnitudes, PiSSA, OLoRA, trained tokens), others from the method alone (VeRA's projections, OFT's
+indices, FourierFT's frequencies). So the base is loaded first, and then peft adapts a stand-in for the model: only the
+adapted modules, without memory, each of which receives its base weights just before peft replaces it. The values are
+copied into the model's shards and released, so that memory is bounded by the largest adapted module. Factors of LoRA
+modules of a model's own are drawn here.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -21,11 +23,13 @@ import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
-from shardwise.errors import AdapterError, ShardwiseError
-from shardwise.peft.load import changed_base
+from shardwise.errors import AdapterError, MisuseError, ShardwiseError
+from shardwise.peft.builtin_lora import LinearSite, find_sites
+from shardwise.peft.capture import capture_adapter, hold_adapter
+from shardwise.peft.check import changed_base
 from shardwise.peft.models import adapter_configs, method_of
-from shardwise.peft.names import join, named_modules, seed_of
-from shardwise.plan.fragments import copy_whole
+from shardwise.peft.tensors import join, named_modules, seed_of
+from shardwise.plan.fragments import HeldTensor, copy_whole
 from shardwise.stateful_wrappers.memory import PLAIN, has_mark, mark
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, original_class, plain_path
@@ -49,6 +53,16 @@ _LOOKS_AT_FACTORS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 #: LoRA's variants that may use the base weights. Source: the fields of ``LoraConfig``.
 _VARIANTS = ("use_dora", "use_qalora", "arrow_config", "use_bdlora", "lora_ga_config", "velora_config")
+
+#: Spellings of the initialisations.
+_METHODS = {
+    None: "kaiming",
+    "kaiming": "kaiming",
+    "kaiming_uniform": "kaiming",
+    "xavier": "xavier",
+    "xavier_normal": "xavier",
+    "gaussian": "gaussian",
+}
 
 
 def adapter_tensors(part: nn.Module) -> list[torch.Tensor]:
@@ -278,9 +292,10 @@ def _stand_in(part: nn.Module) -> _StandIn:
 
 def _begin(part: nn.Module, name: str, config: PeftConfig, seed: int) -> None:
     """Adapt a stand-in for a part with one adapter, and copy what that made into the part."""
-    stand_in = _stand_in(part)
-    if not stand_in.held:
+    real_layers = dict(named_modules(bare_model(part)))
+    if not any(upstream.has_adapter(module, name) for module in real_layers.values()):
         return
+    stand_in = _stand_in(part)
     plain = copy.deepcopy(config)
     for setting in ("modules_to_save", "trainable_token_indices", "layer_replication", "modules_to_tie"):
         if hasattr(plain, setting):
@@ -291,11 +306,8 @@ def _begin(part: nn.Module, name: str, config: PeftConfig, seed: int) -> None:
     if hasattr(plain, "ensure_weight_tying"):
         plain.ensure_weight_tying = False
     tuner_class = cast("type[upstream.BaseTuner]", upstream.tuner_of(config.peft_type))
-    real_layers = dict(named_modules(bare_model(part)))
     copier = _Copier(stand_in, name, config, real_layers, seed)
     adapted = upstream.watched_tuner(tuner_class, copier.before, copier.after)
-    if not any(upstream.has_adapter(module, name) for module in real_layers.values()):
-        return
     torch.manual_seed(_seed(seed, name, ""))
     try:
         tuner = adapted(stand_in.root, plain, name)
@@ -458,8 +470,7 @@ def _begin_beside(part: nn.Module, name: str, seed: int) -> None:
     for path, module in named_modules(bare_model(part)):
         if isinstance(module, tokens) and name in cast(Any, module).token_indices:
             _begin_tokens(path, module, name, seed)
-        elif isinstance(module, copies) and name in _trained_copies(module):
-            trained = _trained_copies(module)[name]
+        elif isinstance(module, copies) and (trained := _trained_copies(module).get(name)) is not None:
             first = dict(named_modules(cast("nn.Module", module.original_module)))
             for inner_path, inner in named_modules(trained):
                 source = first[inner_path]
@@ -489,3 +500,88 @@ def _begin_tokens(path: str, layer: Any, name: str, seed: int) -> None:
 
 def _write(name: str, target: torch.Tensor, whole: torch.Tensor) -> None:
     copy_whole(whole.detach(), held_tensor(name, target, MeshRegister()))
+
+
+# --- factors of LoRA, also of a model's own ---------------------------------------------------------------------------
+
+
+def initialise_adapters(
+    parts: Sequence[nn.Module], peft_config: object | None = None, peft_init_method: str | None = None, *, seed: int = 0
+) -> None:
+    """Give fresh LoRA factors their initial values, in place. Every rank with a part calls; no communication.
+
+    The product of the factors is zero: A is random and B zero, for embeddings the other way round. The random values
+    depend on the tensor's name and ``seed`` alone, so that they are the same on every topology and replicas agree;
+    each whole factor is drawn once, one at a time. Only LoRA factors are touched: DoRA's magnitudes follow from the
+    base weights (`initialise_magnitudes`), and modules_to_save begin as copies of base modules.
+
+    The methods are ``kaiming`` (the default; uniform within ``1 / sqrt(in)``, as peft), ``xavier`` (normal, of standard
+    deviation ``sqrt(2 / (in + rank))``) and ``gaussian`` (normal, ``1 / rank``). Another one is a `MisuseError`, as is
+    a factor on the meta device.
+    """
+    method = _METHODS.get(peft_init_method)
+    if method is None:
+        raise MisuseError(
+            f"peft_init_method {peft_init_method!r} is unknown",
+            hint=f"Use one of {', '.join(sorted(name for name in _METHODS if name))}.",
+        )
+    captured = capture_adapter(parts, peft_config, v4_compatible=False, legacy_paramwrapper_layout=False)
+    for file in captured.files:
+        for item, held in zip(file.entries, hold_adapter(file.entries, MeshRegister()), strict=True):
+            leaf = item.spec.name.rpartition(".lora_")[2]
+            if item.alias_of is None and leaf in ("A.weight", "B.weight", "B.bias", "embedding_A", "embedding_B"):
+                if item.tensor.device.type == "meta":
+                    raise MisuseError(
+                        "a LoRA factor is still on the meta device",
+                        tensor=item.fqn,
+                        hint="Materialise the model first (to_empty).",
+                    )
+                _fill(held, leaf, method, f"{seed}/{file.adapter_name}/{item.spec.name}")
+
+
+def _fill(held: HeldTensor, leaf: str, method: str, key: str) -> None:
+    with torch.no_grad():
+        if leaf in ("B.weight", "B.bias", "embedding_A"):
+            for fragment in held.fragments:
+                fragment.data.zero_()
+        elif held.fragments:
+            whole = _draw(held.spec.shape, "normal" if leaf == "embedding_B" else method, key).reshape(held.grid)
+            copy_whole(whole, held)
+
+
+def _draw(shape: tuple[int, ...], method: str, key: str) -> torch.Tensor:
+    """A random float32 tensor that ``key`` determines. Source of the formulas: torch.nn.init, peft's LoraLayer."""
+    generator = torch.Generator().manual_seed(seed_of(key))
+    out = torch.empty(shape)
+    rank, fan_in = shape[0], shape[1] if len(shape) > 1 else 1
+    if method == "kaiming":
+        bound = 1 / math.sqrt(fan_in)
+        return out.uniform_(-bound, bound, generator=generator)
+    deviation = {"xavier": math.sqrt(2 / (fan_in + rank)), "gaussian": 1 / rank}.get(method, 1.0)
+    return out.normal_(0.0, deviation, generator=generator)
+
+
+def initialise_magnitudes(parts: Sequence[nn.Module]) -> None:
+    """Set DoRA's magnitudes in a model's own LoRA modules to the norms of the base weights' rows, in place.
+
+    Call when the base weights are loaded and the factors' product is zero. Every rank that holds a part calls: norms of
+    rows that are spread over ranks are summed by DTensor.
+    """
+    for part in parts:
+        modules = dict(named_modules(bare_model(part)))
+        for site in find_sites(part):
+            if not isinstance(site, LinearSite) or site.magnitude is None:
+                continue
+            weight = own_parameters(modules[site.fqn]).get("weight")
+            magnitude = site.magnitude.tensor
+            if weight is None or weight.shape[0] != magnitude.numel():
+                raise AdapterError(
+                    "a module with a magnitude has no weight that fits it",
+                    tensor=join(site.fqn, "weight"),
+                    hint="Set the magnitude in the model's own code.",
+                )
+            with torch.no_grad():
+                norms = torch.linalg.vector_norm(weight.detach(), dim=1).reshape(magnitude.shape)
+                if isinstance(norms, DTensor) and isinstance(magnitude, DTensor):
+                    norms = norms.redistribute(magnitude.device_mesh, magnitude.placements)
+                magnitude.copy_(norms)

@@ -24,7 +24,7 @@ import torch.nn as nn
 from shardwise.errors import AdapterError, QuantizationError
 from shardwise.peft.builtin_lora import find_sites
 from shardwise.peft.models import adapter_configs, is_peft_adapted, method_of
-from shardwise.peft.names import named_modules
+from shardwise.peft.tensors import named_modules
 from shardwise.stateful_wrappers.memory import identity
 from shardwise.stateful_wrappers.model_parts import config_of, has_quantized_parameters
 from shardwise.stateful_wrappers.names import own_tensors
@@ -64,12 +64,7 @@ class MergedGroup:
         weight = self._quantized.get(name)
         if weight is None:
             return values[name]
-        return weight.dequantize({key: values[_part_of(name, key)] for key in weight.sources}).to(token.dtype)
-
-
-def _part_of(name: str, key: str) -> str:
-    """The name of one of the tensors that a quantized weight is kept as."""
-    return f"{name}/{key}"
+        return weight.dequantize({key: values[f"{name}/{key}"] for key in weight.sources}).to(token.dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,7 +89,10 @@ def merged_parts(parts: Sequence[nn.Module]) -> list[MergedPart]:
                 hint=f"Adapt the model with peft. {_NO_MERGE}",
             )
         return [MergedPart(bare_model(adapted_model(part)), ()) for part in parts]
-    configs = {} if all(_is_bare(part) for part in parts) else adapter_configs(parts, None)
+    models = [adapted_model(part) for part in parts]
+    # A stage may have no adapted module, and carry no settings.
+    has_any = any(getattr(m, "peft_config", None) or any(map(_is_adapted, bare_model(m).modules())) for m in models)
+    configs = adapter_configs(parts, None) if has_any else {}
     for name, config in configs.items():
         require_merge(name, config)
     for part in parts:
@@ -109,12 +107,6 @@ def merged_parts(parts: Sequence[nn.Module]) -> list[MergedPart]:
             )
     methods = ", ".join(sorted({method_of(config) for config in configs.values()}))
     return [_Part(part, methods).merged() for part in parts]
-
-
-def _is_bare(part: nn.Module) -> bool:
-    """Whether a stage has no adapted module, and carries no settings."""
-    model = adapted_model(part)
-    return not getattr(model, "peft_config", None) and not any(map(_is_adapted, bare_model(model).modules()))
 
 
 def require_merge(name: str, config: PeftConfig) -> None:
@@ -217,9 +209,8 @@ class _DenseCopier(_Copier):
         weight = None if id(bare) in self._made else quantized_weight(bare)
         if weight is None:
             out = super()._module(module)
-            if is_over_quantized(out) and not make_dense(out):
-                reason = f"over layers that bitsandbytes quantizes is unknown ({type(out).__qualname__})"
-                raise _refused(type(out).__name__, self._methods, reason)
+            if any(c.__module__.startswith("peft.") and c.__module__.endswith(".bnb") for c in type(out).__mro__):
+                self._make_dense(out)
             return out
         outputs, inputs = weight.shape
         dense = nn.Linear(inputs, outputs, bias=False, device="meta").train(bare.training)
@@ -227,6 +218,16 @@ class _DenseCopier(_Copier):
         dense.weight = self._weight(weight)
         dense.register_parameter("bias", cast("nn.Parameter | None", self._copied(own_parameters(bare).get("bias"))))
         return dense
+
+    def _make_dense(self, layer: nn.Module) -> None:
+        """Make a copy of a LoRA layer over a quantized layer the one that peft puts around a dense one."""
+        from peft.tuners import lora
+
+        if type(layer) not in (lora.Linear4bit, lora.Linear8bitLt):  # of others that is unknown
+            reason = f"over layers that bitsandbytes quantizes is unknown ({type(layer).__qualname__})"
+            raise _refused(type(layer).__name__, self._methods, reason)
+        layer.__class__ = lora.Linear
+        layer.__dict__["is_target_conv_1d_layer"] = False
 
 
 def _like(token: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -372,7 +373,7 @@ class _Part:
         }
         sources = {name: real for name, real in zip(names, reals, strict=True) if name not in quantized}
         for name, weight in quantized.items():
-            sources |= {_part_of(name, key): tensor for key, tensor in weight.sources.items()}
+            sources |= {f"{name}/{key}": tensor for key, tensor in weight.sources.items()}
         return MergedGroup(
             path,
             sources,
@@ -384,14 +385,13 @@ class _Part:
 
     def _try(self, paths: Sequence[str], copies: Sequence[nn.Module]) -> _Outcome:
         """Merge layers without memory; of methods that look at values, with zeros for memory."""
-        try:
-            return self._dry(copies, "meta")
-        except Exception:  # noqa: BLE001 - peft's own code, which may look at values
-            pass
-        try:
-            return self._dry(copies, "cpu")
-        except Exception as error:  # peft's own code
-            raise _refused(", ".join(paths), self._methods, f"failed with {type(error).__name__}: {error}") from error
+        for device in ("meta", "cpu"):
+            try:
+                return self._dry(copies, device)
+            except Exception as error:  # noqa: BLE001 - peft's own code, which may look at values
+                failure = error
+        reason = f"failed with {type(failure).__name__}: {failure}"
+        raise _refused(", ".join(paths), self._methods, reason) from failure
 
     @staticmethod
     def _dry(copies: Sequence[nn.Module], device: str) -> _Outcome:
@@ -486,11 +486,7 @@ def _with_tensors(state: QuantState, values: Mapping[str, torch.Tensor]) -> Quan
 
 
 def quantized_weight(module: nn.Module) -> QuantizedWeight | None:
-    """The weight of a linear layer of bitsandbytes; ``None`` of others, and where the weight is in shards.
-
-    Raises:
-        QuantizationError: The weight is in the layout that bitsandbytes gives it to compute on this processor.
-    """
+    """The weight of a linear layer of bitsandbytes; ``None`` of others, and where the weight is in shards."""
     if "bitsandbytes" not in sys.modules:
         return None
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
@@ -521,23 +517,3 @@ def quantized_weight(module: nn.Module) -> QuantizedWeight | None:
 def _tensors_of(state: QuantState, prefix: str) -> dict[str, torch.Tensor]:
     found = {f"{prefix}{name}": getattr(state, name) for name in _TENSORS}
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
-
-
-def is_over_quantized(layer: nn.Module) -> bool:
-    """Whether a layer is one of those with which peft adapts only quantized layers of bitsandbytes."""
-    modules = (base.__module__ for base in original_class(layer).__mro__)
-    return any(name.startswith("peft.") and name.endswith(".bnb") for name in modules)
-
-
-def make_dense(layer: nn.Module) -> bool:
-    """Make a copy of a LoRA layer over a quantized layer the one that peft puts around a dense one.
-
-    Returns whether that is known: of LoRA's own two layers it is.
-    """
-    from peft.tuners import lora
-
-    if type(layer) not in (lora.Linear4bit, lora.Linear8bitLt):
-        return False
-    layer.__class__ = lora.Linear
-    layer.__dict__["is_target_conv_1d_layer"] = False
-    return True

@@ -11,6 +11,7 @@ import copy
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -20,9 +21,7 @@ import torch.nn as nn
 from shardwise.disk.names import exists
 from shardwise.errors import AdapterError
 from shardwise.peft.builtin_lora import find_sites
-from shardwise.peft.names import join, named_modules
-from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry
-from shardwise.plan.views import AxisView
+from shardwise.peft.tensors import PEFT_PREFIX, AdapterEntry, axis_view, entry, join, named_modules
 from shardwise.sources.hub_cache import default_cache, find_snapshot
 from shardwise.stateful_wrappers.names import own_tensors
 from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model, original_class
@@ -186,13 +185,9 @@ def capture_peft(
     base: str | None,
     is_stage: bool,
 ) -> list[AdapterEntry]:
-    """The tensors of one adapter that a part has, as peft itself would name them.
+    """The tensors of one adapter that a part has, as peft itself would name them; `AdapterError` if it cannot.
 
-    The layouts are those of `shardwise.peft.capture.capture_adapter`. The base model is for an adapter that does not
-    name it: its vocabulary tells whether embeddings were resized. ``is_stage``: the part is a pipeline stage.
-
-    Raises:
-        AdapterError: peft computes the tensors instead of naming parameters, or cannot name them.
+    The base model is for an adapter that does not name it: its vocabulary tells whether embeddings were resized.
     """
     model = adapted_model(part)
     config = configs[adapter_name]
@@ -222,7 +217,14 @@ def capture_peft(
                 hint="Use LoraConfig, or another method whose adapters live in the layers.",
             )
         out += _entries(_prefixed(name), fqn, state[fqn], wrappers, v4_compatible, legacy_layout)
-    _require_whole(adapter_name, state, owners, {item.fqn for item in out}, config)
+    taken = {item.fqn for item in out}
+    for name in state if method_of(config) == "LORA" else ():  # whatever peft's filters did
+        if name not in taken and is_below(name, owners) == adapter_name and _FACTOR.search(name):
+            raise AdapterError(
+                f"peft leaves {name!r} out of the adapter {adapter_name!r}",
+                tensor=name,
+                hint="Give the adapter, or the module, another name.",
+            )
     return out
 
 
@@ -295,25 +297,6 @@ def _prompt(adapter_name: str, config: PeftConfig, state: Mapping[str, torch.Ten
             hint="Use prompt tuning, prefix tuning without prefix_projection, or a method that lives in the layers.",
         )
     return [entry(name, encoder + leaf, state[encoder + leaf]) for name, leaf in saved.items()]
-
-
-def _require_whole(
-    adapter_name: str,
-    state: Mapping[str, torch.Tensor],
-    owners: Mapping[str, str],
-    found: Collection[str],
-    config: PeftConfig,
-) -> None:
-    """Check that each factor that the modules have for the adapter is in its file, whatever peft's filters did."""
-    if str(config.peft_type).rpartition(".")[2] != "LORA":
-        return
-    for name in state:
-        if name not in found and is_below(name, owners) == adapter_name and _FACTOR.search(name):
-            raise AdapterError(
-                f"peft leaves {name!r} out of the adapter {adapter_name!r}",
-                tensor=name,
-                hint="Give the adapter, or the module, another name.",
-            )
 
 
 def _prefixed(name: str) -> str:
@@ -389,20 +372,18 @@ def _single_experts(
     base = _innermost(name.partition(f".{side}.")[0])
     rows, columns = (int(n) for n in tensor.shape)
     out: list[AdapterEntry] = []
-    for expert in range(experts):
-        first = f"{base}.{expert}.{projections[0]}.lora_A.weight"
-        for index, projection in enumerate(projections):
-            target = f"{base}.{expert}.{projection}.{side}.weight"
-            view: AxisView
-            if side == "lora_A":
-                shape = (rows // experts, columns)
-                view = axis_view([[experts, shape[0]], [columns]], (1, 2), ((0, expert),))
-            else:
-                shape = (rows // len(projections), columns // experts)
-                span = (0, index * shape[0], shape[0])
-                view = axis_view([[rows], [shape[1], experts]], (span, 1), ((2, expert),))
-            shared = first if side == "lora_A" and index else None
+    for expert, (index, projection) in product(range(experts), enumerate(projections)):
+        target = f"{base}.{expert}.{projection}.{side}.weight"
+        if side == "lora_A":
+            shape = (rows // experts, columns)
+            view = axis_view([[experts, shape[0]], [columns]], (1, 2), ((0, expert),))
+            shared = f"{base}.{expert}.{projections[0]}.lora_A.weight" if index else None
             out.append(entry(target, fqn, tensor, view, shape, shared))
+        else:
+            shape = (rows // len(projections), columns // experts)
+            span = (0, index * shape[0], shape[0])
+            view = axis_view([[rows], [shape[1], experts]], (span, 1), ((2, expert),))
+            out.append(entry(target, fqn, tensor, view, shape))
     return out
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import torch
+import torch.nn as nn
 
 from shardwise.dtypes import dtype_code
 from shardwise.geometry import TensorSpec
 from shardwise.plan.views import Axis, AxisView
+from shardwise.stateful_wrappers.wrapping import plain_path
 
 #: Source: ``peft.utils.constants`` (``SAFETENSORS_WEIGHTS_NAME``, ``CONFIG_NAME``).
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -68,7 +71,7 @@ class AdapterTensors:
     layers: int | None = None  #: Number of transformer layers that the model's configuration promises, where it does.
     #: Those of `inventory` that are no whole list: dictionaries, and lists with holes, as pipeline stages have.
     cut: frozenset[str] = frozenset()
-    extra: tuple[AdapterEntry, ...] = ()  #: What else changes while the adapter is trained: `shardwise.peft.extra`.
+    extra: tuple[AdapterEntry, ...] = ()  #: What else changes while the adapter is trained: `shardwise.peft.capture`.
 
 
 def entry(
@@ -99,3 +102,25 @@ def axis_view(
         Axis(item, 0, 0, flat[item]) if isinstance(item, int) else Axis(item[0], item[1], 0, item[2]) for item in order
     ]
     return AxisView(tuple(tuple(group) for group in factors), tuple(a.length for a in axes), tuple(axes), fixed)
+
+
+def join(*parts: str) -> str:
+    """Join the non-empty parts of a dotted name."""
+    return ".".join(part for part in parts if part)
+
+
+def named_modules(part: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As ``named_modules``, under clean names; where a wrapper and the wrapped share one, the wrapped is given."""
+    yield from {plain_path(name): module for name, module in part.named_modules()}.items()
+
+
+def seed_of(text: str) -> int:
+    """A generator's seed that follows from a text alone."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
+
+
+def text_config(model: object) -> object | None:
+    """The configuration that describes the language model: nested in that of a multimodal one."""
+    config: object | None = getattr(model, "config", None)
+    nested = getattr(config, "text_config", None)
+    return config if nested is None or isinstance(nested, dict) else nested

@@ -19,11 +19,10 @@ from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.engine.load import OpenedLoad, listed_anywhere, open_described
 from shardwise.engine.name_suggestions import listed
 from shardwise.errors import AdapterError, AmbiguousFilesError, FormatError, MissingTensorError
-from shardwise.peft.capture import hold_adapter
+from shardwise.peft.capture import ALLOCATOR_PREFIX, AllocatorRestore, base_tensors, hold_adapter, restore_allocators
+from shardwise.peft.check import check_shared_factors, differing_settings
 from shardwise.peft.config import adapter_settings, read_adapter_config
 from shardwise.peft.diffusers_lora import LORA_WEIGHTS_NAME, check_scales, component_of, read_lora
-from shardwise.peft.extra import ALLOCATOR_PREFIX, AllocatorRestore, base_tensors, restore_allocators
-from shardwise.peft.load import check_shared_factors, differing_settings
 from shardwise.peft.tensors import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_EXTRA_NAME,

@@ -23,7 +23,6 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from shardwise.addons.peft import initialise_adapters, initialise_magnitudes
 from shardwise.base.files import base_config, find_base, open_base_source, ties_head
 from shardwise.base.initialise import (
     Slot,
@@ -87,9 +86,9 @@ def _fresh_adapters(parts: Sequence[nn.Module], method: str | None, seed: int) -
             initial_values.check_method(parts, method)
         initial_values.initialise_peft(parts, seed=seed)
         if method is not None:
-            initialise_adapters(parts, None, method, seed=seed)
+            initial_values.initialise_adapters(parts, None, method, seed=seed)
     elif any(find_sites(part) for part in parts):
-        initialise_adapters(parts, None, method, seed=seed)
+        initial_values.initialise_adapters(parts, None, method, seed=seed)
     elif method is not None:
         _LOG.debug("peft_init_method is %s and the model has no adapter", method)
 
@@ -217,7 +216,7 @@ def fill_from_base(
         with group.together("setting magnitudes"):  # apart, since DTensors communicate: no rank may have failed before
             own = [part for part in parts if find_sites(part)]
             if before is not None and own:
-                initialise_magnitudes(own)
+                initial_values.initialise_magnitudes(own)
     with group.together("telling what was loaded"):
         if group.is_main:
             _tell(report, parts, _described(wanted), source)

@@ -1,26 +1,27 @@
-"""Checkpoints at paths that the host chooses: each path is a directory in which one complete checkpoint is.
+"""What integrations share: settings that hosts decide, checkpoints at their paths, a model's own files, loaders.
 
-A host that writes the same path again replaces what is there. The new checkpoint is published beside the old one, which
-is removed after that: at no moment is there none.
+Where a host chooses the path, it is a directory in which one complete checkpoint is. A host that writes the same path
+again replaces what is there. The new checkpoint is published beside the old one, which is removed after that: at no
+moment is there none.
 """
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from torch.nn import ModuleList
 
 from shardwise.addons.base import SavesPretrained
+from shardwise.checkpointing.run_state.generators import RandomState
 from shardwise.comm import Group
 from shardwise.config import CheckpointingConfig, SaveConsolidatedMode
 from shardwise.disk.storage import LOCAL, storage_errors
 from shardwise.errors import CheckpointNotFoundError, ConfigError, IncompleteCheckpointError
-from shardwise.integrations.host_settings import first_set
-from shardwise.integrations.model_files import write_pretrained
-from shardwise.lifecycle import checkpoint_name, list_checkpoints, resolve
+from shardwise.lifecycle import MANIFEST_NAME, checkpoint_name, list_checkpoints, resolve
 from shardwise.peft.models import is_peft_adapted
 
 if TYPE_CHECKING:
@@ -44,6 +45,49 @@ _DERIVED = (
     "best_metric_mode",
     "skip_save_while_busy",
 )
+#: Below the directory: where a model is written before its files are put in place.
+_SCRATCH = ".saving-model"
+#: What is beside a model in a component's directory.
+_NOT_MODELS = (MANIFEST_NAME, "consolidate.sh")
+#: Files of an earlier model that would be opened instead of, or together with, those of a new one.
+_WEIGHTS = re.compile(r"(?:model|adapter_model|pytorch_model)(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?")
+
+
+def first_set(settings: CheckpointingConfig, names: Iterable[str]) -> str | None:
+    """The first of the settings ``names`` that is not at its default, or ``None``. Local."""
+    defaults = CheckpointingConfig()
+    return next((name for name in names if getattr(settings, name) != getattr(defaults, name)), None)
+
+
+def refuse_derived(settings: CheckpointingConfig, derived: Mapping[str, str], host: str) -> None:
+    """Raise `ConfigError` where a setting is given that follows from one of the host's own (name -> name). Local."""
+    if (name := first_set(settings, derived)) is not None:
+        raise ConfigError(
+            f"checkpointing sets {name}, which {host} takes from {derived[name]}",
+            hint=f"Leave {name} out, and set {derived[name]}.",
+        )
+
+
+def refuse_ways(accelerator: Any, host: str, sharding: str, further: Mapping[str, tuple[bool, str]]) -> None:
+    """Raise `ConfigError` where accelerate spreads a model in a way that is not saved, or one ``further`` is asked for.
+
+    ``sharding`` is the hint that says what can be saved; ``further`` says by name whether it is asked for, and a hint.
+    """
+    from accelerate.utils import DistributedType
+
+    kind, fsdp = accelerator.distributed_type, getattr(accelerator.state, "fsdp_plugin", None)
+    asked = {
+        "DeepSpeed": (kind == DistributedType.DEEPSPEED, sharding),
+        "Megatron-LM": (kind == DistributedType.MEGATRON_LM, sharding),
+        "torch_xla": (kind == DistributedType.XLA, sharding),
+        "FSDP 1": (fsdp is not None and fsdp.fsdp_version != 2, "Set fsdp_version ('version' in fsdp_config) to 2."),
+    }
+    for name, (is_asked, hint) in [*asked.items(), *further.items()]:
+        if is_asked:
+            raise ConfigError(f"{host} does not support {name}", hint=hint)
+
+
+# --- checkpoints at paths ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,3 +251,76 @@ def _found(root: Path) -> Path:
         path=root,
         hint="Pass the path that was saved to; what the host itself has written is resumed with the host alone.",
     )
+
+
+# --- a model's files, for from_pretrained: what a host's save_model leaves --------------------------------------------
+
+
+def write_pretrained(
+    model: nn.Module,
+    target: Path,
+    settings: CheckpointingConfig,
+    build: Callable[[CheckpointingConfig], Checkpointer],
+    tokenizer: SavesPretrained | None = None,
+) -> None:
+    """Write a model (or an adapter), its configuration and tokenizer into the directory ``target``. All ranks call.
+
+    ``build`` makes the checkpointer of ``settings``, changed to those of a model that is written once.
+    """
+    every = SaveConsolidatedMode.EVERY
+    settings = replace(
+        settings, is_async=False, model_save_format="safetensors", save_consolidated=every, export_merged=False
+    )
+    with build(settings) as checkpointer:
+        checkpointer.save_model(model, target / _SCRATCH, tokenizer=tokenizer, is_final_checkpoint=True)
+    group = Group.current()
+    with group.together(f"putting the model into {target}"):
+        if group.is_main:
+            _put_in_place(target / _SCRATCH / "model", target)
+
+
+def _put_in_place(written: Path, target: Path) -> None:
+    """Move a model's files into a directory, each in one step, and what says how to open them last. One rank calls."""
+    exported = written / "consolidated"
+    source = exported if exported.is_dir() else written
+    names = [
+        path.name for path in sorted(source.iterdir()) if not path.name.startswith(".") and path.name not in _NOT_MODELS
+    ]
+    with storage_errors(target):
+        for old in target.iterdir():
+            if old.name not in names and _WEIGHTS.fullmatch(old.name):
+                LOCAL.remove_file(old)
+        for name in sorted(names, key=lambda name: (name.endswith(".json"), name.endswith("config.json"))):
+            if (target / name).is_dir():
+                LOCAL.remove_tree(target / name)
+            LOCAL.rename(source / name, target / name)
+        LOCAL.sync_directory(target)
+        LOCAL.remove_tree(written.parent)
+
+
+# --- a host's loader as `DataOrder.batches` has to see it -------------------------------------------------------------
+
+
+class Pass:
+    """One pass over a loader: its batches, their number, and what the order is drawn from, but no position of its own.
+
+    ``begin`` begins the pass; ``order`` has the generators of the order, by a ``DataLoader``'s names of them.
+    """
+
+    def __init__(self, loader: object, begin: Callable[[], Iterator[object]], **order: object) -> None:
+        self._loader, self._begin = loader, begin
+        vars(self).update(order)
+
+    def __iter__(self) -> Iterator[object]:
+        return self._begin()
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self._loader))
+
+
+def first_then(batches: Iterable[object], generators: dict[str, object]) -> Iterator[object]:
+    """The batches; once the first is there, the process's generators are set, since making an iterator draws."""
+    for number, batch in enumerate(batches):
+        if number == 0:
+            RandomState().load_state_dict(generators)
+        yield batch

@@ -27,6 +27,7 @@ from shardwise.checkpointing.run_state.schedulers import (
     capture_schedules,
     gather_distinct,
     merge_schedules,
+    other_number,
     saved_schedules,
 )
 from shardwise.checkpointing.saving.torch_format import capture_distcp, write_distcp
@@ -220,7 +221,12 @@ def open_optimizer(
         )
     if any(row[3] for row in rows):
         with group.together("comparing schedulers"):
-            found.check_all_used(frozenset(number for row in rows for number in row[1]), directory)
+            used = {number for row in rows for number in row[1]}
+            left = [entry for number, entry in enumerate(found.entries) if number not in used]
+            if left:  # restored on no rank
+                count = sum(1 for entry in found.entries if left[0].ranks[0] in entry.ranks)
+                which = f"; none is restored from that of {left[0].where}"
+                raise other_number(count, len(found.schedules), directory, which)
         chosen = dict.fromkeys(key for row in rows for key in row[2])
         if chosen and group.is_main:
             _LOG.warning(

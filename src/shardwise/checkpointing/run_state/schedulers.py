@@ -237,15 +237,6 @@ class FoundSchedules:
     used: frozenset[int] = frozenset()
     chosen: tuple[str, ...] = ()
 
-    def check_all_used(self, used: frozenset[int], directory: Path) -> None:
-        """Raise `MisuseError` if a saved scheduler was restored on no rank (``used``, of all ranks). Local."""
-        left = [entry for number, entry in enumerate(self.entries) if number not in used]
-        if left:
-            of_rank = [entry for entry in self.entries if left[0].ranks[0] in entry.ranks]
-            raise other_number(
-                len(of_rank), len(self.schedules), directory, f"; none is restored from that of {left[0].where}"
-            )
-
 
 def saved_schedules(
     schedulers: Sequence[Stateful],

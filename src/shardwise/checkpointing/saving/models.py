@@ -146,9 +146,7 @@ class ModelSave:
 
         def describe() -> Statement:
             nonlocal listed
-            self._ask_exporter()
-            if session.group.is_main:
-                self._reserve()
+            self._begin()
             listed = self.state.listing()
             require_memory(((named.name, named.tensor) for named in listed.tensors), "values to save")
             kept.update(undeclared_names(listed.tensors, self.state.model))
@@ -237,9 +235,7 @@ class ModelSave:
         has_expectation = self.base is not None or session.first_exchange.names_keys
 
         def describe() -> Statement:
-            self._ask_exporter()
-            if session.group.is_main:
-                self._reserve()
+            self._begin()
             hub, quantized = self._captured()
             natives = natives_of(hub.groups)
             held = [*hub.held, *(declared(hub.groups) if self._exports else [*natives, *hub.excluded])]
@@ -261,15 +257,15 @@ class ModelSave:
         roster, computed, beside = agreed.rosters
         return Described(*captured[0], roster, computed, beside, checks.Facts.merged(agreed.notes))
 
-    def _ask_exporter(self) -> None:
-        """Let the model's own metadata exporter refuse the save, on every rank. Local."""
-        if not self._describes:
-            return
+    def _begin(self) -> None:
+        """Let the model's own metadata exporter refuse the save, on every rank, and make room. Local."""
         try:
-            self._exporter = huggingface.own_exporter(self._args)
+            self._exporter = huggingface.own_exporter(self._args) if self._describes else None
         except Exception as error:
             self._refusal = error
             raise
+        if self._session.group.is_main:
+            self._reserve()
 
     def _captured(self) -> tuple[HubState, bool]:
         """This rank's tensors, as they are to be written, and whether there are quantized parameters. Local."""

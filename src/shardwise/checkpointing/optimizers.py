@@ -288,7 +288,7 @@ def _compared(
         raise
     if not schedulers:
         return plan, FoundSchedules()
-    group, key_mapping = session.group, changes.key_mapping
+    key_mapping = changes.key_mapping
     other = {**record.aliases, **state.saved_under}
 
     mapped: dict[str, str] = {}
@@ -302,5 +302,5 @@ def _compared(
         return mapped.get(name, other.get(name, name))
 
     own = attached(schedulers, model)
-    found = saved_schedules(schedulers, own, renamed, record.schedulers, directory, group.rank, group.world_size)
+    found = saved_schedules(schedulers, own, renamed, record.schedulers, directory, session.group)
     return plan, found

@@ -37,7 +37,6 @@ class Session:
     """Settings, ranks and storage of one checkpointer.
 
     Attributes:
-        may_differ: The tensors that may have different values on different ranks.
         root: The absolute directory of checkpoints and pointers.
         staging_dir: The absolute directory where files are built before they are copied into place.
         names: The model's conversion to hub names.

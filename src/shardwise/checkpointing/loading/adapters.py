@@ -209,7 +209,16 @@ def find_saved(
             lacking.append(file.adapter_name)
             continue
         weights = weights or path / file.path
-        found[file.adapter_name] = _saved(weights, component, key_mapping or {})
+        lora = None
+        if component is not None and is_file(weights) and not weights.name.endswith(".bin"):
+            lora = read_lora(weights, component, key_mapping or {})
+        if lora is not None:
+            found[file.adapter_name] = SavedAdapter(weights, lora.settings, lora.names)
+        else:
+            has_config = is_file(weights.parent / ADAPTER_CONFIG_NAME)
+            found[file.adapter_name] = SavedAdapter(
+                weights, read_adapter_config(weights.parent) if has_config else None
+            )
     names = ", ".join(repr(directory or "default") for directory in there)
     if lacking and not (allow_missing and found):
         raise AdapterError(
@@ -222,15 +231,6 @@ def find_saved(
     if left:
         _LOG.warning("%s has adapters that the model lacks: %s", path, ", ".join(sorted(str(p.parent) for p in left)))
     return found
-
-
-def _saved(weights: Path, component: str | None, key_mapping: Mapping[str, str]) -> SavedAdapter:
-    if component is not None and is_file(weights) and not weights.name.endswith(".bin"):
-        lora = read_lora(weights, component, key_mapping)
-        if lora is not None:
-            return SavedAdapter(weights, lora.settings, lora.names)
-    has_config = is_file(weights.parent / ADAPTER_CONFIG_NAME)
-    return SavedAdapter(weights, read_adapter_config(weights.parent) if has_config else None)
 
 
 def _there(path: Path) -> Iterator[tuple[str, Path]]:

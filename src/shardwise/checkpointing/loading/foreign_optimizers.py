@@ -294,12 +294,7 @@ class ForeignOptimizers:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """Intended differences from the saved optimizer; the same on every rank.
-
-    Attributes:
-        key_mapping: Regular expression -> replacement, applied to the checkpoint's names of parameters; first match.
-        allow_new: Parameters that the saved optimizer did not update start without state.
-    """
+    """Intended differences from the saved optimizer, the same on every rank; see `Checkpointer.load_optimizer`."""
 
     key_mapping: Mapping[str, str] | None
     allow_new: bool

@@ -310,10 +310,16 @@ class FoundValues:
                         hint="Leave it out of extra_state, or pass what the checkpoint was saved with.",
                     ) from error
             elif isinstance(value, MutableMapping) and isinstance(state, Mapping):
-                undos.refill(f"extra state {name!r}", value, dict(state))
+                undos.add(f"extra state {name!r}", partial(_refill, value, dict(value)))
+                _refill(value, state)
             else:
                 undos.add(f"extra state {name!r}", partial(self.values.__setitem__, name, value))
                 self.values[name] = state
+
+
+def _refill(target: MutableMapping[object, object], values: Mapping[object, object]) -> None:
+    target.clear()
+    target.update(values)
 
 
 def find_values(values: MutableMapping[str, object], directory: Path, rank: int, world_size: int) -> FoundValues:

@@ -244,8 +244,7 @@ def saved_schedules(
     renamed: Callable[[str, frozenset[str]], str],
     kinds: Sequence[str],
     directory: Path,
-    rank: int,
-    world_size: int,
+    group: Group,
 ) -> FoundSchedules:
     """The state of each of some schedulers, which ``own`` describes. Local; nothing is changed.
 
@@ -265,7 +264,7 @@ def saved_schedules(
         error.path = error.path or str(path)
         raise
     every = frozenset(name for entry in saved for name in entry.of.names)
-    match = _Match(saved, rank if saved_world_size == world_size else None, len(schedulers), path)
+    match = _Match(saved, group.rank if saved_world_size == group.world_size else None, len(schedulers), path)
     found, used, chosen = [], set[int](), dict[str, None]()
     for scheduler, each in zip(schedulers, own, strict=True):
         groups = tuple(tuple(renamed(name, every) for name in group) for group in each.groups)

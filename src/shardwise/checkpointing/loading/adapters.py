@@ -35,6 +35,7 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.sources.sources import Source, open_source
 from shardwise.sources.torch_files import open_bin
 from shardwise.stateful_wrappers import ModelState
+from shardwise.stateful_wrappers.model import Model
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 
 _LOG = logging.getLogger(__name__)
@@ -55,12 +56,7 @@ class OpenedAdapter:
 
 
 def open_adapter(
-    session: Session,
-    model: nn.Module | Sequence[nn.Module],
-    path: Path,
-    *,
-    key_mapping: Mapping[str, str] | None = None,
-    allow_missing: bool = False,
+    session: Session, model: Model, path: Path, key_mapping: Mapping[str, str] | None, allow_missing: bool
 ) -> OpenedAdapter:
     """Compare a model's adapters with saved ones, on any topology. All ranks call; nothing is changed.
 
@@ -76,7 +72,7 @@ def open_adapter(
     def describe() -> tuple[object | None, AdapterTensors, dict[str, SavedAdapter]]:
         config = read_adapter_config(directory) if is_file(directory / ADAPTER_CONFIG_NAME) else None
         captured = capture(session, parts, config)
-        saved = find_saved(path, captured.files, component_of(parts), key_mapping, allow_missing=allow_missing)
+        saved = find_saved(path, captured.files, component_of(parts), key_mapping, allow_missing)
         for file in captured.files:
             if group.is_main and file.adapter_name in saved:
                 check_shared(file, saved[file.adapter_name], key_mapping)
@@ -189,8 +185,7 @@ def find_saved(
     files: Sequence[AdapterFile],
     component: str | None,
     key_mapping: Mapping[str, str] | None,
-    *,
-    allow_missing: bool = False,
+    allow_missing: bool,
 ) -> dict[str, SavedAdapter]:
     """The saved adapter for each of a model's; `AdapterError` if the directory has others. Local.
 

@@ -58,6 +58,7 @@ from shardwise.sources.dcp_model import MODEL_KEYS, DcpModel, find_model, model_
 from shardwise.sources.reader import Reader, tensor_blocks
 from shardwise.sources.sources import Source, open_source
 from shardwise.stateful_wrappers import ModelState
+from shardwise.stateful_wrappers.model import Model
 from shardwise.stateful_wrappers.names import promised_ties
 from shardwise.stateful_wrappers.units import Step
 from shardwise.stateful_wrappers.wrapping import is_pretrained, plain_name, unwrap
@@ -99,12 +100,7 @@ class OpenedModel:
 
 
 def open_model(
-    session: Session,
-    model: nn.Module | Sequence[nn.Module],
-    path: Path,
-    *,
-    key_mapping: Mapping[str, str] | None,
-    options: LoadOptions,
+    session: Session, model: Model, path: Path, *, key_mapping: Mapping[str, str] | None, options: LoadOptions
 ) -> OpenedModel:
     """Open a checkpoint, and compare names, shapes and dtypes with the model's. All ranks call; nothing is written."""
     group, storage = session.group, session.storage

@@ -261,15 +261,11 @@ def load_base_model(
 
 
 def _open_component(
-    session: Session,
-    model: Model,
-    path: Path,
-    key_mapping: Mapping[str, str] | None = None,
-    allow_missing: bool = False,
+    session: Session, model: Model, path: Path, key_mapping: Mapping[str, str] | None, allow_missing: bool = False
 ) -> OpenedModel | OpenedAdapter:
     """Compare a model, or its adapters, with a checkpoint's. All ranks call; nothing is changed."""
     if session.config.is_peft:
-        return open_adapter(session, model, path, key_mapping=key_mapping, allow_missing=allow_missing)
+        return open_adapter(session, model, path, key_mapping, allow_missing)
     options = replace(session.load_options, allow_missing=allow_missing)
     return open_model(session, model, path, key_mapping=key_mapping, options=options)
 

@@ -108,30 +108,20 @@ def _capture(life: Lifetime, what: WhatToSave, target: Publication) -> tuple[lis
     steps = below("model", save.steps())
     closing = save.closing
     if what.ema is not None:
-        own, theirs = _ema_steps(request, what.ema, temp / MODEL_EMA)
-        steps, closing = steps + own, [*closing, *theirs]
+        place, session = temp / MODEL_EMA, life.session
+        with session.group.together("looking at the averaged model"):
+            average = Average.of(what.ema)
+            beside = average.capture(place, session.storage)
+        # Users' own hooks are for the model alone: they may write to one place.
+        addons = life.addons if session.config.is_peft else life.addons[: leading_own(life.addons)]
+        request = replace(request, session=session.of_model(MODEL_EMA), model=average.model, directory=place)
+        theirs = model_save(replace(request, addons=addons, reserve=lambda: None, optimizer=None))
+        steps += below(MODEL_EMA, [*theirs.steps(), *beside], MODEL_EMA)
+        closing = [*closing, *theirs.closing]
     if optimizer is not None or as_list(scheduler):
         chosen = [] if optimizer is None else optimizer
         steps += below("optim", capture_optimizer(life.session, chosen, what.model, scheduler, temp / "optim"))
     return [*steps, *capture_extras(life.session, temp, what.extra_state or {}, life.order)], closing
-
-
-def _ema_steps(request: ModelRequest, ema: Model, directory: Path) -> tuple[list[Step], Closing]:
-    """As `_capture`, for the average of the request's model. All ranks call."""
-    session = request.session
-
-    def look() -> tuple[Average, list[Step]]:
-        average = Average.of(ema)
-        return average, average.capture(directory, session.storage)
-
-    average, beside = session.group.attempt(look, "looking at the averaged model")
-    # Users' own hooks are for the model alone: they may write to one place.
-    addons = request.addons if session.config.is_peft else request.addons[: leading_own(request.addons)]
-    own = replace(
-        request, model=average.model, directory=directory, addons=addons, reserve=lambda: None, optimizer=None
-    )
-    saving = model_save(replace(own, session=session.of_model(MODEL_EMA)))
-    return below(MODEL_EMA, [*saving.steps(), *beside], MODEL_EMA), saving.closing
 
 
 def _reserve(life: Lifetime, name: str) -> None:

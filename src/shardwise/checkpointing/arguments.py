@@ -104,7 +104,11 @@ def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExch
     values["staging_dir"] = "not given" if config.staging_dir is None else "given"
     own = {key: str(value.value if isinstance(value, Enum) else value) for key, value in values.items()}
     names = names_base, bool(config.model_state_dict_keys)
-    rows = group.gather_json((own, names, RootLocation.own(root), uuid.uuid4().hex), "comparing settings")
+    path = real_path(root)
+    found = status(path)
+    identity = None if found is None or found.identity is None else list(found.identity)
+    location = RootLocation(socket.gethostname(), str(path), identity)
+    rows = group.gather_json((own, names, location, uuid.uuid4().hex), "comparing settings")
     for rank, (theirs, *_) in enumerate(rows):
         for key, value in rows[0][0].items():
             if theirs[key] != value:
@@ -112,7 +116,7 @@ def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExch
                     f"{key} is {value} on rank 0 and {theirs[key]} on rank {rank}",
                     hint="Give every rank the same settings.",
                 )
-    locations = tuple(RootLocation(*location) for _, _, location, _ in rows)
+    locations = tuple(RootLocation(*theirs) for _, _, theirs, _ in rows)
     for rank, location in () if config.is_remote else enumerate(locations):
         # The same directory has one path or one identity on a machine; of two machines nothing is known.
         first, known = next((n, other) for n, other in enumerate(locations) if other.host == location.host)
@@ -230,14 +234,6 @@ class RootLocation(NamedTuple):
     host: str
     path: str
     identity: Sequence[int] | None
-
-    @staticmethod
-    def own(root: Path) -> RootLocation:
-        """The location on this rank."""
-        path = real_path(root)
-        found = status(path)
-        identity = None if found is None or found.identity is None else list(found.identity)
-        return RootLocation(socket.gethostname(), str(path), identity)
 
     def __str__(self) -> str:
         return f"{self.path} on {self.host}"

@@ -174,7 +174,10 @@ class HubNames:
             ties |= part.outer
             ties |= {alias: named.name for named, _ in part.own for alias in named.aliases}
         outside = [tensor for part in parts for tensor in part.outside]
-        kept |= outer_names(parts, held)
+        # Names outside the exported models of tensors that are written under another.
+        written = {tensor.spec.name for tensor in held}
+        outer = {name: known for part in parts for name, known in part.outer.items()}
+        kept |= {name: known for name, known in outer.items() if known in written and name not in written}
         check_outside(outside, held, absent)
         return HubState(
             tuple(native),
@@ -464,13 +467,6 @@ def _names_inside(inner: Inner, names: Iterable[str]) -> dict[str, str]:
 def exported_modules(parts: Sequence[nn.Module]) -> list[nn.Module]:
     """The exported model of each part."""
     return [unwrap(inner_model(part).module) for part in parts]
-
-
-def outer_names(parts: Iterable[ExportedPart], held: Iterable[HeldTensor]) -> dict[str, str]:
-    """Names outside the exported models of tensors that are written -> the names they are written under."""
-    found = {name: kept for part in parts for name, kept in part.outer.items()}
-    written = {tensor.spec.name for tensor in held} if found else set()
-    return {name: kept for name, kept in found.items() if kept in written and name not in written}
 
 
 def check_outside(outside: Iterable[HeldTensor], held: Iterable[HeldTensor], absent: Iterable[str]) -> None:

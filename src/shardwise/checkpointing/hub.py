@@ -92,13 +92,6 @@ class HubState:
         computed = (spec.name for group in self.groups for spec in group.computed.hub)
         return frozenset((*(tensor.spec.name for tensor in self.held), *computed))
 
-    @property
-    def once(self) -> HubState:
-        """The same state with each tensor once, for loading."""
-        if not self.copies:
-            return self
-        return replace(self, held=tuple(t for t in self.held if t.spec.name not in self.copies), copies=frozenset())
-
 
 class HubNames:
     """Derives a model's conversion once and applies it at every save and load."""

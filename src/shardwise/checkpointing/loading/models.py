@@ -39,7 +39,6 @@ from shardwise.engine.computed import OpenedComputed, open_computed
 from shardwise.engine.load import (
     CheckpointSource,
     LoadOptions,
-    LoadReport,
     OpenedLoad,
     listed_anywhere,
     open_described,
@@ -86,9 +85,9 @@ class OpenedModel:
     module_load: module_state.ModuleLoad
     own: OwnRead | None = None
 
-    def fill(self) -> LoadReport:
+    def fill(self) -> None:
         """Fill the model. All ranks call, once."""
-        report = self.direct.read()
+        self.direct.read()
         if self.computed is not None:
             self.computed.read(self.session.storage)
         if self.own is not None:
@@ -96,7 +95,6 @@ class OpenedModel:
                 self.own.read(self.session)
         with phase("install"), self.direct.reading() as values:
             self.module_load.run(values, str(self.direct.source.plain.path), self.session.group)
-        return report
 
 
 def open_model(
@@ -172,7 +170,9 @@ def _opened(
             hub = session.names.capture(state, load=True, norms=True)
         if _has_wrappers_prefix(source, hub):
             source = renamed(source, {"^" + re.escape(_PREFIX): ""})
-        hub = hub.once
+        if hub.copies:  # each tensor is loaded once
+            held = tuple(tensor for tensor in hub.held if tensor.spec.name not in hub.copies)
+            hub = replace(hub, held=held, copies=frozenset())
         lacking = names_lacking(source, hub)
         plain = source.without(metadata.passed)
         matched, ties, unused = (hub, {}, []) if lacking else _match(state, hub, plain)

@@ -475,20 +475,6 @@ def load_rank_state(life: Lifetime, state: Stateful, state_name: str, path: str 
         state.load_state_dict(cast("dict[str, object]", found))
 
 
-def capture_extras(
-    session: Session, directory: Path, extra_state: Mapping[str, object], order: data_order.DataOrder
-) -> list[Step]:
-    """Capture random number generators and extra state now; returns what is left to do. All ranks call."""
-    generators: dict[str, object] = {"rng": RandomState()} if session.config.save_rng else {}
-    positions = order.state(session.group.rank) if generators else None
-    if positions is not None:
-        generators[BATCHES] = positions
-    return [
-        *below("rng", capture_steps(session, generators, directory / "rng")),
-        *below("extra", capture_steps(session, extra_state, directory / "extra")),
-    ]
-
-
 @dataclass(frozen=True, slots=True)
 class FoundExtras:
     """Extra state and generators that were found, read and looked at, on every rank.

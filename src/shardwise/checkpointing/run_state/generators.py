@@ -26,17 +26,10 @@ if TYPE_CHECKING:
 class DeviceGenerators(Protocol):
     """The default generators of one kind of accelerator, as ``torch.cuda`` and its likes have them."""
 
-    def device_count(self) -> int:
-        """Number of devices that the process sees."""
-
-    def current_device(self) -> int:
-        """Number of the current one."""
-
-    def get_rng_state(self, device: int) -> torch.Tensor:
-        """The state of one device's generator."""
-
-    def set_rng_state(self, new_state: torch.Tensor, device: int) -> None:
-        """Set one device's generator."""
+    device_count: Callable[[], int]
+    current_device: Callable[[], int]
+    get_rng_state: Callable[[int], torch.Tensor]
+    set_rng_state: Callable[[torch.Tensor, int], None]
 
 
 def of_accelerator() -> tuple[str, DeviceGenerators] | None:

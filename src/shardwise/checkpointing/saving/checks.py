@@ -95,18 +95,6 @@ def expectation_of(parts: Sequence[nn.Module], absent: Iterable[str], keys: Coll
     )
 
 
-def _merged(rows: Sequence[Expectation]) -> Expectation:
-    return Expectation(
-        frozenset(name for row in rows for name in row.aliases),
-        tuple(dict.fromkeys(pattern for row in rows for pattern in row.unloaded)),
-        frozenset(name for row in rows for name in row.computed),
-        next((row.prefix for row in rows if row.prefix), ""),
-        next((row.architectures for row in rows if row.architectures), ()),
-        next((row.vocab_size for row in rows if row.vocab_size is not None), None),
-        tuple(dict.fromkeys(key for row in rows for key in row.keys)),
-    )
-
-
 def compare_with_base(
     specs: Sequence[TensorSpec], base: BaseModel, expectation: Expectation, *, pass_through: bool
 ) -> tuple[list[str], list[str]]:
@@ -253,10 +241,20 @@ class Facts(NamedTuple):
         """Merge the gathered facts of all ranks."""
         rows = [Facts(*cast("tuple[Any, ...]", note)) for note in notes]
         specs = {name: TensorSpec(name, tuple(shape), dtype) for row in rows for name, shape, dtype in row.specs}
+        said = [Expectation(*row.expectation) for row in rows]
+        expectation = Expectation(
+            frozenset(name for each in said for name in each.aliases),
+            tuple(dict.fromkeys(pattern for each in said for pattern in each.unloaded)),
+            frozenset(name for each in said for name in each.computed),
+            next((each.prefix for each in said if each.prefix), ""),
+            next((each.architectures for each in said if each.architectures), ()),
+            next((each.vocab_size for each in said if each.vocab_size is not None), None),
+            tuple(dict.fromkeys(key for each in said for key in each.keys)),
+        )
         return Facts(
             any(row.quantized for row in rows),
             [names for row in rows for names in row.beside],
-            _merged([Expectation(*row.expectation) for row in rows]),
+            expectation,
             {name: dtype for row in rows for name, dtype in row.native.items()},
             frozenset(name for row in rows for name in row.outside),
             sorted({name for row in rows for name in row.excluded}),

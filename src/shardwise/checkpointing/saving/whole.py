@@ -24,7 +24,8 @@ from shardwise.checkpointing.lifetime import Lifetime, Turn
 from shardwise.checkpointing.optimizers import Optimizers, Schedulers, as_list, capture_optimizer
 from shardwise.checkpointing.reports import Call
 from shardwise.checkpointing.run_state.data_order import with_loader
-from shardwise.checkpointing.run_state.extras import capture_extras
+from shardwise.checkpointing.run_state.extras import BATCHES, capture_steps
+from shardwise.checkpointing.run_state.generators import RandomState
 from shardwise.checkpointing.saving.adapters import AdapterSave
 from shardwise.checkpointing.saving.commits import Closing, Publication, Replacement, check_metrics, warn_of_metrics
 from shardwise.checkpointing.saving.hooks import ModelRequest, leading_own, passed_addons
@@ -121,7 +122,13 @@ def _capture(life: Lifetime, what: WhatToSave, target: Publication) -> tuple[lis
     if optimizer is not None or as_list(scheduler):
         chosen = [] if optimizer is None else optimizer
         steps += below("optim", capture_optimizer(life.session, chosen, what.model, scheduler, temp / "optim"))
-    return [*steps, *capture_extras(life.session, temp, what.extra_state or {}, life.order)], closing
+    generators: dict[str, object] = {"rng": RandomState()} if life.config.save_rng else {}
+    positions = life.order.state(life.session.group.rank) if generators else None
+    if positions is not None:
+        generators[BATCHES] = positions
+    steps += below("rng", capture_steps(life.session, generators, temp / "rng"))
+    steps += below("extra", capture_steps(life.session, what.extra_state or {}, temp / "extra"))
+    return steps, closing
 
 
 def _reserve(life: Lifetime, name: str) -> None:

@@ -130,10 +130,7 @@ def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExch
 
 
 def refuse_alone(group: Group) -> None:
-    """Raise `MisuseError` where a launcher started several processes and this one has no process group.
-
-    Each of them would save and load by itself, all of them to the same names.
-    """
+    """Raise `MisuseError` where a launcher started several processes and this one has no process group."""
     started = os.environ.get("WORLD_SIZE", "1")
     if group.process_group is None and started.isdecimal() and int(started) > 1:
         raise MisuseError(

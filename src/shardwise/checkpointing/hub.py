@@ -40,7 +40,7 @@ from shardwise.stateful_wrappers.replicas import MayDiffer
 from shardwise.stateful_wrappers.snapshot import Memory, Snapshot
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.stateful_wrappers.units import StandIns
-from shardwise.stateful_wrappers.wrapping import Inner, inner_model, is_pretrained, plain_name, unwrap
+from shardwise.stateful_wrappers.wrapping import inner_model, is_pretrained, plain_name, unwrap
 from shardwise.upstream.torch_modules import unsaved_buffers
 from shardwise.upstream.torch_tensors import local_part
 
@@ -427,7 +427,13 @@ def exported_part(part: nn.Module, own: Sequence[_Pair]) -> ExportedPart:
     inner = inner_model(part)
     if not inner.has_rest and not inner.prefix:
         return ExportedPart(part, tuple(own))
-    theirs = _names_inside(inner, (name for named, _ in own for name in (named.name, *named.aliases)))
+    every = [name for named, _ in own for name in (named.name, *named.aliases)]
+    # Names in the part that belong to the inner model -> the inner model's own names.
+    theirs = {name: name[len(inner.prefix) :] for name in every if name.startswith(inner.prefix)}
+    if inner.prefix and not theirs:
+        # A part with its own state_dict() may leave the prefix out, as TRL's value heads do.
+        inside_names = {plain_name(name) for name in inner.module.state_dict(keep_vars=True)}
+        theirs = {name: name for name in every if name in inside_names}
     ties = declared_ties([inner.module])
     found: list[_Pair] = []
     outside: list[HeldTensor] = []
@@ -444,17 +450,6 @@ def exported_part(part: nn.Module, own: Sequence[_Pair]) -> ExportedPart:
         found.append((named._replace(name=kept, aliases=aliases), held.renamed(kept)))
         outer |= {name: kept for name in names if name not in theirs}
     return ExportedPart(inner.module, tuple(found), tuple(outside), outer)
-
-
-def _names_inside(inner: Inner, names: Iterable[str]) -> dict[str, str]:
-    """Names in the part that belong to the inner model -> the inner model's own names."""
-    listed = list(names)
-    found = {name: name[len(inner.prefix) :] for name in listed if name.startswith(inner.prefix)}
-    if inner.prefix and not found:
-        # A part with its own state_dict() may leave the prefix out, as TRL's value heads do.
-        own = {plain_name(name) for name in inner.module.state_dict(keep_vars=True)}
-        found = {name: name for name in listed if name in own}
-    return found
 
 
 def exported_modules(parts: Sequence[nn.Module]) -> list[nn.Module]:

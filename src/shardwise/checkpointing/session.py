@@ -39,7 +39,6 @@ class Session:
     Attributes:
         root: The absolute directory of checkpoints and pointers.
         staging_dir: The absolute directory where files are built before they are copied into place.
-        names: The model's conversion to hub names.
         stager: Where captured state is copied aside, in asynchronous mode and with ``cpu_offload``.
         recast: The model's tensors in the dtypes they are written in; reused while the model's tensors are the same.
         is_quantized: Whether the last captured model has quantized parameters; found together with its adapters.

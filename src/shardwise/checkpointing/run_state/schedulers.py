@@ -434,11 +434,8 @@ _HINT = (
 )
 
 
-class _Place(NamedTuple):
-    """A group of a saved scheduler: the number of the scheduler among the sources, and of the group in it."""
-
-    source: int
-    group: int
+#: A group of a saved scheduler: the number of the scheduler among the sources, and of the group in it.
+_Place = tuple[int, int]
 
 
 def composed(sources: Sequence[SavedSchedule], groups: Groups, own: Mapping[str, object]) -> object:
@@ -458,14 +455,14 @@ def composed(sources: Sequence[SavedSchedule], groups: Groups, own: Mapping[str,
 def _places(sources: Sequence[SavedSchedule], group: Sequence[str], number: int) -> list[_Place]:
     wanted = {*group}
     found = [
-        _Place(source, index)
+        (source, index)
         for source, saved in enumerate(sources)
         for index, names in enumerate(saved.of.groups)
         if not wanted.isdisjoint(names)
     ]
     if not found and not group and all(number < len(saved.of.groups) for saved in sources):
         # A group without parameters is known by its number alone.
-        found = [_Place(source, number) for source in range(len(sources))]
+        found = [(source, number) for source in range(len(sources))]
     return found
 
 
@@ -510,12 +507,12 @@ def _by_group(values: Sequence[object], merge: _Merge, own: object, key: str) ->
                 )
             found.append(own[number])
             continue
-        each = [cast("Sequence[object]", values[place.source])[place.group] for place in places]
-        for place, value in zip(places, each, strict=True):
+        each = [cast("Sequence[object]", values[source])[group] for source, group in places]
+        for (source, _), value in zip(places, each, strict=True):
             if not equal(value, each[0]):
                 raise MisuseError(
                     f"parameters of group {number} were saved in groups with different {key}: {each[0]!r} in "
-                    f"{merge.sources[places[0].source].where}, {value!r} in {merge.sources[place.source].where}",
+                    f"{merge.sources[places[0][0]].where}, {value!r} in {merge.sources[source].where}",
                     hint=_HINT,
                 )
         found.append(each[0])

@@ -60,17 +60,14 @@ def warn_of_metrics(metrics: Mapping[str, float], config: Settings) -> None:
 
 @dataclass(slots=True)
 class RunLine:
-    """The checkpoint that a run continues from: the one that was restored or saved last. Rank 0 knows it.
-
-    Only a restored run may have left checkpoints behind, which it may replace.
-    """
+    """The checkpoint that a run continues from: the one that was restored or saved last. Rank 0 knows it."""
 
     start: lifecycle.Start | None = None
     restored: bool = False
 
     @property
     def left_from(self) -> lifecycle.Start | None:
-        """The start, where checkpoints that do not come from it may be ones that the run left behind."""
+        """The start, where checkpoints that do not come from it may be ones that the run left behind and replaces."""
         return self.start if self.restored else None
 
 

@@ -191,6 +191,9 @@ class ModelSave:
         computed = ComputedPlan(hub.groups, described.computed)
         copies = Copies(tuple(passed), self.base.source.files if self.base is not None else ())
         options, directory = self._options(roster.specs), self._directory / CONSOLIDATED_DIR
+        config = session.config
+        # Whether shards are merged into the export, instead of writing it in place.
+        merges = config.single_rank_consolidation or config.staging_dir is not None or not config.random_writes
 
         def prepare() -> ExportPlan:
             known = session.model_plan.get(
@@ -201,16 +204,16 @@ class ModelSave:
             self._look_at_ties(roster)
             self._prepare_directory(facts, names)
             self._check_opening(described, [tensor.spec for tensor in passed])
-            plan = replace(known, directory=directory, within=CONSOLIDATED_DIR, has_room=not self._merges)
+            plan = replace(known, directory=directory, within=CONSOLIDATED_DIR, has_room=not merges)
             if session.group.is_main and plan.has_room:
                 make_room(plan, session.storage)
             return plan
 
         plan = session.group.attempt(prepare, "planning the export and preparing its directory")
         run_hooks(self._addons, "pre_save", self._args, session.group)
-        if self._merges:
-            patience = session.config.consolidation_timeout_minutes * 60
-            merge = MergeOptions(session.config.single_rank_consolidation, session.staging_dir, patience)
+        if merges:
+            patience = config.consolidation_timeout_minutes * 60
+            merge = MergeOptions(config.single_rank_consolidation, session.staging_dir, patience)
             write = partial(write_merged, plan, roster, storage=session.storage, options=merge)
         else:
             write = partial(write_export, plan, storage=session.storage)
@@ -436,12 +439,6 @@ class ModelSave:
             for work in closing:
                 work(group)
         return run_after(self._addons, self._args, self._session, group)
-
-    @property
-    def _merges(self) -> bool:
-        """Whether shards are merged into the export, instead of writing it in place."""
-        config = self._session.config
-        return config.single_rank_consolidation or config.staging_dir is not None or not config.random_writes
 
     def _shards(
         self,

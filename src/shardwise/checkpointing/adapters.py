@@ -6,7 +6,7 @@ weight and the adapter's tensors of that module, on one of the ranks that hold t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -261,11 +261,11 @@ def check_before_training(session: Session, model: nn.Module | Sequence[nn.Modul
         return component, capture(session, parts, None) if kinds[group.rank] else AdapterTensors((), {})
 
     component, captured = group.attempt(describe, "describing the adapter")
-    declared = declare(session, captured)
+    declared, what = declare(session, captured), "describing the adapter's tensors"
     if set(kinds) == {"peft"}:
         settings = adapter_settings(parts, None, group, v4_compatible=session.config.v4_compatible)
         for file in captured.files:
-            roster = _roster(session, partial(hold_adapter, file.entries, MeshRegister()))
+            roster = Agreement(group, session.stage).roster(partial(hold_adapter, file.entries, MeshRegister()), what)
             with group.together(f"checking the adapter {file.adapter_name}"):
                 check_adapter_file(
                     roster, settings[file.adapter_name], declared, captured, file.adapter_name, parts, ""
@@ -273,16 +273,12 @@ def check_before_training(session: Session, model: nn.Module | Sequence[nn.Modul
                 if component:
                     check_opens(parts, None, file, session.logged)
     if declared.extra:
-        _roster(session, partial(hold_extra, session, captured, parts))
+        Agreement(group, session.stage).roster(partial(hold_extra, session, captured, parts), what)
     if session.config.export_merged:
         with group.together("describing the merged model"):
             merged = merged_parts(parts)
             hub = HubNames(session.may_differ).capture(ModelState([part.model for part in merged]))
             merged_state(hub, parts, merged, session.may_differ)
-
-
-def _roster(session: Session, hold: Callable[[], tuple[HeldTensor, ...]]) -> Roster:
-    return Agreement(session.group, session.stage).roster(hold, "describing the adapter's tensors")
 
 
 def refuse_wrappers(parts: Sequence[nn.Module]) -> None:

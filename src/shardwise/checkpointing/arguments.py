@@ -1,11 +1,4 @@
-"""Checks before a call does anything: arguments, settings, places. A mistake is the same named error on every rank.
-
-A time stamp in ``checkpoint_dir`` or node-local disks give every rank another directory, in which all of its writing
-succeeds. Two checks find this without another collective:
-
-1. every other rank sees, beside the unfinished save, the claim of rank 0 with the run's token;
-2. rank 0 sees every file that any rank wrote, with its size.
-"""
+"""Checks before a call does anything: arguments, settings, places. A mistake is the same named error on every rank."""
 
 from __future__ import annotations
 
@@ -27,9 +20,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from shardwise.comm import Group
 from shardwise.disk.names import is_directory, names_in, real_path, status
 from shardwise.disk.storage import IsLocal, Storage, why_not_writable
-from shardwise.engine.records import ComponentRecord
 from shardwise.errors import AdapterError, ConfigError, MisuseError, StorageError
-from shardwise.lifecycle import claimed_by, parse_checkpoint_name
+from shardwise.lifecycle import parse_checkpoint_name
 from shardwise.peft.models import is_whole_with_adapter
 from shardwise.settings import SaveConsolidatedMode, Settings
 from shardwise.stateful_wrappers.units import refuse_fsdp1
@@ -38,7 +30,8 @@ _LOG = logging.getLogger(__name__)
 
 #: The environment variable that is used where the setting ``trace`` is not given.
 TRACE_VARIABLE = "SHARDWISE_TRACE"
-_SHARE_THE_ROOT = (
+#: What to do where ranks write below directories of their own.
+SHARE_THE_ROOT = (
     "Give every rank the same checkpoint_dir on a file system that all of them share: no time stamp or rank in its "
     "name, no disk of one node's own."
 )
@@ -111,7 +104,11 @@ def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExch
     values["staging_dir"] = "not given" if config.staging_dir is None else "given"
     own = {key: str(value.value if isinstance(value, Enum) else value) for key, value in values.items()}
     names = names_base, bool(config.model_state_dict_keys)
-    rows = group.gather_json((own, names, RootLocation.own(root), uuid.uuid4().hex), "comparing settings")
+    path = real_path(root)
+    found = status(path)
+    identity = None if found is None or found.identity is None else list(found.identity)
+    location = RootLocation(socket.gethostname(), str(path), identity)
+    rows = group.gather_json((own, names, location, uuid.uuid4().hex), "comparing settings")
     for rank, (theirs, *_) in enumerate(rows):
         for key, value in rows[0][0].items():
             if theirs[key] != value:
@@ -119,24 +116,21 @@ def check_same_settings(config: Settings, root: Path, group: Group) -> FirstExch
                     f"{key} is {value} on rank 0 and {theirs[key]} on rank {rank}",
                     hint="Give every rank the same settings.",
                 )
-    locations = tuple(RootLocation(*location) for _, _, location, _ in rows)
+    locations = tuple(RootLocation(*theirs) for _, _, theirs, _ in rows)
     for rank, location in () if config.is_remote else enumerate(locations):
         # The same directory has one path or one identity on a machine; of two machines nothing is known.
         first, known = next((n, other) for n, other in enumerate(locations) if other.host == location.host)
         if location.path != known.path and (known.identity is None or known.identity != location.identity):
             raise ConfigError(
                 f"checkpoint_dir is {known.path} on rank {first} and {location.path} on rank {rank}",
-                hint=_SHARE_THE_ROOT,
+                hint=SHARE_THE_ROOT,
             )
     named, listed = (any(theirs) for theirs in zip(*(names for _, names, _, _ in rows), strict=True))
     return FirstExchange(named, listed, locations, rows[0][3])
 
 
 def refuse_alone(group: Group) -> None:
-    """Raise `MisuseError` where a launcher started several processes and this one has no process group.
-
-    Each of them would save and load by itself, all of them to the same names.
-    """
+    """Raise `MisuseError` where a launcher started several processes and this one has no process group."""
     started = os.environ.get("WORLD_SIZE", "1")
     if group.process_group is None and started.isdecimal() and int(started) > 1:
         raise MisuseError(
@@ -238,45 +232,5 @@ class RootLocation(NamedTuple):
     path: str
     identity: Sequence[int] | None
 
-    @staticmethod
-    def own(root: Path) -> RootLocation:
-        """The location on this rank."""
-        path = real_path(root)
-        found = status(path)
-        identity = None if found is None or found.identity is None else list(found.identity)
-        return RootLocation(socket.gethostname(), str(path), identity)
-
     def __str__(self) -> str:
         return f"{self.path} on {self.host}"
-
-
-def check_claim(directory: Path, name: str, token: str, group: Group, locations: Sequence[RootLocation]) -> None:
-    """Raise `StorageError` unless this rank sees rank 0's claim of saving ``name``, with this run's token. Local."""
-    found = claimed_by(directory, name)
-    if found != token:
-        seen = "another run is saving there" if found else "rank 0's save is not visible there"
-        raise StorageError(
-            f"rank {group.global_rank} writes {name} into {directory}, below {locations[group.rank]}, and {seen}; "
-            f"rank 0 writes below {locations[0]}",
-            path=directory,
-            hint=_SHARE_THE_ROOT,
-        )
-
-
-def check_files_visible(directory: Path, records: Sequence[ComponentRecord], locations: Sequence[RootLocation]) -> None:
-    """Raise `StorageError` unless rank 0 sees every file that ``records`` list, with its size. Rank 0 calls."""
-    # A file in several records was written by the last of these ranks; rank 0 would see its own.
-    writers = {file.path: (rank, file) for rank, record in enumerate(records) for file in record.files}
-    for rank, file in writers.values():
-        path = directory / file.path
-        found = status(path)
-        size = None if found is None else found.size
-        if size != file.size:
-            sees = "does not see it" if size is None else f"sees {size:,} bytes"
-            raise StorageError(
-                f"rank {rank} wrote below {locations[rank]} {file.size:,} bytes of {file.path}, and rank 0, below "
-                f"{locations[0]}, {sees}",
-                path=path,
-                rank=rank,
-                hint=_SHARE_THE_ROOT,
-            )

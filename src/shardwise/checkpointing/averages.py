@@ -26,7 +26,6 @@ from shardwise.stateful_wrappers.wrapping import unwrap
 
 MODEL_EMA = "model_ema"
 _AVERAGING = "averaging"
-_INSIDE = "module."
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ class Average:
                 continue
             models.append(wrapper.module)
             for name, value in (*wrapper.named_parameters(), *wrapper.named_buffers()):
-                if name.startswith(_INSIDE):
+                if name.startswith("module."):
                     continue
                 if type(value) not in (torch.Tensor, nn.Parameter):
                     raise MisuseError(

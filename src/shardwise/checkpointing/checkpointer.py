@@ -292,6 +292,7 @@ class Checkpointer:
             (10, {'loss': 2.5})
         """
         changes = Changes(key_mapping, allow_new_parameters)
+        extra_state = {} if extra_state is None else extra_state
         what = loading.WhatToRestore(
             model, optimizer, scheduler, restore_from, extra_state, verify, changes, ema, dataloader
         )
@@ -590,11 +591,11 @@ class Checkpointer:
         A save in the background needs no other rank's training loop, so that it is finished even where this rank alone
         has failed. Should it fail, that is raised, or after an error logged and noted with it.
         """
-        if error is None or isinstance(error, SystemExit):
-            self.finalize()
-            return
         try:
             self.finalize()
-        except Exception as lost:  # noqa: BLE001 - the error that is on its way goes first, with a note of this one
+        except Exception as lost:
+            if error is None or isinstance(error, SystemExit):
+                raise
+            # The error that is on its way goes first, with a note of this one.
             _LOG.error("a save that was pending when %s was raised has failed: %s", type(error).__name__, lost)
             error.add_note(f"A save that was still being written has failed too: {lost}")

@@ -42,7 +42,7 @@ from shardwise.stateful_wrappers.replicas import MayDiffer
 from shardwise.stateful_wrappers.snapshot import Memory, Snapshot
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.stateful_wrappers.units import StandIns
-from shardwise.stateful_wrappers.wrapping import Inner, inner_model, is_pretrained, plain_name, unwrap
+from shardwise.stateful_wrappers.wrapping import inner_model, is_pretrained, plain_name, unwrap
 from shardwise.upstream.torch_modules import unsaved_buffers
 from shardwise.upstream.torch_tensors import local_part
 
@@ -93,13 +93,6 @@ class HubState:
         """The names in files, also of tensors that have to be computed."""
         computed = (spec.name for group in self.groups for spec in group.computed.hub)
         return frozenset((*(tensor.spec.name for tensor in self.held), *computed))
-
-    @property
-    def once(self) -> HubState:
-        """The same state with each tensor once, for loading."""
-        if not self.copies:
-            return self
-        return replace(self, held=tuple(t for t in self.held if t.spec.name not in self.copies), copies=frozenset())
 
 
 class HubNames:
@@ -176,7 +169,10 @@ class HubNames:
             ties |= part.outer
             ties |= {alias: named.name for named, _ in part.own for alias in named.aliases}
         outside = [tensor for part in parts for tensor in part.outside]
-        kept |= outer_names(parts, held)
+        # Names outside the exported models of tensors that are written under another.
+        written = {tensor.spec.name for tensor in held}
+        outer = {name: known for part in parts for name, known in part.outer.items()}
+        kept |= {name: known for name, known in outer.items() if known in written and name not in written}
         check_outside(outside, held, absent)
         return HubState(
             tuple(native),
@@ -433,7 +429,13 @@ def exported_part(part: nn.Module, own: Sequence[_Pair]) -> ExportedPart:
     inner = inner_model(part)
     if not inner.has_rest and not inner.prefix:
         return ExportedPart(part, tuple(own))
-    theirs = _names_inside(inner, (name for named, _ in own for name in (named.name, *named.aliases)))
+    every = [name for named, _ in own for name in (named.name, *named.aliases)]
+    # Names in the part that belong to the inner model -> the inner model's own names.
+    theirs = {name: name[len(inner.prefix) :] for name in every if name.startswith(inner.prefix)}
+    if inner.prefix and not theirs:
+        # A part with its own state_dict() may leave the prefix out, as TRL's value heads do.
+        inside_names = {plain_name(name) for name in inner.module.state_dict(keep_vars=True)}
+        theirs = {name: name for name in every if name in inside_names}
     ties = declared_ties([inner.module])
     found: list[_Pair] = []
     outside: list[HeldTensor] = []
@@ -452,27 +454,9 @@ def exported_part(part: nn.Module, own: Sequence[_Pair]) -> ExportedPart:
     return ExportedPart(inner.module, tuple(found), tuple(outside), outer)
 
 
-def _names_inside(inner: Inner, names: Iterable[str]) -> dict[str, str]:
-    """Names in the part that belong to the inner model -> the inner model's own names."""
-    listed = list(names)
-    found = {name: name[len(inner.prefix) :] for name in listed if name.startswith(inner.prefix)}
-    if inner.prefix and not found:
-        # A part with its own state_dict() may leave the prefix out, as TRL's value heads do.
-        own = {plain_name(name) for name in inner.module.state_dict(keep_vars=True)}
-        found = {name: name for name in listed if name in own}
-    return found
-
-
 def exported_modules(parts: Sequence[nn.Module]) -> list[nn.Module]:
     """The exported model of each part."""
     return [unwrap(inner_model(part).module) for part in parts]
-
-
-def outer_names(parts: Iterable[ExportedPart], held: Iterable[HeldTensor]) -> dict[str, str]:
-    """Names outside the exported models of tensors that are written -> the names they are written under."""
-    found = {name: kept for part in parts for name, kept in part.outer.items()}
-    written = {tensor.spec.name for tensor in held} if found else set()
-    return {name: kept for name, kept in found.items() if kept in written and name not in written}
 
 
 def check_outside(outside: Iterable[HeldTensor], held: Iterable[HeldTensor], absent: Iterable[str]) -> None:

@@ -96,7 +96,7 @@ class Turn(NamedTuple):
 
     @staticmethod
     def of(states: list[JsonValue]) -> Turn:
-        """Decide from all ranks' `Lifetime.own_state`; raises the last save's error if no other can be written."""
+        """Decide from all ranks' states; raises the last save's error if no other can be written."""
         everyone = cast(list[tuple[bool, bool, dict[str, str | int | None] | None]], states)
         records = [record for _, _, record in everyone if record is not None]
         earlier = None
@@ -243,7 +243,19 @@ class Lifetime:
         The run's final checkpoint is never skipped, nor one made because the ranks were asked to stop: no other save
         follows it.
         """
-        states = check_same_call(call, look, given, self.session.group, self.own_state())
+        own: JsonValue = [False, False, None]  # is the background thread busy, is it broken, its error
+        if self.background is not None:
+            waits = not self.config.skip_save_while_busy or self.ends or self.leaves
+            if self.background.busy and not waits:
+                own = [True, False, None]
+            else:
+                failure = self.background.outcome()
+                own = [
+                    False,
+                    self.background.is_broken,
+                    None if failure is None else cast(JsonValue, failure.to_record()),
+                ]
+        states = check_same_call(call, look, given, self.session.group, own)
         turn = Turn()
         try:
             turn = Turn.of(states)
@@ -253,16 +265,6 @@ class Lifetime:
         if turn.skipped and self.session.group.is_main:
             _LOG.info("skipped %s: the last save is still being written", call)
         return turn
-
-    def own_state(self) -> JsonValue:
-        """This rank's background thread, waited for where no save is skipped: is it busy, is it broken, its error."""
-        waits = not self.config.skip_save_while_busy or self.ends or self.leaves
-        if self.background is None:
-            return [False, False, None]
-        if self.background.busy and not waits:
-            return [True, False, None]
-        failure = self.background.outcome()
-        return [False, self.background.is_broken, None if failure is None else cast(JsonValue, failure.to_record())]
 
     def save(
         self,

@@ -318,7 +318,6 @@ def open_module_load(
 
 
 def _takes(step: Step, name: str) -> bool:
-    prefix = plain_name(step.prefix)
     if step.kind == "extra":
         return name == plain_name(step.prefix + EXTRA)
-    return step.taker is not None and step.taker.is_lenient and name.startswith(prefix)
+    return step.taker is not None and step.taker.is_lenient and name.startswith(plain_name(step.prefix))

@@ -12,23 +12,10 @@ from typing import TypeVar, cast
 
 import torch
 
-from shardwise.checkpointing.loading.foreign_optimizers import (
-    Changes,
-    count_in_tensors,
-    find_foreign,
-    foreign_components,
-)
+from shardwise.checkpointing.loading import foreign_optimizers
 from shardwise.checkpointing.loading.restoring import Stateful, Undos
 from shardwise.checkpointing.per_rank import OwnRead, find_of_optimizer, optimizer_steps
-from shardwise.checkpointing.run_state.schedulers import (
-    SCHEDULER_STATE,
-    FoundSchedules,
-    attached,
-    capture_schedules,
-    gather_distinct,
-    merge_schedules,
-    saved_schedules,
-)
+from shardwise.checkpointing.run_state import schedulers as schedules
 from shardwise.checkpointing.saving.torch_format import capture_distcp, write_distcp
 from shardwise.checkpointing.session import Session
 from shardwise.comm import JsonValue
@@ -87,7 +74,7 @@ def capture_optimizer(
         state.settle(cast("list[dict[str, list[object]]]", unsettled))
 
     def describe_states() -> tuple[bytes, bytes, bytes]:
-        return joined(pack_state(state.record().to_state())), *capture_schedules(as_list(scheduler), model)
+        return joined(pack_state(state.record().to_state())), *schedules.capture_schedules(as_list(scheduler), model)
 
     write_states = _states_step(session, group.attempt(describe_states, "describing the optimizer"), directory)
     is_torchs = session.config.model_save_format == "torch_save"
@@ -114,7 +101,7 @@ def capture_optimizer(
 def _states_step(session: Session, own: Sequence[bytes], directory: Path) -> Step:
     """Merge the ranks' options, plain values and schedulers; the step writes them once. All ranks call."""
     group, may_differ = session.group, session.may_differ
-    optimizers, attachments, states = gather_distinct(group, own)
+    optimizers, attachments, states = schedules.gather_distinct(group, own)
 
     def differs(name: str) -> bool:
         # Not of a parameter with per-rank tensors: its state would mix the values of two ranks.
@@ -123,14 +110,14 @@ def _states_step(session: Session, own: Sequence[bytes], directory: Path) -> Ste
     def merge() -> tuple[dict[str, bytes], dict[str, bytes]]:
         records = [RankRecord(OptimizerRecord.from_state(unpack_state(split(o.blob))), o.ranks) for o in optimizers]
         merged = pack_state(OptimizerRecord.merge(agreed(records, differs)).to_state())
-        return merged, merge_schedules(attachments, states, group.world_size) if group.is_main else {}
+        return merged, schedules.merge_schedules(attachments, states, group.world_size) if group.is_main else {}
 
     merged, schedule = group.attempt(merge, "merging the optimizers' groups")
 
     def write() -> ComponentRecord:
         session.storage.make_directory(directory)
         record = write_state(session.storage, directory / OPTIMIZER_STATE, merged)
-        return record + write_state(session.storage, directory / SCHEDULER_STATE, schedule)
+        return record + write_state(session.storage, directory / schedules.SCHEDULER_STATE, schedule)
 
     return local_step("writing the optimizer's groups", write, main_only=True)
 
@@ -145,7 +132,7 @@ class OpenedOptimizer:
 
     session: Session
     plan: OptimizerRestore
-    schedulers: FoundSchedules
+    schedulers: schedules.FoundSchedules
     tensors: OpenedLoad | None
     own: OwnRead | None = None
     is_buffered: bool = False
@@ -187,16 +174,16 @@ def open_optimizer(
     model: Model,
     scheduler: Schedulers | None,
     directory: Path,
-    changes: Changes,
+    changes: foreign_optimizers.Changes,
 ) -> OpenedOptimizer:
     """Match optimizers (fresh or used) and schedulers with the saved ones. All ranks call; nothing is changed."""
     group, schedulers = session.group, as_list(scheduler)
     with group.together("looking at the optimizer") as buffered:
         state = OptimizerState(optimizer, model)
         buffered.flag = state.has_own_ways
-    foreign = find_foreign(session, directory, state, schedulers)
+    foreign = foreign_optimizers.find_foreign(session, directory, state, schedulers)
     names: dict[str, str] = {}
-    compared: list[tuple[OptimizerRestore, FoundSchedules, OwnRead | None]] = []
+    compared: list[tuple[OptimizerRestore, schedules.FoundSchedules, OwnRead | None]] = []
 
     def compare() -> tuple[bool, list[int], Sequence[str], bool]:
         own = None
@@ -220,7 +207,12 @@ def open_optimizer(
         )
     if any(row[3] for row in rows):
         with group.together("comparing schedulers"):
-            found.check_all_used(frozenset(number for row in rows for number in row[1]), directory)
+            used = {number for row in rows for number in row[1]}
+            left = [entry for number, entry in enumerate(found.entries) if number not in used]
+            if left:  # restored on no rank
+                count = sum(1 for entry in found.entries if left[0].ranks[0] in entry.ranks)
+                which = f"; none is restored from that of {left[0].where}"
+                raise schedules.other_number(count, len(found.schedules), directory, which)
         chosen = dict.fromkeys(key for row in rows for key in row[2])
         if chosen and group.is_main:
             _LOG.warning(
@@ -234,13 +226,13 @@ def open_optimizer(
         if foreign is not None:
             source = foreign.agreed(names, group)
         else:
-            state_files = frozenset(f"{name}.safetensors" for name in (OPTIMIZER_STATE, SCHEDULER_STATE))
+            state_files = frozenset(f"{name}.safetensors" for name in (OPTIMIZER_STATE, schedules.SCHEDULER_STATE))
             source = open_source(directory, group, spread=True, exclude=state_files)
         # A frozen stage, or an optimizer over fewer parameters, may need less than was saved.
         options = replace(session.load_options, allow_unexpected=True)
         tensors = open_described(plan.held_as_saved, source, group, session.storage, options, lambda: own is not None)
     if foreign is not None:
-        count_in_tensors(plan)
+        foreign_optimizers.count_in_tensors(plan)
     return OpenedOptimizer(session, plan, found, tensors, own, buffered.any)
 
 
@@ -250,10 +242,10 @@ def optimizer_components(directory: Path) -> list[str]:
         return []
     stem = directory / OPTIMIZER_STATE
     if not has_state(stem) and is_dcp(directory):
-        return [name for name in foreign_components(directory) if name in ("optimizer", "scheduler")]
+        return [name for name in foreign_optimizers.foreign_components(directory) if name in ("optimizer", "scheduler")]
     # Without a record it is another tool's.
     has_optimizer = not has_state(stem) or bool(OptimizerRecord.from_state(read_state(stem)).groups)
-    return ["optimizer"] * has_optimizer + ["scheduler"] * has_state(directory / SCHEDULER_STATE)
+    return ["optimizer"] * has_optimizer + ["scheduler"] * has_state(directory / schedules.SCHEDULER_STATE)
 
 
 def _compared(
@@ -262,9 +254,9 @@ def _compared(
     model: Model,
     schedulers: Sequence[Stateful],
     directory: Path,
-    changes: Changes,
+    changes: foreign_optimizers.Changes,
     is_buffered: bool,
-) -> tuple[OptimizerRestore, FoundSchedules]:
+) -> tuple[OptimizerRestore, schedules.FoundSchedules]:
     if not is_there(directory):
         raise CheckpointNotFoundError(
             "the checkpoint was saved without an optimizer",
@@ -281,8 +273,8 @@ def _compared(
         error.path = error.path or str(directory)
         raise
     if not schedulers:
-        return plan, FoundSchedules()
-    group, key_mapping = session.group, changes.key_mapping
+        return plan, schedules.FoundSchedules()
+    key_mapping = changes.key_mapping
     other = {**record.aliases, **state.saved_under}
 
     mapped: dict[str, str] = {}
@@ -295,6 +287,6 @@ def _compared(
             mapped.update(zip(rename(known, key_mapping), known, strict=True))
         return mapped.get(name, other.get(name, name))
 
-    own = attached(schedulers, model)
-    found = saved_schedules(schedulers, own, renamed, record.schedulers, directory, group.rank, group.world_size)
+    own = schedules.attached(schedulers, model)
+    found = schedules.saved_schedules(schedulers, own, renamed, record.schedulers, directory, session.group)
     return plan, found

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from dataclasses import asdict
+from typing import Any, NamedTuple, cast
 
 import torch.distributed as dist
 from torch import nn
@@ -23,8 +23,7 @@ from shardwise.stateful_wrappers.names import list_parameters
 _HINT = "Pass {} to CheckpointingConfig.build()."
 
 
-@dataclass(frozen=True, slots=True)
-class Coordinates:
+class Coordinates(NamedTuple):
     """A process's parallel coordinates."""
 
     dp: int
@@ -32,8 +31,7 @@ class Coordinates:
     pp: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
+class _Row(NamedTuple):
     """One rank's gathered row: the parallel ranks that it was given and those by its meshes; a digest of its names."""
 
     given: Mapping[str, int]

@@ -151,17 +151,13 @@ def _find(session: Session, directory: Path, held: Callable[[], dict[str, HeldTe
     refuse_stand_ins(target for _, target in pairs)
     for saved, target in pairs:
         require_whole([target._replace(spec=saved.spec)])
-    return OwnRead(path, pairs, _parameters(metadata.get(_PARAMETERS, "[]"), path))
-
-
-def _parameters(text: str, path: Path) -> tuple[str, ...]:
     try:
-        names = json.loads(text)
+        names = json.loads(metadata.get(_PARAMETERS, "[]"))
     except ValueError as error:
         raise StateFormatError(f"{_PARAMETERS} is not JSON: {error}", path=path, hint="Restore the file.") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise StateFormatError(f"{_PARAMETERS} is not a list of names", path=path, hint="Restore the file.")
-    return tuple(names)
+    return OwnRead(path, pairs, tuple(names))
 
 
 def _is_for(session: Session, directory: Path, ranks: int) -> bool:

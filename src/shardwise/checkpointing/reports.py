@@ -110,10 +110,7 @@ class Call:
 
 
 class Reports:
-    """What one checkpointer tells its user: lines if ``shown``, bars unless training goes on beside a call.
-
-    The callbacks are called with the record of each save and load, on every rank.
-    """
+    """What one checkpointer tells its user: lines if ``shown``, bars unless training goes on beside a call."""
 
     def __init__(
         self, shown: bool, callbacks: Sequence[Callback], trace_dir: Path | None, shows_progress: bool

@@ -37,10 +37,8 @@ class Session:
     """Settings, ranks and storage of one checkpointer.
 
     Attributes:
-        may_differ: The tensors that may have different values on different ranks.
         root: The absolute directory of checkpoints and pointers.
         staging_dir: The absolute directory where files are built before they are copied into place.
-        names: The model's conversion to hub names.
         stager: Where captured state is copied aside, in asynchronous mode and with ``cpu_offload``.
         recast: The model's tensors in the dtypes they are written in; reused while the model's tensors are the same.
         is_quantized: Whether the last captured model has quantized parameters; found together with its adapters.
@@ -111,7 +109,12 @@ class Session:
 
     def base_path(self) -> str | None:
         """The base model's local path, searched for once; an error if one is named and not there. All ranks call."""
-        return self._found_path.get((), None, self._find_base_path)
+
+        # Not a cached property: the lock of these (Python 3.11) is one for all sessions, and ranks would meet inside.
+        def find() -> str | None:
+            return self.group.attempt(lambda: find_base_path(self.config), "looking for the base model")
+
+        return self._found_path.get((), None, find) if self.first_exchange.names_base else None
 
     def base_name(self) -> str | None:
         """The base model as an adapter's configuration names it: local path, or the settings' name. All ranks call."""
@@ -119,22 +122,13 @@ class Session:
 
     def base(self) -> BaseModel | None:
         """The base model's headers, read once. All ranks call."""
-        return self._opened_base.get((), None, self._open_base)
 
-    # Not cached properties: the lock of these (Python 3.11) is one for all sessions, and ranks would meet inside of it.
+        def open_it() -> BaseModel | None:
+            path = self.base_path()
+            directory = None if path is None else os.path.abspath(path)
+            return open_base(directory, self.group, self.config.allow_legacy_pickle_restore)
 
-    def _find_base_path(self) -> str | None:
-        if not self.first_exchange.names_base:
-            return None
-        return self.group.attempt(lambda: find_base_path(self.config), "looking for the base model")
-
-    def _open_base(self) -> BaseModel | None:
-        if not self.first_exchange.names_base:
-            return None
-        path = self.base_path()
-        return open_base(
-            None if path is None else os.path.abspath(path), self.group, self.config.allow_legacy_pickle_restore
-        )
+        return self._opened_base.get((), None, open_it) if self.first_exchange.names_base else None
 
     def log_once(self, level: int, text: str, key: str = "") -> None:
         """Log a message once per run, or one of those with a key. Local."""

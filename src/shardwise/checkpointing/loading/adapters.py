@@ -34,6 +34,7 @@ from shardwise.plan.fragments import HeldTensor
 from shardwise.sources.sources import Source, open_source
 from shardwise.sources.torch_files import open_bin
 from shardwise.stateful_wrappers import ModelState
+from shardwise.stateful_wrappers.model import Model
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensor
 
 _LOG = logging.getLogger(__name__)
@@ -54,12 +55,7 @@ class OpenedAdapter:
 
 
 def open_adapter(
-    session: Session,
-    model: nn.Module | Sequence[nn.Module],
-    path: Path,
-    *,
-    key_mapping: Mapping[str, str] | None = None,
-    allow_missing: bool = False,
+    session: Session, model: Model, path: Path, key_mapping: Mapping[str, str] | None, allow_missing: bool
 ) -> OpenedAdapter:
     """Compare a model's adapters with saved ones, on any topology. All ranks call; nothing is changed.
 
@@ -75,7 +71,7 @@ def open_adapter(
     def describe() -> tuple[object | None, AdapterTensors, dict[str, SavedAdapter]]:
         config = read_adapter_config(directory) if is_file(directory / ADAPTER_CONFIG_NAME) else None
         captured = capture(session, parts, config)
-        saved = find_saved(path, captured.files, component_of(parts), key_mapping, allow_missing=allow_missing)
+        saved = find_saved(path, captured.files, component_of(parts), key_mapping, allow_missing)
         for file in captured.files:
             if group.is_main and file.adapter_name in saved:
                 check_shared(file, saved[file.adapter_name], key_mapping)
@@ -188,8 +184,7 @@ def find_saved(
     files: Sequence[AdapterFile],
     component: str | None,
     key_mapping: Mapping[str, str] | None,
-    *,
-    allow_missing: bool = False,
+    allow_missing: bool,
 ) -> dict[str, SavedAdapter]:
     """The saved adapter for each of a model's; `AdapterError` if the directory has others. Local.
 
@@ -208,7 +203,16 @@ def find_saved(
             lacking.append(file.adapter_name)
             continue
         weights = weights or path / file.path
-        found[file.adapter_name] = _saved(weights, component, key_mapping or {})
+        lora = None
+        if component is not None and is_file(weights) and not weights.name.endswith(".bin"):
+            lora = read_lora(weights, component, key_mapping or {})
+        if lora is not None:
+            found[file.adapter_name] = SavedAdapter(weights, lora.settings, lora.names)
+        else:
+            has_config = is_file(weights.parent / ADAPTER_CONFIG_NAME)
+            found[file.adapter_name] = SavedAdapter(
+                weights, read_adapter_config(weights.parent) if has_config else None
+            )
     names = ", ".join(repr(directory or "default") for directory in there)
     if lacking and not (allow_missing and found):
         raise AdapterError(
@@ -221,15 +225,6 @@ def find_saved(
     if left:
         _LOG.warning("%s has adapters that the model lacks: %s", path, ", ".join(sorted(str(p.parent) for p in left)))
     return found
-
-
-def _saved(weights: Path, component: str | None, key_mapping: Mapping[str, str]) -> SavedAdapter:
-    if component is not None and is_file(weights) and not weights.name.endswith(".bin"):
-        lora = read_lora(weights, component, key_mapping)
-        if lora is not None:
-            return SavedAdapter(weights, lora.settings, lora.names)
-    has_config = is_file(weights.parent / ADAPTER_CONFIG_NAME)
-    return SavedAdapter(weights, read_adapter_config(weights.parent) if has_config else None)
 
 
 def _there(path: Path) -> Iterator[tuple[str, Path]]:

@@ -23,16 +23,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from shardwise.base import initialise
 from shardwise.base.files import base_config, find_base, open_base_source, ties_head
-from shardwise.base.initialise import (
-    Slot,
-    check_attributes,
-    has_meta,
-    initialise,
-    names_of,
-    recompute_buffers,
-    slots_of,
-)
 from shardwise.base.names import BaseWanted, match_base
 from shardwise.base.source import BaseSource
 from shardwise.checkpointing.hub import require_memory
@@ -73,10 +65,10 @@ def initialize_model_weights(model: nn.Module, device: torch.device, peft_init_m
             seed = Group(mesh.get_group(dim)).broadcast_json(seed, 0, "agreeing on a seed")
     if is_peft_adapted([model]):
         initial_values.check_can_begin([model])
-    slots = slots_of(model)
-    initialise(model, device, seed, _of_adapters(model, slots), slots)
+    slots = initialise.slots_of(model)
+    initialise.initialise(model, device, seed, _of_adapters(model, slots), slots)
     _fresh_adapters([model], peft_init_method, seed)
-    check_attributes(model)
+    initialise.check_attributes(model)
 
 
 def _fresh_adapters(parts: Sequence[nn.Module], method: str | None, seed: int) -> None:
@@ -93,9 +85,9 @@ def _fresh_adapters(parts: Sequence[nn.Module], method: str | None, seed: int) -
         _LOG.debug("peft_init_method is %s and the model has no adapter", method)
 
 
-def _of_adapters(part: nn.Module, slots: Sequence[Slot]) -> frozenset[str]:
+def _of_adapters(part: nn.Module, slots: Sequence[initialise.Slot]) -> frozenset[str]:
     """Names of tensors that peft begins by itself when the base weights are there."""
-    return names_of(slots, initial_values.adapter_tensors(part)) if is_peft_adapted([part]) else frozenset()
+    return initialise.names_of(slots, initial_values.adapter_tensors(part)) if is_peft_adapted([part]) else frozenset()
 
 
 def load_base_model(
@@ -115,7 +107,7 @@ def load_base_model(
     """
     parts = [model] if isinstance(model, nn.Module) else list(model)
     with session.group.together("looking at the adapters"):
-        fresh = [part for part in parts if has_meta(slots_of(part))]
+        fresh = [part for part in parts if initialise.has_meta(initialise.slots_of(part))]
         for part in parts:
             if is_peft_adapted([part]):
                 (initial_values.check_can_begin if part in fresh else initial_values.refuse_changed_base)([part])
@@ -137,20 +129,20 @@ def load_base_model(
             if is_peft_adapted([part]):
                 initial_values.initialise_peft([part], seed=seed)
         for part in parts:
-            check_attributes(part)
+            initialise.check_attributes(part)
 
 
 def _materialise(group: Group, parts: Sequence[nn.Module], device: torch.device, wanted: BaseWanted | None) -> None:
     seed = group.broadcast_json(torch.initial_seed(), 0, "agreeing on a seed")
     with group.together("materialising the model"):
         for part in parts:
-            slots = slots_of(part)
-            if not has_meta(slots):
+            slots = initialise.slots_of(part)
+            if not initialise.has_meta(slots):
                 part.to(device)
-                recompute_buffers(part)
+                initialise.recompute_buffers(part)
                 continue
-            loaded = names_of(slots, wanted.filled) if wanted is not None else frozenset()
-            initialise(part, device, seed, loaded | _of_adapters(part, slots), slots)
+            loaded = initialise.names_of(slots, wanted.filled) if wanted is not None else frozenset()
+            initialise.initialise(part, device, seed, loaded | _of_adapters(part, slots), slots)
             if not is_peft_adapted([part]):
                 _fresh_adapters([part], None, seed)
 

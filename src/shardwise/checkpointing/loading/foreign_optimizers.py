@@ -193,7 +193,12 @@ class ForeignOptimizers:
     ) -> tuple[OptimizerRecord, dict[str, str]]:
         if not state.optimizers:
             return OptimizerRecord((), {}, {}), {}
-        named = [_in_names(each, key_mapping) for each in self.found if not each.numbered]
+        named: list[DcpOptimizer] = []
+        for each in (each for each in self.found if not each.numbered):
+            names = [param for group in each.groups for param in group.params]
+            plain = [plain_name(name) for name in names]
+            renamed = rename(plain, key_mapping) if key_mapping else plain
+            named.append(each.renamed(dict(zip(names, renamed, strict=True))))
         numbered = [each for each in self.found if each.numbered]
         if numbered and named:
             raise MisuseError(
@@ -300,12 +305,7 @@ class ForeignOptimizers:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """Intended differences from the saved optimizer; the same on every rank.
-
-    Attributes:
-        key_mapping: Regular expression -> replacement, applied to the checkpoint's names of parameters; first match.
-        allow_new: Parameters that the saved optimizer did not update start without state.
-    """
+    """Intended differences from the saved optimizer, the same on every rank; see `Checkpointer.load_optimizer`."""
 
     key_mapping: Mapping[str, str] | None
     allow_new: bool
@@ -385,12 +385,6 @@ def _read(place: Path, legacy: bool) -> list[DcpOptimizer]:
             hint="Restore without an optimizer, or choose a checkpoint that has one.",
         )
     return found
-
-
-def _in_names(saved: DcpOptimizer, key_mapping: Mapping[str, str] | None) -> DcpOptimizer:
-    names = [param for group in saved.groups for param in group.params]
-    plain = [plain_name(name) for name in names]
-    return saved.renamed(dict(zip(names, rename(plain, key_mapping) if key_mapping else plain, strict=True)))
 
 
 def _places(found: Sequence[DcpOptimizer]) -> str:

@@ -40,7 +40,6 @@ from shardwise.engine.computed import OpenedComputed, open_computed
 from shardwise.engine.load import (
     CheckpointSource,
     LoadOptions,
-    LoadReport,
     OpenedLoad,
     listed_anywhere,
     open_described,
@@ -59,6 +58,7 @@ from shardwise.sources.dcp_model import MODEL_KEYS, DcpModel, find_model, model_
 from shardwise.sources.reader import Reader, tensor_blocks
 from shardwise.sources.sources import Source, open_source
 from shardwise.stateful_wrappers import ModelState
+from shardwise.stateful_wrappers.model import Model
 from shardwise.stateful_wrappers.names import promised_ties
 from shardwise.stateful_wrappers.units import Step
 from shardwise.stateful_wrappers.wrapping import is_pretrained, plain_name, unwrap
@@ -86,9 +86,9 @@ class OpenedModel:
     module_load: module_state.ModuleLoad
     own: OwnRead | None = None
 
-    def fill(self) -> LoadReport:
+    def fill(self) -> None:
         """Fill the model. All ranks call, once."""
-        report = self.direct.read()
+        self.direct.read()
         if self.computed is not None:
             self.computed.read(self.session.storage)
         if self.own is not None:
@@ -96,16 +96,10 @@ class OpenedModel:
                 self.own.read(self.session)
         with phase("install"), self.direct.reading() as values:
             self.module_load.run(values, str(self.direct.source.plain.path), self.session.group)
-        return report
 
 
 def open_model(
-    session: Session,
-    model: nn.Module | Sequence[nn.Module],
-    path: Path,
-    *,
-    key_mapping: Mapping[str, str] | None,
-    options: LoadOptions,
+    session: Session, model: Model, path: Path, *, key_mapping: Mapping[str, str] | None, options: LoadOptions
 ) -> OpenedModel:
     """Open a checkpoint, and compare names, shapes and dtypes with the model's. All ranks call; nothing is written."""
     group, storage = session.group, session.storage
@@ -177,7 +171,9 @@ def _opened(
             hub = session.names.capture(state, load=True, norms=True)
         if _has_wrappers_prefix(source, hub):
             source = renamed(source, {"^" + re.escape(_PREFIX): ""})
-        hub = hub.once
+        if hub.copies:  # each tensor is loaded once
+            held = tuple(tensor for tensor in hub.held if tensor.spec.name not in hub.copies)
+            hub = replace(hub, held=held, copies=frozenset())
         lacking = names_lacking(source, hub)
         plain = source.without(metadata.passed)
         matched, ties, unused = (hub, {}, []) if lacking else _match(state, hub, plain)

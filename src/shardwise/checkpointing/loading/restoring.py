@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from typing import Protocol, runtime_checkable
 
 from shardwise.errors import ShardwiseError
@@ -44,18 +44,6 @@ class Undos:
         """Load ``state`` into ``target``, which may refuse it, and remember its previous state."""
         self.add(what, _back(target))
         target.load_state_dict(state)
-
-    def refill(self, what: str, target: MutableMapping[object, object], values: dict[object, object]) -> None:
-        """Replace the content of ``target``."""
-        had = dict(target)
-
-        def undo() -> None:
-            target.clear()
-            target.update(had)
-
-        self.add(what, undo)
-        target.clear()
-        target.update(values)
 
     def run(self) -> None:
         """Undo all changes, the last first. Never raises; a change that cannot be undone is logged."""

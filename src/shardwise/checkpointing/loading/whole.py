@@ -92,7 +92,7 @@ class WhatToRestore:
     optimizer: optimizers.Optimizers | None
     scheduler: optimizers.Schedulers | None
     restore_from: str | Path | int
-    extra_state: MutableMapping[str, object] | None
+    extra_state: MutableMapping[str, object]
     verify: VerifyLevel
     changes: Changes
     ema: Model | None
@@ -116,8 +116,8 @@ def restore_checkpoint(life: Lifetime, what: WhatToRestore, told: Call) -> Resto
         nonlocal what
         check_mapping("extra_state", what.extra_state, MutableMapping)
         check_mapping("key_mapping", what.changes.key_mapping)
-        given_state = what.extra_state if what.extra_state is not None else {}
-        what = replace(what, extra_state=with_loader(given_state, what.dataloader, session.group.world_size))
+        extra_state = with_loader(what.extra_state, what.dataloader, session.group.world_size)
+        what = replace(what, extra_state=extra_state)
         if what.ema is not None:
             life.looked(what.ema, is_run=False)
         name = life.looked(what.model, what.optimizer, what.scheduler)
@@ -180,13 +180,13 @@ def _open(life: Lifetime, what: WhatToRestore, path: Path, steers: bool) -> tupl
         steering = optimizers.open_optimizer(
             session, optimizer, what.model, what.scheduler, path / "optim", what.changes
         )
-    found = find_extras(session, path, what.extra_state if what.extra_state is not None else {})
+    found = find_extras(session, path, what.extra_state)
     if what.dataloader is not None:
         require_position(found, what.dataloader, path, session.group)
     taken = ["optimizer"] * bool(optimizers.as_list(what.optimizer)) + ["scheduler"] * bool(
         optimizers.as_list(what.scheduler)
     )
-    taken += ["ema"] * (what.ema is not None) + [*(what.extra_state or ()), *found.generators.values]
+    taken += ["ema"] * (what.ema is not None) + [*what.extra_state, *found.generators.values]
     partly = [f"optimizer state of {listed(steering.unwanted)}"] if steering and steering.unwanted else []
     below_name = model.direct.source.plain.below if isinstance(model, OpenedModel) else None
     left = _unrestored(session, path, found, taken, partly, below_name)
@@ -261,15 +261,11 @@ def load_base_model(
 
 
 def _open_component(
-    session: Session,
-    model: Model,
-    path: Path,
-    key_mapping: Mapping[str, str] | None = None,
-    allow_missing: bool = False,
+    session: Session, model: Model, path: Path, key_mapping: Mapping[str, str] | None, allow_missing: bool = False
 ) -> OpenedModel | OpenedAdapter:
     """Compare a model, or its adapters, with a checkpoint's. All ranks call; nothing is changed."""
     if session.config.is_peft:
-        return open_adapter(session, model, path, key_mapping=key_mapping, allow_missing=allow_missing)
+        return open_adapter(session, model, path, key_mapping, allow_missing)
     options = replace(session.load_options, allow_missing=allow_missing)
     return open_model(session, model, path, key_mapping=key_mapping, options=options)
 
@@ -304,9 +300,8 @@ def _unrestored(
 ) -> tuple[str, ...]:
     """Names of states in the checkpoint that this run does not load; rank 0 logs them once. All ranks call.
 
-    This rank restores what is in ``given``: ``optimizer``, ``scheduler``, ``rng``, and names of extra state. ``partly``
-    has parts of restored states that no rank loads. In a DCP directory with more than a model, ``model_place`` is the
-    prefix of the model's names.
+    This rank restores what is in ``given``; ``partly`` has parts of that which no rank loads. In a DCP directory with
+    more than a model, ``model_place`` is the prefix of the model's names.
     """
     group = session.group
 

@@ -18,15 +18,13 @@ from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from operator import length_hint
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 
+from shardwise.checkpointing.loading.restoring import Stateful
 from shardwise.checkpointing.run_state.generators import RandomState
 from shardwise.errors import MisuseError, StateFormatError
-
-if TYPE_CHECKING:
-    from shardwise.checkpointing.loading.restoring import Stateful
 
 _LOG = logging.getLogger(__name__)
 _Batch = TypeVar("_Batch")
@@ -78,7 +76,7 @@ def with_loader(
             f"extra_state has {DATALOADER!r} too, which is the name of what is passed as dataloader",
             hint="Pass the loader once, as dataloader.",
         )
-    return ChainMap(extra_state, {DATALOADER: OwnPosition(cast("Stateful", loader), world_size)})
+    return ChainMap(extra_state, {DATALOADER: OwnPosition(cast(Stateful, loader), world_size)})
 
 
 @dataclass(slots=True)

@@ -30,12 +30,7 @@ from shardwise.checkpointing.lifetime import Lifetime, check_same_call
 from shardwise.checkpointing.loading.foreign_optimizers import filled, read_states
 from shardwise.checkpointing.loading.models import OpenedModel, open_model
 from shardwise.checkpointing.loading.restoring import Stateful, Undos
-from shardwise.checkpointing.run_state.data_order import (
-    DATALOADER,
-    RESUME_ON_AS_MANY,
-    DataOrder,
-    has_position,
-)
+from shardwise.checkpointing.run_state import data_order
 from shardwise.checkpointing.run_state.generators import RandomState, as_stateful
 from shardwise.checkpointing.saving.hooks import ModelRequest
 from shardwise.checkpointing.saving.models import ModelSave
@@ -166,18 +161,15 @@ def shared_modules(values: Mapping[str, object], group: Group) -> list[str]:
 
     everyone = group.gather(describe, "looking at modules in extra state")
     names = sorted({name for theirs in everyone for name in theirs})
-    return [name for name in names if _is_one([theirs.get(name) for theirs in everyone])]
-
-
-def _is_one(rows: Sequence[_Row | None]) -> bool:
-    there = [row for row in rows if row is not None]
-    if len(there) < len(rows):
-        return False
-    if any(has_shards for has_shards, _, _ in there) or len({digest for _, digest, _ in there}) == 1:
-        return True
-    # Stages of a pipeline, each with other tensors.
-    names = [name for _, _, own in there for name in own]
-    return len(names) == len(set(names))
+    found = []
+    for name in names:
+        rows = [theirs[name] for theirs in everyone if name in theirs]
+        is_one = any(has_shards for has_shards, _, _ in rows) or len({digest for _, digest, _ in rows}) == 1
+        # Or the stages of a pipeline, each with other tensors.
+        tensors = [tensor for _, _, own in rows for tensor in own]
+        if len(rows) == len(everyone) and (is_one or len(tensors) == len(set(tensors))):
+            found.append(name)
+    return found
 
 
 def _row(module: nn.Module) -> _Row | None:
@@ -310,10 +302,16 @@ class FoundValues:
                         hint="Leave it out of extra_state, or pass what the checkpoint was saved with.",
                     ) from error
             elif isinstance(value, MutableMapping) and isinstance(state, Mapping):
-                undos.refill(f"extra state {name!r}", value, dict(state))
+                undos.add(f"extra state {name!r}", partial(_refill, value, dict(value)))
+                _refill(value, state)
             else:
                 undos.add(f"extra state {name!r}", partial(self.values.__setitem__, name, value))
                 self.values[name] = state
+
+
+def _refill(target: MutableMapping[object, object], values: Mapping[object, object]) -> None:
+    target.clear()
+    target.update(values)
 
 
 def find_values(values: MutableMapping[str, object], directory: Path, rank: int, world_size: int) -> FoundValues:
@@ -407,7 +405,7 @@ def _open_spread(
     return opened, loads
 
 
-def check_generators(state: object) -> None:
+def _check_generators(state: object) -> None:
     """Raise `StateFormatError` unless the generators can load ``state``; they stay unchanged. Local."""
     generators = RandomState()
     had = generators.state_dict()
@@ -477,20 +475,6 @@ def load_rank_state(life: Lifetime, state: Stateful, state_name: str, path: str 
         state.load_state_dict(cast("dict[str, object]", found))
 
 
-def capture_extras(
-    session: Session, directory: Path, extra_state: Mapping[str, object], order: DataOrder
-) -> list[Step]:
-    """Capture random number generators and extra state now; returns what is left to do. All ranks call."""
-    generators: dict[str, object] = {"rng": RandomState()} if session.config.save_rng else {}
-    positions = order.state(session.group.rank) if generators else None
-    if positions is not None:
-        generators[BATCHES] = positions
-    return [
-        *below("rng", capture_steps(session, generators, directory / "rng")),
-        *below("extra", capture_steps(session, extra_state, directory / "extra")),
-    ]
-
-
 @dataclass(frozen=True, slots=True)
 class FoundExtras:
     """Extra state and generators that were found, read and looked at, on every rank.
@@ -518,7 +502,7 @@ class FoundExtras:
                     state = fill_tree(self.extra.states[name], tensors)
                     value.load_state_dict(cast(dict[str, object], state))
 
-    def set_generators(self, order: DataOrder) -> None:
+    def set_generators(self, order: data_order.DataOrder) -> None:
         """Set the generators, after everything else, since other code may draw numbers. Local."""
         state = cast("dict[str, object] | None", self.generators.states.get("rng"))
         if state is not None:
@@ -551,9 +535,9 @@ def find_extras(session: Session, directory: Path, extra_state: MutableMapping[s
             states = {name: state for name, state in generators.states.items() if name != BATCHES}
             generators = replace(generators, states=states, skipped=(*generators.skipped, BATCHES))
         if "rng" in generators.states:
-            check_generators(generators.states["rng"])
+            _check_generators(generators.states["rng"])
         if BATCHES in generators.states:
-            DataOrder.parsed(generators.states[BATCHES])
+            data_order.DataOrder.parsed(generators.states[BATCHES])
         return extra, generators
 
     extra, generators = group.attempt(find, "looking for extra state")
@@ -563,13 +547,15 @@ def find_extras(session: Session, directory: Path, extra_state: MutableMapping[s
 def require_position(found: FoundExtras, loader: object, directory: Path, group: Group) -> None:
     """Raise `MisuseError` if a loader's position cannot be restored on some rank, and why. All ranks call."""
     with group.together("looking for the position in the data"):
-        name, where = (DATALOADER, found.extra) if has_position(loader) else (BATCHES, found.generators)
+        name, where = (
+            (data_order.DATALOADER, found.extra) if data_order.has_position(loader) else (BATCHES, found.generators)
+        )
         if name in where.skipped:
             raise MisuseError(
                 f"the position of the {type(loader).__name__} was saved for each rank, on another number of ranks than "
                 f"{group.world_size}",
                 path=directory,
-                hint=RESUME_ON_AS_MANY,
+                hint=data_order.RESUME_ON_AS_MANY,
             )
         if name not in where.states:
             raise MisuseError(

@@ -26,17 +26,10 @@ if TYPE_CHECKING:
 class DeviceGenerators(Protocol):
     """The default generators of one kind of accelerator, as ``torch.cuda`` and its likes have them."""
 
-    def device_count(self) -> int:
-        """Number of devices that the process sees."""
-
-    def current_device(self) -> int:
-        """Number of the current one."""
-
-    def get_rng_state(self, device: int) -> torch.Tensor:
-        """The state of one device's generator."""
-
-    def set_rng_state(self, new_state: torch.Tensor, device: int) -> None:
-        """Set one device's generator."""
+    device_count: Callable[[], int]
+    current_device: Callable[[], int]
+    get_rng_state: Callable[[int], torch.Tensor]
+    set_rng_state: Callable[[torch.Tensor, int], None]
 
 
 def of_accelerator() -> tuple[str, DeviceGenerators] | None:
@@ -68,24 +61,21 @@ class RandomState:
         """The generators' states."""
         state: dict[str, object] = {"torch": torch.get_rng_state(), "python": random.getstate()}
         if self._devices is not None:
-            state["accelerator"] = self._of_devices(*self._devices)
+            kind, module = self._devices
+            current = module.current_device()
+            found: dict[str, object] = {"kind": kind, "state": module.get_rng_state(current)}
+            # Whether this process has memory on a device, if its module can say; a rank usually uses one device.
+            reserved = getattr(module, "memory_reserved", lambda _: True)
+            others = [number for number in range(module.device_count()) if number != current and reserved(number)]
+            if others:
+                # Not otherwise: ranks with equal generators then have the same state, which is restored anywhere.
+                found |= {"current": current, "others": {number: module.get_rng_state(number) for number in others}}
+            state["accelerator"] = found
         if "numpy" in sys.modules:
             import numpy as np
 
             state["numpy"] = np.random.get_state()
         return state
-
-    @staticmethod
-    def _of_devices(kind: str, module: DeviceGenerators) -> dict[str, object]:
-        current = module.current_device()
-        found: dict[str, object] = {"kind": kind, "state": module.get_rng_state(current)}
-        # Whether this process has memory on a device, if its module can say; a rank usually uses one device.
-        reserved = getattr(module, "memory_reserved", lambda _: True)
-        others = [number for number in range(module.device_count()) if number != current and reserved(number)]
-        if others:
-            # Not otherwise: ranks with equal generators then have the same state, which is restored anywhere.
-            found |= {"current": current, "others": {number: module.get_rng_state(number) for number in others}}
-        return found
 
     def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
         """Set the generators: of the current device to that of the one that was current (or `ValueError`)."""

@@ -237,15 +237,6 @@ class FoundSchedules:
     used: frozenset[int] = frozenset()
     chosen: tuple[str, ...] = ()
 
-    def check_all_used(self, used: frozenset[int], directory: Path) -> None:
-        """Raise `MisuseError` if a saved scheduler was restored on no rank (``used``, of all ranks). Local."""
-        left = [entry for number, entry in enumerate(self.entries) if number not in used]
-        if left:
-            of_rank = [entry for entry in self.entries if left[0].ranks[0] in entry.ranks]
-            raise other_number(
-                len(of_rank), len(self.schedules), directory, f"; none is restored from that of {left[0].where}"
-            )
-
 
 def saved_schedules(
     schedulers: Sequence[Stateful],
@@ -253,8 +244,7 @@ def saved_schedules(
     renamed: Callable[[str, frozenset[str]], str],
     kinds: Sequence[str],
     directory: Path,
-    rank: int,
-    world_size: int,
+    group: Group,
 ) -> FoundSchedules:
     """The state of each of some schedulers, which ``own`` describes. Local; nothing is changed.
 
@@ -274,7 +264,7 @@ def saved_schedules(
         error.path = error.path or str(path)
         raise
     every = frozenset(name for entry in saved for name in entry.of.names)
-    match = _Match(saved, rank if saved_world_size == world_size else None, len(schedulers), path)
+    match = _Match(saved, group.rank if saved_world_size == group.world_size else None, len(schedulers), path)
     found, used, chosen = [], set[int](), dict[str, None]()
     for scheduler, each in zip(schedulers, own, strict=True):
         groups = tuple(tuple(renamed(name, every) for name in group) for group in each.groups)
@@ -444,11 +434,8 @@ _HINT = (
 )
 
 
-class _Place(NamedTuple):
-    """A group of a saved scheduler: the number of the scheduler among the sources, and of the group in it."""
-
-    source: int
-    group: int
+#: A group of a saved scheduler: the number of the scheduler among the sources, and of the group in it.
+_Place = tuple[int, int]
 
 
 def composed(sources: Sequence[SavedSchedule], groups: Groups, own: Mapping[str, object]) -> object:
@@ -468,14 +455,14 @@ def composed(sources: Sequence[SavedSchedule], groups: Groups, own: Mapping[str,
 def _places(sources: Sequence[SavedSchedule], group: Sequence[str], number: int) -> list[_Place]:
     wanted = {*group}
     found = [
-        _Place(source, index)
+        (source, index)
         for source, saved in enumerate(sources)
         for index, names in enumerate(saved.of.groups)
         if not wanted.isdisjoint(names)
     ]
     if not found and not group and all(number < len(saved.of.groups) for saved in sources):
         # A group without parameters is known by its number alone.
-        found = [_Place(source, number) for source in range(len(sources))]
+        found = [(source, number) for source in range(len(sources))]
     return found
 
 
@@ -520,12 +507,12 @@ def _by_group(values: Sequence[object], merge: _Merge, own: object, key: str) ->
                 )
             found.append(own[number])
             continue
-        each = [cast("Sequence[object]", values[place.source])[place.group] for place in places]
-        for place, value in zip(places, each, strict=True):
+        each = [cast("Sequence[object]", values[source])[group] for source, group in places]
+        for (source, _), value in zip(places, each, strict=True):
             if not equal(value, each[0]):
                 raise MisuseError(
                     f"parameters of group {number} were saved in groups with different {key}: {each[0]!r} in "
-                    f"{merge.sources[places[0].source].where}, {value!r} in {merge.sources[place.source].where}",
+                    f"{merge.sources[places[0][0]].where}, {value!r} in {merge.sources[source].where}",
                     hint=_HINT,
                 )
         found.append(each[0])

@@ -15,7 +15,7 @@ from torch import nn
 from shardwise.addons import ConsolidatedHFAddon
 from shardwise.checkpointing import adapters
 from shardwise.checkpointing.hub import HubState, memory_of, require_memory
-from shardwise.checkpointing.optimizers import Optimizers, as_list
+from shardwise.checkpointing.optimizers import as_list
 from shardwise.checkpointing.saving.checks import Facts
 from shardwise.checkpointing.saving.hooks import ModelRequest, hook_arguments, run_after, run_hooks
 from shardwise.checkpointing.saving.models import Described, ModelSave
@@ -42,7 +42,7 @@ class AdapterSave:
 
     def __init__(self, request: ModelRequest) -> None:
         self._request, self._session, self._directory = request, request.session, request.directory
-        self._addons, self._config, self._stepped = request.addons, request.peft_config, stepped(request.optimizer)
+        self._addons, self._config = request.addons, request.peft_config
         self.closing: list[Callable[[Group], None]] = []
         self.state = ModelState(request.model)
         self._args = hook_arguments(request, self.state)
@@ -68,8 +68,11 @@ class AdapterSave:
             legacy_layout=session.config.legacy_paramwrapper_layout,
             diffusers_compatible=session.config.diffusers_compatible,
         )
+        # Parameters with optimizer state have been trained, frozen by now or not.
+        states = [getattr(each, "state", None) for each in as_list(self._request.optimizer)]
+        stepped = {id(p) for state in states if isinstance(state, Mapping) for p in state if state[p]}
         captured = group.attempt(
-            lambda: adapters.capture(session, parts, self._config, self._stepped), "describing the adapter"
+            lambda: adapters.capture(session, parts, self._config, stepped), "describing the adapter"
         )
         declared = adapters.declare(session, captured)
         steps = [
@@ -158,14 +161,6 @@ class AdapterSave:
 
         hold = partial(adapters.hold_extra, session, captured, self.state.model)
         return self._writing(hold, "adapter_extra", "what is trained beside the adapter", look)
-
-
-def stepped(optimizer: Optimizers | None) -> frozenset[int]:
-    """Identities of the parameters with optimizer state: those that have been trained, frozen by now or not."""
-    states = [getattr(each, "state", None) for each in as_list(optimizer)]
-    return frozenset(
-        id(parameter) for state in states if isinstance(state, Mapping) for parameter in state if state[parameter]
-    )
 
 
 #: Component of the merged tensors: the manifest lists a tensor once in a component.

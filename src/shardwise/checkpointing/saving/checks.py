@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -93,18 +92,6 @@ def expectation_of(parts: Sequence[nn.Module], absent: Iterable[str], keys: Coll
         prefix=str(getattr(module, "base_model_prefix", "") or ""),
         architectures=[original_class(module).__name__],
         vocab_size=size if isinstance(size, int) else None,
-    )
-
-
-def _merged(rows: Sequence[Expectation]) -> Expectation:
-    return Expectation(
-        frozenset(name for row in rows for name in row.aliases),
-        tuple(dict.fromkeys(pattern for row in rows for pattern in row.unloaded)),
-        frozenset(name for row in rows for name in row.computed),
-        next((row.prefix for row in rows if row.prefix), ""),
-        next((row.architectures for row in rows if row.architectures), ()),
-        next((row.vocab_size for row in rows if row.vocab_size is not None), None),
-        tuple(dict.fromkeys(key for row in rows for key in row.keys)),
     )
 
 
@@ -254,10 +241,20 @@ class Facts(NamedTuple):
         """Merge the gathered facts of all ranks."""
         rows = [Facts(*cast("tuple[Any, ...]", note)) for note in notes]
         specs = {name: TensorSpec(name, tuple(shape), dtype) for row in rows for name, shape, dtype in row.specs}
+        said = [Expectation(*row.expectation) for row in rows]
+        expectation = Expectation(
+            frozenset(name for each in said for name in each.aliases),
+            tuple(dict.fromkeys(pattern for each in said for pattern in each.unloaded)),
+            frozenset(name for each in said for name in each.computed),
+            next((each.prefix for each in said if each.prefix), ""),
+            next((each.architectures for each in said if each.architectures), ()),
+            next((each.vocab_size for each in said if each.vocab_size is not None), None),
+            tuple(dict.fromkeys(key for each in said for key in each.keys)),
+        )
         return Facts(
             any(row.quantized for row in rows),
             [names for row in rows for names in row.beside],
-            _merged([Expectation(*row.expectation) for row in rows]),
+            expectation,
             {name: dtype for row in rows for name, dtype in row.native.items()},
             frozenset(name for row in rows for name in row.outside),
             sorted({name for row in rows for name in row.excluded}),
@@ -265,22 +262,17 @@ class Facts(NamedTuple):
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Misfit:
-    """Differences between a class and the files of an export, by name; none for a correct export."""
+#: Differences between a class and the files of an export: kind -> names; no names for a correct export.
+Misfit = dict[str, list[str]]
 
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    shapes: tuple[str, ...] = ()
 
-    @property
-    def count(self) -> int:
-        """How many names do not fit."""
-        return len(self.missing) + len(self.unexpected) + len(self.shapes)
+def _misfit(missing: Iterable[object], unexpected: Iterable[object], shapes: Iterable[object]) -> Misfit:
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    return {kind: sorted(map(str, names)) for kind, names in kinds.items()}
 
-    def __str__(self) -> str:
-        kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", self.shapes))
-        return "; ".join(f"{kind}: {listed(names)}" for kind, names in kinds if names)
+
+def _size(found: tuple[str, Misfit]) -> int:
+    return sum(map(len, found[1].values()))
 
 
 class _CannotCheckError(Exception):
@@ -341,14 +333,15 @@ def check_described(entries: Mapping[str, object], specs: Sequence[TensorSpec], 
         found = [(cls.__name__, _by_transformers(cls, cast(Any, cls).config_class, entries, specs)) for cls in classes]
     except _CannotCheckError as why:
         return str(why)
-    _require_fit(*min(found, key=lambda pair: pair[1].count), path)
+    _require_fit(*min(found, key=_size), path)
     return None
 
 
 def _require_fit(name: str, misfit: Misfit, path: Path) -> None:
-    if misfit.count:
+    differences = [f"{kind}: {listed(names)}" for kind, names in misfit.items() if names]
+    if differences:
         raise ExportMismatchError(
-            f"{name}, which is what the export's config.json describes, would not load it: {misfit}",
+            f"{name}, which is what the export's config.json describes, would not load it: {'; '.join(differences)}",
             path=path,
             hint="Save the model that has these names (the one inside of a wrapper), adapters with is_peft or merged, "
             "and what the class does not know in a module around it; let the config say what the model is. Nothing is "
@@ -380,7 +373,7 @@ def _look(model: nn.Module, entries: Mapping[str, object], specs: Sequence[Tenso
     found = [
         (cls.__name__, _by_transformers(cls, type(config), entries, specs)) for cls in classes[: len(named) or None]
     ]
-    return min(found, key=lambda pair: pair[1].count)
+    return min(found, key=_size)
 
 
 def _by_transformers(cls: type, config: type, entries: Mapping[str, object], specs: Sequence[TensorSpec]) -> Misfit:
@@ -395,7 +388,7 @@ def _by_transformers(cls: type, config: type, entries: Mapping[str, object], spe
     shapes = [f"{name} ({list(ours)}, in the class {list(theirs)})" for name, ours, theirs in found.mismatched]
     # What the class itself leaves out of the files that it writes is not missing from ours.
     missing = found.missing - left_out(built)
-    return Misfit(_sorted(missing), _sorted(found.unexpected), _sorted([*shapes, *found.failed]))
+    return _misfit(missing, found.unexpected, [*shapes, *found.failed])
 
 
 def _by_diffusers(cls: type, entries: Mapping[str, object], specs: Sequence[TensorSpec]) -> Misfit:
@@ -409,8 +402,4 @@ def _by_diffusers(cls: type, entries: Mapping[str, object], specs: Sequence[Tens
         for name in ours.keys() & theirs.keys()
         if ours[name] != theirs[name]
     ]
-    return Misfit(_sorted(theirs.keys() - ours.keys()), _sorted(ours.keys() - theirs.keys()), _sorted(shapes))
-
-
-def _sorted(names: Iterable[object]) -> tuple[str, ...]:
-    return tuple(sorted(map(str, names)))
+    return _misfit(theirs.keys() - ours.keys(), ours.keys() - theirs.keys(), shapes)

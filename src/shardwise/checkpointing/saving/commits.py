@@ -14,13 +14,13 @@ from pathlib import Path
 import yaml
 
 from shardwise import lifecycle
-from shardwise.checkpointing.arguments import check_claim, check_files_visible
+from shardwise.checkpointing.arguments import SHARE_THE_ROOT
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
-from shardwise.disk.names import is_there, walk
+from shardwise.disk.names import is_there, status, walk
 from shardwise.disk.sequential import digest_file, sync_file, write_file
 from shardwise.engine.records import ComponentRecord, merged, write_manifest
-from shardwise.errors import MisuseError, ShardwiseError
+from shardwise.errors import MisuseError, ShardwiseError, StorageError
 from shardwise.format.manifest import FileRecord
 from shardwise.settings import Settings
 from shardwise.timing import phase
@@ -60,17 +60,14 @@ def warn_of_metrics(metrics: Mapping[str, float], config: Settings) -> None:
 
 @dataclass(slots=True)
 class RunLine:
-    """The checkpoint that a run continues from: the one that was restored or saved last. Rank 0 knows it.
-
-    Only a restored run may have left checkpoints behind, which it may replace.
-    """
+    """The checkpoint that a run continues from: the one that was restored or saved last. Rank 0 knows it."""
 
     start: lifecycle.Start | None = None
     restored: bool = False
 
     @property
     def left_from(self) -> lifecycle.Start | None:
-        """The start, where checkpoints that do not come from it may be ones that the run left behind."""
+        """The start, where checkpoints that do not come from it may be ones that the run left behind and replaces."""
         return self.start if self.restored else None
 
 
@@ -101,15 +98,27 @@ class Unfinished:
     def commit(self, group: Group, record: ComponentRecord, closing: Closing) -> None:
         """Do the local work in ``closing``, and publish what every rank has made durable. All ranks call.
 
-        A rank that writes elsewhere than rank 0 is a `StorageError`.
+        A time stamp in ``checkpoint_dir`` or node-local disks give every rank another directory, in which all of its
+        writing succeeds. This is a `StorageError`, found without another collective: every other rank sees, beside the
+        unfinished save, the claim of rank 0 with the run's token, and rank 0 every file that a rank wrote, with its
+        size.
         """
         is_remote, met = self._session.is_remote, self._session.first_exchange
 
         def close() -> JsonValue:
             for work in closing:
                 work(group)
-            if not (group.is_main or is_remote):
-                check_claim(self.place.parent, self.place.name, met.token, group, met.locations)
+            found = (
+                met.token if group.is_main or is_remote else lifecycle.claimed_by(self.place.parent, self.place.name)
+            )
+            if found != met.token:
+                seen = "another run is saving there" if found else "rank 0's save is not visible there"
+                raise StorageError(
+                    f"rank {group.global_rank} writes {self.place.name} into {self.place.parent}, below "
+                    f"{met.locations[group.rank]}, and {seen}; rank 0 writes below {met.locations[0]}",
+                    path=self.place.parent,
+                    hint=SHARE_THE_ROOT,
+                )
             return None if group.is_main else record.encoded()
 
         rows = group.collect(close, "gathering records")
@@ -125,8 +134,20 @@ class Unfinished:
     def _union(self, records: Sequence[ComponentRecord]) -> ComponentRecord:
         """All files, tensors and aliases, if rank 0 sees every file. Rank 0 calls."""
         whole = merged(records)
-        if not self._session.is_remote:
-            check_files_visible(self.temp, records, self._session.first_exchange.locations)
+        # A file in several records was written by the last of these ranks; rank 0 would see its own.
+        writers = {file.path: (rank, file) for rank, record in enumerate(records) for file in record.files}
+        for rank, file in () if self._session.is_remote else writers.values():
+            found = status(self.temp / file.path)
+            size, locations = None if found is None else found.size, self._session.first_exchange.locations
+            if size != file.size:
+                sees = "does not see it" if size is None else f"sees {size:,} bytes"
+                raise StorageError(
+                    f"rank {rank} wrote below {locations[rank]} {file.size:,} bytes of {file.path}, and rank 0, below "
+                    f"{locations[0]}, {sees}",
+                    path=self.temp / file.path,
+                    rank=rank,
+                    hint=SHARE_THE_ROOT,
+                )
         # Without aliases under which another stage has a tensor.
         saved = {(tensor.component, tensor.spec.name) for tensor in whole.tensors} if whole.aliases else set()
         aliases = tuple(alias for alias in sorted(whole.aliases) if (alias.component, alias.name) not in saved)
@@ -197,7 +218,11 @@ class Publication(Unfinished):
         found = self._union(records)
         with nullcontext() if session.is_remote else lifecycle.publishing(session.root):
             # The line names other checkpoints; they must not change until this one is published.
-            lineage = self._write_lineage()
+            numbers, root = lifecycle.parse_checkpoint_name(self.place.name), session.root
+            assert numbers is not None
+            known, start = lifecycle.list_checkpoints(root), self._line.start
+            lineage = lifecycle.next_lineage(root, known, self.place.name, *numbers, start)
+            write_file(session.storage, self.temp / lifecycle.LINEAGE_NAME, lineage.encode())
             self._write_manifest(found)
             lifecycle.put_in_place(self.temp, self.place, self._line.left_from)
             # Whatever fails from here on, the checkpoint is there: the run goes on from it, and nothing is abandoned
@@ -205,16 +230,6 @@ class Publication(Unfinished):
             self._line.start, self._is_reserved = lifecycle.Start(self.place, lineage), False
             lifecycle.settle(self.temp, self.place)
             self._point()
-
-    def _write_lineage(self) -> lifecycle.Lineage:
-        numbers = lifecycle.parse_checkpoint_name(self.place.name)
-        assert numbers is not None
-        root = self._session.root
-        lineage = lifecycle.next_lineage(
-            root, lifecycle.list_checkpoints(root), self.place.name, *numbers, self._line.start
-        )
-        write_file(self._session.storage, self.temp / lifecycle.LINEAGE_NAME, lineage.encode())
-        return lineage
 
     def _point(self) -> None:
         session = self._session

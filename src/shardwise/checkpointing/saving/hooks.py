@@ -100,11 +100,10 @@ def run_after(addons: Sequence[CheckpointAddon], args: SaveHookArgs, session: Se
 
 def leading_own(addons: Sequence[CheckpointAddon]) -> int:
     """The number of addons at the start that are the library's: their work is local, and needs no `run_hooks`."""
-
-    def is_own(addon: CheckpointAddon) -> bool:
-        return type(addon) is ConsolidatedHFAddon and vars(addon).keys().isdisjoint(("pre_save", "post_save"))
-
-    return next((number for number, addon in enumerate(addons) if not is_own(addon)), len(addons))
+    for number, addon in enumerate(addons):
+        if type(addon) is not ConsolidatedHFAddon or not vars(addon).keys().isdisjoint(("pre_save", "post_save")):
+            return number
+    return len(addons)
 
 
 def passed_addons(addons: Sequence[CheckpointAddon]) -> dict[str, bool]:

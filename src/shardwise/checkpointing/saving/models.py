@@ -146,9 +146,7 @@ class ModelSave:
 
         def describe() -> Statement:
             nonlocal listed
-            self._ask_exporter()
-            if session.group.is_main:
-                self._reserve()
+            self._begin()
             listed = self.state.listing()
             require_memory(((named.name, named.tensor) for named in listed.tensors), "values to save")
             kept.update(undeclared_names(listed.tensors, self.state.model))
@@ -193,6 +191,9 @@ class ModelSave:
         computed = ComputedPlan(hub.groups, described.computed)
         copies = Copies(tuple(passed), self.base.source.files if self.base is not None else ())
         options, directory = self._options(roster.specs), self._directory / CONSOLIDATED_DIR
+        config = session.config
+        # Whether shards are merged into the export, instead of writing it in place.
+        merges = config.single_rank_consolidation or config.staging_dir is not None or not config.random_writes
 
         def prepare() -> ExportPlan:
             known = session.model_plan.get(
@@ -203,16 +204,16 @@ class ModelSave:
             self._look_at_ties(roster)
             self._prepare_directory(facts, names)
             self._check_opening(described, [tensor.spec for tensor in passed])
-            plan = replace(known, directory=directory, within=CONSOLIDATED_DIR, has_room=not self._merges)
+            plan = replace(known, directory=directory, within=CONSOLIDATED_DIR, has_room=not merges)
             if session.group.is_main and plan.has_room:
                 make_room(plan, session.storage)
             return plan
 
         plan = session.group.attempt(prepare, "planning the export and preparing its directory")
         run_hooks(self._addons, "pre_save", self._args, session.group)
-        if self._merges:
-            patience = session.config.consolidation_timeout_minutes * 60
-            merge = MergeOptions(session.config.single_rank_consolidation, session.staging_dir, patience)
+        if merges:
+            patience = config.consolidation_timeout_minutes * 60
+            merge = MergeOptions(config.single_rank_consolidation, session.staging_dir, patience)
             write = partial(write_merged, plan, roster, storage=session.storage, options=merge)
         else:
             write = partial(write_export, plan, storage=session.storage)
@@ -237,9 +238,7 @@ class ModelSave:
         has_expectation = self.base is not None or session.first_exchange.names_keys
 
         def describe() -> Statement:
-            self._ask_exporter()
-            if session.group.is_main:
-                self._reserve()
+            self._begin()
             hub, quantized = self._captured()
             natives = natives_of(hub.groups)
             held = [*hub.held, *(declared(hub.groups) if self._exports else [*natives, *hub.excluded])]
@@ -261,15 +260,15 @@ class ModelSave:
         roster, computed, beside = agreed.rosters
         return Described(*captured[0], roster, computed, beside, checks.Facts.merged(agreed.notes))
 
-    def _ask_exporter(self) -> None:
-        """Let the model's own metadata exporter refuse the save, on every rank. Local."""
-        if not self._describes:
-            return
+    def _begin(self) -> None:
+        """Let the model's own metadata exporter refuse the save, on every rank, and make room. Local."""
         try:
-            self._exporter = huggingface.own_exporter(self._args)
+            self._exporter = huggingface.own_exporter(self._args) if self._describes else None
         except Exception as error:
             self._refusal = error
             raise
+        if self._session.group.is_main:
+            self._reserve()
 
     def _captured(self) -> tuple[HubState, bool]:
         """This rank's tensors, as they are to be written, and whether there are quantized parameters. Local."""
@@ -440,12 +439,6 @@ class ModelSave:
             for work in closing:
                 work(group)
         return run_after(self._addons, self._args, self._session, group)
-
-    @property
-    def _merges(self) -> bool:
-        """Whether shards are merged into the export, instead of writing it in place."""
-        config = self._session.config
-        return config.single_rank_consolidation or config.staging_dir is not None or not config.random_writes
 
     def _shards(
         self,

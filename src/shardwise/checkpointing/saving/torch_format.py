@@ -54,7 +54,10 @@ def write_distcp(
             save(own, storage_writer=writer, process_group=group.process_group)
         seen = look_at([replicas.reading({name: local_part(tensor) for name, tensor in tensors.items()})])
     except Exception as error:  # noqa: BLE001 - raised on every rank by fold()
-        failure = _cause(error)
+        failure, theirs = ShardwiseError.wrap(error), getattr(error, "failures", None)
+        if isinstance(theirs, dict) and theirs:  # DCP's own, with what failed on each rank
+            rank, (cause, _) = next(iter(theirs.items()))
+            failure = ShardwiseError.wrap(cause, rank=int(rank))
     count_bytes(sum(local_part(tensor).nbytes for name, tensor in tensors.items() if name not in others))
     _, [differ] = group.fold([], [share_of(seen)], f"writing {directory}", failure)
     if differ:
@@ -69,11 +72,3 @@ def tensors_alone(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for name, value in state.items()
         if isinstance(value, torch.Tensor) and not value.is_quantized and name.rpartition(".")[2] != EXTRA
     }
-
-
-def _cause(error: Exception) -> ShardwiseError:
-    failures = getattr(error, "failures", None)
-    if isinstance(failures, dict) and failures:
-        rank, (cause, _) = next(iter(failures.items()))
-        return ShardwiseError.wrap(cause, rank=int(rank))
-    return ShardwiseError.wrap(error)

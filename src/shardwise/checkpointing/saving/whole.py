@@ -24,7 +24,8 @@ from shardwise.checkpointing.lifetime import Lifetime, Turn
 from shardwise.checkpointing.optimizers import Optimizers, Schedulers, as_list, capture_optimizer
 from shardwise.checkpointing.reports import Call
 from shardwise.checkpointing.run_state.data_order import with_loader
-from shardwise.checkpointing.run_state.extras import capture_extras
+from shardwise.checkpointing.run_state.extras import BATCHES, capture_steps
+from shardwise.checkpointing.run_state.generators import RandomState
 from shardwise.checkpointing.saving.adapters import AdapterSave
 from shardwise.checkpointing.saving.commits import Closing, Publication, Replacement, check_metrics, warn_of_metrics
 from shardwise.checkpointing.saving.hooks import ModelRequest, leading_own, passed_addons
@@ -108,30 +109,26 @@ def _capture(life: Lifetime, what: WhatToSave, target: Publication) -> tuple[lis
     steps = below("model", save.steps())
     closing = save.closing
     if what.ema is not None:
-        own, theirs = _ema_steps(request, what.ema, temp / MODEL_EMA)
-        steps, closing = steps + own, [*closing, *theirs]
+        place, session = temp / MODEL_EMA, life.session
+        with session.group.together("looking at the averaged model"):
+            average = Average.of(what.ema)
+            beside = average.capture(place, session.storage)
+        # Users' own hooks are for the model alone: they may write to one place.
+        addons = life.addons if session.config.is_peft else life.addons[: leading_own(life.addons)]
+        request = replace(request, session=session.of_model(MODEL_EMA), model=average.model, directory=place)
+        theirs = model_save(replace(request, addons=addons, reserve=lambda: None, optimizer=None))
+        steps += below(MODEL_EMA, [*theirs.steps(), *beside], MODEL_EMA)
+        closing = [*closing, *theirs.closing]
     if optimizer is not None or as_list(scheduler):
         chosen = [] if optimizer is None else optimizer
         steps += below("optim", capture_optimizer(life.session, chosen, what.model, scheduler, temp / "optim"))
-    return [*steps, *capture_extras(life.session, temp, what.extra_state or {}, life.order)], closing
-
-
-def _ema_steps(request: ModelRequest, ema: Model, directory: Path) -> tuple[list[Step], Closing]:
-    """As `_capture`, for the average of the request's model. All ranks call."""
-    session = request.session
-
-    def look() -> tuple[Average, list[Step]]:
-        average = Average.of(ema)
-        return average, average.capture(directory, session.storage)
-
-    average, beside = session.group.attempt(look, "looking at the averaged model")
-    # Users' own hooks are for the model alone: they may write to one place.
-    addons = request.addons if session.config.is_peft else request.addons[: leading_own(request.addons)]
-    own = replace(
-        request, model=average.model, directory=directory, addons=addons, reserve=lambda: None, optimizer=None
-    )
-    saving = model_save(replace(own, session=session.of_model(MODEL_EMA)))
-    return below(MODEL_EMA, [*saving.steps(), *beside], MODEL_EMA), saving.closing
+    generators: dict[str, object] = {"rng": RandomState()} if life.config.save_rng else {}
+    positions = life.order.state(life.session.group.rank) if generators else None
+    if positions is not None:
+        generators[BATCHES] = positions
+    steps += below("rng", capture_steps(life.session, generators, temp / "rng"))
+    steps += below("extra", capture_steps(life.session, what.extra_state or {}, temp / "extra"))
+    return steps, closing
 
 
 def _reserve(life: Lifetime, name: str) -> None:

@@ -251,19 +251,15 @@ def class_of(found: ModelInput) -> ModelClass | None:
 
 def _with_class(found: ModelInput, kind: ModelClass | None, rope: str | None, *, whole: bool) -> ModelInput:
     """The input under names of the class, compared with it; ``whole``: with all of its tensors."""
-    tensors = found.source.tensors
-    if kind is not None and has_own_names(tensors, kind):
-        renamed = in_transformers_names(tensors, kind, rope, found.computed)
-        tensors = renamed.tensors
-        found.notes.append(renamed.note)
-        source = replace(found.source, tensors=tensors)
-        found = replace(found, source=source, computed=renamed.computed, renamed=renamed)
+    if kind is not None and has_own_names(found.source.tensors, kind):
+        found = in_transformers_names(found, kind, rope)
     elif rope is not None:
         raise MisuseError(
             "rope is for a Llama under torchtitan's names, with a configuration",
             path=found.directory,
             hint="Leave it out.",
         )
+    tensors = found.source.tensors
     if kind is None:
         if has_own_names(tensors, None):
             found.notes.append(

@@ -26,7 +26,9 @@ from shardwise.format.strict_json import JsonValue
 from shardwise.geometry import TensorSpec
 from shardwise.lifecycle.names import parse_checkpoint_name
 from shardwise.lifecycle.resolve import read_metrics
-from shardwise.ops.contents import (
+from shardwise.ops.modules import ModuleDescription, describe_modules
+from shardwise.ops.targets import Target, find_targets, is_unfinished, nothing_in
+from shardwise.ops.verify import (
     INDEX_SUFFIXES,
     TORCH_SUFFIXES,
     WEIGHTS,
@@ -34,8 +36,6 @@ from shardwise.ops.contents import (
     check_index,
     check_torch_file,
 )
-from shardwise.ops.modules import ModuleDescription, describe_modules
-from shardwise.ops.targets import Target, find_targets, is_unfinished, nothing_in
 from shardwise.sources.directory_contents import kept_beside_models
 
 __all__ = ["CheckpointDescription", "FileDescription", "Piece", "TensorDescription", "inspect"]

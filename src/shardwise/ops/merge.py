@@ -83,13 +83,10 @@ from shardwise.upstream.transformers_rules import legacy_renamings
 
 __all__ = ["MergeReport", "merge_adapter"]
 
-_QUANTIZATION = "quantization_config"
 #: Files that say how the base was quantized, which the merged model is not; and what else its new config.json replaces.
 _REPLACED = ("quantize_config.json", "quant_config.json", CONFIG_V5)
 #: Files of an adapter's directory that are newer than the base's, since tokens may have been added.
 _TOKENIZER = re.compile(r"(tokenizer|special_tokens_map|added_tokens|vocab|merges|spiece|chat_template)[^/]*")
-
-
 #: Tensors of the model that are kept in memory: of one that holds many of the files, these are written in turn.
 _MOST_KEPT = 2
 
@@ -220,8 +217,9 @@ def find_merge(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) ->
     _require_whole(directory)
     _require_whole(place)
     dtype = base_dtype(place)
-    model = _model(base_config(place), place, getattr(torch, dtype))
-    config = cast("dict[str, JsonValue]", {k: v for k, v in base_config(place).items() if k != _QUANTIZATION})
+    described = base_config(place).items()
+    config = cast("dict[str, JsonValue]", {k: v for k, v in described if k != "quantization_config"})
+    model = _model(config, place, getattr(torch, dtype))
     if not {"dtype", "torch_dtype"} & config.keys():
         config["dtype"] = dtype
     notes = []
@@ -266,11 +264,10 @@ def _model(config: Mapping[str, object], path: Path, dtype: torch.dtype) -> nn.M
             path=path,
             hint="Merge where the model is loaded: with peft's merge_and_unload, or fuse_lora of a diffusers pipeline.",
         )
-    entries = {key: value for key, value in config.items() if key != _QUANTIZATION}
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = build_on_meta(classes[0], cast(Any, classes[0]).config_class.from_dict(entries))
+        model = build_on_meta(classes[0], cast(Any, classes[0]).config_class.from_dict(dict(config)))
     finally:
         torch.set_default_dtype(before)
     for pattern in kept_in_float32(model, dtype):

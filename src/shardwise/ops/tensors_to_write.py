@@ -94,11 +94,13 @@ def native_tensors_to_write(found: ModelInput, files: ReadBlocks) -> dict[str, T
             raise ConversionError(
                 f"the files of a {kind.name} do not have all of this tensor", path=kind.config, tensor=native.spec.name
             )
-        first = tensors[parts[0][0].spec.name]
+        held, fragment = parts[0]
+        first = tensors[held.spec.name]
         spec = native.spec._replace(dtype=first.spec.dtype)
-        same = len(parts) == 1 and parts[0][0].spec.shape == spec.shape and _is_whole(*parts[0])
+        whole = held.grid == held.spec.shape == fragment.data.shape == spec.shape and fragment.data.is_contiguous()
+        as_is = whole and len(parts) == 1
         made[spec.name] = TensorToWrite(
-            spec, partial(read, first) if same else partial(_filled, spec, parts, tensors, read)
+            spec, partial(read, first) if as_is else partial(_filled, spec, parts, tensors, read)
         )
     known = kind.hub.keys() | kind.native.keys() | kind.others.keys()
     return made | as_saved({name: tensor for name, tensor in tensors.items() if name not in known}, read)
@@ -158,10 +160,6 @@ def _refuse_computed(kind: ModelClass) -> None:
 
 def _memory(tensor: HeldTensor) -> int:
     return storage_key(tensor.fragments[0].data)
-
-
-def _is_whole(held: HeldTensor, fragment: Fragment) -> bool:
-    return held.grid == held.spec.shape and fragment.data.shape == held.spec.shape and fragment.data.is_contiguous()
 
 
 def assembled(

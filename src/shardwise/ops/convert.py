@@ -229,7 +229,8 @@ def _dcp_layout(specs: Mapping[str, TensorSpec], frames: Mapping[tuple[tuple[int
     for number, file in enumerate(lay_out(specs.values()).files):
         entries, at = [], 0
         for spec, _, _ in file.entries:
-            end = at + frames[spec.shape, spec.dtype].beside + spec.nbytes
+            frame = frames[spec.shape, spec.dtype]
+            end = at + len(frame.head) + spec.nbytes + len(frame.tail)
             entries.append(TensorEntry(spec, at, end))
             at = end
         files.append(FileLayout(f"__0_{number}.distcp", b"", tuple(entries)))
@@ -246,11 +247,6 @@ class _Frame:
     head: bytes
     tail: bytes
     checksums: tuple[int, ...]
-
-    @property
-    def beside(self) -> int:
-        """Bytes that are no elements."""
-        return len(self.head) + len(self.tail)
 
     def around(self, blocks: Iterator[memoryview]) -> Iterator[memoryview]:
         """A tensor's bytes as ``torch.save`` writes it."""

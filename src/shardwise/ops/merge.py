@@ -231,7 +231,11 @@ def find_merge(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) ->
     others = [name for name in names_in(directory) if is_file(directory / name / ADAPTER_CONFIG_NAME)]
     if others:
         notes.append(f"further adapters are there and were not merged: {', '.join(others)}; name the directory of one")
-    return MergeInput(place, directory, config, model, _plain(place, directory), notes)
+    beside = side_files(place if is_directory(place) else place.parent).items()
+    files = {name: file for name, file in beside if name not in _REPLACED}
+    files |= {name: file for name, file in side_files(directory).items() if _TOKENIZER.fullmatch(name)}
+    plain = {name: read_file(file) for name, file in files.items()}
+    return MergeInput(place, directory, config, model, plain, notes)
 
 
 def _adapter_directory(path: Path) -> Path:
@@ -276,13 +280,6 @@ def _model(config: Mapping[str, object], path: Path, dtype: torch.dtype) -> nn.M
                 parameter.data = parameter.data.to(torch.float32)
     cast(Any, model).tie_weights()
     return model.eval()
-
-
-def _plain(base: Path, adapter: Path) -> dict[str, bytes]:
-    directory = base if is_directory(base) else base.parent
-    places = {name: place for name, place in side_files(directory).items() if name not in _REPLACED}
-    places |= {name: place for name, place in side_files(adapter).items() if _TOKENIZER.fullmatch(name)}
-    return {name: read_file(place) for name, place in places.items()}
 
 
 def take_extra(adapted: nn.Module, directory: Path) -> None:
@@ -460,16 +457,13 @@ class _Reading:
         self._ties = ties_head(found.config)
         self._notes = found.notes
         self._reader = Reader(current(), self.source.plain.files, threads=2)
+        self.close = self._reader.close
         self._wanted: dict[int, list[HeldTensor]] = {}
         self._copied: dict[int, torch.Tensor] = {}
         #: Storages are told apart as long as what they are of lives.
         self.alive: list[object] = []
         self._kept = LastFew(_MOST_KEPT)
         self._lock = Lock()
-
-    def close(self) -> None:
-        """Close the base's files."""
-        self._reader.close()
 
     def match(self, adapted: nn.Module) -> None:
         """Find every tensor of the model in the base's files, and compare shapes and dtypes."""

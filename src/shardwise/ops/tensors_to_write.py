@@ -55,7 +55,7 @@ def tensors_to_write(found: ModelInput, files: ReadBlocks) -> dict[str, TensorTo
     if not found.native or kind is None:
         return as_saved(tensors, read)
     _refuse_computed(kind)
-    natives = {_memory(tensor): tensor.spec.name for tensor in kind.state.native}
+    natives = {storage_key(tensor.fragments[0].data): tensor.spec.name for tensor in kind.state.native}
     kept = LastFew(_MOST_KEPT)
 
     def values(view: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ def native_tensors_to_write(found: ModelInput, files: ReadBlocks) -> dict[str, T
             pieces.setdefault(storage_key(fragment.data), []).append((held, fragment))
     made: dict[str, TensorToWrite] = {}
     for native in kind.state.native:
-        parts = pieces.get(_memory(native), [])
+        parts = pieces.get(storage_key(native.fragments[0].data), [])
         if sum(fragment.data.numel() for _, fragment in parts) != native.spec.numel:
             raise ConversionError(
                 f"the files of a {kind.name} do not have all of this tensor", path=kind.config, tensor=native.spec.name
@@ -156,10 +156,6 @@ def _refuse_computed(kind: ModelClass) -> None:
             tensor=kind.state.groups[0].computed.hub[0].name,
             hint="Load the checkpoint into the model, and save it with save_consolidated.",
         )
-
-
-def _memory(tensor: HeldTensor) -> int:
-    return storage_key(tensor.fragments[0].data)
 
 
 def assembled(

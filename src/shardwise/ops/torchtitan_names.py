@@ -55,7 +55,6 @@ _IN_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 #: Tables of angles, which every model computes by itself.
 _TABLES = frozenset({"freqs_cis", "rope.freqs", "rope.cache"})
 _ROTATED = {"self_attn.q_proj.weight": "num_attention_heads", "self_attn.k_proj.weight": "num_key_value_heads"}
-_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,7 @@ def in_transformers_names(model: ModelInput, kind: ModelClass, rope: str | None)
     wrong = {"are not known": unknown, "are absent": absent, "are not in the configuration": extra, "are one": twice}
     for what, names in wrong.items():
         if names:
-            raise _refused(kind, f"{len(names)} tensors {what}: {', '.join(names[:_SHOWN])}")
+            raise _refused(kind, f"{len(names)} tensors {what}: {', '.join(names[:5])}")
     heads = {tail: _heads(kind, key, tail) for tail, key in _ROTATED.items()}
     if rope is None:
         raise MisuseError(

@@ -22,18 +22,9 @@ from typing import BinaryIO, Literal, TypeAlias
 from shardwise.disk.guarded import open_regular
 from shardwise.disk.names import exists, is_directory, is_file, names_in, status
 from shardwise.disk.storage import Storage, current, using
+from shardwise.engine import verify as engine
 from shardwise.engine.collector import without_collector
-from shardwise.engine.verify import (
-    Damage,
-    DamageKind,
-    VerifyLevel,
-    check_extents,
-    check_files,
-    extents_of,
-    files_below,
-    load_manifest,
-    tensors_by_file,
-)
+from shardwise.engine.verify import Damage, DamageKind, VerifyLevel
 from shardwise.errors import (
     CheckpointNotFoundError,
     FormatError,
@@ -218,21 +209,21 @@ class _Job:
 
     def run(self, target: Target) -> _Findings:
         try:
-            manifest = load_manifest(target.directory)
+            manifest = engine.load_manifest(target.directory)
         except ManifestError as error:
             # Checks that need no manifest are made all the same.
             found = self._without_manifest(target)
             found.verifiable = True
             found.damages.insert(0, Damage(MANIFEST_NAME, "manifest", error.message))
             return found
-        files = () if manifest is None else files_below(manifest, (target.under,) if target.under else ())
+        files = () if manifest is None else engine.files_below(manifest, (target.under,) if target.under else ())
         if manifest is None or (target.under and not files):  # a file that somebody put there
             return self._without_manifest(target)
         return self._with_manifest(target, manifest, files)
 
     def _with_manifest(self, target: Target, manifest: Manifest, files: Sequence[FileRecord]) -> _Findings:
-        root, tensors = target.directory, tensors_by_file(manifest)
-        found = _Findings(True, len(files), damages=check_files(root, files, tensors))
+        root, tensors = target.directory, engine.tensors_by_file(manifest)
+        found = _Findings(True, len(files), damages=engine.check_files(root, files, tensors))
         found.tensors = len({(t.component, t.spec.name) for file in files for t in tensors.get(file.path, ())})
         found.undigested += [file.path for file in files if file.crc32c is None]
         known = {file.path for file in manifest.files} | {MANIFEST_NAME}
@@ -243,9 +234,9 @@ class _Job:
                 found.extra.append(relative)
         if self.level == "digests":
             bad = {damage.file for damage in found.damages}
-            extents = extents_of(manifest, [file for file in files if file.path not in bad])
+            extents = engine.extents_of(manifest, [file for file in files if file.path not in bad])
             counted = Counted(sum(extent.nbytes for extent in extents), self.progress)
-            found.damages += check_extents(root, extents, current(), threads=self.threads, advance=counted.add)
+            found.damages += engine.check_extents(root, extents, current(), threads=self.threads, advance=counted.add)
             found.bytes_read = counted.done
         found.damages.sort(key=lambda damage: (damage.file, damage.tensors))
         return found
@@ -273,17 +264,19 @@ class _Job:
         return found
 
 
+@dataclass
 class Counted:
     """Adds up bytes that were read or written, and passes the sum on."""
 
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.total, self.done, self._progress = total, 0, progress
+    total: int
+    progress: Progress | None
+    done: int = 0
 
     def add(self, nbytes: int) -> None:
         """Count bytes; one call at a time."""
         self.done += nbytes
-        if self._progress is not None:
-            self._progress(self.done, self.total)
+        if self.progress is not None:
+            self.progress(self.done, self.total)
 
 
 def _walk(root: Path, under: str, damages: list[Damage], apart: Set[Path] = frozenset()) -> Iterator[str]:

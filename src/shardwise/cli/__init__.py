@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from shardwise.cli import output
@@ -51,17 +52,15 @@ def _done(arguments: Sequence[str] | None) -> int:
     except BrokenPipeError:
         return output.MISUSE  # whoever read it has left (`| head`)
     except OSError as error:
-        output.tell(f"shardwise: {_system_error(error)}")
+        why = f"standard output cannot be written: {error.strerror or error}. Send it somewhere else."
+        if error.filename is not None:
+            why = str(StorageError.from_os(error, path=error.filename))
+        elif isinstance(error, FileNotFoundError):
+            why = f"the working directory is gone: {error.strerror}. Change to one that exists, or name whole paths."
+        output.tell(f"shardwise: {why}")
         return output.MISUSE
     except Exception:  # noqa: BLE001  any other exit code than Python's, which is that of damage
-        output.tell_traceback()
+        for line in traceback.format_exc().rstrip("\n").split("\n"):
+            output.tell(line)
         output.tell("shardwise: this is an error of shardwise itself: please report it with the lines above")
         return output.CRASHED
-
-
-def _system_error(error: OSError) -> str:
-    if error.filename is not None:
-        return str(StorageError.from_os(error, path=error.filename))
-    if isinstance(error, FileNotFoundError):
-        return f"the working directory is gone: {error.strerror}. Change to one that exists, or name whole paths."
-    return f"standard output cannot be written: {error.strerror or error}. Send it somewhere else."

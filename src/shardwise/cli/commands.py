@@ -110,8 +110,8 @@ def no_root(directory: Path) -> str:
     """A line that says that a directory holds no checkpoints, and where they are."""
     from shardwise.ops.targets import where_to_look
 
-    kind = "which are directories called epoch_E_step_S"
-    return f"{directory} holds no checkpoints, {kind}. {where_to_look(directory)}".rstrip()
+    where = where_to_look(directory)
+    return f"{directory} holds no checkpoints, which are directories called epoch_E_step_S. {where}".rstrip()
 
 
 def _listed(found: list[ListedCheckpoint]) -> list[tuple[str, str | None]]:

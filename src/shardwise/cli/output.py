@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import sys
-import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
@@ -99,12 +98,6 @@ def tell_error(error: ShardwiseError, about: str = "") -> None:
     tell(f"shardwise: {about}{error}")
     for note in getattr(error, "__notes__", ()):
         tell(note)
-
-
-def tell_traceback() -> None:
-    """Print the error that is being handled, for a report."""
-    for line in traceback.format_exc().rstrip("\n").split("\n"):
-        tell(line)
 
 
 @contextmanager

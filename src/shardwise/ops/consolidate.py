@@ -190,19 +190,17 @@ def _note(found: ModelInput, name: str) -> Mapping[str, JsonValue]:
 def _described(
     found: ModelInput, tensors: Mapping[str, TensorToWrite], dtype: str | None
 ) -> tuple[list[TensorSpec], Mapping[str, bytes], tuple[str, ...]]:
-    """The tensors of the export, the files beside them, and which tensors get the dtype that was asked for."""
+    """The tensors of the export, the files beside them, and which tensors get the dtype that was asked for.
+
+    Configurations that say the dtype say that one.
+    """
     plain: Mapping[str, bytes] = {name: found.read(place) for name, place in side_files(found.beside).items()}
     noted = _note(found, notes.FILE_DTYPES).items()
     dtypes = {name: code for name, code in noted if isinstance(code, str) and code in FLOATS}
     specs = [tensor.spec for tensor in tensors.values()]
     specs = [s._replace(dtype=dtypes.get(s.name, s.dtype)) if s.dtype in FLOATS else s for s in specs]
-    return (specs, plain, ()) if dtype is None else _recast(found, specs, plain, dtype)
-
-
-def _recast(
-    found: ModelInput, specs: Sequence[TensorSpec], plain: Mapping[str, bytes], dtype: str
-) -> tuple[list[TensorSpec], dict[str, bytes], tuple[str, ...]]:
-    """Give the floating tensors another dtype; also which these are. Configurations that say the dtype say it."""
+    if dtype is None:
+        return specs, plain, ()
     code = next(code for code, name in FLOATS.items() if name == dtype)
     configs = _configs(plain)
     quantized = [spec.name for spec in specs if spec.dtype.startswith("F8_")]

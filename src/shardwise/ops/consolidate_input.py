@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from shardwise.addons.hf_config import CONFIG
 from shardwise.comm import Group
 from shardwise.disk.names import exists, is_directory, is_file, is_there, names_in
 from shardwise.disk.storage import current
@@ -29,7 +30,7 @@ from shardwise.format.notes import METADATA_DIR
 from shardwise.format.sniff import Kind, what_is_file
 from shardwise.format.weight_files import TORCH, is_adapter
 from shardwise.geometry import TensorSpec, covers_once
-from shardwise.ops.model_class import CONFIG_NAME, ModelClass, model_class
+from shardwise.ops.model_class import ModelClass, model_class
 from shardwise.ops.targets import find_targets, with_nested
 from shardwise.ops.tensors_to_write import Computed, ReadBlocks
 from shardwise.ops.torchtitan_names import Renamed, has_own_names, in_transformers_names
@@ -48,8 +49,6 @@ from shardwise.sources.torch_files import WRAPPERS, BinSource, entries_of, load_
 
 #: What Lightning's FSDP strategies write beside DCP's files, and an entry of those of ``Trainer.save_checkpoint``.
 _LIGHTNING, _LIGHTNING_ENTRY = "meta.pt", "pytorch-lightning_version"
-_ADAPTER_CONFIG = "adapter_config.json"
-_OPTIMIZER_STATE = "optimizer.json"
 #: Entries of files of ``torch.save``.
 _OPTIMIZERS = ("optimizer", "optimizer_state_dict", "optimizer_states", "optim")
 _PART = re.compile(r"-\d{5,}-of-\d{5,}\.")
@@ -129,9 +128,9 @@ def find_input(path: Path, hints: SourceHints) -> ModelInput:
             path=file,
             hint="Name the directory that it is in." if what is None or part else what.hint,
         )
-    if hints.config is not None and not is_file(hints.config / CONFIG_NAME):
+    if hints.config is not None and not is_file(hints.config / CONFIG):
         raise MisuseError(
-            f"the directory has no {CONFIG_NAME}", path=hints.config, hint="Name the directory of the base model."
+            f"the directory has no {CONFIG}", path=hints.config, hint="Name the directory of the base model."
         )
     if file is not None and _PART.search(file.name):
         raise MisuseError(
@@ -139,17 +138,25 @@ def find_input(path: Path, hints: SourceHints) -> ModelInput:
         )
     refuse_damaged(verify(path, digests=False), directory)
     if file is not None:
-        return _from_file(file, hints)
+        beside = file.parent
+        described = hints.config or (beside if is_file(beside / CONFIG) else file)
+        source, ledger = Source(file, (), {}), DigestLedger({})
+        found = ModelInput(beside, beside, False, source, ledger, [_NO_MANIFEST], described=described)
+        return _from_torch(found, file, hints)
     _refuse_others(directory)
     loaded = [(each.directory, load_manifest(each.directory)) for each in with_nested((target,))]
     manifests = [(place, manifest) for place, manifest in loaded if manifest is not None]
-    ledger = DigestLedger(_recorded(manifests))
+    recorded: dict[Path, list[RecordedDigest]] = {}
+    for place, manifest in manifests:
+        for each in extents_of(manifest, manifest.files):
+            digest = RecordedDigest(each.offset, each.nbytes, each.crc32c, each.tensor)
+            recorded.setdefault(place / each.file, []).append(digest)
+    ledger = DigestLedger(recorded)
     # Before any header is trusted.
     ledger.headers([place for place in ledger.recorded if place.is_relative_to(directory)], current())
     source = Source(directory, (), {})
-    found = ModelInput(directory, target.directory, bool(manifests), source, ledger, described=hints.config)
-    if not manifests:
-        found.notes.append(_NO_MANIFEST)
+    notes = [] if manifests else [_NO_MANIFEST]
+    found = ModelInput(directory, target.directory, bool(manifests), source, ledger, notes, described=hints.config)
     return _read(found, [manifest for _, manifest in manifests], hints)
 
 
@@ -208,7 +215,7 @@ def refuse_damaged(report: VerifyReport, directory: Path) -> None:
 def _refuse_others(directory: Path) -> None:
     """Refuse what is no model, by name."""
     names = names_in(directory)
-    configured = any(is_file(place / _ADAPTER_CONFIG) for place in (directory, directory / METADATA_DIR))
+    configured = any(is_file(place / "adapter_config.json") for place in (directory, directory / METADATA_DIR))
     if configured or (any(map(is_adapter, names)) and not holds_model(directory)):
         raise MisuseError(
             "this is an adapter, which is saved in its final form: there is nothing to consolidate",
@@ -216,24 +223,15 @@ def _refuse_others(directory: Path) -> None:
             hint="Open it as it is: with PEFT, or a LoRA file of diffusers with load_lora_weights of a pipeline. "
             "`shardwise merge-adapter` merges it into its base model (one of diffusers: fuse_lora).",
         )
-    if _OPTIMIZER_STATE in names or (directory.name == "optim" and not is_file(directory / CONFIG_NAME)):
+    if "optimizer.json" in names or (directory.name == "optim" and not is_file(directory / CONFIG)):
         raise _optimizer(directory)
     if "model_index.json" in names:
-        parts = [name for name in names if is_file(directory / name / CONFIG_NAME)]
+        parts = [name for name in names if is_file(directory / name / CONFIG)]
         raise MisuseError(
             "this is a pipeline of several models",
             path=directory,
             hint=f"Name one of its models' directories: {', '.join(parts) or 'none has a config.json'}.",
         )
-
-
-def _recorded(manifests: Sequence[tuple[Path, Manifest]]) -> Mapping[Path, Sequence[RecordedDigest]]:
-    found: dict[Path, list[RecordedDigest]] = {}
-    for directory, manifest in manifests:
-        for each in extents_of(manifest, manifest.files):
-            digest = RecordedDigest(each.offset, each.nbytes, each.crc32c, each.tensor)
-            found.setdefault(directory / each.file, []).append(digest)
-    return found
 
 
 # --- what is read ----------------------------------------------------------------------------------------------------
@@ -250,19 +248,15 @@ def class_of(found: ModelInput) -> ModelClass | None:
 
 def _with_class(found: ModelInput, kind: ModelClass | None, rope: str | None, *, whole: bool) -> ModelInput:
     """The input under names of the class, compared with it; ``whole``: with all of its tensors."""
-    tensors = found.source.tensors
-    if kind is not None and has_own_names(tensors, kind):
-        renamed = in_transformers_names(tensors, kind, rope, found.computed)
-        tensors = renamed.tensors
-        found.notes.append(renamed.note)
-        source = replace(found.source, tensors=tensors)
-        found = replace(found, source=source, computed=renamed.computed, renamed=renamed)
+    if kind is not None and has_own_names(found.source.tensors, kind):
+        found = in_transformers_names(found, kind, rope)
     elif rope is not None:
         raise MisuseError(
             "rope is for a Llama under torchtitan's names, with a configuration",
             path=found.directory,
             hint="Leave it out.",
         )
+    tensors = found.source.tensors
     if kind is None:
         if has_own_names(tensors, None):
             found.notes.append(
@@ -281,7 +275,7 @@ def _tell_left(found: ModelInput, left: Sequence[str], why: str) -> None:
 
 
 def _tell_missing_config(found: ModelInput) -> None:
-    if not any(is_file(place / CONFIG_NAME) for place in (found.beside, found.beside / METADATA_DIR)):
+    if not any(is_file(place / CONFIG) for place in (found.beside, found.beside / METADATA_DIR)):
         found.notes.append("there is no config.json: the export is weights alone")
 
 
@@ -331,14 +325,6 @@ def _from_dcp(found: ModelInput, directory: Path, hints: SourceHints) -> ModelIn
 # --- torch.save: no code of a pickle runs, what torch's allow-list does not have is refused ------------------------
 
 
-def _from_file(file: Path, hints: SourceHints) -> ModelInput:
-    directory = file.parent
-    described = hints.config or (directory if is_file(directory / CONFIG_NAME) else file)
-    found = ModelInput(directory, directory, False, Source(file, (), {}), DigestLedger({}), described=described)
-    found.notes.append(_NO_MANIFEST)
-    return _from_torch(found, file, hints)
-
-
 def _from_torch(found: ModelInput, path: Path, hints: SourceHints) -> ModelInput:
     """The model in a file, or the files of a directory: as it lies there, or below the entry of a training loop."""
     kind = class_of(found)
@@ -365,7 +351,7 @@ def _from_torch(found: ModelInput, path: Path, hints: SourceHints) -> ModelInput
     names = _names(saved, kind, hints.prefix, path, _LIGHTNING_ENTRY in entries)
     tensors = {new: saved[name]._replace(spec=saved[name].spec._replace(name=new)) for new, name in names.items()}
     _refuse_adapter(tensors, path)
-    if found.described is None and not is_file(path / CONFIG_NAME):
+    if found.described is None and not is_file(path / CONFIG):
         found = replace(found, described=opened.source.files[0])  # whatever else lies there is not the model's
     taken = set(names.values())
     beside = [name for name, is_filled in entries.items() if is_filled and name not in WRAPPERS]

@@ -229,7 +229,8 @@ def _dcp_layout(specs: Mapping[str, TensorSpec], frames: Mapping[tuple[tuple[int
     for number, file in enumerate(lay_out(specs.values()).files):
         entries, at = [], 0
         for spec, _, _ in file.entries:
-            end = at + frames[spec.shape, spec.dtype].beside + spec.nbytes
+            frame = frames[spec.shape, spec.dtype]
+            end = at + len(frame.head) + spec.nbytes + len(frame.tail)
             entries.append(TensorEntry(spec, at, end))
             at = end
         files.append(FileLayout(f"__0_{number}.distcp", b"", tuple(entries)))
@@ -246,11 +247,6 @@ class _Frame:
     head: bytes
     tail: bytes
     checksums: tuple[int, ...]
-
-    @property
-    def beside(self) -> int:
-        """Bytes that are no elements."""
-        return len(self.head) + len(self.tail)
 
     def around(self, blocks: Iterator[memoryview]) -> Iterator[memoryview]:
         """A tensor's bytes as ``torch.save`` writes it."""
@@ -322,7 +318,10 @@ def _to_shards(
         directory = aside / name
         record = _model(found, tensors, directory, advance)
         if optimizer is not None:
-            record += _optimizer(found, optimizer, directory, advance)
+            beside = write_plain({f"{_OPTIM}/{file}": content for file, content in optimizer.plain.items()}, directory)
+            with closing(VerifyingReader(store, optimizer.source.files, found.ledger)) as more:
+                states = as_saved(optimizer.source.tensors, computing(more.blocks, optimizer.computed))
+                record += _shards(states, directory / _OPTIM, advance) + ComponentRecord(beside)
         found.ledger.settle(store)
         plain = {LINEAGE_NAME: next_lineage(aside, [], name, epoch, step, None).encode()}
         if is_file(found.checkpoint / METRICS_NAME):
@@ -365,16 +364,6 @@ def _model(
     plain = {f"{_MODEL}/{METADATA_DIR}/{name}": found.read(path) for name, path in own.items()}
     aliases = tuple(AliasRecord(_MODEL, name, kept) for name, kept in sorted(_aliases(found, tensors).items()))
     return record + ComponentRecord(write_plain(plain, checkpoint), aliases=aliases)
-
-
-def _optimizer(
-    found: ModelInput, optimizer: OptimizerInput, checkpoint: Path, advance: Callable[[int], None]
-) -> ComponentRecord:
-    plain = {f"{_OPTIM}/{name}": content for name, content in optimizer.plain.items()}
-    files = write_plain(plain, checkpoint)
-    with closing(VerifyingReader(current(), optimizer.source.files, found.ledger)) as reader:
-        tensors = as_saved(optimizer.source.tensors, computing(reader.blocks, optimizer.computed))
-        return _shards(tensors, checkpoint / _OPTIM, advance) + ComponentRecord(files)
 
 
 def _shards(tensors: Mapping[str, TensorToWrite], directory: Path, advance: Callable[[int], None]) -> ComponentRecord:

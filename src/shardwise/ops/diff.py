@@ -25,10 +25,9 @@ from shardwise.format.notes import METADATA_DIR
 from shardwise.format.sniff import Kind, what_is_file
 from shardwise.geometry import TensorSpec
 from shardwise.ops.beside import CONFIG_NAME, parse_yaml
-from shardwise.ops.contents import TORCH_SUFFIXES
 from shardwise.ops.modules import layer_of
 from shardwise.ops.targets import COMPONENTS, find_targets, with_nested
-from shardwise.ops.verify import Counted, Progress
+from shardwise.ops.verify import TORCH_SUFFIXES, Counted, Progress
 from shardwise.sources.directory_contents import holds_model, natural
 from shardwise.sources.reader import Reader, tensor_blocks
 from shardwise.sources.sources import Source, open_source

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -26,7 +26,9 @@ from shardwise.format.strict_json import JsonValue
 from shardwise.geometry import TensorSpec
 from shardwise.lifecycle.names import parse_checkpoint_name
 from shardwise.lifecycle.resolve import read_metrics
-from shardwise.ops.contents import (
+from shardwise.ops.modules import ModuleDescription, describe_modules
+from shardwise.ops.targets import Target, find_targets, is_unfinished, nothing_in
+from shardwise.ops.verify import (
     INDEX_SUFFIXES,
     TORCH_SUFFIXES,
     WEIGHTS,
@@ -34,8 +36,6 @@ from shardwise.ops.contents import (
     check_index,
     check_torch_file,
 )
-from shardwise.ops.modules import ModuleDescription, describe_modules
-from shardwise.ops.targets import Target, find_targets, is_unfinished, nothing_in
 from shardwise.sources.directory_contents import kept_beside_models
 
 __all__ = ["CheckpointDescription", "FileDescription", "Piece", "TensorDescription", "inspect"]
@@ -519,19 +519,17 @@ def writer_of(path: str, world_size: int | None) -> str | None:
     return f"shard {number}" if not world_size or not number else f"rank {(number - 1) % world_size}"
 
 
-def _tools_named(root: Path, listed: Iterable[str]) -> Iterator[str]:
+def _tools_named(root: Path, listed: Iterable[str]) -> list[str]:
     """The libraries that configurations name as ``transformers 5.13.0 (model/config.json)``: each release once."""
-    seen: set[tuple[str, str]] = set()
+    found: dict[str, str] = {}
     for relative in listed:
-        entries = _RELEASES.get(PurePosixPath(relative).name)
-        if entries is None:
-            continue
+        entries = _RELEASES.get(PurePosixPath(relative).name, {})
         try:
-            found = read_json(root / relative)
+            content = read_json(root / relative) if entries else None
         except ShardwiseError:
             continue  # a damaged configuration says nothing; what is wrong with it, `verify` tells
         for key, library in entries.items():
-            release = found.get(key) if isinstance(found, dict) else None
-            if isinstance(release, str) and (library, release) not in seen:
-                seen.add((library, release))
-                yield f"{library} {release} ({relative})"
+            release = content.get(key) if isinstance(content, dict) else None
+            if isinstance(release, str):
+                found.setdefault(f"{library} {release}", relative)
+    return [f"{tool} ({relative})" for tool, relative in found.items()]

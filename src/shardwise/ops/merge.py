@@ -81,13 +81,10 @@ from shardwise.upstream.transformers import kept_in_float32, legacy_renamings
 
 __all__ = ["MergeReport", "merge_adapter"]
 
-_QUANTIZATION = "quantization_config"
 #: Files that say how the base was quantized, which the merged model is not; and what else its new config.json replaces.
 _REPLACED = ("quantize_config.json", "quant_config.json", CONFIG_V5)
 #: Files of an adapter's directory that are newer than the base's, since tokens may have been added.
 _TOKENIZER = re.compile(r"(tokenizer|special_tokens_map|added_tokens|vocab|merges|spiece|chat_template)[^/]*")
-
-
 #: Tensors of the model that are kept in memory: of one that holds many of the files, these are written in turn.
 _MOST_KEPT = 2
 
@@ -218,8 +215,9 @@ def find_merge(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) ->
     _require_whole(directory)
     _require_whole(place)
     dtype = base_dtype(place)
-    model = _model(base_config(place), place, getattr(torch, dtype))
-    config = cast("dict[str, JsonValue]", {k: v for k, v in base_config(place).items() if k != _QUANTIZATION})
+    described = base_config(place).items()
+    config = cast("dict[str, JsonValue]", {k: v for k, v in described if k != "quantization_config"})
+    model = _model(config, place, getattr(torch, dtype))
     if not {"dtype", "torch_dtype"} & config.keys():
         config["dtype"] = dtype
     notes = []
@@ -231,7 +229,11 @@ def find_merge(base: str | os.PathLike[str], adapter: str | os.PathLike[str]) ->
     others = [name for name in names_in(directory) if is_file(directory / name / ADAPTER_CONFIG_NAME)]
     if others:
         notes.append(f"further adapters are there and were not merged: {', '.join(others)}; name the directory of one")
-    return MergeInput(place, directory, config, model, _plain(place, directory), notes)
+    beside = side_files(place if is_directory(place) else place.parent).items()
+    files = {name: file for name, file in beside if name not in _REPLACED}
+    files |= {name: file for name, file in side_files(directory).items() if _TOKENIZER.fullmatch(name)}
+    plain = {name: read_file(file) for name, file in files.items()}
+    return MergeInput(place, directory, config, model, plain, notes)
 
 
 def _adapter_directory(path: Path) -> Path:
@@ -264,11 +266,10 @@ def _model(config: Mapping[str, object], path: Path, dtype: torch.dtype) -> nn.M
             path=path,
             hint="Merge where the model is loaded: with peft's merge_and_unload, or fuse_lora of a diffusers pipeline.",
         )
-    entries = {key: value for key, value in config.items() if key != _QUANTIZATION}
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = build_on_meta(classes[0], cast(Any, classes[0]).config_class.from_dict(entries))
+        model = build_on_meta(classes[0], cast(Any, classes[0]).config_class.from_dict(dict(config)))
     finally:
         torch.set_default_dtype(before)
     for pattern in kept_in_float32(model, dtype):
@@ -277,13 +278,6 @@ def _model(config: Mapping[str, object], path: Path, dtype: torch.dtype) -> nn.M
                 parameter.data = parameter.data.to(torch.float32)
     cast(Any, model).tie_weights()
     return model.eval()
-
-
-def _plain(base: Path, adapter: Path) -> dict[str, bytes]:
-    directory = base if is_directory(base) else base.parent
-    places = {name: place for name, place in side_files(directory).items() if name not in _REPLACED}
-    places |= {name: place for name, place in side_files(adapter).items() if _TOKENIZER.fullmatch(name)}
-    return {name: read_file(place) for name, place in places.items()}
 
 
 def take_extra(adapted: nn.Module, directory: Path) -> None:
@@ -461,16 +455,13 @@ class _Reading:
         self._ties = ties_head(found.config)
         self._notes = found.notes
         self._reader = Reader(current(), self.source.plain.files, threads=2)
+        self.close = self._reader.close
         self._wanted: dict[int, list[HeldTensor]] = {}
         self._copied: dict[int, torch.Tensor] = {}
         #: Storages are told apart as long as what they are of lives.
         self.alive: list[object] = []
         self._kept = LastFew(_MOST_KEPT)
         self._lock = Lock()
-
-    def close(self) -> None:
-        """Close the base's files."""
-        self._reader.close()
 
     def match(self, adapted: nn.Module) -> None:
         """Find every tensor of the model in the base's files, and compare shapes and dtypes."""

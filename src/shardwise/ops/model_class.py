@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from shardwise.addons.hf_config import CONFIG
 from shardwise.base.class_of_config import build_on_meta, configuration, named_classes
 from shardwise.checkpointing.hub import HubNames, HubState
 from shardwise.disk.names import is_file
@@ -16,9 +17,7 @@ from shardwise.geometry import TensorSpec
 from shardwise.stateful_wrappers import ModelState
 from shardwise.upstream.hugging_face import CLASS_NAME
 
-CONFIG_NAME = "config.json"
 _WRONG = "A file is absent, or the configuration is another model's: restore the right one."
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class ModelClass:
         if missing:
             raise MissingTensorError(
                 f"{len(missing)} of the {len(known)} tensors that a {self.name} has by {self.config.name} are not "
-                f"there: {some(missing, _SHOWN)}",
+                f"there: {some(missing, 5)}",
                 path=path,
                 tensor=missing[0],
                 hint=_WRONG,
@@ -78,7 +77,7 @@ def model_class(directory: Path) -> ModelClass | None:
     ``None`` where there is no such file, or it names no class that transformers or diffusers has (or these are not
     installed), or one whose tensors the configuration does not tell (quantized).
     """
-    path = directory / CONFIG_NAME
+    path = directory / CONFIG
     found = read_json(path) if is_file(path) else None
     if not isinstance(found, dict) or found.get("quantization_config"):
         return None

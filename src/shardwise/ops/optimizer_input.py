@@ -25,10 +25,8 @@ from shardwise.sources.state_files import pack_state
 from shardwise.stateful_wrappers.wrapping import plain_name
 
 _LEAVE = "Or leave it out with --no-optimizer (optimizer=False): training then starts with a fresh one."
-_RECORDS = ("optimizer", "scheduler")
 #: Files of ``torch.save`` that Trainer, accelerate, verl and DeepSpeed keep an optimizer's state in.
 _OPTIMIZER_FILE = re.compile(r"(^|_)optim(izer)?(_.*)?\.(bin|pt|pth)$")
-_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +116,7 @@ def _own(found: ModelInput, place: Path) -> OptimizerInput:
         raise MisuseError(
             "the optimizer has state that single ranks keep, which cannot be carried over", path=place, hint=_LEAVE
         )
-    files = [place / f"{stem}{suffix}" for stem in _RECORDS for suffix in (".json", ".safetensors")]
+    files = [place / f"{stem}{suffix}" for stem in ("optimizer", "scheduler") for suffix in (".json", ".safetensors")]
     plain = {file.name: found.read(file) for file in files if is_file(file)}
     opened = open_source(place, Group(None), exclude=RECORD_TENSORS)
     tensors = {name: once(tensor, name, place) for name, tensor in opened.tensors.items()}
@@ -190,7 +188,7 @@ def _in_model_names(optimizer: DcpOptimizer, found: ModelInput, place: Path) -> 
             return optimizer.renamed({param: names.get(name, name) for param, name in own.items()})
     astray = [name for name in plain.values() if name not in known]
     raise MisuseError(
-        f"the optimizer has {len(astray)} parameters that are not the model's: {', '.join(astray[:_SHOWN])}",
+        f"the optimizer has {len(astray)} parameters that are not the model's: {', '.join(astray[:5])}",
         path=place,
         tensor=astray[0] if astray else None,
         hint=_LEAVE,

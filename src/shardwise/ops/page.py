@@ -42,7 +42,6 @@ __all__ = ["PageReport", "write_page"]
 #: The program's parts, in the order in which they stand in the page.
 _SCRIPTS = ("data.js", "colours.js", "map.js", "list.js", "panels.js", "page.js")
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
-_PAGE = "an HTML page"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +112,7 @@ def _check_target(target: Path) -> None:
         raise MisuseError("the page is to be written where a directory is", path=target, hint=hint)
     if is_there(target):
         there = what_is_file(target)
-        if there is None or there.name != _PAGE:
+        if there is None or there.name != "an HTML page":
             raise MisuseError("the page would replace a file that is no page", path=target, hint=hint)
     refuse_inside(target)
 

@@ -12,9 +12,8 @@ from shardwise.disk.names import file_size, files_under, is_directory, is_file
 from shardwise.errors import IntegrityError, MisuseError, UnverifiableError
 from shardwise.format.manifest import MANIFEST_NAME
 from shardwise.lifecycle.names import foreign_numbers, parse_checkpoint_name
-from shardwise.ops.contents import TORCH_SUFFIXES
 from shardwise.ops.targets import find_targets
-from shardwise.ops.verify import Damage, Progress, VerifyReport, verify
+from shardwise.ops.verify import TORCH_SUFFIXES, Damage, Progress, VerifyReport, verify
 from shardwise.sources.directory_contents import holds_model
 
 if TYPE_CHECKING:

@@ -55,7 +55,7 @@ def tensors_to_write(found: ModelInput, files: ReadBlocks) -> dict[str, TensorTo
     if not found.native or kind is None:
         return as_saved(tensors, read)
     _refuse_computed(kind)
-    natives = {_memory(tensor): tensor.spec.name for tensor in kind.state.native}
+    natives = {storage_key(tensor.fragments[0].data): tensor.spec.name for tensor in kind.state.native}
     kept = LastFew(_MOST_KEPT)
 
     def values(view: torch.Tensor) -> torch.Tensor:
@@ -89,16 +89,18 @@ def native_tensors_to_write(found: ModelInput, files: ReadBlocks) -> dict[str, T
             pieces.setdefault(storage_key(fragment.data), []).append((held, fragment))
     made: dict[str, TensorToWrite] = {}
     for native in kind.state.native:
-        parts = pieces.get(_memory(native), [])
+        parts = pieces.get(storage_key(native.fragments[0].data), [])
         if sum(fragment.data.numel() for _, fragment in parts) != native.spec.numel:
             raise ConversionError(
                 f"the files of a {kind.name} do not have all of this tensor", path=kind.config, tensor=native.spec.name
             )
-        first = tensors[parts[0][0].spec.name]
+        held, fragment = parts[0]
+        first = tensors[held.spec.name]
         spec = native.spec._replace(dtype=first.spec.dtype)
-        same = len(parts) == 1 and parts[0][0].spec.shape == spec.shape and _is_whole(*parts[0])
+        whole = held.grid == held.spec.shape == fragment.data.shape == spec.shape and fragment.data.is_contiguous()
+        as_is = whole and len(parts) == 1
         made[spec.name] = TensorToWrite(
-            spec, partial(read, first) if same else partial(_filled, spec, parts, tensors, read)
+            spec, partial(read, first) if as_is else partial(_filled, spec, parts, tensors, read)
         )
     known = kind.hub.keys() | kind.native.keys() | kind.others.keys()
     return made | as_saved({name: tensor for name, tensor in tensors.items() if name not in known}, read)
@@ -154,14 +156,6 @@ def _refuse_computed(kind: ModelClass) -> None:
             tensor=kind.state.groups[0].computed.hub[0].name,
             hint="Load the checkpoint into the model, and save it with save_consolidated.",
         )
-
-
-def _memory(tensor: HeldTensor) -> int:
-    return storage_key(tensor.fragments[0].data)
-
-
-def _is_whole(held: HeldTensor, fragment: Fragment) -> bool:
-    return held.grid == held.spec.shape and fragment.data.shape == held.spec.shape and fragment.data.is_contiguous()
 
 
 def assembled(

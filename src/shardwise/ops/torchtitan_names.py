@@ -11,8 +11,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from shardwise.errors import MisuseError
 from shardwise.format.json_file import read_json
@@ -20,6 +20,9 @@ from shardwise.ops.model_class import ModelClass
 from shardwise.ops.tensors_to_write import Computed, ReadBlocks, read_flat
 from shardwise.plan.reads import SourceTensor
 from shardwise.sources.tensor_bytes import as_bytes
+
+if TYPE_CHECKING:
+    from shardwise.ops.consolidate_input import ModelInput
 
 #: Which rows of a head a rotary embedding turns together: neighbours, or those half a head apart.
 Rope: TypeAlias = Literal["interleaved", "halves"]
@@ -52,23 +55,17 @@ _IN_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 #: Tables of angles, which every model computes by itself.
 _TABLES = frozenset({"freqs_cis", "rope.freqs", "rope.cache"})
 _ROTATED = {"self_attn.q_proj.weight": "num_attention_heads", "self_attn.k_proj.weight": "num_key_value_heads"}
-_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Renamed:
-    """A model under transformers' names.
+    """What was done to a model.
 
     Attributes:
-        computed: Tensors whose rows are in another order in the file.
-        note: What was done, for the report.
-        names: torchtitan's name of each -> transformers'.
+        names: torchtitan's name of each tensor -> transformers'.
         heads: transformers' name of each tensor whose rows are put into another order -> its number of heads.
     """
 
-    tensors: Mapping[str, SourceTensor]
-    computed: Mapping[str, Computed]
-    note: str
     names: Mapping[str, str]
     heads: Mapping[str, int]
 
@@ -78,14 +75,12 @@ def has_own_names(names: Collection[str], kind: ModelClass | None) -> bool:
     return _EMBEDDING in names and (kind is None or not {*kind.native, *kind.hub} & {_EMBEDDING})
 
 
-def in_transformers_names(
-    tensors: Mapping[str, SourceTensor], kind: ModelClass, rope: str | None, computed: Mapping[str, Computed]
-) -> Renamed:
-    """The tensors under transformers' names, with the rows of q and k in transformers' order.
+def in_transformers_names(model: ModelInput, kind: ModelClass, rope: str | None) -> ModelInput:
+    """The model under transformers' names, with the rows of q and k in transformers' order; ``rope`` is how it rotates.
 
-    ``computed`` are tensors that are not in the files as they are wanted, ``rope`` is how the model rotates. What is
-    not surely a Llama of these names, and rotates in a way that is known, is a `MisuseError`.
+    What is not surely a Llama of these names, and rotates in a way that is known, is a `MisuseError`.
     """
+    tensors, computed = model.source.tensors, model.computed
     if kind.name != _CLASS:
         raise _refused(kind, f"what these are in a {kind.name} is not known, only in a {_CLASS}")
     found = {name: new for name in tensors if name not in _TABLES and (new := _renamed(name)) is not None}
@@ -97,7 +92,7 @@ def in_transformers_names(
     wrong = {"are not known": unknown, "are absent": absent, "are not in the configuration": extra, "are one": twice}
     for what, names in wrong.items():
         if names:
-            raise _refused(kind, f"{len(names)} tensors {what}: {', '.join(names[:_SHOWN])}")
+            raise _refused(kind, f"{len(names)} tensors {what}: {', '.join(names[:5])}")
     heads = {tail: _heads(kind, key, tail) for tail, key in _ROTATED.items()}
     if rope is None:
         raise MisuseError(
@@ -122,7 +117,9 @@ def in_transformers_names(
             f"tensors have torchtitan's names; rows of q_proj and k_proj ({numbers} heads) were put from neighbouring "
             "pairs into halves of each head"
         )
-    return Renamed(renamed, made, note, found, reordered)
+    model.notes.append(note)
+    source = replace(model.source, tensors=renamed)
+    return replace(model, source=source, computed=made, renamed=Renamed(found, reordered))
 
 
 def _renamed(name: str) -> str | None:

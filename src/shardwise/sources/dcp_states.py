@@ -63,12 +63,12 @@ def scheduler_places(values: DcpValues) -> list[DcpPath]:
     if found:
         return found
     # Another's class, or torch's as one value.
-    named = {
+    named = dict.fromkeys(  # in the order of the file: schedulers of several lists are told apart by it
         path[: number + 1]
         for path in values.paths.values()
         for number, part in enumerate(path)
         if isinstance(part, str) and _SCHEDULER_NAME.search(part)
-    }
+    )
     own = {name for names in optimizer_places(values).values() for name in names} | values.tensors
     others = [path for name, path in values.paths.items() if name not in own]
     heads = [place for place in named if any(path[: len(place)] == place for path in others)]

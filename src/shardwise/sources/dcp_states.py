@@ -161,7 +161,6 @@ def read_record(directory: Path) -> dict[str, object]:
 _FLAT = re.compile(r"(?:(?P<head>.+?)\.)?(?P<kind>state|param_groups)\.(?P<rest>.+)")
 _KINDS = ("state", "param_groups")
 _OPTIMIZER_NAME = re.compile(r"optim(izer)?s?(_state(_dict)?)?", re.IGNORECASE)
-_PARAMS, _NAMES = "params", "param_names"
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,7 +342,7 @@ class _Reading:
         numbered: set[bool] = set()
         for group in value:
             options = dict(group)
-            params, given = options.pop(_PARAMS, []), options.pop(_NAMES, None)
+            params, given = options.pop("params", []), options.pop("param_names", None)
             if not isinstance(params, (list, tuple)) or not all(type(each) in (int, str) for each in params):
                 self._refuse(self._found.items["param_groups"][0].name, "has parameters that are no names or numbers")
             own = tuple(map(str, params))

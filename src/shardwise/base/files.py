@@ -28,7 +28,7 @@ from shardwise.sources.directory_contents import (
     holds_torch_files,
     how_to_open,
 )
-from shardwise.sources.hub_cache import Snapshot, default_cache, find_snapshot, is_models_folder, snapshot_in
+from shardwise.sources.hub_cache import Snapshot, default_cache, find_snapshot, snapshot_in
 from shardwise.sources.sources import Source, open_source
 from shardwise.sources.torch_files import open_bin
 
@@ -388,7 +388,7 @@ def _look(place: Path, search: Search) -> _Look:
         return _Look(f"{place} (nothing is there)")
     if not is_directory(place):
         return _look_at_file(place)
-    snapshot = snapshot_in(place) if is_models_folder(place) else None
+    snapshot = snapshot_in(place)
     if snapshot is not None:
         return _look_into(snapshot, search)
     if search.counts(place):

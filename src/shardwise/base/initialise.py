@@ -153,13 +153,10 @@ def _materialise(module: nn.Module, slots: list[Slot], device: torch.device) -> 
         # Module._apply makes a parameter for each place; a tied one is one parameter again.
         first = slot.tensor
         for owner, leaf in slot.places[1:]:
-            for store in (own_parameters(owner), own_buffers(owner)):
-                if (
-                    leaf in store
-                    and store[leaf] is not first
-                    and (store is own_buffers(owner) or isinstance(first, nn.Parameter))
-                ):
-                    store[leaf] = first  # type: ignore[assignment]
+            if leaf in own_buffers(owner):
+                own_buffers(owner)[leaf] = first
+            elif leaf in own_parameters(owner) and isinstance(first, nn.Parameter):
+                own_parameters(owner)[leaf] = first
 
 
 def _empty(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -63,12 +63,12 @@ def scheduler_places(values: DcpValues) -> list[DcpPath]:
     if found:
         return found
     # Another's class, or torch's as one value.
-    named = {
+    named = dict.fromkeys(  # in the order of the file: schedulers of several lists are told apart by it
         path[: number + 1]
         for path in values.paths.values()
         for number, part in enumerate(path)
         if isinstance(part, str) and _SCHEDULER_NAME.search(part)
-    }
+    )
     own = {name for names in optimizer_places(values).values() for name in names} | values.tensors
     others = [path for name, path in values.paths.items() if name not in own]
     heads = [place for place in named if any(path[: len(place)] == place for path in others)]
@@ -161,7 +161,6 @@ def read_record(directory: Path) -> dict[str, object]:
 _FLAT = re.compile(r"(?:(?P<head>.+?)\.)?(?P<kind>state|param_groups)\.(?P<rest>.+)")
 _KINDS = ("state", "param_groups")
 _OPTIMIZER_NAME = re.compile(r"optim(izer)?s?(_state(_dict)?)?", re.IGNORECASE)
-_PARAMS, _NAMES = "params", "param_names"
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,7 +342,7 @@ class _Reading:
         numbered: set[bool] = set()
         for group in value:
             options = dict(group)
-            params, given = options.pop(_PARAMS, []), options.pop(_NAMES, None)
+            params, given = options.pop("params", []), options.pop("param_names", None)
             if not isinstance(params, (list, tuple)) or not all(type(each) in (int, str) for each in params):
                 self._refuse(self._found.items["param_groups"][0].name, "has parameters that are no names or numbers")
             own = tuple(map(str, params))

@@ -39,13 +39,10 @@ def default_cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def is_models_folder(path: Path) -> bool:
-    """Whether a directory is one model's own folder in a cache."""
-    return path.name.startswith(_FOLDER) and is_directory(path / "snapshots")
-
-
 def snapshot_in(home: Path) -> Snapshot | None:
-    """As `find_snapshot`, for a model's own folder in a cache (``models--org--name``)."""
+    """As `find_snapshot`, where a directory is a model's own folder in a cache (``models--org--name``)."""
+    if not home.name.startswith(_FOLDER) or not is_directory(home / "snapshots"):
+        return None
     return find_snapshot(home.parent, home.name.removeprefix(_FOLDER).replace("--", "/"))
 
 

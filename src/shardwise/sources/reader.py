@@ -37,8 +37,6 @@ from shardwise.sources.tensor_bytes import as_bytes, blocks, is_as_stored
 BUFFER_BYTES = 4 * 2**20
 #: Gaps up to this are read too: copying them from the page cache takes as long as another request.
 SMALL_GAP_BYTES = 16 * 1024
-
-
 #: Bytes of a block of `tensor_blocks`.
 STREAM_BYTES = 8 * 2**20
 

@@ -56,9 +56,7 @@ class Source:
 
     def without(self, names: Iterable[str]) -> Source:
         """The same without some tensors."""
-        dropped = self.tensors.keys() & set(names)
-        if not dropped:
-            return self
+        dropped = set(names)
         return replace(self, tensors={n: t for n, t in self.tensors.items() if n not in dropped})
 
     def located(self, wanted: Callable[[], Mapping[str, Sequence[Box]]], group: Group) -> Source:
@@ -191,19 +189,19 @@ def _tensor_files(
     chosen = choose_weights(directory, names, SAFETENSORS, read)
     if chosen is None:
         return [], []
-    if chosen.unread is not None:
-        tell_unread(directory, chosen)
+    tell_unread(directory, chosen)
     return list(chosen.files), [] if chosen.index is None else [chosen.index]
 
 
 def tell_unread(directory: Path, chosen: WeightFiles) -> None:
-    """Log which of two sources was used."""
-    _LOG.warning(
-        "%s holds %s and %s, which lists other files: the former is read, as transformers does",
-        directory,
-        chosen.files[0],
-        chosen.unread,
-    )
+    """Log which of two sources was used, where there are two."""
+    if chosen.unread is not None:
+        _LOG.warning(
+            "%s holds %s and %s, which lists other files: the former is read, as transformers does",
+            directory,
+            chosen.files[0],
+            chosen.unread,
+        )
 
 
 def _read_headers(

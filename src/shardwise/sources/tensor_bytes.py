@@ -127,7 +127,6 @@ def contribution(
         end = (flat_offset(box.offsets, shape) + how.run) * itemsize
         return shift(piece_crc, total - end)
     inner = math.prod(shape[how.outer :]) * itemsize
-    period = inner
     rows = box.sizes[how.outer - 1]
     found = 0
     crcs = _row_crcs(resolve(data).detach().to("cpu", dtype), how.run, how.count).reshape(-1, rows)
@@ -137,7 +136,7 @@ def contribution(
         index = np.unravel_index(number, leads.sizes) if leads.sizes else ()
         lead = flat_offset(tuple(int(i) + o for i, o in zip(index, leads.offsets, strict=True)), shape[: how.outer - 1])
         last = lead * shape[how.outer - 1] + box.offsets[how.outer - 1] + rows - 1
-        found ^= shift(_combine_regular(row, period), total - (last * inner + tail))
+        found ^= shift(_combine_regular(row, inner), total - (last * inner + tail))
     return found
 
 

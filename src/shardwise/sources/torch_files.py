@@ -90,8 +90,7 @@ def _listing(path: Path) -> Sequence[str]:
         raise CheckpointNotFoundError(
             "the directory holds no .bin weights", path=path, hint="Point at a model directory."
         )
-    if chosen.unread is not None:
-        tell_unread(path, chosen)
+    tell_unread(path, chosen)
     return chosen.files
 
 

@@ -59,7 +59,6 @@ _NAMES = PLAIN_NAMES | {
     PickledGlobal("_codecs", "encode"),
 }
 _LATEST = "latest"
-_CONFIG = "config.json"
 
 
 def open_deepspeed(directory: Path, masters: bool) -> OtherModel:
@@ -440,5 +439,5 @@ def deepspeeds(directory: Path, names: Sequence[str], masters: bool) -> Layout |
             )
         if not any(map(_MODEL.fullmatch, names_in(place))):
             return None
-    side = place if is_file(place / _CONFIG) else requested
+    side = place if is_file(place / "config.json") else requested
     return Layout("DeepSpeed", place, side, partial(open_deepspeed, place, masters), has_masters=True)

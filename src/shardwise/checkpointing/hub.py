@@ -16,9 +16,9 @@ from shardwise.geometry import DTYPE_BYTES, TensorSpec
 from shardwise.plan.deferred import deferred
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState
+from shardwise.stateful_wrappers.memory import Memory, Snapshot
 from shardwise.stateful_wrappers.names import Listing, NamedTensor
 from shardwise.stateful_wrappers.replicas import MayDiffer
-from shardwise.stateful_wrappers.snapshot import Memory, Snapshot
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.stateful_wrappers.units import StandIns
 from shardwise.stateful_wrappers.wrapping import unwrap

@@ -118,7 +118,7 @@ def expected_ties(parts: Sequence[ExportedPart]) -> frozenset[str]:
     found: set[str] = set()
     for part in parts:
         if not is_pretrained(unwrap(part.module)):
-            found |= loaders_ties([part.module])
+            found |= loaders_ties([part.module]).keys()
             continue
         ties = ties_by_config(part.module)
         if not _loose(ties, part):

@@ -37,7 +37,7 @@ from shardwise.geometry import TensorSpec
 from shardwise.ops.exporting import TensorWriter, batches_of
 from shardwise.ops.tensors_to_write import TensorToWrite
 from shardwise.plan.layout import FileLayout, Layout, lay_out
-from shardwise.upstream.torch_checkpoint import storage_info
+from shardwise.upstream.torch_distributed import storage_info
 
 #: The mapping that the model's names are below, as in ``dcp.save({"model": model.state_dict()})``.
 MODEL = "model"

@@ -8,7 +8,7 @@ from shardwise.errors import CheckpointNotFoundError, MisuseError
 from shardwise.sources.dcp_model import DcpPath, find_model, model_below
 from shardwise.sources.dcp_optimizers import optimizer_places
 from shardwise.sources.dcp_values import DcpValues, nested
-from shardwise.upstream.torch_optim import STEP_COUNT
+from shardwise.upstream.torch_modules import STEP_COUNT
 
 _SCHEDULER_NAME = re.compile(r"sched", re.IGNORECASE)
 #: State of torch's schedulers: all have the first entry, and each has one of the others.

@@ -22,31 +22,20 @@ from shardwise.disk.storage import Storage
 from shardwise.engine.records import ComponentRecord, merged, write_manifest
 from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.format.manifest import AliasRecord, FileRecord, TensorRecord
-from shardwise.lifecycle import (
+from shardwise.lifecycle.names import (
     BEST,
     LATEST,
     LINEAGE_NAME,
     MANIFEST_NAME,
     METRICS_NAME,
-    Claim,
-    Lineage,
-    Retention,
-    Start,
-    abandon,
-    best_checkpoint,
-    claim,
-    lacks_metric,
-    list_checkpoints,
-    make_root,
-    next_lineage,
     parse_checkpoint_name,
-    prune,
-    publishing,
-    put_in_place,
-    set_pointer,
-    settle,
     temporary_name,
 )
+from shardwise.lifecycle.ownership import Claim, claim, publishing
+from shardwise.lifecycle.pointers import set_pointer
+from shardwise.lifecycle.publish import abandon, make_root, put_in_place, settle
+from shardwise.lifecycle.resolve import Lineage, Start, list_checkpoints, next_lineage
+from shardwise.lifecycle.retention import Retention, best_checkpoint, lacks_metric, prune
 from shardwise.settings import Settings
 from shardwise.timing import phase
 

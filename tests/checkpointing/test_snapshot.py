@@ -17,8 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from shardwise.checkpointing import Checkpointer
 from shardwise.config import CheckpointingConfig
 from shardwise.convert.derive import kept_out
+from shardwise.stateful_wrappers.memory import Memory, Snapshot
 from shardwise.stateful_wrappers.names import list_state
-from shardwise.stateful_wrappers.snapshot import Memory, Snapshot
 
 
 def model() -> nn.Sequential:

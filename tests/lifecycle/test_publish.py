@@ -17,7 +17,6 @@ from shardwise.errors import (
 )
 from shardwise.lifecycle import (
     LATEST,
-    abandon,
     list_checkpoints,
     remove_leftovers,
     reserve,
@@ -25,6 +24,7 @@ from shardwise.lifecycle import (
     set_pointer,
     temporary_name,
 )
+from shardwise.lifecycle.publish import abandon
 
 NAME = "epoch_0_step_5"
 

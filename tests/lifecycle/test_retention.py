@@ -23,9 +23,9 @@ from shardwise.lifecycle import (
     prune,
     reserve,
     resolve,
-    select_doomed,
     set_pointer,
 )
+from shardwise.lifecycle.retention import select_doomed
 
 
 def info(

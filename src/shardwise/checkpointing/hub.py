@@ -37,9 +37,9 @@ from shardwise.geometry import DTYPE_BYTES, TensorSpec
 from shardwise.plan.deferred import deferred
 from shardwise.plan.fragments import HeldTensor
 from shardwise.stateful_wrappers import ModelState, wrapping
+from shardwise.stateful_wrappers.memory import Memory, Snapshot
 from shardwise.stateful_wrappers.names import Listing, NamedTensor, declared_ties, is_lm_head, loaders_ties
 from shardwise.stateful_wrappers.replicas import MayDiffer
-from shardwise.stateful_wrappers.snapshot import Memory, Snapshot
 from shardwise.stateful_wrappers.tensors import MeshRegister, held_tensors
 from shardwise.stateful_wrappers.units import StandIns
 from shardwise.stateful_wrappers.wrapping import inner_model, is_pretrained, plain_name, unwrap
@@ -346,7 +346,7 @@ def expected_ties(parts: Sequence[ExportedPart]) -> frozenset[str]:
     found: set[str] = set()
     for part in parts:
         if not is_pretrained(unwrap(part.module)):
-            found |= loaders_ties([part.module])
+            found |= loaders_ties([part.module]).keys()
             continue
         ties = ties_by_config(part.module)
         places = {name: number for number, (named, _) in enumerate(part.own) for name in (named.name, *named.aliases)}

@@ -138,9 +138,7 @@ def find_of_optimizer(session: Session, plan: OptimizerRestore, directory: Path)
     """As `find_of_model`, for the state that optimizers are about to have. Local."""
     if not _is_for(session, directory, saved_ranks(directory)):
         return None
-    return _find(
-        session, directory, lambda: {t.spec.name: t for t in held_tensors(plan.tensors().items(), MeshRegister())}
-    )
+    return _find(session, directory, lambda: {held.spec.name: held for held in plan.held_as_saved()})
 
 
 def _find(session: Session, directory: Path, held: Callable[[], dict[str, HeldTensor]]) -> OwnRead:

@@ -21,8 +21,8 @@ from shardwise.disk.names import is_directory
 from shardwise.errors import FormatError
 from shardwise.format.pickle_tree import PickledCall, PickledGlobal, plain_globals, read_pickle_tree, torch_dtypes
 from shardwise.format.strict_json import MAX_DIMS, MAX_INT
-from shardwise.upstream import torch_checkpoint as upstream
-from shardwise.upstream.torch_checkpoint import LAYOUT, LEGACY_MEMORY_FORMATS, MEMORY_FORMATS, STORAGE_INFO
+from shardwise.upstream import torch_distributed as upstream
+from shardwise.upstream.torch_distributed import LAYOUT, LEGACY_MEMORY_FORMATS, MEMORY_FORMATS, STORAGE_INFO
 
 if TYPE_CHECKING:
     import torch

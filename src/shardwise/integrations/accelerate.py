@@ -29,7 +29,7 @@ from shardwise.config import CheckpointingConfig
 from shardwise.errors import CheckpointExistsError, CheckpointNotFoundError, ConfigError, MisuseError
 from shardwise.integrations.hosts import HostPaths, Parts, Pass, first_then, is_complete, local_path, refuse_ways
 from shardwise.stateful_wrappers.wrapping import unwrap
-from shardwise.upstream.hugging_face import lists_of
+from shardwise.upstream import hugging_face as upstream
 
 if TYPE_CHECKING:
     import os
@@ -203,7 +203,7 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
 
     def prepare_data_loader(self, data_loader: object, *positional: object, **named: object) -> object:
         """As in ``Accelerator``; what it returns knows its position."""
-        loaders = lists_of(self).dataloaders
+        loaders = upstream.prepared_dataloaders(self)
         prepared = super().prepare_data_loader(data_loader, *positional, **named)
         found = tracked(prepared)
         if found is None:
@@ -257,10 +257,10 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
     # --- parts ------------------------------------------------------------------------------------------------------
 
     def _loaders(self) -> list[Tracked]:
-        return [loader for loader in lists_of(self).dataloaders if isinstance(loader, Tracked)]
+        return [loader for loader in upstream.prepared_dataloaders(self) if isinstance(loader, Tracked)]
 
     def _parts(self) -> Parts:
-        models = lists_of(self).models
+        models = upstream.prepared_models(self)
         if not models:
             raise MisuseError(
                 "no model was prepared", hint="Call accelerator.prepare(model, ...) before save_state or load_state."
@@ -272,11 +272,11 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
         }
         if self.scaler is not None:
             extra[_SCALER] = self.scaler
-        for number, each in enumerate(lists_of(self).objects):
+        for number, each in enumerate(upstream.registered_objects(self)):
             extra[f"object_{number}"] = each
         together = nn.ModuleList([unwrap(model) for model in models]) if len(models) > 1 else models[0]
-        optimizers = [cast("Optimizer", each.optimizer) for each in lists_of(self).optimizers]  # type: ignore[attr-defined]
-        schedulers = [cast("LRScheduler", each.scheduler) for each in lists_of(self).schedulers]  # type: ignore[attr-defined]
+        optimizers = [cast("Optimizer", each.optimizer) for each in upstream.prepared_optimizers(self)]  # type: ignore[attr-defined]
+        schedulers = [cast("LRScheduler", each.scheduler) for each in upstream.prepared_schedulers(self)]  # type: ignore[attr-defined]
         return Parts(together, optimizers, schedulers, extra)
 
     @property

@@ -30,19 +30,12 @@ from shardwise.lifecycle.names import (
     parse_checkpoint_name,
     temporary_name,
 )
-from shardwise.lifecycle.ownership import Claim, Writer, claim, claimed_by, publishing, writer_of
+from shardwise.lifecycle.ownership import Writer, claim, claimed_by, publishing, writer_of
 from shardwise.lifecycle.pointers import pointers, read_pointer, set_pointer
 from shardwise.lifecycle.preemption import PreemptionGuard
-from shardwise.lifecycle.publish import abandon, make_root, put_in_place, remove_leftovers, reserve, settle
-from shardwise.lifecycle.resolve import (
-    CheckpointInfo,
-    Lineage,
-    Start,
-    list_checkpoints,
-    next_lineage,
-    resolve,
-)
-from shardwise.lifecycle.retention import Retention, best_checkpoint, lacks_metric, prunable, prune, select_doomed
+from shardwise.lifecycle.publish import put_in_place, remove_leftovers, reserve, settle
+from shardwise.lifecycle.resolve import CheckpointInfo, Start, list_checkpoints, next_lineage, resolve
+from shardwise.lifecycle.retention import Retention, best_checkpoint, prunable, prune
 
 __all__ = [
     "BEST",
@@ -51,21 +44,16 @@ __all__ = [
     "MANIFEST_NAME",
     "METRICS_NAME",
     "CheckpointInfo",
-    "Claim",
-    "Lineage",
     "PreemptionGuard",
     "Retention",
     "Start",
     "Writer",
-    "abandon",
     "best_checkpoint",
     "checkpoint_name",
     "claim",
     "claimed_by",
     "doomed_name",
-    "lacks_metric",
     "list_checkpoints",
-    "make_root",
     "next_lineage",
     "parse_checkpoint_name",
     "pointers",
@@ -77,7 +65,6 @@ __all__ = [
     "remove_leftovers",
     "reserve",
     "resolve",
-    "select_doomed",
     "set_pointer",
     "settle",
     "temporary_name",

@@ -35,9 +35,7 @@ def set_pointer(root: Path, name: str, target: str) -> None:
         raise MisuseError(f"{target!r} is not the name of a checkpoint", hint="Name a directory of the root.")
     if not is_directory(root / target):
         raise CheckpointNotFoundError(
-            f"The pointer {name} cannot lead to {target!r}",
-            path=root / target,
-            hint="Publish the checkpoint first.",
+            f"The pointer {name} cannot lead to {target!r}", path=root / target, hint="Publish the checkpoint first."
         )
     link, text = root / name, root / f"{name}.txt"
     with storage_errors(root):

@@ -6,7 +6,6 @@ at a step boundary, through whatever the caller passes to `PreemptionGuard.shoul
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import threading
@@ -20,8 +19,7 @@ from shardwise.errors import MisuseError
 # No handler catches the first two. The others do not end the process by default: a second one could not leave at once.
 _UNFIT = {"SIGKILL", "SIGSTOP", "SIGCHLD", "SIGCLD", "SIGCONT", "SIGURG", "SIGWINCH", "SIGTSTP", "SIGTTIN", "SIGTTOU"}
 
-# The guards in use, outermost first: what a forked child has to undo. `os.register_at_fork` cannot be taken back, so it
-# is called once, by the first guard that is entered.
+# The guards in use, outermost first: what a forked child has to undo.
 _in_use: list[PreemptionGuard] = []
 
 
@@ -33,9 +31,7 @@ def _leave_to_the_default() -> None:
     _in_use.clear()
 
 
-@functools.cache
-def _watch_forks() -> None:
-    os.register_at_fork(after_in_child=_leave_to_the_default)
+os.register_at_fork(after_in_child=_leave_to_the_default)
 
 
 class PreemptionGuard:
@@ -104,13 +100,12 @@ class PreemptionGuard:
             raise MisuseError("The PreemptionGuard is already in use", hint="Make one guard for each loop.")
         self._first_at = None
         self._owner = os.getpid()
-        _watch_forks()
         _in_use.append(self)
         try:
             for number in self._signals:
                 self._previous[number] = signal.signal(number, self._handle)
         except BaseException:
-            self._put_back()
+            self.__exit__(None, None, None)
             raise
         return self
 
@@ -118,9 +113,6 @@ class PreemptionGuard:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Restore the previous handlers."""
-        self._put_back()
-
-    def _put_back(self) -> None:
         for number, handler in self._previous.items():
             # None stands for a handler that was not installed from Python and cannot be put back from here.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

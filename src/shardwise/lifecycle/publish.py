@@ -144,7 +144,7 @@ def settle(temp: Path, final: Path) -> None:
         if is_there(temp):
             storage.rename_new(temp, doomed)
         if is_there(doomed):
-            _remove_doomed(final.parent, final.name)
+            _remove_doomed(doomed)
     except (OSError, ShardwiseError) as error:
         _LOG.warning("%s is published, but deleting what it replaced failed: %s", final, ShardwiseError.wrap(error))
 
@@ -208,21 +208,19 @@ def _may_live_elsewhere(root: Path, name: str) -> bool:
     return any(when is None or time.time() - when < _QUIET_SECONDS for when in changed)
 
 
-def remove_checkpoint(root: Path, *names: str) -> None:
-    """Delete directories so that a crash leaves each either whole under its name, or under none that resolves."""
-    storage = current()
+def remove_checkpoint(root: Path, name: str) -> None:
+    """Delete a directory so that a crash leaves it either whole under its name, or under none that resolves."""
+    doomed = root / doomed_name(name)
     with storage_errors(root):
-        for name in names:
-            storage.remove_tree(root / doomed_name(name))
-            storage.rename_new(root / name, root / doomed_name(name))
-        _remove_doomed(root, *names)
+        current().remove_tree(doomed)
+        current().rename_new(root / name, doomed)
+        _remove_doomed(doomed)
 
 
-def _remove_doomed(root: Path, *names: str) -> None:
+def _remove_doomed(doomed: Path) -> None:
     # Durable before the first file goes, or a crash could bring back the name of a half-deleted directory.
-    current().sync_directory(root)
-    for name in names:
-        current().remove_tree(root / doomed_name(name))
+    current().sync_directory(doomed.parent)
+    current().remove_tree(doomed)
 
 
 def make_root(root: Path) -> None:

@@ -296,7 +296,7 @@ def list_checkpoints(root: Path) -> tuple[CheckpointInfo, ...]:
             linked = linked_checkpoint(root, entry.name)
             if numbers is None or not (entry.kind == "directory" or linked):
                 continue
-            metrics, lineage = _metrics(directory), read_lineage(directory)
+            metrics, lineage = read_metrics(directory), read_lineage(directory)
             info = CheckpointInfo(
                 entry.name,
                 *numbers,
@@ -318,13 +318,8 @@ def newest(checkpoints: Sequence[CheckpointInfo]) -> CheckpointInfo | None:
     return max(complete, key=lambda info: (info.sequence, info.order), default=None)
 
 
-def read_metrics(directory: Path) -> dict[str, float]:
-    """The finite numbers at the top level of ``losses.json``; none where it is absent or damaged."""
-    return _metrics(directory) or {}
-
-
-def _metrics(directory: Path) -> dict[str, float] | None:
-    """As `read_metrics`; ``None`` where the file is there and cannot be read."""
+def read_metrics(directory: Path) -> dict[str, float] | None:
+    """The finite numbers at the top level of ``losses.json``; ``None`` where it is there and cannot be read."""
     path = directory / METRICS_NAME
     data = read_note(directory, METRICS_NAME, _METRICS_LIMIT)
     if data is None:
@@ -479,7 +474,7 @@ def _describe(directory: Path) -> ResolvedCheckpoint:
             numbers = lineage.epoch, lineage.step
         else:
             numbers = _recorded_numbers(directory) if verifiable else foreign_numbers(directory.name)
-    return ResolvedCheckpoint(directory, directory.name, *numbers, verifiable, read_metrics(directory))
+    return ResolvedCheckpoint(directory, directory.name, *numbers, verifiable, read_metrics(directory) or {})
 
 
 def _recorded_numbers(directory: Path) -> tuple[int | None, int | None]:

@@ -137,8 +137,8 @@ def prune(root: Path, policy: Retention) -> tuple[str, ...]:
     refusals: list[StorageError] = []
     with storage_errors(root):
         # Of a component that stands alone the only copy may have such a name; its own next save sees to it.
-        found = [root / name for name in names_in(root) if is_doomed(name)] if is_directory(root) else []
-        leftovers = sorted(path for path in found if parse_checkpoint_name(leftover_of(path.name) or "") is not None)
+        found = [name for name in names_in(root) if is_doomed(name)] if is_directory(root) else []
+        leftovers = [root / name for name in found if parse_checkpoint_name(leftover_of(name) or "") is not None]
     for leftover in leftovers:
         try:
             with storage_errors(leftover):

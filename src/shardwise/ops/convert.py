@@ -51,7 +51,7 @@ from shardwise.plan.layout import FileLayout, Layout, lay_out, shard_name
 from shardwise.sources.dcp_values import DcpValues, is_dcp
 from shardwise.sources.others.rank_files import optimizer_beside
 from shardwise.sources.reader import VerifyingReader
-from shardwise.upstream.torch_checkpoint import storage_info
+from shardwise.upstream.torch_distributed import storage_info
 
 __all__ = ["FORMATS", "ConvertReport", "Format", "convert"]
 

@@ -227,7 +227,7 @@ def inspect(path: str | os.PathLike[str], *, storage: Storage | None = None) -> 
             step,
             _count(info.get("world_size")) if verifiable else found.world_size,
             version if isinstance(version, str) else None,
-            read_metrics(root),
+            read_metrics(root) or {},
             tuple(replace(file, tensors=counts[path]) for path, file in found.files.items()),
             tuple(found.tensors.values()),
             tuple(found.unread.items()),

@@ -19,7 +19,7 @@ from shardwise.stateful_wrappers.wrapping import plain_name
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
-    from shardwise.upstream.torch_checkpoint import StorageInfo
+    from shardwise.upstream.torch_distributed import StorageInfo
 
 #: Names of the model's mapping in state dicts such as `{"model": ..., "optimizer": ...}`.
 MODEL_KEYS = ("model", "model_state_dict", "module", "state_dict")

@@ -19,7 +19,7 @@ from shardwise.sources.dcp_model import DcpPath, find_model, model_below
 from shardwise.sources.dcp_values import DcpValues, nested
 from shardwise.sources.state_files import has_state, read_state
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord
-from shardwise.upstream.torch_optim import STEP_COUNT
+from shardwise.upstream.torch_modules import STEP_COUNT
 
 _SCHEDULER_NAME = re.compile(r"sched", re.IGNORECASE)
 #: State of torch's schedulers: all have the first entry, and each has one of the others.

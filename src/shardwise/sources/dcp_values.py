@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.checkpoint.metadata import Metadata
 
-    from shardwise.upstream.torch_checkpoint import StorageInfo
+    from shardwise.upstream.torch_distributed import StorageInfo
 
 #: Tensors that are no part of a model or of an optimizer's state are small: counters, a tensor learning rate.
 MAX_SMALL_TENSOR_BYTES = 2**28

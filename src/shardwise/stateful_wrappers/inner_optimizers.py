@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from shardwise.errors import MisuseError
 from shardwise.stateful_wrappers.state_trees import alike, equal
-from shardwise.upstream.torch_optim import STATE_HOOKS
+from shardwise.upstream.torch_modules import STATE_HOOKS
 from shardwise.upstream.torch_tensors import local_part
 
 Options = dict[str, object]
@@ -101,7 +101,8 @@ def _state_holders(
     # Not in what has an entry for each parameter.
     for each in _inside({key: kept for key, kept in own.items() if key not in ("state", "param_groups")}, 0):
         yield from _state_holders(each, number, inside, seen, depth + 1)
-    if _keeps_state(value):
+    state, groups = getattr(value, "state", None), getattr(value, "param_groups", None)
+    if isinstance(value, Optimizer) or (isinstance(state, Mapping) and isinstance(groups, list)):
         yield StateHolder(cast(Optimizer, value), "", (), number, around)
 
 
@@ -122,13 +123,6 @@ def _is_optimizer(value: object) -> bool:
         return False
     has_state = hasattr(type(value), "state_dict") and hasattr(type(value), "load_state_dict")
     return has_state and (hasattr(value, "param_groups") or any(True for _ in _inside(vars(value), 1)))
-
-
-def _keeps_state(value: object) -> bool:
-    if isinstance(value, Optimizer):
-        return True
-    state, groups = getattr(value, "state", None), getattr(value, "param_groups", None)
-    return isinstance(state, Mapping) and isinstance(groups, list)
 
 
 def is_zero(value: object) -> bool:
@@ -181,17 +175,12 @@ Path = tuple[Step, ...]
 NameOf = Callable[[torch.Tensor], str]
 
 
-def makes_or_loads_custom(optimizer: AnyOptimizer) -> bool:
+def makes_or_loads_custom(
+    optimizer: AnyOptimizer,
+    methods: Sequence[str] = ("state_dict", "load_state_dict"),
+    hooks: Sequence[str] = STATE_HOOKS,
+) -> bool:
     """Whether an optimizer makes or loads its state dict in another way than torch's class does."""
-    return _is_custom(optimizer, ("state_dict", "load_state_dict"), STATE_HOOKS)
-
-
-def loads_custom(optimizer: AnyOptimizer) -> bool:
-    """Whether loading a state dict does something that torch's class does not."""
-    return _is_custom(optimizer, ("load_state_dict",), STATE_HOOKS[2:])
-
-
-def _is_custom(optimizer: AnyOptimizer, methods: Sequence[str], hooks: Sequence[str]) -> bool:
     if is_zero(optimizer) or is_shell(optimizer):
         return False
     if not isinstance(optimizer, Optimizer):
@@ -299,14 +288,11 @@ class StateView:
         given = set(map(id, _tensors(state)))
         owners += [k for k in fitting if any(id(t) in given for t in _tensors(k.optimizer.state))]
         for holder in [*owners, *fitting]:
-            if holder in fitting and (owners or self._is_like(groups, holder)):
+            pairs = zip(groups, holder.groups(), strict=True) if holder in fitting else ()
+            alike = (equal(v, own.get(k)) for group, own in pairs for k, v in group.items() if k != "params")
+            if holder in fitting and (owners or all(alike)):
                 return holder
         return fitting[0] if len(fitting) == 1 else None
-
-    @staticmethod
-    def _is_like(groups: Sequence[Mapping[str, object]], holder: StateHolder) -> bool:
-        pairs = zip(groups, holder.groups(), strict=True)
-        return all(equal(v, own.get(k)) for group, own in pairs for k, v in group.items() if k != "params")
 
     def _rest_of_packed(
         self, value: Mapping[object, object], holder: StateHolder, path: Path
@@ -352,7 +338,7 @@ class StateView:
 
     def take(self, rest: Sequence[tuple[Path, object]]) -> None:
         """Hand the rest back, with what the holders have by now around it. The optimizer's own code may raise."""
-        if not rest and not loads_custom(self.optimizer):
+        if not rest and not makes_or_loads_custom(self.optimizer, ("load_state_dict",), STATE_HOOKS[2:]):
             return
         found = copied(self._given())
         for path, value in rest:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
 from torch import nn
@@ -18,24 +17,14 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.upstream.torch_tensors import root_mesh
 
-
-class Role(Enum):
-    """The purpose of a mesh dimension."""
-
-    DATA = "data"
-    TENSOR = "tensor"
-    PIPELINE = "pipeline"
-    CONTEXT = "context"  # its ranks read the same samples, each another part of the sequence
-    EXPERT = "expert"  # borrows ranks from others, in a way that its name does not show
-
-
+#: What dimensions are for. Ranks along "context" read the same samples, each another part of the sequence. Those of
+#: experts ("ep", "efsdp", ...) are as good as unknown: they borrow ranks in a way that their names do not show.
 _ROLES = {
-    **dict.fromkeys(("dp", "ddp", "fsdp", "hsdp", "data", "data_parallel", "replicate", "shard"), Role.DATA),
-    **dict.fromkeys(("dp_replicate", "dp_shard", "dp_shard_mod_ep", "dp_shard_in_ep", "batch"), Role.DATA),
-    **dict.fromkeys(("tp", "tensor", "tensor_parallel"), Role.TENSOR),
-    **dict.fromkeys(("pp", "pipe", "pipeline", "pipeline_parallel"), Role.PIPELINE),
-    **dict.fromkeys(("cp", "sp", "context", "context_parallel"), Role.CONTEXT),
-    **dict.fromkeys(("ep", "etp", "efsdp", "ep_shard", "ep_replicate", "expert", "expert_parallel"), Role.EXPERT),
+    **dict.fromkeys(("dp", "ddp", "fsdp", "hsdp", "data", "data_parallel", "replicate", "shard"), "data"),
+    **dict.fromkeys(("dp_replicate", "dp_shard", "dp_shard_mod_ep", "dp_shard_in_ep", "batch"), "data"),
+    **dict.fromkeys(("tp", "tensor", "tensor_parallel"), "tensor"),
+    **dict.fromkeys(("pp", "pipe", "pipeline", "pipeline_parallel"), "pipeline"),
+    **dict.fromkeys(("cp", "sp", "context", "context_parallel"), "context"),
 }
 
 
@@ -52,13 +41,10 @@ class MeshRanks:
 
 
 def mesh_ranks(parts: Sequence[nn.Module], tensors: Iterable[torch.Tensor]) -> MeshRanks:
-    """Read this rank's coordinates from the meshes of the tensors of a model's parts. Local.
-
-    Each mesh is looked at together with the one that it was cut out of, which knows the other dimensions.
-    """
+    """Read this rank's coordinates from the meshes of the tensors of a model's parts. Local."""
     meshes = {id(tensor.device_mesh): tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}
     is_fsdp = any(isinstance(module, FSDPModule) for part in parts for module in part.modules())
-    found: dict[Role, set[int]] = {}
+    found: dict[str, set[int]] = {}
     reasons = []
     for mesh in meshes.values():
         # FSDP2's own mesh has no names; over another parallelism it demands some.
@@ -69,15 +55,15 @@ def mesh_ranks(parts: Sequence[nn.Module], tensors: Iterable[torch.Tensor]) -> M
             found.setdefault(role, set()).add(coordinate)
     one = {role: next(iter(each)) for role, each in found.items() if len(each) == 1}
     # One mesh is enough, such as that of the dense layers; those of experts may leave the index open.
-    unclear = "" if Role.DATA in one else next(filter(None, reasons), "")
+    unclear = "" if "data" in one else next(filter(None, reasons), "")
     for role, coordinates in found.items():
         if len(coordinates) > 1:
-            unclear = f"the meshes of its tensors disagree about its {role.value}-parallel coordinate"
-    dp = None if unclear else one.get(Role.DATA)
-    return MeshRanks(dp, one.get(Role.TENSOR), one.get(Role.PIPELINE), one.get(Role.CONTEXT), unclear)
+            unclear = f"the meshes of its tensors disagree about its {role}-parallel coordinate"
+    dp = None if unclear else one.get("data")
+    return MeshRanks(dp, one.get("tensor"), one.get("pipeline"), one.get("context"), unclear)
 
 
-def _read(mesh: DeviceMesh, names: Sequence[str]) -> tuple[dict[Role, int], str]:
+def _read(mesh: DeviceMesh, names: Sequence[str]) -> tuple[dict[str, int], str]:
     """The coordinates in a mesh and the one around it; and why these leave the data-parallel index open, if they do."""
     if not names:
         return {}, "the mesh of its tensors has no names of dimensions" if mesh.size() > 1 else ""
@@ -88,27 +74,24 @@ def _read(mesh: DeviceMesh, names: Sequence[str]) -> tuple[dict[Role, int], str]
     inner, odd = _by_role(mesh, names)
     found = {**inner, **around}
     # The mesh itself may be several of the dimensions around it in one.
-    strange = strange + odd if strange or Role.DATA not in around else ()
+    strange = strange + odd if strange or "data" not in around else ()
     if not strange:
         return found, ""
-    found.pop(Role.DATA, None)
+    found.pop("data", None)
     return found, f"its tensors' mesh has the dimensions {', '.join(dict.fromkeys(strange))}, whose use is unknown"
 
 
-def _by_role(mesh: DeviceMesh, names: Sequence[str]) -> tuple[dict[Role, int], tuple[str, ...]]:
-    """This rank's coordinate in each role, and the names that leave open which ranks share data.
-
-    A dimension of one rank leaves nothing open, whatever it is called.
-    """
+def _by_role(mesh: DeviceMesh, names: Sequence[str]) -> tuple[dict[str, int], tuple[str, ...]]:
+    """This rank's coordinate in each role, and the names that leave open which ranks share data."""
     coordinate = mesh.get_coordinate()
-    found: dict[Role, int] = {}
+    found: dict[str, int] = {}
     strange = []
     if coordinate is None or not names:
         return found, ()
     for name, size, index in zip(names, mesh.shape, coordinate, strict=True):
         role = _ROLES.get(name)
-        if role is not None and role is not Role.EXPERT:
+        if role is not None:
             found[role] = found.get(role, 0) * size + index
-        elif size > 1:
+        elif size > 1:  # one of a single rank leaves nothing open, whatever it is called
             strange.append(name)
     return found, tuple(strange)

@@ -161,9 +161,6 @@ def _made(named: NamedTensor) -> torch.Tensor:
 # --- loading by modules' own methods ---------------------------------------------------------------------------------
 
 
-_CHECKPOINTED = f"{upstream.CHECKPOINTED}."
-
-
 @dataclass
 class Installing:
     """Loads state through modules' own methods, and judges their answers."""
@@ -178,11 +175,7 @@ class Installing:
     without: list[str] = field(default_factory=list)  #: Modules that found no extra state.
 
     def run(self, steps: Sequence[Step]) -> None:
-        """Carry out steps. Local, unless a module's own methods communicate.
-
-        A method or hook that fails or refuses its values raises `ModuleStateError`, entries that are missing or
-        unexpected `TensorError`.
-        """
+        """Carry out steps. Local, unless a module's own methods communicate."""
         for step in steps:
             if step.kind == "take":
                 assert step.taker is not None
@@ -260,7 +253,7 @@ class Installing:
 def given_name(taker: Taker, key: str) -> str:
     """A name as ``load_state_dict`` gives it to a module: activation checkpointing's own hook adds its prefix."""
     if key.startswith(taker.prefix):
-        return taker.prefix + key[len(taker.prefix) :].replace(_CHECKPOINTED, "")
+        return taker.prefix + key[len(taker.prefix) :].replace(f"{upstream.CHECKPOINTED}.", "")
     return taker.prefix + plain_name(key).removeprefix(plain_name(taker.prefix))
 
 

@@ -114,10 +114,8 @@ def _listed(entries: Sequence[Mapping[str, torch.Tensor]], parts: Sequence[nn.Mo
     for number, own in enumerate(entries):
         for key, tensor in own.items():
             name = plain_name(key)
-            known = found.get(name)
-            if known is None:
-                found[name] = NamedTensor(name, tensor, (), number, len(found))
-            elif known.tensor is not tensor:
+            known = found.setdefault(name, NamedTensor(name, tensor, (), number, len(found)))
+            if known.tensor is not tensor:
                 raise NameCollisionError(
                     "two of this rank's model parts have different tensors of this name",
                     tensor=name,
@@ -207,19 +205,14 @@ def promised_ties(parts: Sequence[nn.Module]) -> dict[str, str]:
 
     A pipeline stage may have its own copy of a tensor that another stage has under the name that it is tied to.
     """
-    return {target: source for target, source in _configured(parts).items() if source}
+    return {target: source for target, source in loaders_ties(parts).items() if source}
 
 
-def loaders_ties(parts: Sequence[nn.Module]) -> frozenset[str]:
-    """Names that a loader of these parts fills from other tensors, as the parts declare.
+def loaders_ties(parts: Sequence[nn.Module]) -> dict[str, str]:
+    """As `declared_ties`, but what transformers ties depends on the configuration.
 
-    As `declared_ties`, but what transformers ties depends on the configuration: with ``tie_word_embeddings=False`` a
-    declared tie does not count.
+    With ``tie_word_embeddings=False`` a declared tie does not count. A loader fills these names from other tensors.
     """
-    return frozenset(_configured(parts))
-
-
-def _configured(parts: Sequence[nn.Module]) -> dict[str, str]:
     ties: dict[str, str] = {}
     for module in map(unwrap, parts):
         known = configured_ties(module)

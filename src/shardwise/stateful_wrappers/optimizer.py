@@ -143,15 +143,15 @@ class OptimizerRecord:
                 name: {key: SavedTensor.from_state(row) for key, row in found.items()}
                 for name, found in cast(dict[str, dict[str, list[object]]], fields["tensors"]).items()
             }
-            values = cast(dict[str, dict[str, object]], fields["values"])
+            beside = cast(dict[str, Mapping[str, object]], fields["values"])
+            values = {name: dict(found) for name, found in beside.items()}
             aliases = {str(k): str(v) for k, v in cast(dict[str, str], fields.get("aliases", {})).items()}
             saved_shapes = cast(dict[str, list[int]], fields.get("shapes", {}))
             shapes = {name: tuple(int(n) for n in shape) for name, shape in saved_shapes.items()}
             schedulers = tuple(str(kind) for kind in cast(list[object], fields.get("schedulers", [])))
-            held = {name: dict(found) for name, found in values.items()}
             trees = {name: list(tree) for name, tree in cast(dict[str, Tree], fields.get("trees", {})).items()}
             is_old = bool(rows) and not any("slot" in g for g in rows)
-            return OptimizerRecord(groups, tensors, held, aliases, shapes, schedulers, trees, is_old)
+            return OptimizerRecord(groups, tensors, values, aliases, shapes, schedulers, trees, is_old)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             if isinstance(error, StateFormatError):
                 raise
@@ -231,14 +231,6 @@ class SplitState(NamedTuple):
     tensors: Mapping[str, torch.Tensor]  #: Key -> tensor.
     values: Mapping[str, object]  #: Key -> other value, where nothing is nested.
     tree: Tree | None  #: How the state is nested; ``None`` where it is flat.
-
-
-class _Loose(NamedTuple):
-    """State that belongs to no parameter, split into a tree and tensors, and its label in the checkpoint."""
-
-    label: str
-    tree: Tree
-    tensors: Mapping[str, torch.Tensor]
 
 
 def _label_under(label: str, names: Mapping[str, str]) -> str:
@@ -365,20 +357,21 @@ class OptimizerState:
         return any(map(makes_or_loads_custom, self.passed))
 
     @cached_property
-    def loose(self) -> list[_Loose]:
-        """State that belongs to no parameter: under other keys, and further entries of state dicts."""
-        found: list[_Loose] = []
+    def loose(self) -> dict[str, tuple[Tree, Mapping[str, torch.Tensor]]]:
+        """State that belongs to no parameter, by label: under other keys, and further entries of state dicts."""
+        found: dict[str, object] = {}
         for holder, label in self.labels():
             state = cast(Mapping[object, object], holder.optimizer.state)
             keyed = {key: value for key, value in state.items() if not isinstance(key, torch.Tensor)}
             if keyed:
-                found.append(self._split_loose(label, keyed))
+                found[label] = keyed
         for number, label in self.passed_labels():
             if makes_or_loads_custom(self.passed[number]):
                 rest = [[[list(step) for step in path], value] for path, value in self.view(number).rest()]
                 if rest:
-                    found.append(self._split_loose(label, rest))
-        return found
+                    found[label] = rest
+        writers = {label: TreeWriter(label, None, self.name) for label in found}
+        return {label: (writers[label].split(value), writers[label].tensors) for label, value in found.items()}
 
     def labels(self) -> list[tuple[StateHolder, str]]:
         """Each holder, and the label of its state that belongs to no parameter."""
@@ -389,11 +382,6 @@ class OptimizerState:
         """The number of each optimizer that was passed, and the label of the rest of its state dict."""
         labels = _numbered([type(each).__name__ for each in self.passed])
         return [(number, f"<{label}.state_dict>") for number, label in enumerate(labels)]
-
-    def _split_loose(self, label: str, value: object) -> _Loose:
-        writer = TreeWriter(label, None, self.name)
-        tree = writer.split(value)
-        return _Loose(label, tree, writer.tensors)
 
     # --- what ranks find out together -------------------------------------------------------------------------------
 
@@ -459,9 +447,9 @@ class OptimizerState:
             values[entry.label] = parts.values
             if parts.tree is not None:
                 trees[entry.label] = parts.tree
-        for loose in self.loose:
-            tensors[loose.label] = {key: describe(value, None) for key, value in loose.tensors.items()}
-            trees[loose.label] = loose.tree
+        for label, (tree, loose) in self.loose.items():
+            tensors[label] = {key: describe(value, None) for key, value in loose.items()}
+            trees[label] = tree
         return OptimizerRecord(tuple(groups), tensors, values, self.aliases, shapes, tuple(schedulers), trees)
 
     def held(self, meshes: MeshRegister | None = None) -> list[HeldTensor]:
@@ -476,8 +464,8 @@ class OptimizerState:
                 name = entry.tensor_name(key)
                 tensor = plain_view(name, value)
                 found[name] = as_shard_of(tensor, entry.param) if self._settled.get(name) == LOCAL else tensor
-        for loose in self.loose:
-            names = {f"state.{loose.label}.{key}": value for key, value in loose.tensors.items()}
+        for label, (_, loose) in self.loose.items():
+            names = {f"state.{label}.{key}": value for key, value in loose.items()}
             found |= {name: plain_view(name, value) for name, value in names.items()}
         return found
 
@@ -490,11 +478,7 @@ class OptimizerState:
         return [(entry.tensor_name(key), entry.name) for entry in self.entries() for key in self._split(entry).tensors]
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
-        """Copy state tensors in place; those that already share the optimizers' memory are left alone.
-
-        Raises:
-            KeyError: A tensor that the optimizers do not have.
-        """
+        """Copy state tensors in place; those that already share the optimizers' memory are left alone."""
         own = self.state_dict()
         with torch.no_grad():
             for name, value in state_dict.items():

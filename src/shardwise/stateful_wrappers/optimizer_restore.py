@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -92,10 +93,6 @@ class OptimizerRestore:
     fresh: list[str] = field(default_factory=list)
     params_of: dict[str, str] = field(default_factory=dict)  #: Name of a saved tensor -> whose state it is.
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The state tensors to be filled, under the names of the checkpoint."""
-        return {name: tensor.detach() for name, tensor in self.targets}
-
     def keep(self, names: Collection[str], parameters: Collection[str]) -> None:
         """Drop state tensors of ``parameters`` that are not among ``names``: this rank saved none."""
         dropped = {name for name, _ in self.targets if self.params_of.get(name) in parameters and name not in names}
@@ -126,9 +123,13 @@ class OptimizerRestore:
                 for group, options in self.groups:
                     _set_options(group, options)
             for each in self.params:
-                _set_state(each.optimizer, each.param, each.state)
-            for optimizer, state in self.keyed:
-                _set_keyed(optimizer, state)
+                state: object = _ABSENT if each.state is None else each.state
+                if each.state is not None and each.state.keys() == {""}:  # a state that is no dictionary
+                    state = each.state[""]
+                _set_state(each.optimizer, each.param, state)
+            for optimizer, states in self.keyed:
+                for key, state in states.items():
+                    _set_state(optimizer, key, state)
             for own in self.own:
                 self._hand_over(own)
         except BaseException:
@@ -139,26 +140,25 @@ class OptimizerRestore:
     def _undo(self) -> Undo:
         """A function that restores the current state."""
         groups = [(group, dict(group), _tensor_options(group)) for group, _ in self.groups]
-        states = [(each, _had(each.optimizer, each.param)) for each in self.params]
-        keyed = [(optimizer, _had_keys(optimizer, state)) for optimizer, state in self.keyed]
+        places: list[tuple[Optimizer, object]] = [(each.optimizer, each.param) for each in self.params]
+        places += [(optimizer, key) for optimizer, states in self.keyed for key in states]
+        had = [(optimizer, key, _had(optimizer, key)) for optimizer, key in places]
         rests = [(own, [(path, cloned(value)) for path, value in own.view().rest()]) for own in self.own]
         # torch's own class makes new groups as it takes a state dict in.
         owners = {id(each.optimizer): (each.optimizer, each.optimizer.param_groups) for each in self.params}
 
         @torch.no_grad()
         def undo() -> None:
-            for optimizer, had in owners.values():
+            for optimizer, own_groups in owners.values():
                 if "param_groups" in vars(optimizer):
-                    optimizer.param_groups = had
+                    optimizer.param_groups = own_groups
             for group, options, tensors in groups:
                 group.clear()
                 group.update(options)
-                for key, value in tensors.items():
-                    cast(torch.Tensor, group[key]).copy_(value)
-            for each, state in states:
-                _set_state(each.optimizer, each.param, state)
-            for optimizer, before in keyed:
-                _set_keyed(optimizer, before)
+                for name, value in tensors.items():
+                    cast(torch.Tensor, group[name]).copy_(value)
+            for optimizer, key, state in had:
+                _set_state(optimizer, key, state)
             for own, rest in rests:
                 own.view().take(rest)
 
@@ -195,13 +195,7 @@ def plan_restore(
     """Compare optimizers with a saved one, and make the memory that they lack. Nothing of theirs is changed. Local.
 
     With ``allow_new`` parameters that the saved optimizer did not update start without state. With ``aside`` state is
-    read into new memory instead of the optimizers' tensors.
-
-    Raises:
-        CheckpointNotFoundError: A scheduler was saved and no optimizer.
-        MissingTensorError: A parameter that was in no group of the saved optimizer.
-        MisuseError: Another class, or one group's parameters were saved in groups with different options.
-        ShapeMismatchError: A parameter, or its state, has another shape.
+    read into new memory instead of the optimizers' tensors. What does not fit raises.
     """
     return _Planner(state, record, allow_new, aside).plan()
 
@@ -333,7 +327,7 @@ class _Planner:
         known = self.have.get(entry.label)
         if known is not None:
             have = known.split(self.state.name).tensors
-        saved_tensors = record.tensors[saved_label]
+        saved_tensors, is_torchs = record.tensors[saved_label], is_torchs_own(optimizer)
 
         def tensor(key: str) -> torch.Tensor:
             saved = saved_tensors[key]
@@ -343,8 +337,9 @@ class _Planner:
                 f"state.{saved_label}.{key}",
                 param,
                 have.get(key),
-                _is_known(optimizer, key),
-                is_torchs_own(optimizer),
+                # A state of a parameter without dimensions is like it, unless it counts steps.
+                is_like_parameter(optimizer, key) if is_torchs else key.rpartition(".")[2] != "step",
+                is_torchs,
                 bool(options.get("capturable")) or bool(options.get("fused")),
                 owned="@" not in key,
                 fresh=self.aside,
@@ -431,10 +426,7 @@ def is_torchs_own(optimizer: Optimizer) -> bool:
 
 
 def is_foreign(optimizer: Optimizer, options: Collection[str], keys: Collection[str], own: Collection[str]) -> bool:
-    """Whether a state without a recorded class provably belongs to another class than this optimizer's.
-
-    Given are the names of the saved group's options, of its parameters' state in the checkpoint, and of their own now.
-    """
+    """Whether saved options and keys provably belong to another class than this optimizer, whose keys are ``own``."""
     name, is_torchs = type(optimizer).__name__, is_torchs_own(optimizer)
     known = {*own} | (_STATE_KEYS.get(name, set()) if is_torchs else set())
     has, expects = {*keys} - _COMMON, known - _COMMON
@@ -446,11 +438,6 @@ def is_foreign(optimizer: Optimizer, options: Collection[str], keys: Collection[
 def is_like_parameter(optimizer: Optimizer, key: str) -> bool:
     """Whether the state ``key`` is known to have its parameter's shape."""
     return is_torchs_own(optimizer) and key in _STATE_KEYS.get(type(optimizer).__name__, set()) - _OF_NO_SHAPE
-
-
-def _is_known(optimizer: Optimizer, key: str) -> bool:
-    """Whether a state of a parameter without dimensions is like it; a count of steps is not."""
-    return is_like_parameter(optimizer, key) if is_torchs_own(optimizer) else key.rpartition(".")[2] != "step"
 
 
 def _difference(a: SavedGroup, b: SavedGroup) -> str:
@@ -514,37 +501,19 @@ def _tensor_options(group: Options) -> dict[str, torch.Tensor]:
     return {k: v.detach().clone() for k, v in group.items() if isinstance(v, torch.Tensor)}
 
 
-def _had(optimizer: Optimizer, param: torch.Tensor) -> dict[object, object] | None:
-    state: object = optimizer.state.get(param)
-    if state is None:
-        return None
-    return dict(state) if isinstance(state, Mapping) else {"": state}
+def _had(optimizer: Optimizer, key: object) -> object:
+    state = cast(dict[object, object], optimizer.state).get(key, _ABSENT)
+    return copy.copy(state) if isinstance(state, dict) else state
 
 
-def _had_keys(optimizer: Optimizer, keys: Collection[object]) -> dict[object, object]:
+def _set_state(optimizer: Optimizer, key: object, state: object) -> None:
+    """Put a state in its place; a dictionary into the one that is there, which may be held on to elsewhere."""
     states = cast(dict[object, object], optimizer.state)
-    return {key: states.get(key, _ABSENT) for key in keys}
-
-
-def _set_state(optimizer: Optimizer, param: torch.Tensor, state: Mapping[object, object] | None) -> None:
-    states = cast(dict[object, object], optimizer.state)
-    if state is None:
-        states.pop(param, None)
-        return
-    if state.keys() == {""}:
-        states[param] = state[""]
-        return
-    kept = states.get(param)
-    if not isinstance(kept, dict):
-        kept = states[param] = {}
-    kept.clear()
-    kept.update(state)
-
-
-def _set_keyed(optimizer: Optimizer, state: Mapping[object, object]) -> None:
-    states = cast(dict[object, object], optimizer.state)
-    for key, value in state.items():
-        if value is _ABSENT:
-            states.pop(key, None)
-        else:
-            states[key] = value
+    kept = states.get(key)
+    if state is _ABSENT:
+        states.pop(key, None)
+    elif isinstance(state, dict) and isinstance(kept, dict):
+        kept.clear()
+        kept.update(state)
+    else:
+        states[key] = copy.copy(state) if isinstance(state, dict) else state

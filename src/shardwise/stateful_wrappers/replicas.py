@@ -20,8 +20,7 @@ from shardwise.stateful_wrappers.names import NamedTensor
 from shardwise.stateful_wrappers.optimizer import OptimizerRecord, SavedGroup, label_of
 from shardwise.stateful_wrappers.state_trees import equal, values_in
 from shardwise.stateful_wrappers.wrapping import plain_name, unwrap
-from shardwise.upstream.torch_modules import EXTRA
-from shardwise.upstream.torch_optim import UNREAD_STATE
+from shardwise.upstream.torch_modules import EXTRA, UNREAD_STATE
 
 
 class _Everything:

@@ -88,10 +88,7 @@ class SavedTensor:
 
 
 def describe(tensor: torch.Tensor, param: torch.Tensor | None, settled: str | None = None) -> SavedTensor:
-    """Describe a state tensor for the checkpoint; it may belong to no parameter.
-
-    ``settled`` is the kind that the ranks agreed on for a plain tensor of the shape of a shard.
-    """
+    """Describe a state tensor; ``settled`` is the kind that ranks agreed on for a plain one of the shape of a shard."""
     dtype = dtype_code(tensor.dtype)
     kind = _kind(tensor, param, settled)
     shape = tuple(param.shape) if kind.name == LOCAL and param is not None else tuple(tensor.shape)
@@ -102,7 +99,8 @@ def _kind(tensor: torch.Tensor, param: torch.Tensor | None, settled: str | None)
     if isinstance(tensor, DTensor):
         if isinstance(param, DTensor) and is_spread_alike(tensor, param):
             return Kind(USUAL if param.ndim else LIKE)
-        return Kind(SPREAD, tuple(map(_letter, tensor.placements)), tuple(tensor.device_mesh.mesh_dim_names or ()))
+        cuts = (f"S{p.dim}" if isinstance(p, (Shard, StridedShard)) else "R" for p in tensor.placements)
+        return Kind(SPREAD, tuple(cuts), tuple(tensor.device_mesh.mesh_dim_names or ()))
     if param is None:
         return Kind(PLAIN, device="cpu" if tensor.device.type == "cpu" else "parameter")
     device = ""
@@ -115,10 +113,6 @@ def _kind(tensor: torch.Tensor, param: torch.Tensor | None, settled: str | None)
     if tensor.shape == local_part(param).shape:
         return Kind(settled or UNCLEAR)
     return Kind(PLAIN)
-
-
-def _letter(placement: Placement) -> str:
-    return f"S{placement.dim}" if isinstance(placement, (Shard, StridedShard)) else "R"
 
 
 def is_spread_alike(tensor: DTensor, param: DTensor) -> bool:
@@ -183,7 +177,9 @@ def make(saved: SavedTensor, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
     elif kind.name == LIKE:
         tensor = torch.zeros_like(param.detach(), dtype=dtype, requires_grad=False)
     elif kind.name == SPREAD and isinstance(param, DTensor):
-        tensor = _spread(saved, kind, param, dtype)
+        mesh = param.device_mesh
+        placements = [_placement(each, len(saved.shape)) for each in _over(kind, mesh, param)]
+        tensor = torch.distributed.tensor.zeros(saved.shape, dtype=dtype, device_mesh=mesh, placements=placements)
     else:
         at_param = kind.device == "parameter" or (not kind.device and (saved.shape != () or place.on_device))
         tensor = torch.zeros(saved.shape, dtype=dtype, device=local_part(param).device if at_param else "cpu")
@@ -249,12 +245,6 @@ def _fits(have: torch.Tensor, kind: Kind, saved: SavedTensor, param: torch.Tenso
     if kind.name == SPREAD and isinstance(param, DTensor):
         return isinstance(have, DTensor)
     return not isinstance(have, DTensor)
-
-
-def _spread(saved: SavedTensor, kind: Kind, param: DTensor, dtype: torch.dtype) -> torch.Tensor:
-    mesh = param.device_mesh
-    placements = [_placement(each, len(saved.shape)) for each in _over(kind, mesh, param)]
-    return torch.distributed.tensor.zeros(saved.shape, dtype=dtype, device_mesh=mesh, placements=placements)
 
 
 def _over(kind: Kind, mesh: DeviceMesh, param: DTensor) -> list[str]:
@@ -408,10 +398,7 @@ class TreeReader:
     parameter: Callable[[str], torch.Tensor]
 
     def put_together(self, tree: object) -> object:
-        """The value that `TreeWriter.split` split.
-
-        A tensor's class may be absent, as may the state of this rank's shard (`MisuseError`); it may be no tree at all.
-        """
+        """The value that `TreeWriter.split` split; what is no tree is a `StateFormatError`."""
         try:
             return self._read(tree)
         except ShardwiseError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, cast
@@ -51,16 +51,11 @@ def loads_itself(module: nn.Module, *, norms: bool = False) -> bool:
 
     With ``norms`` torch's normalisation layers count too: they copy only if all their tensors are there.
     """
-    return not loads_as_torch(module, norms=norms) or has_foreign_hooks(upstream.loading_pre_hooks(module))
-
-
-def loads_as_torch(module: nn.Module, *, norms: bool = False) -> bool:
-    """Whether a module's ``_load_from_state_dict`` copies each tensor into the parameter or buffer of its name."""
-    if has_torch_method(module, upstream.LOAD_OWN):
+    if has_foreign_hooks(upstream.loading_pre_hooks(module)):
         return True
-    if norms or upstream.LOAD_OWN in vars(module):
+    if has_torch_method(module, upstream.LOAD_OWN):
         return False
-    return upstream.loads_as_norms_do(module)
+    return norms or upstream.LOAD_OWN in vars(module) or not upstream.loads_as_norms_do(module)
 
 
 def is_torchs_own(module: nn.Module, *, norms: bool) -> bool:
@@ -152,60 +147,38 @@ _GIVE = "state_dict() of the model has to succeed on every rank."
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Unit:
-    """A module that makes entries of the state with its own methods."""
+class Maker:
+    """Gives entries of the state: a module that makes them, or a tensor that its module loads by methods of its own."""
 
-    module: nn.Module
-    prefix: str  #: The prefix of its names.
-    whole: bool  #: Whether it makes those of the modules below it too.
-
-    @property
-    def label(self) -> str:
-        """For messages."""
-        return label(self.module, self.prefix)
-
-    def entries(self) -> Mapping[str, object]:
-        """Ask for the entries, with torch's ``_metadata``. Names have to be below the module's own."""
-        module, prefix = self.module, self.prefix
-        made: Mapping[str, object] = OrderedDict()
-        upstream.note_versions(made, OrderedDict())
-        with failing(f"{self.label} failed to give its state", _GIVE), torch.no_grad():
-            if not self.whole:
-                upstream.noted_versions(made)[prefix[:-1]] = {"version": upstream.state_version(module)}
-                upstream.save_own(module, cast("dict[str, object]", made), prefix)
-            elif prefix:
-                # As its parent calls it, which does not look at what is returned.
-                module.state_dict(destination=cast("dict[str, object]", made), prefix=prefix, keep_vars=False)
-            else:
-                made = module.state_dict()
-        stray = next((key for key in made if not str(key).startswith(prefix)), None)
-        if stray is not None:
-            raise ModuleStateError(
-                f"{self.label} puts {stray!r} into the state, which is not below its own name",
-                hint="Let the module (or the hook on it) make names that start with the prefix that it is given.",
-            )
-        return made
+    label: str  #: For messages.
+    whose: object  #: The module or the tensor.
+    entries: Callable[[], Mapping[str, object]]
 
     def make(self) -> Mapping[str, torch.Tensor]:
         """The tensors among the entries, as far as this rank holds them."""
         return {key: local_of(value) for key, value in self.entries().items() if isinstance(value, torch.Tensor)}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class OneTensor:
-    """A parameter or buffer that is saved as it is and loaded by its module's own methods."""
-
-    key: str
-    tensor: torch.Tensor
-
-    @property
-    def label(self) -> str:
-        """For messages."""
-        return repr(self.key)
-
-    def make(self) -> Mapping[str, torch.Tensor]:
-        """The tensor."""
-        return {self.key: local_of(self.tensor)}
+def entries_by(module: nn.Module, prefix: str, *, whole: bool) -> Mapping[str, object]:
+    """Entries that a module makes, with torch's ``_metadata``: its own, or with ``whole`` also those below it."""
+    made: Mapping[str, object] = OrderedDict()
+    upstream.note_versions(made, OrderedDict())
+    with failing(f"{label(module, prefix)} failed to give its state", _GIVE), torch.no_grad():
+        if not whole:
+            upstream.noted_versions(made)[prefix[:-1]] = {"version": upstream.state_version(module)}
+            upstream.save_own(module, cast("dict[str, object]", made), prefix)
+        elif prefix:
+            # As its parent calls it, which does not look at what is returned.
+            module.state_dict(destination=cast("dict[str, object]", made), prefix=prefix, keep_vars=False)
+        else:
+            made = module.state_dict()
+    stray = next((key for key in made if not str(key).startswith(prefix)), None)
+    if stray is not None:
+        raise ModuleStateError(
+            f"{label(module, prefix)} puts {stray!r} into the state, which is not below its own name",
+            hint="Let the module (or the hook on it) make names that start with the prefix that it is given.",
+        )
+    return made
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -259,15 +232,12 @@ class StandIns:
         """Forget what the last listing did not use."""
         self._known, self._used = self._used, {}
 
-    def of(
-        self, value: torch.Tensor, key: str, maker: Unit | OneTensor, taker: Taker, needs_grad: bool
-    ) -> torch.Tensor:
+    def of(self, value: torch.Tensor, key: str, maker: Maker, taker: Taker, needs_grad: bool) -> torch.Tensor:
         """The stand-in for ``value``; a DTensor where that is one."""
-        whose = maker.tensor if isinstance(maker, OneTensor) else maker.module
         local = torch.empty(0, dtype=value.dtype, device="meta") if is_lazy(value) else local_of(value)
         spread = (value.device_mesh, value.placements, value.shape) if isinstance(value, DTensor) else ()
         how = (local.shape, local.dtype, value.device, spread, needs_grad)
-        seen = (key, id(whose), id(taker), *how)
+        seen = (key, id(maker.whose), id(taker), *how)
         known = self._known.get(seen) or self._used.get(seen)
         if known is None:
             template = partial(around, spread=spread_of(value)) if isinstance(value, DTensor) else None
@@ -277,7 +247,7 @@ class StandIns:
             if needs_grad and stand_in.dtype.is_floating_point:
                 stand_in.requires_grad_(True)
             # Keep alive the objects whose ids are in the key.
-            known = (stand_in, (whose, taker))
+            known = (stand_in, (maker.whose, taker))
         self._used[seen] = known
         return known[0]
 
@@ -359,23 +329,16 @@ class Described:
             if known is not None:
                 return (f"{where}." if where else ""), known
 
-    def _taker_of(self, key: str) -> Taker:
-        """Who takes a name that is not read into memory directly."""
-        where, (module, prefix, taker) = self._nearest(key)
-        if taker is not None:
-            return taker
-        return self._default.setdefault(where, self._stand_ins.taker(module, prefix, False, False))
-
     # --- who makes --------------------------------------------------------------------------------------------------
 
     def _look_at_makers(self, module: nn.Module, prefix: str) -> None:
         if saves_subtree_itself(module):
-            self._add_made(Unit(module, prefix, whole=True))
+            self._add_made(module, prefix, whole=True)
             return
         for hook in upstream.saving_pre_hooks(module):  # FSDP2's
             hook(module, prefix, True)
         if not has_torch_method(module, upstream.SAVE_OWN):
-            self._add_made(Unit(module, prefix, whole=False))
+            self._add_made(module, prefix, whole=False)
         else:
             for name, tensor in saved_tensors(module):
                 self._add(prefix + name, tensor, None)
@@ -389,7 +352,8 @@ class Described:
             if child is not None:
                 self._look_at_makers(child, f"{prefix}{name}.")
 
-    def _add_made(self, unit: Unit) -> None:
+    def _add_made(self, module: nn.Module, prefix: str, *, whole: bool) -> None:
+        unit = Maker(label(module, prefix), module, partial(entries_by, module, prefix, whole=whole))
         has_peers = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         with _NoMessages(unit.label) if has_peers else contextlib.nullcontext():
             entries = unit.entries()
@@ -397,7 +361,7 @@ class Described:
             self.metadata[name] = dict(noted)
         for key, value in entries.items():
             is_extra = key.rpartition(".")[2] == upstream.EXTRA
-            if isinstance(value, torch.Tensor) and not is_extra and _is_dense(value):
+            if isinstance(value, torch.Tensor) and not is_extra and (is_lazy(value) or _is_dense(value)):
                 self._add(key, value, unit)
             else:
                 self._add_aside(key, value, unit.label)
@@ -406,7 +370,7 @@ class Described:
         if self._values:
             self.aside[key] = Aside(value, whose)
 
-    def _add(self, key: str, value: torch.Tensor, unit: Unit | None) -> None:
+    def _add(self, key: str, value: torch.Tensor, unit: Maker | None) -> None:
         own, taker = self._owned.get(plain_name(key)) or (
             # A wrapper may rename an entry; if it loads as torch does, it is still the same tensor.
             self._memory.get(_memory(value)),
@@ -421,7 +385,9 @@ class Described:
                 tensor=key,
                 hint="Call the model once before it is saved.",
             )
-        taker = taker or self._taker_of(key)
+        if taker is None:
+            where, (module, prefix, taker) = self._nearest(key)
+            taker = taker or self._default.setdefault(where, self._stand_ins.taker(module, prefix, False, False))
         if not _is_ordinary(local_part(value)):
             raise ModuleStateError(
                 f"{label(taker.module, taker.prefix)} saves or loads its state by its own methods, and gives a "
@@ -430,7 +396,7 @@ class Described:
                 tensor=key,
                 hint="Give out a plain tensor in state_dict(), and take one.",
             )
-        maker = OneTensor(key, value) if unit is None else unit
+        maker = unit or Maker(repr(key), value, lambda: {key: value})
         needs_grad = own is not None and own.requires_grad
         self.tensors[key] = self._stand_ins.of(value, key, maker, taker, needs_grad)
 
@@ -447,8 +413,6 @@ def saved_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 def _is_dense(value: torch.Tensor) -> bool:
     """Whether a value is one that files of tensors can hold; others are kept beside."""
-    if is_lazy(value):
-        return True
     return value.layout is torch.strided and not value.is_nested and not value.is_quantized
 
 

@@ -32,11 +32,9 @@ from shardwise.upstream.torch_modules import (
 )
 from shardwise.upstream.transformers import config_class, model_class
 
-#: Path components that torch.compile, activation checkpointing (and offloading) and FSDP1 put into names.
-_SEGMENTS = re.compile(rf"(?:^|(?<=\.))(?:{COMPILED}|{CHECKPOINTED}|{FSDP1_WRAPPED})\.")
-
-#: The children in which these wrappers keep the module that they wrap.
+#: The children in which some wrappers keep the module that they wrap, and these as components of names.
 _WRAPPED = (COMPILED, CHECKPOINTED, FSDP1_WRAPPED)
+_SEGMENTS = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(_WRAPPED)})\.")
 
 
 def plain_name(name: str) -> str:

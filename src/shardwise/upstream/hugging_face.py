@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, cast
 
 from shardwise.upstream.python import imported_class
 
@@ -20,26 +21,13 @@ CLASS_NAME = "_class_name"
 model_mixin = partial(imported_class, "diffusers.models.modeling_utils", "ModelMixin")
 hub_mixin = partial(imported_class, "huggingface_hub.hub_mixin", "ModelHubMixin")
 
-
-class Prepared(NamedTuple):
-    """What an accelerator has prepared or been given, which no public attribute lists."""
-
-    models: list[nn.Module]
-    optimizers: list[object]  #: Each around one of torch's, its ``optimizer``.
-    schedulers: list[object]  #: Each around one of torch's, its ``scheduler``.
-    dataloaders: list[object]
-    objects: list[object]  #: What ``register_for_checkpointing`` was given.
-
-
-def lists_of(accelerator: Accelerator) -> Prepared:
-    """The accelerator's own lists."""
-    return Prepared(
-        accelerator._models,
-        accelerator._optimizers,
-        accelerator._schedulers,
-        accelerator._dataloaders,
-        accelerator._custom_objects,
-    )
+#: What an accelerator has prepared (an optimizer or scheduler around one of torch's, its ``optimizer``, ``scheduler``)
+#: or been given by ``register_for_checkpointing``; no public attribute lists these.
+prepared_models: Callable[[Accelerator], list[nn.Module]] = attrgetter("_models")
+prepared_optimizers: Callable[[Accelerator], list[object]] = attrgetter("_optimizers")
+prepared_schedulers: Callable[[Accelerator], list[object]] = attrgetter("_schedulers")
+prepared_dataloaders: Callable[[Accelerator], list[object]] = attrgetter("_dataloaders")
+registered_objects: Callable[[Accelerator], list[object]] = attrgetter("_custom_objects")
 
 
 def keeps_config(model: nn.Module) -> bool:

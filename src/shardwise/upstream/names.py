@@ -38,6 +38,7 @@ _OWN_STATE = "one module's own state, without that of the modules below it"
 _DTENSOR = "the public attributes record gradients, wait for collectives, or take ten times as long for each tensor"
 _NAMES = "it stands in the names of a wrapped module's tensors, and has to come out of them"
 _QUANTIZED = "no public function makes one from integers that are there already"
+_HOOKED = "an optimizer with hooks is saved by its own code"
 _SCHEDULES = "a key of schedulers' states, which are put together from those of several pipeline stages"
 _TRACED = "what conversion rules end in, to be traced"
 _MESSAGES = "a module that communicates to give its state is refused"
@@ -80,9 +81,7 @@ BY_MODULE: Mapping[str, tuple[Name, ...]] = {
             _load_from_state_dict="state_dict prefix local_metadata strict missing_keys unexpected_keys error_msgs",
         ),
         Name(f"{_MODULE}._version", "noted beside a module's state, and handed back to it", "int"),
-        Name(
-            f"{_MODULE}().state_dict()._metadata", "versions travel beside the state, as torch's loading asks", "dict"
-        ),
+        Name(f"{_MODULE}().state_dict()._metadata", "versions beside the state, as torch's loading asks", "dict"),
         *_called(_MODULE, "parameters of a meta model get memory in place, ties and DTensors among them", _apply="fn"),
         Name("torch.nn.modules.module._IncompatibleKeys", "what load_state_dict answers, for post-hooks", "type"),
         Name("torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX", "the name of extra state among the entries", "str"),
@@ -93,6 +92,10 @@ BY_MODULE: Mapping[str, tuple[Name, ...]] = {
         Name("torch.distributed.fsdp._common_utils:_fsdp_wrapped_module", _NAMES),
         Name(f"{_DIST}.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel", "FSDP1 is refused", "type"),
         Name("torch.distributed._composable.replicate.DDP", "replicate() puts a class made from it in front", "type"),
+        *_several("@optimizer._optimizer_", _HOOKED, "state_dict_pre_hooks state_dict_post_hooks", "dict"),
+        *_several("@optimizer._optimizer_load_", _HOOKED, "state_dict_pre_hooks state_dict_post_hooks", "dict"),
+        *_several("torch.optim.lr_scheduler:", _SCHEDULES, "_last_lr _step_count _milestones _schedulers"),
+        Name("torch.optim.lbfgs:prev_loss", "ranks may differ in it: it is set before it is read"),
     ),
     "torch_tensors": (
         Name("@dtensor._local_tensor", _DTENSOR, "Tensor"),
@@ -132,8 +135,6 @@ BY_MODULE: Mapping[str, tuple[Name, ...]] = {
         *_called(f"{_DIST}.distributed_c10d", "keys tell missing ranks from lost ones", _get_default_store=""),
         Name("torch._C._distributed_c10d.Store", "the type of that store", "type"),
         *_several(f"{_DIST}.ProcessGroup.", _LATER, "allgather broadcast allreduce alltoall_base send recv", _BUILT_IN),
-    ),
-    "torch_checkpoint": (
         Name(
             f"{_DIST}.checkpoint.filesystem._StorageInfo",
             _DCP,
@@ -144,16 +145,6 @@ BY_MODULE: Mapping[str, tuple[Name, ...]] = {
         Name("torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING", _DCP, "type"),
         *_called("torch.serialization", _DCP, _get_layout=""),
         *_several("torch.distributed.tensor.", _RANKS, "_api:_local_tensor _api:_spec placement_types:_StridedShard"),
-    ),
-    "torch_optim": (
-        *_several(
-            "@optimizer._optimizer_",
-            "an optimizer with hooks is saved by its own code",
-            "state_dict_pre_hooks state_dict_post_hooks load_state_dict_pre_hooks load_state_dict_post_hooks",
-            "dict",
-        ),
-        *_several("torch.optim.lr_scheduler:", _SCHEDULES, "_last_lr _step_count _milestones _schedulers"),
-        Name("torch.optim.lbfgs:prev_loss", "ranks may differ in it: it is set before it is read"),
     ),
     "python": (
         Name("threading._register_atexit", "a save ends before executors close", "function", ("func",), True),
@@ -173,34 +164,20 @@ BY_MODULE: Mapping[str, tuple[Name, ...]] = {
         Name(f"{_AUTO}.MODEL_FOR_CAUSAL_LM_MAPPING", "the classes that open a configuration", "_LazyAutoMapping"),
         *_called(_LOADING, _META, convert_and_load_state_dict_in_model="model state_dict load_config"),
         Name("transformers.modeling_utils.LoadStateDictConfig", _META, "type", ("device_map", "weight_mapping")),
-        *_called(
-            _PRETRAINED,
-            _META,
-            mark_tied_weights_as_initialized="loading_info",
-            tie_weights="missing_keys recompute_mapping",
-            _adjust_missing_and_unexpected_keys="loading_info",
-        ),
+        *_called(_PRETRAINED, _META, mark_tied_weights_as_initialized="loading_info"),
+        *_called(_PRETRAINED, _META, tie_weights="missing_keys recompute_mapping"),
+        *_called(_PRETRAINED, _META, _adjust_missing_and_unexpected_keys="loading_info"),
         *_called("transformers.initialization", _META, no_init_weights="", no_tie_weights=""),
         *_called("transformers.initialization", _META, meta_device_safe_creation_ops=""),
         *_called("transformers.conversion_mapping", _RULES, get_model_conversion_mapping="model add_legacy"),
         *_several(f"{_LOADING}.", _RULES, "WeightConverter WeightRenaming PrefixChange", "type"),
         *_called(_LOADING, _RULES, dot_natural_key="s"),
-        *_called(
-            f"{_LOADING}.WeightConverter",
-            _RULES,
-            reverse_transform="",
-            rename_source_key="source_key",
-            add_tensor="target_key source_key source_pattern future",
-            convert="layer_name model config",
-        ),
-        *_several(
-            f"{_LOADING}:",
-            _RULES,
-            "_weight_conversions operations source_patterns compiled_sources scope_prefix full_layer_name",
-        ),
-        Name(
-            "transformers.modeling_utils:_checkpoint_conversion_mapping", "rules before there were any", optional=True
-        ),
+        *_called(f"{_LOADING}.WeightConverter", _RULES, reverse_transform="", rename_source_key="source_key"),
+        *_called(f"{_LOADING}.WeightConverter", _RULES, add_tensor="target_key source_key source_pattern future"),
+        *_called(f"{_LOADING}.WeightConverter", _RULES, convert="layer_name model config"),
+        *_several(f"{_LOADING}:", _RULES, "_weight_conversions operations source_patterns compiled_sources"),
+        *_several(f"{_LOADING}:", _RULES, "scope_prefix full_layer_name"),
+        Name("transformers.modeling_utils:_checkpoint_conversion_mapping", "renamings of before", optional=True),
     ),
     "transformers_trainer": (
         *_called(
@@ -208,22 +185,12 @@ BY_MODULE: Mapping[str, tuple[Name, ...]] = {
             "which epoch a checkpoint is of",
             _run_epoch="epoch epochs_trained steps_trained_in_current_epoch",
         ),
-        *_called(
-            "transformers.Trainer",
-            _TRAINER,
-            _save_checkpoint="model trial",
-            _load_from_checkpoint="resume_from_checkpoint model",
-            _load_optimizer_and_scheduler="checkpoint",
-            _load_scaler="checkpoint",
-            _load_rng_state="checkpoint",
-            _load_best_model="",
-        ),
-        *_several(
-            "transformers.Trainer.",
-            _OVERRIDDEN,
-            "_save _save_optimizer_and_scheduler _save_scaler _save_rng_state",
-            "function",
-        ),
+        *_called("transformers.Trainer", _TRAINER, _save_checkpoint="model trial", _load_best_model=""),
+        *_called("transformers.Trainer", _TRAINER, _load_from_checkpoint="resume_from_checkpoint model"),
+        *_called("transformers.Trainer", _TRAINER, _load_optimizer_and_scheduler="checkpoint"),
+        *_called("transformers.Trainer", _TRAINER, _load_scaler="checkpoint", _load_rng_state="checkpoint"),
+        *_several("transformers.Trainer.", _OVERRIDDEN, "_save _save_optimizer_and_scheduler", "function"),
+        *_several("transformers.Trainer.", _OVERRIDDEN, "_save_scaler _save_rng_state", "function"),
     ),
     "peft": (
         *_several(f"{_TUNERS}.tuners_utils.", _LAYERS, "BaseTuner BaseTunerLayer", "type"),

@@ -7,27 +7,25 @@ import importlib
 import sys
 import threading
 from collections.abc import Callable
+from operator import attrgetter
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     import numpy as np
 
+#: The bit generator below one of numpy's old generators.
+bits_of: Callable[[np.random.RandomState], np.random.BitGenerator] = attrgetter("_bit_generator")
+
 
 def before_threads_end(call: Callable[[], object]) -> None:
-    """Have the interpreter call something at its end before it waits for threads and executors close.
+    """Have the interpreter call something at its end before it waits for threads, after which ``atexit`` functions run.
 
-    ``atexit`` functions run only when every thread has ended. Nothing is registered by an interpreter that has
-    no such list, or is on its way out already.
+    Nothing is registered by an interpreter that has no such list, or is on its way out already.
     """
     register = getattr(threading, "_register_atexit", None)
     if register is not None:
         with contextlib.suppress(RuntimeError):
             register(call)
-
-
-def bits_of(generator: np.random.RandomState) -> np.random.BitGenerator:
-    """The bit generator below one of numpy's old generators."""
-    return generator._bit_generator
 
 
 def imported_class(where: str, name: str) -> type | None:

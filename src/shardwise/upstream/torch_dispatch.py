@@ -18,15 +18,13 @@ MESSAGES = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_func
 RESHAPES = (torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alias.default)
 COPIES = (torch.ops.aten._to_copy.default,)
 
+#: Containers as a tree has them, with a function applied to everything that is no container.
+map_leaves: Callable[[Callable[[Any], object], object], Any] = tree_map
+
 
 def operation_name(operation: OpOverload) -> str:
     """An operation's name without its namespace and overload: ``normal_``."""
     return str(operation._schema.name).partition("::")[2]
-
-
-def map_leaves(change: Callable[[Any], object], tree: object) -> Any:
-    """Containers as ``tree`` has them, with ``change`` applied to everything that is no container."""
-    return tree_map(change, tree)
 
 
 def without_memory() -> AbstractContextManager[object]:

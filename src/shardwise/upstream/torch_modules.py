@@ -1,4 +1,4 @@
-"""Private attributes of ``torch.nn.Module`` and of the modules that wrap others."""
+"""Private attributes of ``torch.nn.Module``, of modules that wrap others, and of optimizers and schedulers."""
 
 from __future__ import annotations
 
@@ -35,15 +35,21 @@ own_children: Callable[[nn.Module], dict[str, nn.Module | None]] = attrgetter(CH
 #: The set in which a module keeps the names of its buffers that are no part of its state.
 unsaved_buffers: Callable[[nn.Module], set[str]] = attrgetter(UNSAVED)
 
+#: Methods that make and take a module's own state, but for that of its children.
+SAVE_OWN = "_save_to_state_dict"
+LOAD_OWN = "_load_from_state_dict"
+
+#: The method with which modules of a class take their own state.
+own_loader: Callable[[type[nn.Module]], Callable[..., object]] = attrgetter(LOAD_OWN)
+
+#: The answer of ``load_state_dict`` of missing and unexpected keys; post-hooks may change the lists.
+loading_answer: Callable[[list[str], list[str]], object] = _IncompatibleKeys
+
 #: The version that a module's class notes beside its state.
 state_version: Callable[[nn.Module], int] = attrgetter("_version")
 
 #: Methods that give a module of torch's its initial values, in the order in which they are tried.
 INITIALISERS = ("reset_parameters", "_reset_parameters")
-
-#: Methods that make and take a module's own state, but for that of its children.
-SAVE_OWN = "_save_to_state_dict"
-LOAD_OWN = "_load_from_state_dict"
 
 #: The name under which a module's extra state stands among its entries.
 EXTRA: str = _EXTRA_STATE_KEY_SUFFIX
@@ -63,24 +69,16 @@ fsdp1_class: Callable[[], type[Any] | None] = partial(
 )
 
 
-def saving_pre_hooks(module: nn.Module) -> list[Hook]:
-    """The hooks that a module calls before it gives its state."""
-    return list(module._state_dict_pre_hooks.values())
+def _hooks_in(*stores: str) -> Callable[[nn.Module], list[Hook]]:
+    """A function that gives the hooks in some of a module's dictionaries."""
+    return lambda module: [hook for store in stores for hook in getattr(module, store).values()]
 
 
-def saving_hooks(module: nn.Module) -> list[Hook]:
-    """The hooks that a module calls after and before it gives its state."""
-    return [*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()]
-
-
-def loading_pre_hooks(module: nn.Module) -> list[Hook]:
-    """The hooks that a module calls before it takes state."""
-    return list(module._load_state_dict_pre_hooks.values())
-
-
-def loading_post_hooks(module: nn.Module) -> list[Hook]:
-    """The hooks that a module calls once it has taken state."""
-    return list(module._load_state_dict_post_hooks.values())
+#: The hooks that a module calls before it gives its state, also with those after; before it takes state, and after.
+saving_pre_hooks = _hooks_in("_state_dict_pre_hooks")
+saving_hooks = _hooks_in("_state_dict_hooks", "_state_dict_pre_hooks")
+loading_pre_hooks = _hooks_in("_load_state_dict_pre_hooks")
+loading_post_hooks = _hooks_in("_load_state_dict_post_hooks")
 
 
 def take_off_hooks(module: nn.Module, source: str) -> None:
@@ -109,21 +107,11 @@ def load_own(
     module._load_from_state_dict(values, prefix, metadata, True, missing, unexpected, errors)
 
 
-def loading_answer(missing: list[str], unexpected: list[str]) -> object:
-    """The answer of ``load_state_dict``, also given to post-hooks, which may change the lists."""
-    return _IncompatibleKeys(missing, unexpected)
-
-
 def keys_of_answer(answer: object) -> tuple[list[str], list[str]]:
     """Missing and unexpected keys in an answer of ``load_state_dict``; none if it is not torch's."""
     if isinstance(answer, _IncompatibleKeys):
         return answer.missing_keys, answer.unexpected_keys
     return [], []
-
-
-def own_loader(cls: type[nn.Module]) -> Callable[..., object]:
-    """The method with which modules of a class take their own state."""
-    return cast("Callable[..., object]", cls._load_from_state_dict)
 
 
 def loads_as_norms_do(module: nn.Module) -> bool:
@@ -151,3 +139,28 @@ def generated_bases() -> tuple[type, ...]:
     from torch.distributed.fsdp import FSDPModule
 
     return (FSDPModule, imported_class("torch.distributed._composable.replicate", "DDP") or FSDPModule)
+
+
+#: Attributes in which an optimizer keeps hooks on its state dict.
+STATE_HOOKS = (
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+#: Entries of schedulers' states: learning rates of the parameter groups, the count of steps, the schedulers that one is
+#: made of, and the steps at which these take turns.
+LAST_RATES = "_last_lr"
+STEP_COUNT = "_step_count"
+INNER_SCHEDULERS = "_schedulers"
+MILESTONES = "_milestones"
+
+#: Class of an optimizer -> entries of a parameter's state that its step sets before it reads them: replicas may differ
+#: in them, as ranks' losses do. Source: ``torch.optim.LBFGS.step``.
+UNREAD_STATE = {"LBFGS": ("prev_loss",)}
+
+
+def inner_schedulers(scheduler: object) -> object:
+    """The schedulers that a scheduler is made of; ``None`` where it is made of none."""
+    return getattr(scheduler, INNER_SCHEDULERS, None)

@@ -38,6 +38,12 @@ as_plain_tensors = torch._C.DisableTorchFunctionSubclass
 #: The same memory, read with the opposite sign.
 negated_view: Callable[[torch.Tensor], torch.Tensor] = torch._neg_view
 
+#: Torch's quantized tensor of integers: with one scale and zero point; and with one of each for each index of an axis.
+quantized_per_tensor: Callable[[torch.Tensor, float, int], torch.Tensor] = torch._make_per_tensor_quantized_tensor
+quantized_per_channel: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor] = (
+    torch._make_per_channel_quantized_tensor
+)
+
 #: A collective's result that may not have come yet.
 PendingTensor = AsyncCollectiveTensor
 
@@ -90,13 +96,3 @@ def make_wrapper(
 def storage_key(tensor: torch.Tensor) -> int:
     """A number that tensors have in common which share a storage, also one without memory, as long as it is alive."""
     return int(tensor.untyped_storage()._cdata)
-
-
-def quantized_per_tensor(integers: torch.Tensor, scale: float, zero: int) -> torch.Tensor:
-    """Torch's quantized tensor of integers with one scale and zero point."""
-    return torch._make_per_tensor_quantized_tensor(integers, scale, zero)
-
-
-def quantized_per_channel(integers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, axis: int) -> torch.Tensor:
-    """Torch's quantized tensor of integers with a scale and a zero point for each index of ``axis``."""
-    return torch._make_per_channel_quantized_tensor(integers, scales, zeros, axis)

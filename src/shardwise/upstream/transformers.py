@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 from shardwise.upstream.python import imported_class
@@ -62,6 +63,10 @@ def registered_classes(config: type) -> list[type]:
 def auto_class(cls: type) -> object:
     """The auto class that a class itself was registered for; ``None`` where it was not."""
     return vars(cls).get("_auto_class")
+
+
+#: The patterns of the tensors that a converter takes.
+patterns_of: Callable[[WeightConverter], Sequence[str]] = attrgetter("source_patterns")
 
 
 # --- ties and names that a class expects or leaves out ----------------------------------------------------------------
@@ -159,10 +164,7 @@ def load_on_meta(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Loade
 
 
 def _fits_as_it_is(model: Any, tensors: Mapping[str, torch.Tensor], rules: Sequence[Any]) -> bool:
-    """Whether each tensor is one of the model's by name and shape, and transformers would change no name.
-
-    If so, they are marked as loading marks them.
-    """
+    """Whether transformers would load each tensor under its own name and shape; if so, they are marked as loaded."""
     own = model.state_dict(keep_vars=True)
     renamings, converters = renamings_of(rules), converters_of(rules)
     prefix = f"{model.base_model_prefix}."
@@ -262,10 +264,7 @@ def reversed_rule(rule: Any) -> Any:
 
 
 def rename(rule: WeightRenaming | WeightConverter, name: str) -> tuple[str, str | None]:
-    """A name after one rule, and the rule's pattern that it fills; ``None`` if it does not match.
-
-    The rule remembers it.
-    """
+    """A name after one rule, which remembers it, and the rule's pattern that it fills; ``None`` if none matches."""
     found, pattern = rule.rename_source_key(name)
     return str(found), None if pattern is None else str(pattern)
 
@@ -277,11 +276,6 @@ def search_of(rule: WeightRenaming) -> Callable[[str], object] | None:
     """
     is_known = type(rule).__module__ == "transformers.core_model_loading" and rule.scope_prefix is None
     return cast("Callable[[str], object]", rule.compiled_sources.search) if is_known else None
-
-
-def patterns_of(converter: WeightConverter) -> Sequence[str]:
-    """The patterns of the tensors that a converter takes."""
-    return cast("Sequence[str]", converter.source_patterns)
 
 
 def filled(converter: WeightConverter, group: str, members: Iterable[tuple[str, str, object]]) -> WeightConverter:

@@ -25,7 +25,7 @@ from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatEr
 from shardwise.sources.state_files import has_state, joined, pack_state, read_state, split, unpack_state
 from shardwise.stateful_wrappers.names import list_parameters
 from shardwise.stateful_wrappers.state_trees import equal
-from shardwise.upstream.torch_optim import INNER_SCHEDULERS, LAST_RATES, MILESTONES, inner_schedulers
+from shardwise.upstream.torch_modules import INNER_SCHEDULERS, LAST_RATES, MILESTONES, inner_schedulers
 
 #: A parameter group is identified by the names of its parameters.
 Groups = tuple[tuple[str, ...], ...]

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import yaml
 
-from shardwise import lifecycle
 from shardwise.checkpointing.arguments import SHARE_THE_ROOT
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
@@ -22,6 +21,21 @@ from shardwise.disk.sequential import digest_file, sync_file, write_file
 from shardwise.engine.records import ComponentRecord, merged, write_manifest
 from shardwise.errors import MisuseError, ShardwiseError, StorageError
 from shardwise.format.manifest import FileRecord
+from shardwise.lifecycle.names import (
+    BEST,
+    LATEST,
+    LINEAGE_NAME,
+    MANIFEST_NAME,
+    METRICS_NAME,
+    doomed_name,
+    parse_checkpoint_name,
+    temporary_name,
+)
+from shardwise.lifecycle.ownership import Claim, claim, claimed_by, publishing
+from shardwise.lifecycle.pointers import set_pointer
+from shardwise.lifecycle.publish import abandon, make_root, put_in_place, settle
+from shardwise.lifecycle.resolve import Start, list_checkpoints, next_lineage
+from shardwise.lifecycle.retention import Retention, best_checkpoint, lacks_metric, prune
 from shardwise.settings import Settings
 from shardwise.timing import phase
 
@@ -62,11 +76,11 @@ def warn_of_metrics(metrics: Mapping[str, float], config: Settings) -> None:
 class RunLine:
     """The checkpoint that a run continues from: the one that was restored or saved last. Rank 0 knows it."""
 
-    start: lifecycle.Start | None = None
+    start: Start | None = None
     restored: bool = False
 
     @property
-    def left_from(self) -> lifecycle.Start | None:
+    def left_from(self) -> Start | None:
         """The start, where checkpoints that do not come from it may be ones that the run left behind and replaces."""
         return self.start if self.restored else None
 
@@ -81,18 +95,18 @@ class Unfinished:
     _committing = "publishing {}"
 
     def __init__(self, session: Session, place: Path, name: str, info: Mapping[str, JsonValue]) -> None:
-        self.place, self.temp, self.name = place, place.with_name(lifecycle.temporary_name(place.name)), name
+        self.place, self.temp, self.name = place, place.with_name(temporary_name(place.name)), name
         self.total_bytes: int | None = None
         self.pruned: tuple[str, ...] = ()
         self._session, self._info = session, info
-        self._claim: lifecycle.Claim | None = None
+        self._claim: Claim | None = None
         self._is_reserved = False
 
     def _claim_name(self) -> None:
         """Make the directory around the place and claim its name, unless another process saves it. Rank 0 calls."""
         if not self._session.is_remote:
-            lifecycle.make_root(self.place.parent)
-            self._claim = lifecycle.claim(self.place.parent, self.place.name, self._session.first_exchange.token)
+            make_root(self.place.parent)
+            self._claim = claim(self.place.parent, self.place.name, self._session.first_exchange.token)
 
     @phase("publish")
     def commit(self, group: Group, record: ComponentRecord, closing: Closing) -> None:
@@ -108,9 +122,7 @@ class Unfinished:
         def close() -> JsonValue:
             for work in closing:
                 work(group)
-            found = (
-                met.token if group.is_main or is_remote else lifecycle.claimed_by(self.place.parent, self.place.name)
-            )
+            found = met.token if group.is_main or is_remote else claimed_by(self.place.parent, self.place.name)
             if found != met.token:
                 seen = "another run is saving there" if found else "rank 0's save is not visible there"
                 raise StorageError(
@@ -156,7 +168,7 @@ class Unfinished:
     def _write_manifest(self, record: ComponentRecord) -> None:
         """Write the manifest of every file that is there; others' are digested and synced. Rank 0 calls."""
         storage, files = self._session.storage, list(record.files)
-        known = {file.path for file in record.files} | {lifecycle.MANIFEST_NAME}
+        known = {file.path for file in record.files} | {MANIFEST_NAME}
         for where, names in walk(self.temp):
             for path in (where / name for name in names):
                 relative = path.relative_to(self.temp).as_posix()
@@ -177,7 +189,7 @@ class Unfinished:
             return
         try:
             if self._is_reserved:
-                lifecycle.abandon(self.temp)
+                abandon(self.temp)
         except (OSError, ShardwiseError) as error:
             _LOG.warning("could not remove the unfinished %s: %s", self.temp, error)
         finally:
@@ -214,43 +226,41 @@ class Publication(Unfinished):
         text = yaml.safe_dump({"checkpoint": settings}, sort_keys=False)
         write_file(session.storage, self.temp / CONFIG_NAME, text.encode())
         finite = {name: value if math.isfinite(value) else str(value) for name, value in self._metrics.items()}
-        write_file(session.storage, self.temp / lifecycle.METRICS_NAME, (json.dumps(finite, indent=2) + "\n").encode())
+        write_file(session.storage, self.temp / METRICS_NAME, (json.dumps(finite, indent=2) + "\n").encode())
         found = self._union(records)
-        with nullcontext() if session.is_remote else lifecycle.publishing(session.root):
+        with nullcontext() if session.is_remote else publishing(session.root):
             # The line names other checkpoints; they must not change until this one is published.
-            numbers, root = lifecycle.parse_checkpoint_name(self.place.name), session.root
+            numbers, root = parse_checkpoint_name(self.place.name), session.root
             assert numbers is not None
-            known, start = lifecycle.list_checkpoints(root), self._line.start
-            lineage = lifecycle.next_lineage(root, known, self.place.name, *numbers, start)
-            write_file(session.storage, self.temp / lifecycle.LINEAGE_NAME, lineage.encode())
+            known, start = list_checkpoints(root), self._line.start
+            lineage = next_lineage(root, known, self.place.name, *numbers, start)
+            write_file(session.storage, self.temp / LINEAGE_NAME, lineage.encode())
             self._write_manifest(found)
-            lifecycle.put_in_place(self.temp, self.place, self._line.left_from)
+            put_in_place(self.temp, self.place, self._line.left_from)
             # Whatever fails from here on, the checkpoint is there: the run goes on from it, and nothing is abandoned
             # (what it replaced may be all that a power failure leaves).
-            self._line.start, self._is_reserved = lifecycle.Start(self.place, lineage), False
-            lifecycle.settle(self.temp, self.place)
+            self._line.start, self._is_reserved = Start(self.place, lineage), False
+            settle(self.temp, self.place)
             self._point()
 
     def _point(self) -> None:
         session = self._session
-        lifecycle.set_pointer(session.root, lifecycle.LATEST, self.place.name)
-        policy = lifecycle.Retention.from_config(session.config)
+        set_pointer(session.root, LATEST, self.place.name)
+        policy = Retention.from_config(session.config)
         # This checkpoint is published. A save that failed now would be repeated, and find its name taken.
         try:
-            checkpoints = lifecycle.list_checkpoints(session.root)
-            best = lifecycle.best_checkpoint(checkpoints, policy)
+            checkpoints = list_checkpoints(session.root)
+            best = best_checkpoint(checkpoints, policy)
             if best is not None:
-                lifecycle.set_pointer(session.root, lifecycle.BEST, best)
-            if lifecycle.lacks_metric(checkpoints, policy) and len(checkpoints) > (
-                policy.max_recent or len(checkpoints)
-            ):
+                set_pointer(session.root, BEST, best)
+            if lacks_metric(checkpoints, policy) and len(checkpoints) > (policy.max_recent or len(checkpoints)):
                 _LOG.warning(
                     "no checkpoint in %s has the metric %r, by which keep_best chooses the best: none is deleted",
                     session.root,
                     policy.metric_key,
                 )
             with phase("prune"):
-                self.pruned = tuple(lifecycle.prune(session.root, policy))
+                self.pruned = tuple(prune(session.root, policy))
         except (OSError, ShardwiseError) as error:
             _LOG.warning(
                 "%s is published, but finding the best checkpoint or deleting old ones failed; the next save tries "
@@ -281,7 +291,7 @@ class Replacement(Unfinished):
 
     @property
     def _doomed(self) -> Path:
-        return self.place.with_name(lifecycle.doomed_name(self.place.name))
+        return self.place.with_name(doomed_name(self.place.name))
 
     def _publish(self, records: Sequence[ComponentRecord]) -> None:
         self._write_manifest(self._union(records))
@@ -290,7 +300,7 @@ class Replacement(Unfinished):
         self._put_in_place()
         # It is there: nothing is abandoned any more. What it replaced may be all that a power failure leaves.
         self._is_reserved = False
-        lifecycle.settle(self.temp, self.place)
+        settle(self.temp, self.place)
 
     def _put_in_place(self) -> None:
         storage = self._session.storage

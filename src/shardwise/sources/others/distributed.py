@@ -30,7 +30,7 @@ from shardwise.sources.others.stored import (
     stored_tensor,
     without_parameter,
 )
-from shardwise.upstream.torch_checkpoint import (
+from shardwise.upstream.torch_distributed import (
     DTENSOR_LOCAL,
     DTENSOR_SPEC,
     LEGACY_MEMORY_FORMATS,

@@ -16,7 +16,7 @@ from shardwise.format.pickle_tree import PickledCall, PickledGlobal, PickledRefe
 from shardwise.format.strict_json import MAX_DIMS, MAX_INT
 from shardwise.format.torch_archive import TorchArchive
 from shardwise.geometry import DTYPE_BYTES
-from shardwise.upstream.torch_checkpoint import LAYOUT
+from shardwise.upstream.torch_distributed import LAYOUT
 
 #: Classes of typed storages -> dtype code.
 _STORAGES = {

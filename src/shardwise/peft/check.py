@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.nn as nn
 
@@ -28,9 +28,6 @@ from shardwise.sources.entries import Entry, read_entries
 from shardwise.sources.reader import Reader, tensor_blocks
 from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model
 from shardwise.upstream import peft as upstream
-
-if TYPE_CHECKING:
-    pass
 
 #: The factors of a pair: side A, side B. Source: the names under which peft saves LoRA of linear layers and embeddings.
 _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))

@@ -14,7 +14,6 @@ from shardwise.addons.files import write_text, written_locally
 from shardwise.comm import Group
 from shardwise.errors import MisuseError
 from shardwise.peft.builtin_lora import find_sites, hub_target_modules, is_fused, named_targets
-from shardwise.peft.capture import adapter_directory
 from shardwise.peft.config import AUTOMODEL_CONFIG_NAME, adapter_settings, automodel_metadata
 from shardwise.peft.models import (
     adapter_configs,
@@ -23,7 +22,7 @@ from shardwise.peft.models import (
     peft_target_modules,
     peft_target_parameters,
 )
-from shardwise.peft.tensors import ADAPTER_CONFIG_NAME
+from shardwise.peft.tensors import ADAPTER_CONFIG_NAME, AdapterFile
 from shardwise.stateful_wrappers import ModelState
 
 
@@ -69,7 +68,7 @@ class PeftAddon:
 
 def _write(path: Path, parts: list[nn.Module], settings: Mapping[str, object], kwargs: SaveHookArgs) -> None:
     for name, values in settings.items():
-        _write_json(path / adapter_directory(name) / ADAPTER_CONFIG_NAME, values)
+        _write_json(path / AdapterFile(name, ()).directory / ADAPTER_CONFIG_NAME, values)
     if settings:
         config = kwargs.get("peft_config")
         if is_peft_adapted(parts, config) and (config is None or isinstance(config, Mapping)):

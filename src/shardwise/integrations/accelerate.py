@@ -306,7 +306,7 @@ class ShardwiseAccelerator(Accelerator):  # type: ignore[misc] # accelerate is n
     def _prune(self) -> None:
         """Remove the oldest automatic names above ``total_limit``."""
         limit = self.project_configuration.total_limit
-        if not self._is_automatic or limit is None or limit < 1 or self._paths.is_writing:
+        if not self._is_automatic or limit is None or limit < 1 or self._paths.writing is not None:
             return
         for path in self._numbered()[:-limit]:
             self._paths.remove(path)

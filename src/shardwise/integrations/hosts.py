@@ -105,7 +105,8 @@ class HostPaths:
     """Saves to, restores from and removes paths. All ranks call each method; each ends an earlier save first.
 
     By default each checkpoint has an export. Making one raises `ConfigError` where a setting contradicts what the
-    ``host`` (its name) decides, or no checkpointer can be built of them.
+    ``host`` (its name) decides, or no checkpointer can be built of them. ``writing`` is an asynchronous save that has
+    not been waited for: checkpointer, path and the checkpoint's name.
     """
 
     def __init__(self, settings: CheckpointingConfig | None, host: str) -> None:
@@ -118,12 +119,7 @@ class HostPaths:
             )
         settings.build().close()  # refuses what no checkpointer can be built of
         self.settings = settings
-        self._writing: tuple[Checkpointer, Path, str] | None = None
-
-    @property
-    def is_writing(self) -> bool:
-        """Whether an asynchronous save has not been waited for."""
-        return self._writing is not None
+        self.writing: tuple[Checkpointer, Path, str] | None = None
 
     def save(self, path: str | os.PathLike[str], parts: Parts, numbers: tuple[int, int] | None, is_final: bool) -> None:
         """Write a checkpoint; in asynchronous mode it is complete after `finish`.
@@ -149,15 +145,15 @@ class HostPaths:
         except BaseException:
             checkpointer.finalize()
             raise
-        self._writing = checkpointer, root, checkpoint_name(epoch, step)
+        self.writing = checkpointer, root, checkpoint_name(epoch, step)
         if not self.settings.is_async:
             self.finish()
 
     def finish(self) -> None:
         """Return when what was saved is complete, and what it replaces is removed; raises what failed in the save."""
-        if self._writing is None:
+        if self.writing is None:
             return
-        (checkpointer, root, name), self._writing = self._writing, None
+        (checkpointer, root, name), self.writing = self.writing, None
         checkpointer.finalize()
         group = Group.current()
         with group.together(f"removing what {root / name} replaces"):

@@ -103,13 +103,13 @@ def capture_adapter(
         # Sorted, so that all ranks have one order: stages may have received their adapters in different ones.
         for name in sorted(configs):
             found = [capture_peft(part, configs, name, base=base, is_stage=bool(cut), **layout) for part in parts]
-            files.append(AdapterFile(name, adapter_directory(name), _joined(found)))
+            files.append(AdapterFile(name, _joined(found)))
     else:
         for part in parts:
             # So that the code below finds shards, not parameters that a forward pass left gathered.
             own_tensors(adapted_model(part))
         dim = rank_setting(peft_config)
-        files = [AdapterFile("default", "", _joined([capture_own(part, dim, **layout) for part in parts]))]
+        files = [AdapterFile("default", _joined([capture_own(part, dim, **layout) for part in parts]))]
     _require_plain_state(parts, files)
     extra = (*_extra_entries(parts, files, stepped), *_allocator_entries(parts))
     counts = (getattr(text_config(bare_model(part)), "num_hidden_layers", None) for part in parts)
@@ -125,11 +125,6 @@ def hold_adapter(entries: Iterable[AdapterEntry], meshes: MeshRegister) -> tuple
         parts = tuple(seen_through(item.view, part) for part in native.parts)
         out.append(HeldTensor(item.spec, item.grid, parts))
     return tuple(out)
-
-
-def adapter_directory(adapter_name: str) -> str:
-    """Where peft keeps an adapter below the directory that it saves into."""
-    return "" if adapter_name == "default" else adapter_name
 
 
 def _joined(per_part: Sequence[Sequence[AdapterEntry]]) -> tuple[AdapterEntry, ...]:

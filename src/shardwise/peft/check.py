@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.nn as nn
 
@@ -28,9 +28,6 @@ from shardwise.sources.entries import Entry, read_entries
 from shardwise.sources.reader import Reader, tensor_blocks
 from shardwise.stateful_wrappers.wrapping import adapted_model, bare_model
 from shardwise.upstream import peft as upstream
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 #: The factors of a pair: side A, side B. Source: the names under which peft saves LoRA of linear layers and embeddings.
 _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
@@ -205,12 +202,21 @@ def check_opens(
     """
     if importlib.util.find_spec("peft") is None:
         return
-    config = _config(adapter_name, settings)
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    from peft import PeftConfig
+
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            config: Any = PeftConfig.from_peft_type(**settings)
+    except Exception as error:  # peft's own checks of what a configuration may say
+        raise AdapterError(
+            f"peft does not take the settings of the adapter {adapter_name!r}: {type(error).__name__}: {error}",
+            hint="Correct the adapter's configuration (model.peft_config), which adapter_config.json is made of.",
+        ) from error
     targets = getattr(config, "target_modules", None)
     if settings.get("peft_type") != "LORA" or not targets:
         return
-    from peft.tuners.tuners_utils import check_target_module_exists
-
     parents = tuple(str(p).rpartition(".")[0] for p in getattr(config, "target_parameters", None) or ())
     owners = adapted_modules(names)
     for owner in sorted(owners):
@@ -226,20 +232,6 @@ def check_opens(
                 continue
             if check_target_module_exists(config, name):
                 raise _unlike(adapter_name, name, "has no tensors, and by the settings peft would adapt it")
-
-
-def _config(adapter_name: str, settings: Mapping[str, object]) -> Any:
-    from peft import PeftConfig
-
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            config: PeftConfig = PeftConfig.from_peft_type(**settings)
-    except Exception as error:  # peft's own checks of what a configuration may say
-        raise AdapterError(
-            f"peft does not take the settings of the adapter {adapter_name!r}: {type(error).__name__}: {error}",
-            hint="Correct the adapter's configuration (model.peft_config), which adapter_config.json is made of.",
-        ) from error
-    return config
 
 
 def _unlike(adapter_name: str, module: str, what: str) -> AdapterError:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch.nn as nn
 
@@ -41,9 +41,6 @@ from shardwise.peft.tensors import ADAPTER_CONFIG_NAME
 from shardwise.stateful_wrappers.model_parts import described_part
 from shardwise.stateful_wrappers.wrapping import bare_model, original_class
 from shardwise.upstream.transformers import NAME_OR_PATH
-
-if TYPE_CHECKING:
-    pass
 
 _LOG = logging.getLogger(__name__)
 

@@ -393,15 +393,14 @@ class _Copier:
                     hint="Build and adapt this model on a real device.",
                 )
             _write(join(path, leaf), target, value)
+        modules = dict(named_modules(real))
         for inner_path, inner in made.named_modules():
-            if not inner_path.startswith(("base_layer", "model")):
-                _copy_attributes(inner, dict(named_modules(real)).get(inner_path))
+            if inner_path in modules and not inner_path.startswith(("base_layer", "model")):
+                _copy_attributes(inner, modules[inner_path])
 
 
-def _copy_attributes(made: nn.Module, real: nn.Module | None) -> None:
+def _copy_attributes(made: nn.Module, real: nn.Module) -> None:
     """Tensors that a module keeps in plain attributes, alone or in a dictionary (FourierFT's frequencies)."""
-    if real is None:
-        return
     for key, value in vars(made).items():
         current = vars(real).get(key)
         if key in STORES:
@@ -415,10 +414,8 @@ def _copy_attributes(made: nn.Module, real: nn.Module | None) -> None:
 
 
 def _device(module: nn.Module) -> torch.device:
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.device.type != "meta":
-            return tensor.device
-    return torch.device("cpu")
+    tensors = (*module.parameters(), *module.buffers())
+    return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), torch.device("cpu"))
 
 
 def _needs_base(config: PeftConfig) -> bool:

@@ -49,10 +49,12 @@ class AdapterFile:
     """One adapter."""
 
     adapter_name: str  #: peft's name of it; ``default`` for a model's own LoRA modules.
-    #: Where it lies below the checkpoint's ``model`` directory: ``""``, or the adapter's name for all but ``default``,
-    #: as in ``PeftModel.save_pretrained``.
-    directory: str
     entries: tuple[AdapterEntry, ...]  #: What this rank knows of its tensors.
+
+    @property
+    def directory(self) -> str:
+        """Where it lies below the checkpoint's ``model`` directory, as in ``PeftModel.save_pretrained``."""
+        return "" if self.adapter_name == "default" else self.adapter_name
 
     @property
     def path(self) -> str:

@@ -123,9 +123,9 @@ class _Alike(Group):
             raise failure
         return list(xors), list(sums)
 
-    def broadcast_json(self, value: JsonValue, source: int = 0, what: str = "broadcasting") -> JsonValue:
+    def broadcast_bytes(self, data: bytes, source: int, what: str) -> bytes:
         """What this rank has itself."""
-        return value
+        return data
 
     def broadcast_result(self, make: Callable[[], JsonValue], what: str) -> JsonValue:
         """What rank 0 told, or would tell as this rank does."""

@@ -35,7 +35,7 @@ from shardwise.comm import Group, JsonValue
 from shardwise.convert.mapping import rename
 from shardwise.disk.names import is_there
 from shardwise.engine.jobs import Step, local_step
-from shardwise.engine.load import OpenedLoad, open_described
+from shardwise.engine.load import LoadSource, OpenedLoad, open_load
 from shardwise.engine.name_suggestions import listed
 from shardwise.engine.records import ComponentRecord, write_state
 from shardwise.engine.replicas import comparison
@@ -243,7 +243,8 @@ def open_optimizer(
             source = open_source(directory, group, spread=True, exclude=state_files)
         # A frozen stage, or an optimizer over fewer parameters, may need less than was saved.
         options = replace(session.load_options, allow_unexpected=True)
-        tensors = open_described(plan.held_as_saved, source, group, session.storage, options, lambda: own is not None)
+        loaded = LoadSource(source)
+        tensors = open_load(plan.held_as_saved, loaded, group, session.storage, options, lambda: own is not None)
     if foreign is not None:
         count_in_tensors(plan)
     return OpenedOptimizer(session, plan, found, tensors, own, buffered.any)

@@ -14,6 +14,7 @@ Values travel as JSON or as raw tensor bytes, never as pickles.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +27,7 @@ import torch.distributed as dist
 
 from shardwise.comm import collectives
 from shardwise.comm.collectives import PACKET_BYTES, packet, to_bytes, to_tensor, unpacked
-from shardwise.comm.lost_ranks import RankProcess, TimeoutBudget, find_lost
-from shardwise.comm.waiting import ABSENT_SECONDS, Waiting, meeting_name
+from shardwise.comm.lost_ranks import ABSENT_SECONDS, RankProcess, TimeoutBudget, Waiting, find_lost, meeting_name
 from shardwise.errors import PeerError, RemoteError, ShardwiseError
 from shardwise.format.strict_json import JsonValue
 
@@ -75,7 +75,8 @@ class Group:
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
-        self._pg = process_group
+        #: For other code that communicates by itself.
+        self.process_group = process_group
         self._owned = False
         self._broken: PeerError | None = None
         self._name = ""
@@ -151,17 +152,12 @@ class Group:
 
     def close(self) -> None:
         """Release the process group if this object made it. Safe to call twice."""
-        if self._owned and self._pg is not None:
+        if self._owned and self.process_group is not None:
             self._owned = False
             if dist.is_initialized():
                 with contextlib.suppress(ValueError):  # the script has destroyed all groups before
-                    dist.destroy_process_group(self._pg)
-        self._pg = None
-
-    @property
-    def process_group(self) -> dist.ProcessGroup | None:
-        """The process group, for other code that communicates by itself."""
-        return self._pg
+                    dist.destroy_process_group(self.process_group)
+        self.process_group = None
 
     @property
     def is_main(self) -> bool:
@@ -190,9 +186,9 @@ class Group:
 
     @property
     def _alive(self) -> dist.ProcessGroup:
-        if self._pg is None:
+        if self.process_group is None:
             raise ValueError("the group was closed")
-        return self._pg
+        return self.process_group
 
     # --- bytes ------------------------------------------------------------------------------------------------------
 
@@ -300,7 +296,7 @@ class Group:
         except ShardwiseError:
             raise
         except (RuntimeError, ValueError) as error:
-            if self._pg is None:
+            if self.process_group is None:
                 raise RemoteError(f"{type(error).__name__}: {error}", rank=self.global_rank) from error
             raise self._break(what, error) from error
 
@@ -400,9 +396,7 @@ class Group:
 
     def gather_json(self, value: JsonValue, what: str = "gathering") -> list[JsonValue]:
         """Every rank's value, in rank order, on every rank. All ranks call."""
-        if self.world_size == 1:
-            return [value]
-        return [json.loads(text) for text in self._gather_bytes(json.dumps(value).encode(), what)]
+        return self.gather(lambda: value, what)
 
     def gather(self, make: Callable[[], JsonValue], what: str) -> list[JsonValue]:
         """The results of ``make`` of all ranks, in rank order, on every rank, in one exchange. All ranks call.
@@ -446,12 +440,6 @@ class Group:
                     short = to_bytes(buffer)
                 found.append(json.loads(short))
             return found
-
-    def broadcast_json(self, value: JsonValue, source: int = 0, what: str = "broadcasting") -> JsonValue:
-        """The value of rank ``source`` (in the group), on every rank. All ranks call; others' values are ignored."""
-        if self.world_size == 1:
-            return value
-        return cast(JsonValue, json.loads(self.broadcast_bytes(json.dumps(value).encode(), source, what)))
 
     def broadcast_result(self, make: Callable[[], JsonValue], what: str) -> JsonValue:
         """Call ``make`` on rank 0 and broadcast its result, in one exchange. All ranks call; ``make`` is local.
@@ -515,13 +503,7 @@ class Group:
                 return mine.tolist(), added
             if bits is None:  # NCCL has no exclusive or
                 bits = torch.stack(self._all_gather(self._integers(xors))).cpu()
-        return _exclusive_or(bits), added
-
-
-def _exclusive_or(rows: torch.Tensor) -> list[int]:
-    for row in rows[1:]:
-        rows[0] ^= row
-    return cast(list[int], rows[0].tolist())
+        return functools.reduce(torch.bitwise_xor, bits).tolist(), added
 
 
 def _collective_device(process_group: dist.ProcessGroup) -> torch.device:

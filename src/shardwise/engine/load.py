@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NoReturn, Protocol, Self
+from dataclasses import dataclass, field, replace
+from typing import NoReturn, Self
 
 import torch
 
@@ -63,25 +63,28 @@ class LoadReport:
     counts: ReadCounts
 
 
-class LoadSource(Protocol):
-    """What a load reads from: a checkpoint, or a base model (`shardwise.base.source.BaseSource`).
+@dataclass(frozen=True)
+class LoadSource:
+    """What a load reads from: the tensors of a checkpoint, or of any files of a model.
 
-    They differ in the tensors that they have beside stored ones, in the differences from the model that they let pass,
-    and in the words of their errors. Nothing here communicates or reads.
+    Names, shapes and dtypes have to be the model's. A base model (`shardwise.base.source.BaseSource`) has tensors
+    beside the stored ones, lets other differences pass, and has other words for its errors. Nothing here communicates
+    or reads.
     """
 
-    @property
-    def plain(self) -> Source:
-        """The stored tensors that byte ranges can read."""
+    plain: Source  #: The stored tensors that byte ranges can read.
 
     def located(self, plain: Source) -> Self:
         """The same where more is known of the stored tensors' pieces."""
+        return replace(self, plain=plain)
 
     def names(self) -> Collection[str]:
         """All names that a model may want; whether one is among them is known in constant time."""
+        return self.plain.tensors.keys()
 
     def unexpected(self, unwanted: Sequence[str], options: LoadOptions) -> list[str]:
-        """Those of ``names`` that no rank wants that are more than what others are made from."""
+        """Those of the names that no rank wants that somebody has to have."""
+        return [name for name in unwanted if name not in options.ignored]
 
     def compare(
         self, specs: Sequence[TensorSpec], unexpected: Sequence[str], options: LoadOptions, *, dtypes: bool = True
@@ -95,37 +98,6 @@ class LoadSource(Protocol):
             TensorError: Names, shapes or dtypes differ.
             QuantizationError: A base is quantized in a way that cannot be undone.
         """
-
-    def add(self, tensor: HeldTensor, reads: PlannedReads, replicas: Replicas | None) -> None:
-        """Plan how a tensor that is there is filled, by this rank or by ``replicas`` that want the same.
-
-        Raises:
-            TensorError: Several elements of the tensor are one memory, or the source does not cover it.
-        """
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointSource:
-    """The tensors of a checkpoint, or of any files of a model: names, shapes and dtypes have to be the model's."""
-
-    plain: Source
-
-    def located(self, plain: Source) -> CheckpointSource:
-        """As `LoadSource` says, and so are the others."""
-        return CheckpointSource(plain)
-
-    def names(self) -> Collection[str]:
-        """All names."""
-        return self.plain.tensors.keys()
-
-    def unexpected(self, unwanted: Sequence[str], options: LoadOptions) -> list[str]:
-        """Those that somebody has to have."""
-        return [name for name in unwanted if name not in options.ignored]
-
-    def compare(
-        self, specs: Sequence[TensorSpec], unexpected: Sequence[str], options: LoadOptions, *, dtypes: bool = True
-    ) -> None:
-        """Compare names, shapes, dtypes."""
         tensors = self.plain.tensors
         missing = [spec.name for spec in specs if spec.name not in tensors]
         if missing and not options.allow_missing:
@@ -138,7 +110,11 @@ class CheckpointSource:
                 _compare(spec, saved, self.plain, options, dtypes)
 
     def add(self, tensor: HeldTensor, reads: PlannedReads, replicas: Replicas | None) -> None:
-        """Plan byte ranges."""
+        """Plan how a tensor that is there is filled, by this rank or by ``replicas`` that want the same.
+
+        Raises:
+            TensorError: Several elements of the tensor are one memory, or the source does not cover it.
+        """
         for fragment in tensor.fragments:
             require_own_elements(tensor.spec.name, fragment.data)
         reads.add(self.plain.tensors[tensor.spec.name], tensor, replicas)
@@ -199,18 +175,6 @@ class OpenedLoad:
             self.reads.execute(reader, group)
         count_bytes(reader.counts.read)
         return LoadReport(self.missing, self.unexpected, reader.counts)
-
-
-def open_described(
-    describe: Callable[[], Sequence[HeldTensor]],
-    source: Source,
-    group: Group,
-    storage: Storage,
-    options: LoadOptions,
-    asks: Callable[[], bool] = bool,
-) -> OpenedLoad:
-    """`open_load` of a checkpoint's tensors. All ranks of the group call."""
-    return open_load(describe, CheckpointSource(source), group, storage, options, asks)
 
 
 @phase("plan")

@@ -23,7 +23,7 @@ from shardwise.base.initialise import Slot, slots_of
 from shardwise.comm import Group
 from shardwise.disk.names import is_directory, is_file, is_there, names_in
 from shardwise.disk.storage import current, local_path
-from shardwise.engine.load import LoadOptions, open_described
+from shardwise.engine.load import LoadOptions, LoadSource, open_load
 from shardwise.engine.sharing import PlannedReads
 from shardwise.errors import (
     AdapterError,
@@ -276,7 +276,7 @@ def _read_legacy(adapted: nn.Module, directory: Path) -> None:
     distinct = [entry for entry in file.entries if entry.alias_of is None]
     shared = frozenset(entry.spec.name for entry in file.entries if entry.alias_of is not None)
     options = LoadOptions(ignored=shared)
-    open_described(lambda: list(hold_adapter(distinct, MeshRegister())), source, group, current(), options).read()
+    open_load(lambda: hold_adapter(distinct, MeshRegister()), LoadSource(source), group, current(), options).read()
 
 
 def place_tensor(slot: Slot, values: torch.Tensor) -> None:

@@ -91,7 +91,8 @@ def _agreed_seed(model: nn.Module) -> int:
             mesh = parameter.device_mesh
             seen.add(mesh)
             for dim in range(mesh.ndim):
-                seed = cast(int, Group(mesh.get_group(dim)).broadcast_json(seed, 0, "agreeing on a seed"))
+                meeting = Group(mesh.get_group(dim))
+                seed = cast(int, meeting.broadcast_result(partial(int, seed), "agreeing on a seed"))
     return seed
 
 
@@ -150,7 +151,7 @@ def load_base_model(
 
 def _begin_peft(group: Group, parts: Sequence[nn.Module], fresh: Sequence[nn.Module]) -> None:
     """Give the adapters of parts that were on the meta device their first values. All ranks call."""
-    seed = cast(int, group.broadcast_json(torch.initial_seed(), 0, "agreeing on a seed"))
+    seed = cast(int, group.broadcast_result(torch.initial_seed, "agreeing on a seed"))
     with group.together("beginning the adapters"):  # apart, since DTensors communicate: no rank may have failed before
         for part in fresh:
             if is_peft_adapted([part]):
@@ -169,7 +170,7 @@ def _found(session: Session, root_dir: str | Path | None, model_name: str | None
 
 
 def _materialise(group: Group, parts: Sequence[nn.Module], device: torch.device, wanted: BaseWanted | None) -> None:
-    seed = cast(int, group.broadcast_json(torch.initial_seed(), 0, "agreeing on a seed"))
+    seed = cast(int, group.broadcast_result(torch.initial_seed, "agreeing on a seed"))
     with group.together("materialising the model"):
         for part in parts:
             slots = slots_of(part)

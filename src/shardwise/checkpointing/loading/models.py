@@ -37,12 +37,12 @@ from shardwise.convert import rename
 from shardwise.disk.names import is_file
 from shardwise.engine.computed import OpenedComputed, open_computed
 from shardwise.engine.load import (
-    CheckpointSource,
     LoadOptions,
     LoadReport,
+    LoadSource,
     OpenedLoad,
     listed_anywhere,
-    open_described,
+    open_load,
 )
 from shardwise.engine.name_suggestions import listed
 from shardwise.engine.per_rank import saved_ranks
@@ -122,9 +122,9 @@ def open_model(
         steps.extend(own_steps)
         return held if hub.listing is None else [*as_modules_load(held, hub, computed, source), *extra]
 
-    load = open_described(direct, source, group, storage, options, lambda: bool(steps))
+    load = open_load(direct, LoadSource(source), group, storage, options, lambda: bool(steps))
     has_computed = opened.differs and not speaks_native
-    there = open_computed(computed, CheckpointSource(source), group, options) if has_computed else None
+    there = open_computed(computed, LoadSource(source), group, options) if has_computed else None
     # Every rank knows which module state was saved.
     stems = opened.metadata.module_state
     module_load = ModuleLoad((), None, options, 0)

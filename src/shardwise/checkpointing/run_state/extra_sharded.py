@@ -26,7 +26,7 @@ from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.agreement import Agreement
 from shardwise.engine.jobs import Step, below
-from shardwise.engine.load import OpenedLoad, open_described
+from shardwise.engine.load import LoadSource, OpenedLoad, open_load
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.shards import shard_plan, write_shards
 from shardwise.plan.fragments import HeldTensor
@@ -173,7 +173,7 @@ def open_tensors(session: Session, name: str, tensors: Mapping[str, DTensor], di
     """Compare DTensors with what was saved. All ranks call, also those without any; nothing is changed."""
     source = open_source(directory_of(directory, name), session.group, spread=True)
     describe = partial(held_tensors, tensors.items(), MeshRegister())
-    return open_described(describe, source, session.group, session.storage, session.load_options)
+    return open_load(describe, LoadSource(source), session.group, session.storage, session.load_options)
 
 
 #: A module on one rank: whether it has DTensors; a digest of its state; the names in it.

@@ -44,13 +44,11 @@ from shardwise.engine.agreement import Agreement
 from shardwise.engine.collector import without_collector
 from shardwise.engine.export import ExportOptions, export_record, plan_export
 from shardwise.engine.load import LoadOptions
-from shardwise.format.header import arrange, encode_header
+from shardwise.format.header import arrange, encode_header, encode_sharding_metadata
 from shardwise.format.manifest import Manifest, encode_manifest
-from shardwise.format.sharding import encode_sharding_metadata
 from shardwise.geometry import TensorSpec
-from shardwise.plan.layout import Layout
+from shardwise.plan.layout import Layout, shard_name
 from shardwise.plan.placement import chunk
-from shardwise.plan.shards import shard_name
 from shardwise.sources.sources import open_source
 from shardwise.stateful_wrappers import ModelState
 

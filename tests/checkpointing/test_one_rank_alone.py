@@ -27,9 +27,9 @@ from shardwise.disk.storage import LocalStorage, Status
 from shardwise.engine.agreement import Agreement
 from shardwise.engine.background import Background, waiting_for_copies
 from shardwise.engine.computed import gather
+from shardwise.engine.export import exchange_rows
 from shardwise.engine.jobs import SaveJob
 from shardwise.engine.records import ComponentRecord
-from shardwise.engine.row_exchange import exchange_rows
 from shardwise.engine.staging import Stager
 from shardwise.errors import AdapterError, CheckpointNotFoundError, MisuseError, RemoteError, StorageError
 from shardwise.plan.fragments import HeldTensor

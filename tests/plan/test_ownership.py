@@ -10,11 +10,9 @@ from tests.support.simulate import Simulation, Spread, raw, simulations
 from shardwise.errors import IncompleteTensorError, NameCollisionError
 from shardwise.geometry import TensorSpec
 from shardwise.plan.layout import lay_out
-from shardwise.plan.ownership import SPLIT_REPLICATED_ABOVE_BYTES, own
 from shardwise.plan.placement import Replicated, Sharded
 from shardwise.plan.roster import Declaration, Roster
-from shardwise.plan.schedule import schedule
-from shardwise.plan.shards import plan_shards
+from shardwise.plan.schedule import SPLIT_REPLICATED_ABOVE_BYTES, own, plan_shards, schedule
 
 
 @given(simulations())

@@ -22,16 +22,15 @@ from tests.support.simulate import (
     simulations,
 )
 
-from shardwise.engine.row_exchange import exchange_rows
+from shardwise.engine.export import exchange_rows
 from shardwise.errors import StorageError
 from shardwise.geometry import Box, TensorSpec, stride_of
 from shardwise.plan.fragments import Part, hold
 from shardwise.plan.layout import Layout, lay_out
-from shardwise.plan.ownership import SPLIT_REPLICATED_ABOVE_BYTES
 from shardwise.plan.placement import MeshKey, Replicated, Sharded, Strided
 from shardwise.plan.roster import Declaration, Roster
 from shardwise.plan.rows import FEW_RUNS, ROUND_BYTES, SHORT_RUN_BYTES, Exchange, ExchangePlanner, Sources
-from shardwise.plan.schedule import WriteRun, schedule
+from shardwise.plan.schedule import SPLIT_REPLICATED_ABOVE_BYTES, WriteRun, schedule
 from shardwise.plan.views import Axis, AxisView
 
 

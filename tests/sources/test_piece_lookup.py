@@ -23,7 +23,7 @@ from shardwise.disk.storage import LocalStorage
 from shardwise.engine.load import LoadOptions, LoadSource, open_load
 from shardwise.errors import HeaderError, MisuseError, ShapeMismatchError, ShardwiseError
 from shardwise.format.dcp_metadata import read_dcp_metadata
-from shardwise.format.sharding import encode_sharding_metadata
+from shardwise.format.header import encode_sharding_metadata
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.reads import SourceChunk, SourceTensor

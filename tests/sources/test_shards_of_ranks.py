@@ -20,7 +20,7 @@ from shardwise.errors import (
     TensorError,
     UnexpectedTensorError,
 )
-from shardwise.format.sharding import encode_sharding_metadata
+from shardwise.format.header import encode_sharding_metadata
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.sources.sources import open_source

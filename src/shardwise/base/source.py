@@ -14,12 +14,11 @@ from shardwise.base.quantized import SUPPORTED, QuantSettings, dequantized_piece
 from shardwise.dtypes import FLOATS
 from shardwise.engine.load import LoadOptions, LoadSource
 from shardwise.engine.name_suggestions import listed
-from shardwise.engine.sharing import PlannedReads
+from shardwise.engine.sharing import PlannedReads, Replicas
 from shardwise.errors import DtypeMismatchError, MissingTensorError, QuantizationError, ShapeMismatchError
 from shardwise.geometry import TensorSpec
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.quantized import Quantized
-from shardwise.plan.sharing import Replicas
 from shardwise.sources.torch_files import BinSource
 from shardwise.stateful_wrappers.memory import require_own_elements
 

@@ -33,9 +33,8 @@ from shardwise.comm import Group, JsonValue
 from shardwise.disk.storage import Storage, using
 from shardwise.engine.background import Background, waiting_for_copies
 from shardwise.engine.collector import without_collector
-from shardwise.engine.device_streams import DeviceStreams
 from shardwise.engine.jobs import Commit, SaveJob, Step
-from shardwise.engine.staging import Stager
+from shardwise.engine.staging import DeviceStreams, Stager
 from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.settings import Settings
 from shardwise.stateful_wrappers import ModelState, OptimizerState
@@ -323,7 +322,7 @@ class Lifetime:
             return
         self.background.submit(job)
         if self.config.wait_for_staging:
-            self.background.wait_for_staging()
+            self.background.stager.wait()
 
     def allocate_staging(self, model: Model, optimizer: Optimizers | None = None) -> None:
         """As `Checkpointer.allocate_staging`, within another call. All ranks call."""

@@ -42,7 +42,7 @@ from shardwise.engine.replicas import comparison
 from shardwise.engine.shards import shard_plan, write_shards
 from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError
 from shardwise.plan.fragments import HeldTensor
-from shardwise.plan.ownership import left_to_others
+from shardwise.plan.schedule import left_to_others
 from shardwise.sources.dcp_values import is_dcp
 from shardwise.sources.sources import open_source
 from shardwise.sources.state_files import has_state, joined, pack_state, read_state, split, unpack_state

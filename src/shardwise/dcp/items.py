@@ -22,8 +22,7 @@ from shardwise.errors import IncompleteTensorError, MisuseError, NameCollisionEr
 from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
 from shardwise.geometry import Box, TensorSpec, runs
 from shardwise.plan.layout import Layout
-from shardwise.plan.schedule import WriteRun
-from shardwise.plan.shards import ShardFile, ShardPiece, shard_files
+from shardwise.plan.schedule import ShardFile, ShardPiece, WriteRun, shard_files
 from shardwise.sources.digest import contribution
 from shardwise.sources.tensor_bytes import byte_blocks
 from shardwise.stateful_wrappers.memory import plain_memory

@@ -22,10 +22,9 @@ from contextvars import copy_context
 from dataclasses import dataclass, field
 
 from shardwise.comm import Group
-from shardwise.engine.device_streams import DeviceStreams
 from shardwise.engine.jobs import SaveJob, Step
 from shardwise.engine.records import ComponentRecord
-from shardwise.engine.staging import Stager
+from shardwise.engine.staging import DeviceStreams, Stager
 from shardwise.errors import SaveInterruptedError, ShardwiseError
 from shardwise.timing import phase
 from shardwise.upstream.python import before_threads_end
@@ -150,10 +149,6 @@ class Background:
             save.failure = error
         finally:
             self.stager.take_back()
-
-    def wait_for_staging(self) -> None:
-        """Return when the captured memory may be overwritten."""
-        self.stager.wait()
 
     def wait(self) -> None:
         """Return when the last save is durable and published.

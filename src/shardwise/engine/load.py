@@ -8,26 +8,38 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NoReturn, Self
 
 import torch
 
 from shardwise.comm import FirstFailure, Group
+from shardwise.disk.names import exists, is_directory
 from shardwise.disk.storage import Storage
-from shardwise.engine.missing_files import missing_files_named
 from shardwise.engine.name_suggestions import listed, nearest
 from shardwise.engine.progress import Progress
-from shardwise.engine.sharing import NO_SHARING, PlannedReads, Sharing, find_replicas, finds_remote
-from shardwise.errors import DtypeMismatchError, MissingTensorError, ShapeMismatchError, UnexpectedTensorError
+from shardwise.engine.sharing import NO_SHARING, PlannedReads, Replicas, Sharing, find_replicas, finds_remote
+from shardwise.engine.verify import load_manifest
+from shardwise.errors import (
+    CheckpointNotFoundError,
+    DtypeMismatchError,
+    MissingTensorError,
+    ShapeMismatchError,
+    ShardwiseError,
+    UnexpectedTensorError,
+)
+from shardwise.format.manifest import Manifest
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.deferred import Buffers, split
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceTensor, wanted_regions
-from shardwise.plan.sharing import Replicas
 from shardwise.sources.reader import ReadCounts, Reader
 from shardwise.sources.sources import Source
 from shardwise.stateful_wrappers.memory import require_own_elements
 from shardwise.timing import count_bytes, phase
+
+#: How many directories are looked through for a manifest: the one that is read, and those around it.
+_MAX_LEVELS = 3
 
 
 @dataclass(frozen=True)
@@ -329,3 +341,57 @@ def _refuse_names(
     elif (close := nearest(names[0], shared)) is not None:
         hint = f"The nearest name in the {there} is {close!r}, which the {here} has too. {hint}"
     raise kind(f"{what}: {listed(names)}", path=source.path, tensor=names[0], hint=hint)
+
+
+@contextlib.contextmanager
+def missing_files_named(source: Source) -> Iterator[None]:
+    """Give errors about tensors their path, and name the absent file where a manifest lists one.
+
+    Raises:
+        CheckpointNotFoundError: A tensor file that belongs to what is loaded is absent, in place of the error about the
+            tensor that it leaves incomplete.
+    """
+    try:
+        yield
+    except (MissingTensorError, ShapeMismatchError) as error:
+        if error.path is None:
+            error.path = str(source.path)
+        absent = _missing_file(source.path)
+        if absent is None:
+            raise
+        what = "this file of the checkpoint, which its manifest lists, is absent"
+        hint = "Restore it from a copy, or choose another checkpoint; `shardwise verify` lists all that is missing."
+        raise CheckpointNotFoundError(what, path=absent, tensor=error.tensor, hint=hint) from error
+
+
+def saved_aliases(source: Source) -> dict[str, str]:
+    """Aliases of the model's tensors -> the names that they are saved under, by the nearest manifest.
+
+    Local. Empty where no manifest lists a file of the source, or where it cannot be read: the error about the tensor
+    that is then missing says more.
+    """
+    with contextlib.suppress(OSError, ShardwiseError):
+        for directory, manifest in _manifests(source.path):
+            if not {directory / file.path for file in manifest.files}.isdisjoint(source.files):
+                return {name: kept for of, name, kept in manifest.aliases if of == "model"}
+    return {}
+
+
+def _missing_file(path: Path) -> Path | None:
+    """A tensor file at or below ``path`` that the nearest manifest lists and that does not exist."""
+    # The error about the tensor says more than one about the manifest.
+    with contextlib.suppress(OSError, ShardwiseError):
+        for directory, manifest in _manifests(path):
+            for file in manifest.files:
+                found = directory / file.path
+                if found.suffix == ".safetensors" and found.is_relative_to(path) and not exists(found):
+                    return found
+    return None
+
+
+def _manifests(path: Path) -> Iterator[tuple[Path, Manifest]]:
+    """The manifests of a directory and of those around it, the nearest first."""
+    for directory in [path, *path.parents][:_MAX_LEVELS]:
+        manifest = load_manifest(directory) if is_directory(directory) else None
+        if manifest is not None:
+            yield directory, manifest

@@ -17,7 +17,7 @@ from shardwise.disk.sequential import SequentialFile, blocks_of, write_file
 from shardwise.disk.storage import Storage, storage_errors
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.computed import write_computed
-from shardwise.engine.export import ExportPlan, export_record
+from shardwise.engine.export import ExportPlan, export_record, make_room
 from shardwise.engine.records import ComponentRecord, merged
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.errors import IntegrityError
@@ -26,8 +26,7 @@ from shardwise.geometry import Box
 from shardwise.plan.layout import FileLayout, index_name
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.plan.roster import Roster
-from shardwise.plan.schedule import WriteRun
-from shardwise.plan.shards import plan_shards
+from shardwise.plan.schedule import WriteRun, plan_shards
 from shardwise.sources.tensor_bytes import byte_blocks
 from shardwise.sources.verifying_reader import DigestLedger, RecordedDigest, VerifyingReader
 from shardwise.timing import phase
@@ -73,8 +72,7 @@ def write_merged(
     digests = {entry.spec.name: 0 for file in plan.layout.files for entry in file.entries}
     with group.together(f"preparing {plan.directory}"):
         if group.is_main:
-            storage.make_directory(plan.directory)
-            storage.check_space(plan.directory, plan.layout.total_bytes)
+            make_room(plan, storage)
     with phase("merge"), group.together(f"merging shards into {plan.directory}", options.patience_seconds):
         merging = _Merging(plan.directory, sources, paths, storage, ledger)
         own = [

@@ -8,7 +8,6 @@ the directory, a pipe or a device is never read, and memory is one buffer per th
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -61,7 +60,7 @@ DamageKind = Literal[
 _TASK_BYTES = 32 * 2**20
 _BUFFER_BYTES = 4 * 2**20
 
-#: Called with the size of every run of bytes that was read; from any thread, one call at a time.
+#: Called with the size of every run of bytes that was read.
 Advance = Callable[[int], None]
 
 
@@ -244,20 +243,13 @@ def check_extents(
 ) -> list[Damage]:
     """Read runs of bytes and compare their digests. Files must have passed `check_files`.
 
-    Each thread has one buffer of 4 MiB; ``advance`` is called with the size of every run that was read.
+    Each thread has one buffer of at most 4 MiB; ``advance`` is called with the size of every run that was read, in
+    order.
     """
-    lock = threading.Lock()
-
-    def counted(nbytes: int) -> None:
-        if advance is not None:
-            with lock:
-                advance(nbytes)
-
     with ThreadPoolExecutor(max(1, threads), thread_name_prefix="shardwise-verify") as pool:
-        local = threading.local()
         tasks = list(_tasks(extents))
-        results = pool.map(lambda task: _read_task(directory, extents, task, storage, local, counted), tasks)
-        return _judge(extents, tasks, results)
+        results = pool.map(lambda task: _read_task(directory, extents, task, storage), tasks)
+        return _judge(extents, tasks, results, advance)
 
 
 def _tasks(extents: Sequence[Extent]) -> Iterator[list[_Run]]:
@@ -279,16 +271,10 @@ def _tasks(extents: Sequence[Extent]) -> Iterator[list[_Run]]:
 
 
 def _read_task(
-    directory: Path,
-    extents: Sequence[Extent],
-    task: Sequence[_Run],
-    storage: Storage,
-    local: threading.local,
-    advance: Advance,
+    directory: Path, extents: Sequence[Extent], task: Sequence[_Run], storage: Storage
 ) -> list[int | ShardwiseError]:
     """For each run of one task its digest, or what kept it from being read."""
-    if not hasattr(local, "buffer"):
-        local.buffer = memoryview(bytearray(_BUFFER_BYTES))
+    buffer = memoryview(bytearray(min(_BUFFER_BYTES, max(run.nbytes for run in task))))
     try:
         handle = storage.open(directory / extents[task[0].extent].file, writable=False)
     except ShardwiseError as error:
@@ -297,7 +283,7 @@ def _read_task(
     try:
         for run in task:
             try:
-                found.append(_read_run(handle, extents[run.extent], run, storage, local.buffer, advance))
+                found.append(_read_run(handle, extents[run.extent], run, storage, buffer))
             except ShardwiseError as error:
                 found.append(error)
     finally:
@@ -305,21 +291,23 @@ def _read_task(
     return found
 
 
-def _read_run(handle: int, extent: Extent, run: _Run, storage: Storage, buffer: memoryview, advance: Advance) -> int:
+def _read_run(handle: int, extent: Extent, run: _Run, storage: Storage, buffer: memoryview) -> int:
     crc, done = 0, 0
     while done < run.nbytes:
         part = buffer[: min(len(buffer), run.nbytes - done)]
         got = storage.read(handle, part, extent.offset + run.start + done)
         crc = crc32c(part[:got], crc)
         done += got
-        advance(got)
         if got < len(part):
             raise IntegrityError(f"the file ends {run.nbytes - done} bytes before the end of this run of bytes")
     return crc
 
 
 def _judge(
-    extents: Sequence[Extent], tasks: Sequence[list[_Run]], results: Iterable[list[int | ShardwiseError]]
+    extents: Sequence[Extent],
+    tasks: Sequence[list[_Run]],
+    results: Iterable[list[int | ShardwiseError]],
+    advance: Advance | None,
 ) -> list[Damage]:
     crcs: dict[int, int] = {}
     failures: dict[int, ShardwiseError] = {}
@@ -329,6 +317,8 @@ def _judge(
                 failures[run.extent] = crc
             else:
                 crcs[run.extent] = crc if run.start == 0 else combine(crcs.get(run.extent, 0), crc, run.nbytes)
+                if advance is not None:
+                    advance(run.nbytes)
     found = []
     for number, extent in enumerate(extents):
         if number in failures:

@@ -120,19 +120,14 @@ def write_all(
 
     Large runs are cut, so that several threads share them; opening and adding digests stay on the calling thread.
     """
-    _write_pieces([piece for run in runs for piece in _pieces(run)], files, storage, threads, digests, digest)
-
-
-def _write_pieces(
-    pieces: Sequence[WriteRun], files: FileSet, storage: Storage, threads: int, digests: Digests, digest: Digest
-) -> None:
+    pieces = [piece for run in runs for piece in _pieces(run)]
     for file in dict.fromkeys([piece.file for piece in pieces]):
         files.handle(file)
     made = [piece for piece in pieces if deferred(piece.data) is not None]
     if threads > 1 and made:
         # Tensors that modules make are made in order, on one thread: one module's at a time.
         pieces = [piece for piece in pieces if deferred(piece.data) is None]
-        _write_pieces(made, files, storage, 1, digests, digest)
+        write_all(made, files, storage, 1, digests, digest)
     if threads <= 1 or len(pieces) <= 1:
         for piece in pieces:
             digests.take(piece, write_run(piece, files, storage, digest))

@@ -4,11 +4,14 @@ A file is the header's length in 8 bytes (little-endian), the header (JSON padde
 a multiple of 8), and the data section, which the tensors tile without hole or overlap. Offsets in a header count from
 the start of the data section.
 
-Source: the safetensors format description, and the bytes that safetensors 0.8 writes.
+Source: the safetensors format description, and the bytes that safetensors 0.8 writes; of the record in a shard, which
+says where in their global tensors its tensors belong, what torch 2.13's ``HuggingFaceStorageWriter`` writes and its
+``HuggingFaceStorageReader`` looks for.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 from collections import defaultdict
@@ -22,6 +25,7 @@ from shardwise.disk.guarded import open_regular, read_exactly
 from shardwise.errors import HeaderError, MisuseError
 from shardwise.format.sniff import FIRST_BYTES, Kind, what_is
 from shardwise.format.strict_json import (
+    MAX_INT,
     MAX_NAME,
     JsonValue,
     as_counts,
@@ -252,3 +256,40 @@ def _check_tiling(entries: Sequence[TensorEntry], data_bytes: int, path: str) ->
     if position < data_bytes:
         what = f"{path!r} has {data_bytes - position} bytes more than its tensors take"
         raise HeaderError(what, path=path, hint=DAMAGED)
+
+
+#: Key of ``__metadata__`` that holds the record.
+DCP_SHARDING_KEY = "DCP_SHARDING_INFO"
+
+
+def encode_sharding_metadata(offsets: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Return the ``__metadata__`` that makes a shard, whose tensors start there, readable by DCP."""
+    record = {name: {"saved_offsets": list(offsets[name])} for name in sorted(offsets)}
+    return {DCP_SHARDING_KEY: json.dumps(record), "DCP_VERSION": "1.0", "format": "pt"}
+
+
+def saved_offsets(header: Header) -> dict[str, tuple[int, ...]] | None:
+    """Return where each tensor of a DCP shard starts in its global tensor, or ``None`` where the file has no record.
+
+    A record that is malformed, lacks a tensor or disagrees with one's number of dimensions is a `HeaderError`.
+    """
+    text = header.metadata.get(DCP_SHARDING_KEY)
+    if text is None:
+        return None
+    tensor: str | None = None
+
+    def fail(reason: str) -> NoReturn:
+        raise HeaderError(f"the record {DCP_SHARDING_KEY} {reason}", tensor=tensor, hint=DAMAGED)
+
+    record = as_object(loads(text.encode("utf-8"), fail=fail), "which", fail)
+    result: dict[str, tuple[int, ...]] = {}
+    for (tensor, shape, _), _, _ in header.entries:
+        if tensor not in record:
+            fail("lacks the tensor")
+        offsets = as_counts(as_object(record[tensor], "its entry", fail).get("saved_offsets"), "saved_offsets", fail)
+        if len(offsets) != len(shape):
+            fail(f"gives {len(offsets)} offsets for {len(shape)} dimensions")
+        if any(offset + size > MAX_INT for offset, size in zip(offsets, shape, strict=True)):
+            fail("puts it outside any possible tensor")
+        result[tensor] = offsets
+    return result

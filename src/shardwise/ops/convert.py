@@ -18,14 +18,13 @@ from shardwise.addons.hf_config import CONFIG
 from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.disk.storage import Storage, current, using
 from shardwise.engine.collector import without_collector
-from shardwise.engine.missing_files import saved_aliases
+from shardwise.engine.load import saved_aliases
 from shardwise.engine.records import ComponentRecord, layout_record, write_manifest
 from shardwise.errors import MisuseError
 from shardwise.format.dcp_metadata import parsed_once
-from shardwise.format.header import encode_header
+from shardwise.format.header import encode_header, encode_sharding_metadata
 from shardwise.format.manifest import AliasRecord
 from shardwise.format.notes import ASIDE_DIR, METADATA_DIR, NOTES, PER_RANK_DIR
-from shardwise.format.sharding import encode_sharding_metadata
 from shardwise.format.strict_json import JsonValue
 from shardwise.lifecycle import LATEST, LINEAGE_NAME, METRICS_NAME, checkpoint_name, next_lineage, set_pointer
 from shardwise.lifecycle.names import foreign_numbers

@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 from shardwise.disk.names import file_size, is_file
 from shardwise.errors import CheckpointNotFoundError, FormatError, ShardwiseError, TensorError, UnsafePickleError
-from shardwise.format.header import read_header
+from shardwise.format.header import read_header, saved_offsets
 from shardwise.format.json_file import read_json
-from shardwise.format.sharding import saved_offsets
 from shardwise.format.sniff import Kind, Recognised, what_is_file
 from shardwise.geometry import TensorSpec
 from shardwise.ops.contents import (

@@ -127,14 +127,14 @@ class Exchange:
             for lead in refine_range(start, count, self.sources.lead)
         )
 
-    def pieces(self, boxes: tuple[Box, ...], start: int, count: int) -> Iterator[tuple[int, Box]]:
-        """The contribution of ``boxes`` to a range of rows: pairs of a box's index and the common region, in order."""
+    def pieces(self, boxes: tuple[Box, ...], start: int, count: int) -> Iterator[tuple[Box, Box]]:
+        """The contribution of ``boxes`` to a range of rows: pairs of a box and the common region, in order."""
         wanted = self.row_boxes(start, count)
-        for number, box in enumerate(boxes):
+        for box in boxes:
             for rows in wanted:
                 common = box.intersect(rows)
                 if common is not None:
-                    yield number, common
+                    yield box, common
 
 
 ShapeKey = tuple[tuple[int, ...], int, tuple[Part, ...]]

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from shardwise.errors import HeaderError
-from shardwise.format.header import read_header
-from shardwise.format.sharding import saved_offsets
+from shardwise.format.header import read_header, saved_offsets
 from shardwise.format.strict_json import JsonValue
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.reads import SourceChunk, SourceTensor

@@ -21,8 +21,7 @@ from shardwise.checkpointing.shared_names import file_name, recomputed_buffers
 from shardwise.comm import Group, JsonValue
 from shardwise.convert import HeldGroup, rename
 from shardwise.disk.storage import Storage
-from shardwise.engine.load import listed_anywhere
-from shardwise.engine.missing_files import saved_aliases
+from shardwise.engine.load import listed_anywhere, saved_aliases
 from shardwise.engine.name_suggestions import listed
 from shardwise.errors import MisuseError, TensorError
 from shardwise.format.dcp_metadata import read_dcp_metadata

@@ -69,9 +69,8 @@ from shardwise.format.notes import (
 from shardwise.geometry import TensorSpec
 from shardwise.plan.deferred import release
 from shardwise.plan.fragments import HeldTensor
-from shardwise.plan.ownership import left_to_others
 from shardwise.plan.roster import Roster
-from shardwise.plan.shards import ShardFile, plan_shards
+from shardwise.plan.schedule import ShardFile, left_to_others, plan_shards
 from shardwise.settings import SaveConsolidatedMode
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.model_parts import described_part

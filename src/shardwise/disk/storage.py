@@ -1,10 +1,9 @@
 """What a checkpoint is written to and read from, as one interface, and the local file system's implementation.
 
 Everything that a call does to a disk goes through a `Storage`, so that another one (remote, faulty, recording) can
-stand in its place. It is four small protocols: bytes of files (`Ranges`), directories (`Directories`), changing names
-(`Names`), and looking at names (`Looks`, for which `shardwise.disk.names` has functions). A call has one storage:
-whoever begins it says which (`using`), what looks at names or reads a small file asks for it (`current`), and what
-keeps handles is given it. A save calls it in this order, on the ranks named:
+stand in its place; `shardwise.disk.names` has functions for looking at names. A call has one storage: whoever begins
+it says which (`using`), what looks at names or reads a small file asks for it (`current`), and what keeps handles is
+given it. A save calls it in this order, on the ranks named:
 
 1. rank 0: ``make_directory(..., new=True)`` for the temporary directory, after ``remove_tree`` of an interrupted
    predecessor;
@@ -85,11 +84,17 @@ class Entry(NamedTuple):
     kind: Kind
 
 
-class Ranges(Protocol):
-    """Bytes of files, at offsets. Any rank calls. Paths are absolute; offsets and sizes in bytes.
+class Storage(Protocol):
+    """All that a checkpoint needs of a file system.
 
-    Every failure is a typed error; those of operations on a handle do not know the path (`locating`).
+    A call hands one storage every absolute path, those of a base model and of the staging directory too: a storage for
+    one tree leaves the others to `LOCAL`. Offsets and sizes are in bytes.
+
+    Every failure is a typed error that names the path; those of operations on a handle do not know it (`locating`), and
+    what changes names raises ``OSError``. Any rank calls, but for what changes names.
     """
+
+    # --- bytes of files -------------------------------------------------------------------------------------------
 
     def create(self, path: Path, size: int, head: Buffer) -> None:
         """Create a file of ``size`` bytes with its space reserved, beginning with ``head``; replaces an old one."""
@@ -104,7 +109,7 @@ class Ranges(Protocol):
         """Fill ``into``; returns how many bytes there were, fewer only at the end of the file."""
 
     def status_of(self, handle: int) -> Status:
-        """The open file: its size now, and the identity that `Looks.status` gives under its name."""
+        """The open file: its size now, and the identity that `status` gives under its name."""
 
     def sync(self, handle: int) -> None:
         """Make the file's bytes durable."""
@@ -112,9 +117,7 @@ class Ranges(Protocol):
     def close(self, handle: int) -> None:
         """Release a handle."""
 
-
-class Directories(Protocol):
-    """Directories, as places for files. Any rank calls; every failure is a typed error that names the path."""
+    # --- directories, as places for files -------------------------------------------------------------------------
 
     def make_directory(self, path: Path, *, new: bool = False) -> None:
         """Create a directory and its parents; fine if it exists, unless it has to be ``new``."""
@@ -125,12 +128,8 @@ class Directories(Protocol):
     def sync_directory(self, path: Path) -> None:
         """Make the names in a directory durable."""
 
-
-class Names(Protocol):
-    """Names of files and directories. One rank at a time, the coordinating one, calls these for a root.
-
-    Each raises ``OSError`` on failure, with the system's ``errno``, which callers use to choose an alternative.
-    """
+    # --- changing names: one rank at a time, the coordinating one, calls these for a root. Each raises ``OSError`` on
+    # failure, with the system's ``errno``, which callers use to choose an alternative.
 
     def rename(self, source: Path, target: Path) -> None:
         """Rename a file or link atomically, replacing a file or link at ``target``."""
@@ -159,9 +158,7 @@ class Names(Protocol):
     def make_executable(self, path: Path) -> None:
         """Let those run a file who may read it; nothing happens where a storage has no such right."""
 
-
-class Looks(Protocol):
-    """Looking at names, which opens nothing. Any rank calls; every failure is a typed error that names the path."""
+    # --- looking at names, which opens nothing --------------------------------------------------------------------
 
     def status(self, path: Path, *, follows: bool = True) -> Status | None:
         """What is at ``path``, or ``None``: nothing, or a name that can never be.
@@ -181,14 +178,6 @@ class Looks(Protocol):
 
         A storage without links gives ``path``. A link in a circle raises ``StorageError``.
         """
-
-
-class Storage(Ranges, Directories, Names, Looks, Protocol):
-    """All that a checkpoint needs of a file system.
-
-    A call hands one storage every absolute path, those of a base model and of the staging directory too: a storage for
-    one tree leaves the others to `LOCAL`.
-    """
 
 
 @runtime_checkable

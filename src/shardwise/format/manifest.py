@@ -40,7 +40,8 @@ from types import MappingProxyType
 from typing import NamedTuple, NoReturn, Protocol
 
 from shardwise.disk.crc import crc32c
-from shardwise.disk.guarded import MANIFEST_NAME, open_regular, read_whole, resolve_inside, why_not_relative
+from shardwise.disk.guarded import MANIFEST_NAME as MANIFEST_NAME  # noqa: PLC0414 - importers look for it here
+from shardwise.disk.guarded import open_regular, read_whole, why_not_relative
 from shardwise.disk.names import is_directory
 from shardwise.errors import ManifestError
 from shardwise.format.strict_json import (
@@ -62,21 +63,6 @@ from shardwise.format.strict_json import (
     quoted,
 )
 from shardwise.geometry import DTYPE_BYTES, Box, TensorSpec, tiles
-
-__all__ = [
-    "MANIFEST_NAME",
-    "MANIFEST_VERSION",
-    "AliasRecord",
-    "ChunkRecord",
-    "FileRecord",
-    "Manifest",
-    "TensorRecord",
-    "encode_manifest",
-    "parse_manifest",
-    "read_file_records",
-    "read_manifest",
-    "resolve_inside",
-]
 
 
 class FailTensor(Protocol):
@@ -148,28 +134,20 @@ class Manifest:
     tensors: tuple[TensorRecord, ...]
     info: Mapping[str, JsonValue] = field(default_factory=dict)
     aliases: tuple[AliasRecord, ...] = ()
-    _by_path: Mapping[str, FileRecord] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "info", MappingProxyType(dict(self.info)))
-        object.__setattr__(self, "_by_path", {record.path: record for record in self.files})
-
-    def file(self, path: str) -> FileRecord:
-        """Return the record of the file at ``path`` (relative, POSIX); `ManifestError` where there is none."""
-        found = self._by_path.get(path)
-        if found is None:
-            raise ManifestError(f"the manifest has no file {path!r}", hint="Pass a path that stands in the manifest.")
-        return found
 
 
 def check_manifest(manifest: Manifest, fail: FailTensor) -> None:
     """Check that a manifest does not contradict itself: names, shapes, places, and that chunks cover all bytes once."""
-    runs: dict[str, list[tuple[int, int]]] = {}
+    files: dict[str, FileRecord] = {}
     for record in manifest.files:
         _check_file(record, fail)
-        if record.path in runs:
+        if record.path in files:
             fail(f"names the file {record.path!r} twice")
-        runs[record.path] = []
+        files[record.path] = record
+    runs: dict[str, list[tuple[int, int]]] = {path: [] for path in files}
     seen: set[tuple[str, str]] = set()
     shapes: set[tuple[int, ...]] = set()  # those that are known to be sound: models have few
     for tensor in manifest.tensors:
@@ -180,7 +158,7 @@ def check_manifest(manifest: Manifest, fail: FailTensor) -> None:
         if tensor.spec.shape not in shapes:
             _check_shape(tensor.spec, fail)
             shapes.add(tensor.spec.shape)
-        _check_tensor(tensor, manifest, fail)
+        _check_tensor(tensor, files, fail)
         for chunk in tensor.chunks:
             if chunk.nbytes:
                 runs[chunk.file].append((chunk.offset, chunk.offset + chunk.nbytes))
@@ -228,14 +206,14 @@ def _is_whole(box: Box, shape: tuple[int, ...]) -> bool:
     return box.sizes == shape and not any(box.offsets)
 
 
-def _check_tensor(tensor: TensorRecord, manifest: Manifest, fail: FailTensor) -> None:
+def _check_tensor(tensor: TensorRecord, files: Mapping[str, FileRecord], fail: FailTensor) -> None:
     spec = tensor.spec
     if len(spec.name) > MAX_NAME or not 0 < len(tensor.component) <= MAX_NAME:
         fail(f"has an empty or overlong component or name, starting with {spec.name[:80]!r}")
     if not _is_crc(tensor.crc32c) and tensor.crc32c is not None:
         fail("gives the tensor a crc32c that is not a 32-bit number", spec.name)
     for chunk in tensor.chunks:
-        reason = _why_bad_chunk(chunk, spec, manifest)
+        reason = _why_bad_chunk(chunk, spec, files)
         if reason is not None:
             fail(f"has a chunk of the tensor in {chunk.file[:200]!r} that {reason}", spec.name)
     if len(tensor.chunks) == 1 and _is_whole(tensor.chunks[0].box, spec.shape):
@@ -244,7 +222,7 @@ def _check_tensor(tensor: TensorRecord, manifest: Manifest, fail: FailTensor) ->
         fail("has chunks that do not cover the tensor exactly once", spec.name)
 
 
-def _why_bad_chunk(chunk: ChunkRecord, spec: TensorSpec, manifest: Manifest) -> str | None:
+def _why_bad_chunk(chunk: ChunkRecord, spec: TensorSpec, files: Mapping[str, FileRecord]) -> str | None:
     box, shape = chunk.box, spec.shape
     if len(box.offsets) != len(shape) or len(box.sizes) != len(shape):
         return f"has another number of dimensions than the tensor's {len(shape)}"
@@ -256,7 +234,7 @@ def _why_bad_chunk(chunk: ChunkRecord, spec: TensorSpec, manifest: Manifest) -> 
         return f"takes {chunk.nbytes} bytes for {box.numel} elements of {spec.dtype}"
     if not _is_crc(chunk.crc32c):
         return "has a crc32c that is not a 32-bit number"
-    record = manifest._by_path.get(chunk.file)
+    record = files.get(chunk.file)
     if record is None or record.header_bytes is None:
         return "is not a tensor file of this manifest"
     if chunk.offset < record.header_bytes or chunk.offset + chunk.nbytes > record.size:

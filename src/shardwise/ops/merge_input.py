@@ -34,7 +34,7 @@ from shardwise.errors import (
     StorageError,
     UnsafePickleError,
 )
-from shardwise.format.dcp_metadata import DCP_METADATA_NAME
+from shardwise.format.notes import DCP_METADATA_NAME
 from shardwise.format.strict_json import JsonValue
 from shardwise.ops.consolidate_input import refuse_damaged
 from shardwise.ops.side_content import side_files

@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.metadata import (
 from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import Storage
 from shardwise.dtypes import torch_dtype
-from shardwise.format.dcp_metadata import DCP_METADATA_NAME
 from shardwise.format.header import TensorEntry
+from shardwise.format.notes import DCP_METADATA_NAME
 from shardwise.geometry import TensorSpec
 from shardwise.ops.exporting import TensorWriter, batches_of
 from shardwise.ops.tensors_to_write import TensorToWrite

@@ -438,7 +438,8 @@ def exchange_lost() -> int:
     (held,) = held_tensors([("columns", spread)], MeshRegister())
     roster = Agreement(group).roster(lambda: [held], "describing")
     layout = lay_out(roster.specs)
-    exchanges = [replace(e, rows_per_round=30) for e in schedule([held], layout, roster, group.rank).exchanges]
+    planned = schedule([held], layout, roster, group.rank).exchanges
+    exchanges = [(number, replace(e, rows_per_round=30)) for number, e in planned]
     written: list[WriteRun] = []
     assert exchange_rows(exchanges, [held], layout, group, written.append) is None
     assert len(written) == 3

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from shardwise.comm import collectives
 from shardwise.comm.collectives import PACKET_BYTES, packet, to_bytes, to_tensor, unpacked
-from shardwise.comm.lost_ranks import ABSENT_SECONDS, RankProcess, TimeoutBudget, Waiting, find_lost, meeting_name
+from shardwise.comm.lost_ranks import ABSENT_SECONDS, RankProcess, Waiting, find_lost, meeting_name, time_budget
 from shardwise.errors import PeerError, RemoteError, ShardwiseError
 from shardwise.format.strict_json import JsonValue
 
@@ -129,8 +129,8 @@ class Group:
         ranks = dist.get_process_group_ranks(of if of is not None else dist.group.WORLD)
         # Every rank of the default group has to take part in making a group, unless local synchronization is chosen.
         few = len(ranks) < dist.get_world_size()
-        budget = TimeoutBudget.within(timeout_seconds)
-        timeout = timedelta(seconds=budget.collective)
+        waits, reports = time_budget(timeout_seconds)
+        timeout = timedelta(seconds=waits)
         try:
             rank = ranks.index(dist.get_rank())
             with Waiting(meeting_name(ranks), rank, ranks, absent_seconds, timeout_seconds).during(what):
@@ -144,7 +144,7 @@ class Group:
             ) from error
         group = cls(made)
         group._owned = True
-        group._report_seconds = budget.report
+        group._report_seconds = reports
         group._waiting = Waiting(group._name, group.rank, ranks, absent_seconds, timeout_seconds)
         processes = group.gather_json(RankProcess.own(), "meeting the other ranks")
         group._processes = tuple(RankProcess(*cast(tuple[str, int], process)) for process in processes)
@@ -463,9 +463,7 @@ class Group:
 
     def any(self, flag: bool, what: str = "agreeing") -> bool:
         """Whether any rank passes true. All ranks call."""
-        if self.world_size == 1:
-            return flag
-        return bool(self._largest(int(flag), what))
+        return self.agree(None, what, flag)
 
     def fold(
         self, xors: Sequence[int], sums: Sequence[int], what: str, failure: BaseException | None = None

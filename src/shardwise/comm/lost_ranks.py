@@ -9,7 +9,7 @@ the lost rank: on the same machine the process table, at once; on other machines
 rank that noticed the failure reports, so that a rank without a report is missing.
 
 Finding the lost rank takes time too, and a rank has to raise within the time-out that its user configured;
-`TimeoutBudget` divides that time.
+`time_budget` divides that time.
 """
 
 from __future__ import annotations
@@ -39,17 +39,13 @@ _LISTED = 16
 _POLL_SECONDS = 0.1
 
 
-class TimeoutBudget(NamedTuple):
-    """The seconds that a collective may wait for its peers, and that finding out who is missing may take after it."""
+def time_budget(seconds: float) -> tuple[float, float]:
+    """The seconds that a collective may wait for its peers, and that finding out who is missing may take after it.
 
-    collective: float
-    report: float
-
-    @staticmethod
-    def within(seconds: float) -> TimeoutBudget:
-        """Divide a time-out: a fifth, at most 10 s, for the reports, and a twentieth, at most 2 s, to spare."""
-        report, spare = min(seconds / 5, 10.0), min(seconds / 20, 2.0)
-        return TimeoutBudget(seconds - report - spare, report)
+    A fifth of the time-out, at most 10 s, is for the reports, and a twentieth, at most 2 s, to spare.
+    """
+    report, spare = min(seconds / 5, 10.0), min(seconds / 20, 2.0)
+    return seconds - report - spare, report
 
 
 class RankProcess(NamedTuple):

@@ -22,7 +22,7 @@ from contextvars import copy_context
 from dataclasses import dataclass, field
 
 from shardwise.comm import Group
-from shardwise.engine.jobs import SaveJob, Step
+from shardwise.engine.jobs import SaveJob, Step, local_step
 from shardwise.engine.records import ComponentRecord
 from shardwise.engine.staging import DeviceStreams, Stager
 from shardwise.errors import SaveInterruptedError, ShardwiseError
@@ -90,12 +90,11 @@ def _report_lost() -> None:
 def waiting_for_copies(stager: Stager) -> Step:
     """The first step of a save from staged copies: it returns when every rank's copies are complete."""
 
-    def wait(group: Group) -> ComponentRecord:
-        with group.together("staging the state"):
-            stager.wait()
+    def wait() -> ComponentRecord:
+        stager.wait()
         return ComponentRecord()
 
-    return wait
+    return local_step("staging the state", wait)
 
 
 class Background:
@@ -153,8 +152,7 @@ class Background:
     def wait(self) -> None:
         """Return when the last save is durable and published.
 
-        Raises:
-            ShardwiseError: What failed in it; the same type on every rank. Raised once.
+        Raises `ShardwiseError`: what failed in it; the same type on every rank. Raised once.
         """
         failure = self.outcome()
         self.acknowledge()

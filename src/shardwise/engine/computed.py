@@ -49,10 +49,7 @@ def write_computed(
     """Convert and write the groups, holding one at a time in memory. The ranks that hold natives of a group swap.
 
     A rank that has a ``failure`` already takes part and writes nothing. Returns what failed locally first; the
-    remaining groups are still swapped, so that no peer waits.
-
-    Raises:
-        PeerError: A peer left.
+    remaining groups are still swapped, so that no peer waits. Raises `PeerError`: a peer left.
     """
     kept = FirstFailure(failure)
     if plan.roster is None:

@@ -23,8 +23,8 @@ from shardwise.dtypes import torch_dtype
 from shardwise.engine.computed import ComputedPlan, write_computed
 from shardwise.engine.progress import Progress
 from shardwise.engine.records import ComponentRecord, check_written, layout_record
-from shardwise.engine.replicas import Comparison, Digested, comparison, look_at, refuse, share_of
-from shardwise.engine.writer import Digest, Digests, FileSet, totals, write_all, write_run
+from shardwise.engine.replicas import Comparison, comparison, look_at, refuse, share_of
+from shardwise.engine.writer import Digests, FileSet, totals, write_all, write_run
 from shardwise.format.manifest import FileRecord
 from shardwise.geometry import Box
 from shardwise.plan.deferred import resolve
@@ -120,13 +120,11 @@ def plan_export(
     return ExportPlan(directory, options, layout, work, held, computed, copies or Copies(), tuple(replicas))
 
 
-def write_export(plan: ExportPlan, group: Group, storage: Storage, digest: Digest = crc32c) -> ComponentRecord:
+def write_export(plan: ExportPlan, group: Group, storage: Storage) -> ComponentRecord:
     """Write the files of an export. All ranks of the group call; the files are durable when it returns.
 
     Extra memory is bounded by a constant: a block for conversion, and one round of rows where tensors are cut along
     another dimension than the first.
-
-    ``digest`` is `crc32c` for anything that is to be verified.
 
     Returns files and tensors with their digests, on rank 0; nothing on the others.
 
@@ -138,10 +136,10 @@ def write_export(plan: ExportPlan, group: Group, storage: Storage, digest: Diges
     spare = reserve(plan, group, storage)
     progress = Progress(f"saving {plan.options.component}", plan.schedule.nbytes, group.is_main)
     digests = Digests(advance=progress.add)
-    seen: list[Digested] = []
+    seen: list[Comparison] = []
     kept = FirstFailure()
     with kept, progress:
-        _write(plan, group, storage, digests, digest, spare)
+        _write(plan, group, storage, digests, spare)
         seen = look_at(plan.replicas, plan.options.threads)
     return _fold(plan, group, digests, seen, kept.error)
 
@@ -177,10 +175,8 @@ def _created(plan: ExportPlan, group: Group) -> range:
 
 
 @phase("write")
-def _write(
-    plan: ExportPlan, group: Group, storage: Storage, digests: Digests, digest: Digest, spare: torch.Tensor
-) -> None:
-    digest = timed("digest", digest)
+def _write(plan: ExportPlan, group: Group, storage: Storage, digests: Digests, spare: torch.Tensor) -> None:
+    digest = timed("digest", crc32c)
     with closing(FileSet(storage, [plan.directory / file.name for file in plan.layout.files])) as files:
 
         def write_rows(run: WriteRun) -> None:
@@ -217,7 +213,7 @@ def _copy(plan: ExportPlan, group: Group, storage: Storage, write: Callable[[Wri
 
 @phase("fold")
 def _fold(
-    plan: ExportPlan, group: Group, digests: Digests, seen: Sequence[Digested], failure: Exception | None
+    plan: ExportPlan, group: Group, digests: Digests, seen: Sequence[Comparison], failure: Exception | None
 ) -> ComponentRecord:
     names = [entry.spec.name for file in plan.layout.files for entry in file.entries]
     xors, own_counts = totals(names, digests)
@@ -243,7 +239,7 @@ def export_record(plan: ExportPlan, crcs: Mapping[str, int]) -> ComponentRecord:
 
 @phase("exchange")
 def exchange_rows(
-    exchanges: Sequence[Exchange],
+    exchanges: Sequence[tuple[int, Exchange]],
     held: Sequence[HeldTensor],
     layout: Layout,
     group: Group,
@@ -257,29 +253,27 @@ def exchange_rows(
     ``exchanges`` are in an order common to all ranks. A rank that has a ``failure`` already swaps its rows and writes
     none; ``spare`` is from `spare_memory`, made here if not given. ``write`` is called on the calling thread.
 
-    Returns what failed first on this rank, if anything; later rows are then swapped and dropped.
-
-    Raises:
-        PeerError: A peer left.
+    Returns what failed first on this rank, if anything; later rows are then swapped and dropped. Raises `PeerError`: a
+    peer left.
     """
     spare = spare_memory(exchanges, held, group.rank) if spare is None else spare
     kept = FirstFailure(failure)
-    for exchange in exchanges:
+    for number, exchange in exchanges:
         for turn in range(exchange.rounds) if group.rank in exchange.members else ():
             with kept, group.keeping(kept.error):
-                run = _round(exchange, turn, held[exchange.tensor], layout, group, spare)
+                run = _round(exchange, turn, held[number], layout, group, spare)
                 if run is not None and kept.error is None:
                     write(run)
     return kept.error
 
 
-def spare_memory(exchanges: Sequence[Exchange], held: Sequence[HeldTensor], rank: int) -> torch.Tensor:
+def spare_memory(exchanges: Sequence[tuple[int, Exchange]], held: Sequence[HeldTensor], rank: int) -> torch.Tensor:
     """Memory for the messages of a rank that has failed, also for lack of memory. Local; call while no peer waits.
 
     It is written to only after a failure; until then it takes address space alone.
     """
-    own = (exchange for exchange in exchanges if rank in exchange.members)
-    rounds = (e.rows_per_round * math.prod(e.row_shape) * _dtype(held[e.tensor]).itemsize for e in own)
+    own = ((number, exchange) for number, exchange in exchanges if rank in exchange.members)
+    rounds = (e.rows_per_round * math.prod(e.row_shape) * _dtype(held[number]).itemsize for number, e in own)
     return torch.empty(max(rounds, default=0), dtype=torch.uint8)
 
 
@@ -324,7 +318,7 @@ def _messages(
     """Who sends what in a round to which of ``targets``: pairs of a box of the sender and the part of it, in order."""
     for target in targets:
         start, count = exchange.target(target, turn)
-        for source, boxes in exchange.sources[target] if count else ():
+        for source, boxes in exchange.sources(target) if count else ():
             yield source, target, exchange.pieces(boxes, start, count)
 
 

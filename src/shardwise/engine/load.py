@@ -124,8 +124,7 @@ class LoadSource:
     def add(self, tensor: HeldTensor, reads: PlannedReads, replicas: Replicas | None) -> None:
         """Plan how a tensor that is there is filled, by this rank or by ``replicas`` that want the same.
 
-        Raises:
-            TensorError: Several elements of the tensor are one memory, or the source does not cover it.
+        Raises `TensorError`: several elements of the tensor are one memory, or the source does not cover it.
         """
         for fragment in tensor.fragments:
             require_own_elements(tensor.spec.name, fragment.data)
@@ -174,10 +173,8 @@ class OpenedLoad:
 
         Each rank reads the byte ranges that it needs and nothing more (but for small gaps between rows); values are
         cast to the dtype of the memory that they go to. Extra memory: the reader's buffers (4 MiB for each thread), and
-        about 20 MiB while quantized tensors are read.
-
-        Raises:
-            IntegrityError: A file is shorter than its header promises.
+        about 20 MiB while quantized tensors are read. Raises `IntegrityError`: a file is shorter than its header
+        promises.
         """
         source, group = self.source.plain, self.group
         progress = Progress(f"loading {source.path.name}", self.reads.nbytes, group.is_main)
@@ -244,8 +241,7 @@ def compare_load(
 ) -> None:
     """As `open_load`, for a model that may have no memory yet: nothing is planned. All ranks of the group call.
 
-    Raises:
-        TensorError, QuantizationError: Model and source do not fit.
+    Raises `TensorError`, `QuantizationError`: model and source do not fit.
     """
     held, unexpected, _, _ = _described(describe, source, group, storage, options, bool)
 
@@ -347,9 +343,8 @@ def _refuse_names(
 def missing_files_named(source: Source) -> Iterator[None]:
     """Give errors about tensors their path, and name the absent file where a manifest lists one.
 
-    Raises:
-        CheckpointNotFoundError: A tensor file that belongs to what is loaded is absent, in place of the error about the
-            tensor that it leaves incomplete.
+    Raises `CheckpointNotFoundError`: a tensor file that belongs to what is loaded is absent, in place of the error
+    about the tensor that it leaves incomplete.
     """
     try:
         yield

@@ -150,8 +150,7 @@ def _merge_file(file: FileLayout, place: Path, merging: _Merging) -> tuple[dict[
 def _move(place: Path, target: Path, size: int, crc: int, storage: Storage) -> None:
     """Copy a finished file to its place with large sequential writes, compare what is copied, and remove the copy.
 
-    Raises:
-        IntegrityError: It has other bytes, or fewer.
+    Raises `IntegrityError`: it has other bytes, or fewer.
     """
     with SequentialFile(storage, target) as copy:
         found = copy.append(blocks_of(storage, place))

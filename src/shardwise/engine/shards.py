@@ -12,7 +12,7 @@ from shardwise.disk.crc import combine, crc32c
 from shardwise.disk.storage import Storage
 from shardwise.engine.progress import Progress
 from shardwise.engine.records import ComponentRecord, check_written
-from shardwise.engine.replicas import Comparison, Digested, comparison, look_at, refuse, share_of
+from shardwise.engine.replicas import Comparison, comparison, look_at, refuse, share_of
 from shardwise.engine.writer import FileSet, write_run
 from shardwise.format.header import encode_header, encode_sharding_metadata
 from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
@@ -85,7 +85,7 @@ def write_shards(
             storage.create(plan.directory / file.layout.name, file.layout.size, file.layout.header)
     kept = FirstFailure()
     written: list[list[ChunkRecord]] = []
-    seen: list[Digested] = []
+    seen: list[Comparison] = []
     with kept, Progress(f"saving {plan.component}", plan.own_bytes, group.is_main) as progress:
         written = _write(plan, storage, progress)
         seen = look_at(plan.replicas)
@@ -120,7 +120,7 @@ def _check(
     plan: ShardPlan,
     group: Group,
     written: list[list[ChunkRecord]],
-    seen: list[Digested],
+    seen: list[Comparison],
     failure: Exception | None,
     most_chunks: int | None,
 ) -> bool:

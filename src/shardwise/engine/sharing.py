@@ -202,10 +202,8 @@ def read_shared(
     """Read what replicas want alike, each byte by one of them. The replicas call, each with the same sets.
 
     ``shared`` has for each set of replicas that this rank is part of what they have in common; ``spare`` is from
-    `spare_memory`. Returns what failed locally first; what is passed on in later rounds is then of no use.
-
-    Raises:
-        PeerError: A peer left.
+    `spare_memory`. Returns what failed locally first; what is passed on in later rounds is then of no use. Raises
+    `PeerError`: a peer left.
     """
     failure: Exception | None = None
     # One order of the sets for all ranks, so that no two of them wait for each other in different sets.
@@ -469,11 +467,7 @@ class PlannedReads:
         return self.shared.setdefault(members, Wanted())
 
     def add(self, saved: SourceTensor, tensor: HeldTensor, replicas: Replicas | None) -> None:
-        """Plan what ``tensor`` needs.
-
-        Raises:
-            MissingTensorError: ``saved`` does not cover a fragment.
-        """
+        """Plan what ``tensor`` needs. Raises `MissingTensorError`: ``saved`` does not cover a fragment."""
         if replicas is None:
             self.own += plan_reads(saved, tensor)
             return
@@ -520,8 +514,7 @@ class PlannedReads:
     def execute(self, reader: Reader, group: Group) -> None:
         """Carry out the reads, inside ``group.together``, since replicas pass on what they read.
 
-        Raises:
-            ShardwiseError: Reading failed on this rank, and no peer waits for it any more.
+        Raises `ShardwiseError`: reading failed on this rank, and no peer waits for it any more.
         """
         # First, while the ranks are in step: nobody waits for a peer that still reads what is its own.
         if self.shared:

@@ -169,10 +169,8 @@ class Stager:
         """As `stage`, of plain tensors and what this rank has of DTensors.
 
         DTensors are DTensors again, of the same mesh and placements, around memory that is the CPU's whatever the mesh
-        is of: they may be written, and not computed with.
-
-        Raises:
-            MisuseError: A tensor's class does not keep its values as one dense block.
+        is of: they may be written, and not computed with. Raises `MisuseError`: a tensor's class does not keep its
+        values as one dense block.
         """
         plan = self._staged(component, (), [_local(name, tensor) for name, tensor in tensors.items()])
         return {

@@ -117,8 +117,7 @@ class _Run(NamedTuple):
 def load_manifest(directory: Path) -> Manifest | None:
     """The manifest of a directory, or ``None`` where there is none.
 
-    Raises:
-        ManifestError: It is damaged, forged, not a regular file, or of another version.
+    Raises `ManifestError`: it is damaged, forged, not a regular file, or of another version.
     """
     try:
         return parse_manifest(manifest_bytes(directory), str(directory / MANIFEST_NAME))
@@ -166,10 +165,8 @@ def check_files(
     Where the manifest is a link, or a link leads into the store of a tool that keeps content by its digest (git-annex,
     a hub cache), what the link leads to is the file. Any other link is one that no save wrote.
 
-    ``tensors`` has those of each file, to name what a short file lacks.
-
-    Raises:
-        StorageError: The file system refused for another reason than that a file is absent.
+    ``tensors`` has those of each file, to name what a short file lacks. Raises `StorageError`: the file system refused
+    for another reason than that a file is absent.
     """
     links = is_made_of_links(directory)
     looks = (_check_file(directory, record, tensors.get(record.path, ()), links) for record in files)

@@ -24,8 +24,7 @@ from shardwise.timing import Shares, phase
 #: A run larger than this is cut, so that several threads can share it.
 _LARGEST_RUN_BYTES = 64 * 2**20
 
-#: Continues a digest: takes a block and the digest of what stands before it. The benchmark measures what it costs by
-#: passing one that does nothing.
+#: Continues a digest: takes a block and the digest of what stands before it.
 Digest = Callable[[memoryview, int], int]
 
 

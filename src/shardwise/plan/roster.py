@@ -79,9 +79,8 @@ class Roster:
     def specs(self) -> tuple[TensorSpec, ...]:
         """The union of all ranks' tensors, in order of stage, then as declared.
 
-        Raises:
-            NameCollisionError: Two kinds of rank declare one name with different shapes or dtypes, or two pipeline
-                stages declare the same name.
+        Raises `NameCollisionError`: two kinds of rank declare one name with different shapes or dtypes, or two pipeline
+        stages declare the same name.
         """
         found: dict[str, TensorSpec] = {}
         stages: dict[str, int] = {}
@@ -143,8 +142,7 @@ class Roster:
     def check_complete(self, held: Sequence[HeldTensor]) -> None:
         """Check that the ranks together hold all of every tensor of ``held``.
 
-        Raises:
-            IncompleteTensorError: A mesh coordinate that holds a piece is missing from the group.
+        Raises `IncompleteTensorError`: a mesh coordinate that holds a piece is missing from the group.
         """
         checked: set[ShardSet] = set()
         for number, part, found in self.holders(held):

@@ -112,11 +112,12 @@ class WriteRun(NamedTuple):
 class Schedule:
     """What one rank writes of an export from its own memory, in order.
 
-    Other tensors it first turns into rows with their other holders: ``exchanges``, in an order common to all.
+    Other tensors it first turns into rows with their other holders: ``exchanges``, each with its tensor's number in the
+    list of held ones, in an order common to all.
     """
 
     runs: tuple[WriteRun, ...]
-    exchanges: tuple[Exchange, ...]
+    exchanges: tuple[tuple[int, Exchange], ...]
 
     @property
     def nbytes(self) -> int:
@@ -127,7 +128,7 @@ class Schedule:
 def schedule(held: Sequence[HeldTensor], layout: Layout, roster: Roster, rank: int) -> Schedule:
     """Plan the writes of ``rank``, which holds ``held``, without asking anybody."""
     exchanges = ExchangePlanner(roster).plan_all(held) if roster.world_size > 1 else []
-    skip = frozenset(exchange.tensor for exchange in exchanges)
+    skip = frozenset(number for number, _ in exchanges)
     by_file: list[list[WriteRun]] = [[] for _ in layout.files]
     places = layout.places
     for number, (box, data) in own(held, roster, rank, skip):
@@ -139,7 +140,7 @@ def schedule(held: Sequence[HeldTensor], layout: Layout, roster: Roster, rank: i
         by_file[file] += [WriteRun(file, offset + at * itemsize, spec, at * itemsize, run) for at, run in found]
     turn = rank * len(layout.files) // max(roster.world_size, 1)
     ordered = [run for its in by_file[turn:] + by_file[:turn] for run in sorted(its, key=attrgetter("offset"))]
-    return Schedule(tuple(ordered), tuple(sorted(exchanges, key=lambda e: held[e.tensor].spec.name)))
+    return Schedule(tuple(ordered), tuple(sorted(exchanges, key=lambda pair: held[pair[0]].spec.name)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

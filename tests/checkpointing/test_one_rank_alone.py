@@ -28,8 +28,7 @@ from shardwise.engine.agreement import Agreement
 from shardwise.engine.background import Background, waiting_for_copies
 from shardwise.engine.computed import gather
 from shardwise.engine.export import exchange_rows
-from shardwise.engine.jobs import SaveJob
-from shardwise.engine.records import ComponentRecord
+from shardwise.engine.records import ComponentRecord, SaveJob
 from shardwise.engine.staging import Stager
 from shardwise.errors import AdapterError, CheckpointNotFoundError, MisuseError, RemoteError, StorageError
 from shardwise.plan.fragments import HeldTensor

@@ -288,7 +288,7 @@ def test_a_rank_that_does_not_come_to_the_meeting_is_a_typed_error(tmp_path: Pat
 def no_group() -> list[object]:
     dist.destroy_process_group()
     group = Group.current()
-    return [group.rank, group.world_size, group.gather_json(1), group.fold([3], [4], ""), group.global_ranks()]
+    return [group.rank, group.world_size, group.gather_json(1), group.fold([3], [4], ""), group.global_ranks]
 
 
 def test_without_a_process_group_there_is_one_rank() -> None:

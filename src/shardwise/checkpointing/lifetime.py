@@ -33,7 +33,7 @@ from shardwise.comm import Group, JsonValue
 from shardwise.disk.storage import Storage, using
 from shardwise.engine.background import Background, waiting_for_copies
 from shardwise.engine.collector import without_collector
-from shardwise.engine.jobs import Commit, SaveJob, Step
+from shardwise.engine.records import Commit, SaveJob, Step
 from shardwise.engine.staging import DeviceStreams, Stager
 from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.settings import Settings

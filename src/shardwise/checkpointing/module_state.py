@@ -22,10 +22,10 @@ from shardwise.convert import HeldGroup
 from shardwise.disk.names import files_under, is_file
 from shardwise.disk.storage import Storage
 from shardwise.dtypes import torch_dtype
-from shardwise.engine.jobs import Step as SaveStep
 from shardwise.engine.load import LoadOptions
 from shardwise.engine.name_suggestions import listed
 from shardwise.engine.records import ComponentRecord, write_state
+from shardwise.engine.records import Step as SaveStep
 from shardwise.errors import MissingTensorError, ModuleStateError, StateFormatError, UnexpectedTensorError
 from shardwise.format.notes import ASIDE_DIR
 from shardwise.geometry import TensorSpec

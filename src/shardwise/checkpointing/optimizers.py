@@ -34,10 +34,9 @@ from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.convert.mapping import rename
 from shardwise.disk.names import is_there
-from shardwise.engine.jobs import Step, local_step
 from shardwise.engine.load import LoadSource, OpenedLoad, open_load
 from shardwise.engine.name_suggestions import listed
-from shardwise.engine.records import ComponentRecord, write_state
+from shardwise.engine.records import ComponentRecord, Step, local_step, write_state
 from shardwise.engine.replicas import comparison
 from shardwise.engine.shards import shard_plan, write_shards
 from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError

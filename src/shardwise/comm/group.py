@@ -86,10 +86,11 @@ class Group:
         if process_group is None:
             self.rank, self.world_size = 0, 1
             self._device = torch.device("cpu")
-            self._global_ranks: tuple[int, ...] = (0,)
+            #: The global rank of each member, in group order.
+            self.global_ranks: tuple[int, ...] = (0,)
         else:
             # Read now: torch no longer knows the ranks once the script has destroyed its groups.
-            self._global_ranks = tuple(dist.get_process_group_ranks(process_group))
+            self.global_ranks = tuple(dist.get_process_group_ranks(process_group))
             self.rank = dist.get_rank(process_group)
             self.world_size = dist.get_world_size(process_group)
             self._device = _collective_device(process_group)
@@ -167,11 +168,7 @@ class Group:
     @property
     def global_rank(self) -> int:
         """This process's rank in the default process group."""
-        return self._global_ranks[self.rank]
-
-    def global_ranks(self) -> tuple[int, ...]:
-        """The global rank of each member, in group order."""
-        return self._global_ranks
+        return self.global_ranks[self.rank]
 
     @property
     def is_broken(self) -> bool:
@@ -302,7 +299,7 @@ class Group:
 
     def _break(self, what: str, error: Exception) -> PeerError:
         """Find out who is missing, and refuse every later collective: the ranks are out of step."""
-        ranks = self.global_ranks()
+        ranks = self.global_ranks
         host = ranks.index(0) if 0 in ranks else None
         lost, how = find_lost(self._name, self.rank, self._processes, host, self._report_seconds)
         named = [ranks[number] for number in lost]
@@ -383,13 +380,11 @@ class Group:
     def _attempted(
         self, make: Callable[[], T], encode: Callable[[T], bytes]
     ) -> tuple[list[T], bytes, Exception | None]:
-        """The result of ``make`` and its encoding, or the failure, which a single process raises."""
+        """The result of ``make`` and its encoding, or the failure."""
         try:
             value = make()
-            return [value], encode(value) if self.world_size > 1 else b"", None
+            return [value], encode(value), None
         except Exception as error:  # noqa: BLE001 - raised on every rank
-            if self.world_size == 1:
-                self._raise_alone(error)
             return [], b"", error
 
     # --- values -----------------------------------------------------------------------------------------------------
@@ -404,9 +399,9 @@ class Group:
         Raises:
             ShardwiseError: ``make``, which is local, failed: the error of the lowest such rank, on every rank.
         """
-        made, text, failure = self._attempted(make, lambda value: json.dumps(value).encode())
         if self.world_size == 1:
-            return made
+            return [self.attempt(make, what)]
+        _, text, failure = self._attempted(make, lambda value: json.dumps(value).encode())
         with self.keeping(failure):
             texts = self._gather_bytes(text, what)
         if not all(texts):
@@ -418,10 +413,10 @@ class Group:
 
         For large values that only rank 0 needs: `gather` would cost every rank the memory and time of all of them.
         """
+        if self.world_size == 1:
+            return [self.attempt(make, what)]
         # Rank 0 receives its own value directly: its message says only that it succeeded.
         made, text, failure = self._attempted(make, lambda value: b"0" if self.is_main else json.dumps(value).encode())
-        if self.world_size == 1:
-            return made
         with self.keeping(failure), self._guard(what):
             first = to_tensor(packet(text), PACKET_BYTES, self._device)
             packets = [unpacked(theirs) for theirs in self._all_gather(first)]

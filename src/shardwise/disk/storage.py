@@ -210,10 +210,9 @@ _CHEAP_RESERVATION = frozenset({"ext4", "xfs", "btrfs", "f2fs"})
 
 
 class LocalStorage:
-    """`Storage` on a mounted file system."""
+    """`Storage` on a mounted file system; what a method is for, is said there."""
 
-    def make_directory(self, path: Path, *, new: bool = False) -> None:
-        """Create a directory and its parents."""
+    def make_directory(self, path: Path, *, new: bool = False) -> None:  # noqa: D102
         with _typed(path):
             path.mkdir(parents=True, exist_ok=not new)
 
@@ -272,13 +271,11 @@ class LocalStorage:
         with _typed(None):
             return scatter.read_rows(handle, into, rows, width, pitch, period, offset)
 
-    def status_of(self, handle: int) -> Status:
-        """``fstat``."""
+    def status_of(self, handle: int) -> Status:  # noqa: D102
         with _typed(None):
             return _status(os.fstat(handle))
 
-    def sync(self, handle: int) -> None:
-        """``fsync``."""
+    def sync(self, handle: int) -> None:  # noqa: D102
         with _typed(None):
             os.fsync(handle)
 
@@ -299,8 +296,7 @@ class LocalStorage:
             finally:
                 os.close(handle)
 
-    def rename(self, source: Path, target: Path) -> None:
-        """``rename``."""
+    def rename(self, source: Path, target: Path) -> None:  # noqa: D102
         os.replace(source, target)
 
     def rename_new(self, source: Path, target: Path) -> None:
@@ -316,19 +312,16 @@ class LocalStorage:
             code = errno.EEXIST if code in _NO_FLAG else code
             raise OSError(code, os.strerror(code), str(source), None, str(target))
 
-    def exchange(self, one: Path, other: Path) -> bool:
-        """``renameat2``."""
+    def exchange(self, one: Path, other: Path) -> bool:  # noqa: D102
         code = _rename_with(_RENAME_EXCHANGE, one, other)
         if code and code not in _NO_FLAG:
             raise OSError(code, os.strerror(code), str(one), None, str(other))
         return not code
 
-    def symlink(self, target: str, path: Path) -> None:
-        """``symlink``."""
+    def symlink(self, target: str, path: Path) -> None:  # noqa: D102
         path.symlink_to(target)
 
-    def remove_file(self, path: Path) -> None:
-        """``unlink``."""
+    def remove_file(self, path: Path) -> None:  # noqa: D102
         path.unlink(missing_ok=True)
 
     def remove_tree(self, path: Path) -> None:
@@ -352,8 +345,7 @@ class LocalStorage:
         mode = stat.S_IMODE(os.stat(path).st_mode)
         os.chmod(path, mode | (mode & 0o444) >> 2)
 
-    def status(self, path: Path, *, follows: bool = True) -> Status | None:
-        """``stat`` or ``lstat``."""
+    def status(self, path: Path, *, follows: bool = True) -> Status | None:  # noqa: D102
         try:
             return _status(os.stat(path, follow_symlinks=follows))
         except ValueError:  # a NUL character, or half of a surrogate pair
@@ -363,26 +355,22 @@ class LocalStorage:
                 return None
             raise StorageError.from_os(error, path=path) from error
 
-    def entries(self, path: Path) -> list[Entry]:
-        """``scandir``."""
+    def entries(self, path: Path) -> list[Entry]:  # noqa: D102
         with _typed(path), os.scandir(path) as found:
             return sorted(Entry(each.name, _kind_of(each)) for each in found)
 
-    def read_link(self, path: Path) -> str:
-        """``readlink``."""
+    def read_link(self, path: Path) -> str:  # noqa: D102
         with _typed(path):
             return os.readlink(path)
 
-    def real_path(self, path: Path) -> Path:
-        """``realpath``."""
+    def real_path(self, path: Path) -> Path:  # noqa: D102
         with _typed(path):
             try:
                 return Path(os.path.realpath(path, strict=True))
             except (FileNotFoundError, NotADirectoryError):
                 return Path(os.path.realpath(path))
 
-    def local_path(self, path: Path) -> Path:
-        """The path as it is."""
+    def local_path(self, path: Path) -> Path:  # noqa: D102
         return path
 
 
@@ -535,9 +523,9 @@ def located(error: ShardwiseError, path: Path, tensor: str | None = None) -> Sha
 
 
 @contextlib.contextmanager
-def locating(path: Path) -> Iterator[None]:
-    """Add the path to what handle-level operations inside raise."""
+def locating(path: Path, tensor: str | None = None) -> Iterator[None]:
+    """Add the path (and tensor) to what handle-level operations inside raise."""
     try:
         yield
     except ShardwiseError as error:
-        raise located(error, path) from None
+        raise located(error, path, tensor) from None

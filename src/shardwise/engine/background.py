@@ -22,8 +22,7 @@ from contextvars import copy_context
 from dataclasses import dataclass, field
 
 from shardwise.comm import Group
-from shardwise.engine.jobs import SaveJob, Step, local_step
-from shardwise.engine.records import ComponentRecord
+from shardwise.engine.records import ComponentRecord, SaveJob, Step, local_step
 from shardwise.engine.staging import DeviceStreams, Stager
 from shardwise.errors import SaveInterruptedError, ShardwiseError
 from shardwise.timing import phase

@@ -158,7 +158,7 @@ def _message(names: Sequence[str], digested: Comparison, group: Group) -> str:
         for replica, crc in zip(digested.own, digested.crcs, strict=True)
         if replica.name in shown
     ]
-    ranks = group.global_ranks()
+    ranks = group.global_ranks
     rows = cast(list[list[tuple[str, int, int, int]]], group.gather_json(own, "comparing replicas that differ"))
     found: dict[str, dict[tuple[int, int], dict[int, list[int]]]] = {name: {} for name in shown}
     for rank, row in enumerate(rows):

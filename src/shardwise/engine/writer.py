@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shardwise.disk.crc import crc32c, shift
-from shardwise.disk.storage import Storage, located
+from shardwise.disk.storage import Storage, located, locating
 from shardwise.dtypes import torch_dtype
 from shardwise.errors import ShardwiseError
 from shardwise.plan.deferred import deferred
@@ -74,10 +74,8 @@ class FileSet:
     def sync(self) -> None:
         """Make durable what was written through this object."""
         for file, handle in self._handles.items():
-            try:
+            with locating(self._paths[file]):
                 self._storage.sync(handle)
-            except ShardwiseError as error:
-                raise located(error, self._paths[file]) from None
 
     def close(self) -> None:
         """Close every handle, even if one fails; the first failure is raised."""

@@ -18,7 +18,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
-from types import MappingProxyType
 from typing import NamedTuple, NoReturn
 
 from shardwise.disk.guarded import open_regular, read_exactly
@@ -65,15 +64,12 @@ class TensorEntry(NamedTuple):
 class Header:
     """A validated header: the tensors by their place in the file, and where in it the data section starts, in bytes.
 
-    ``metadata`` are the ``__metadata__`` strings, read-only, empty where the file has none.
+    ``metadata`` are the ``__metadata__`` strings, empty where the file has none.
     """
 
     entries: tuple[TensorEntry, ...]
     metadata: Mapping[str, str]
     data_start: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
 
     @property
     def names(self) -> tuple[str, ...]:

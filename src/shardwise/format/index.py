@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import NoReturn
 
 from shardwise.disk.guarded import read_whole, why_not_relative
@@ -32,7 +31,7 @@ _DAMAGED = "The index is damaged or forged: fetch or save it again."
 
 @dataclass(frozen=True, slots=True)
 class WeightIndex:
-    """A validated ``*.safetensors.index.json``; read-only.
+    """A validated ``*.safetensors.index.json``.
 
     ``weight_map`` has for each tensor the name of the file in the index's own directory; the totals, of bytes and of
     parameters, are there where the index says them; ``metadata`` is that object as it stands.
@@ -42,10 +41,6 @@ class WeightIndex:
     total_size: int | None = None
     total_parameters: int | None = None
     metadata: Mapping[str, JsonValue] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "weight_map", MappingProxyType(dict(self.weight_map)))
-        object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -36,7 +36,6 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple, NoReturn, Protocol
 
 from shardwise.disk.crc import crc32c
@@ -127,16 +126,13 @@ class FileRecord:
 class Manifest:
     """Every file of a checkpoint but the manifest, every tensor in them, and further names of shared parameters.
 
-    ``info`` has epoch, step, metrics, versions and the like, as JSON; read-only.
+    ``info`` has epoch, step, metrics, versions and the like, as JSON.
     """
 
     files: tuple[FileRecord, ...]
     tensors: tuple[TensorRecord, ...]
     info: Mapping[str, JsonValue] = field(default_factory=dict)
     aliases: tuple[AliasRecord, ...] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "info", MappingProxyType(dict(self.info)))
 
 
 def check_manifest(manifest: Manifest, fail: FailTensor) -> None:

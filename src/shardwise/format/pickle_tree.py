@@ -167,7 +167,7 @@ class _Machine:
             b"r": lambda: self._remember(int.from_bytes(self._take(4), "little")),
             b"h": lambda: self._recall(self._take(1)[0]),
             b"j": lambda: self._recall(int.from_bytes(self._take(4), "little")),
-            b"c": self._global,
+            b"c": lambda: self._name(self._line(), self._line()),
             b"\x93": self._stack_global,
             b"R": self._call,
             b"\x81": self._call,
@@ -263,9 +263,6 @@ class _Machine:
         text = self._data[self._at : end].decode("utf-8")
         self._at = end + 1
         return text
-
-    def _global(self) -> None:
-        self._name(self._line(), self._line())
 
     def _stack_global(self) -> None:
         name, module = self._pop(), self._pop()

@@ -25,9 +25,8 @@ from shardwise.checkpointing.saving.models import ModelSave
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.engine.agreement import Agreement
-from shardwise.engine.jobs import Step, below
 from shardwise.engine.load import LoadSource, OpenedLoad, open_load
-from shardwise.engine.records import ComponentRecord
+from shardwise.engine.records import ComponentRecord, Step, below
 from shardwise.engine.shards import shard_plan, write_shards
 from shardwise.plan.fragments import HeldTensor
 from shardwise.settings import SaveConsolidatedMode, SerializationFormat

@@ -46,8 +46,7 @@ from shardwise.checkpointing.run_state.generators import RandomState, as_statefu
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group, JsonValue
 from shardwise.disk.names import is_directory, is_file, names_in
-from shardwise.engine.jobs import Step, below
-from shardwise.engine.records import ComponentRecord, write_state
+from shardwise.engine.records import ComponentRecord, Step, below, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError, StateFormatError
 from shardwise.format.torch_archive import read_torch_value
 from shardwise.lifecycle import Start, resolve

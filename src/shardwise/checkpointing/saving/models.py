@@ -47,11 +47,10 @@ from shardwise.disk.storage import storage_errors
 from shardwise.engine.agreement import Statement
 from shardwise.engine.computed import ComputedPlan, declared
 from shardwise.engine.export import Copies, ExportOptions, ExportPlan, make_room, plan_export, write_export
-from shardwise.engine.jobs import Step
 from shardwise.engine.memo import Memo
 from shardwise.engine.merge import MergeOptions, write_merged
 from shardwise.engine.name_suggestions import listed
-from shardwise.engine.records import ComponentRecord
+from shardwise.engine.records import ComponentRecord, Step
 from shardwise.engine.replicas import comparison
 from shardwise.engine.shards import ShardPlan, without_tensors, write_shards
 from shardwise.errors import ExportMismatchError, ShardwiseError

@@ -37,8 +37,7 @@ from shardwise.checkpointing.saving.hooks import ModelRequest, leading_own, pass
 from shardwise.checkpointing.saving.models import ModelSave
 from shardwise.comm import Group, JsonValue
 from shardwise.disk.names import is_there, walk
-from shardwise.engine.jobs import Step, below
-from shardwise.engine.records import ComponentRecord
+from shardwise.engine.records import ComponentRecord, Step, below
 from shardwise.errors import MisuseError, StorageError
 from shardwise.lifecycle import checkpoint_name, doomed_name, remove_leftovers, reserve, settle, temporary_name
 from shardwise.stateful_wrappers.model import Model

@@ -18,7 +18,7 @@ from shardwise.disk.names import exists, is_directory
 from shardwise.disk.storage import Storage
 from shardwise.engine.name_suggestions import listed, nearest
 from shardwise.engine.progress import Progress
-from shardwise.engine.sharing import NO_SHARING, PlannedReads, Replicas, Sharing, find_replicas, finds_remote
+from shardwise.engine.sharing import PlannedReads, Replicas, find_replicas, finds_remote
 from shardwise.engine.verify import load_manifest
 from shardwise.errors import (
     CheckpointNotFoundError,
@@ -53,7 +53,8 @@ class LoadOptions:
         threads: Reads at once on each rank.
         exact: Name -> dtype that a tensor had in memory when it was saved in a wider one; reading it back into that
             dtype loses nothing and is always allowed.
-        sharing: Whether replicas read the same bytes once.
+        sharing: Whether replicas read the same bytes once, see `find_replicas`.
+        stage: The pipeline's, of this rank.
         ignored: Names in the checkpoint that nobody has to have; the same on every rank.
     """
 
@@ -62,7 +63,8 @@ class LoadOptions:
     allow_cast: bool = False
     threads: int = 1
     exact: Mapping[str, str] = field(default_factory=dict)
-    sharing: Sharing = NO_SHARING
+    sharing: str = "never"
+    stage: int = 0
     ignored: frozenset[str] = frozenset()
 
 
@@ -208,7 +210,8 @@ def open_load(
     """
     held, unexpected, remote, asked = _described(describe, source, group, storage, options, asks)
     source = source.located(source.plain.located(lambda: _regions(held, source.plain), group))
-    replicas = find_replicas([tensor for tensor in held if tensor.parts], group, options.sharing, remote)
+    shared = [tensor for tensor in held if tensor.parts]
+    replicas = find_replicas(shared, group, options.sharing, options.stage, remote)
     names = source.names()
 
     def plan() -> tuple[PlannedReads, dict[int, list[HeldTensor]]]:

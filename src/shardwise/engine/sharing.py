@@ -420,20 +420,6 @@ def _blanks(share: Share, spare: torch.Tensor) -> list[torch.Tensor]:
     return [spare[:size] for size in sizes]
 
 
-@dataclass(frozen=True, slots=True)
-class Sharing:
-    """Whether replicas read the same bytes once: ``always``, ``never``, or ``auto``, from a network file system.
-
-    Pipeline stages do not share tensors.
-    """
-
-    mode: str = "never"
-    stage: int = 0
-
-
-NO_SHARING = Sharing()
-
-
 @dataclass(slots=True)
 class PlannedReads:
     """The reads of one rank.
@@ -531,17 +517,20 @@ class PlannedReads:
             reader.counts.read += copied
 
 
-def finds_remote(source: Source, group: Group, storage: Storage, sharing: Sharing) -> bool:
+def finds_remote(source: Source, group: Group, storage: Storage, mode: str) -> bool:
     """Whether it matters where the files are, and they are on a network file system as far as this rank sees. Local."""
-    if sharing.mode != "auto" or group.world_size == 1:
+    if mode != "auto" or group.world_size == 1:
         return False
     # A cache's files are links into another directory, which may be elsewhere.
     return is_remote(storage, source.files[0] if source.files else source.path)
 
 
-def find_replicas(held: Sequence[HeldTensor], group: Group, sharing: Sharing, remote: bool) -> Replicas | None:
-    """Who wants the same as this rank, ``None`` where every rank reads for itself. All ranks of the group call."""
-    if sharing.mode == "never" or group.world_size == 1 or (sharing.mode == "auto" and not remote):
+def find_replicas(held: Sequence[HeldTensor], group: Group, mode: str, stage: int, remote: bool) -> Replicas | None:
+    """Who wants the same as this rank, ``None`` where every rank reads for itself. All ranks of the group call.
+
+    ``mode`` is ``always``, ``never``, or ``auto``, from a network file system. Pipeline stages do not share tensors.
+    """
+    if mode == "never" or group.world_size == 1 or (mode == "auto" and not remote):
         return None
-    roster = roster_of_kind(held, group, sharing.stage)
+    roster = roster_of_kind(held, group, stage)
     return None if roster is None else Replicas(roster, group.rank)

@@ -36,33 +36,29 @@ from shardwise.plan.rows import Exchange, ExchangePlanner
 SPLIT_REPLICATED_ABOVE_BYTES = 4 * 2**20
 
 
-class OwnedFragment(NamedTuple):
-    """A region that this rank alone writes, and its tensor's number in the list of held ones."""
-
-    tensor: int
-    fragment: Fragment
-
-
 def own(
     held: Sequence[HeldTensor], roster: Roster, rank: int, skip: frozenset[int] = frozenset()
-) -> list[OwnedFragment]:
-    """The regions that ``rank`` writes of what it holds, without the tensors ``skip``, whose rows are exchanged."""
+) -> list[tuple[int, Fragment]]:
+    """The regions that ``rank`` alone writes of what it holds, each with its tensor's number in the list.
+
+    The rows of the tensors ``skip`` are exchanged.
+    """
     loads: dict[tuple[int, ...], list[int]] = {}
-    mine: list[OwnedFragment] = []
+    mine: list[tuple[int, Fragment]] = []
     for number, part, shard_set in roster.holders(held):
         if number in skip:
             continue
         replicas = shard_set.replicas_of(rank)
         if len(replicas) == 1 or part.part.may_differ:
             if replicas[0] == rank:
-                mine.extend([OwnedFragment(number, fragment) for fragment in part.fragments])
+                mine.extend([(number, fragment) for fragment in part.fragments])
             continue
         load = loads.setdefault(replicas, [0] * len(replicas))
         position = replicas.index(rank)
         for fragment in part.fragments:
             taken = _share(fragment, held[number].spec.itemsize, load, position)
             if taken is not None:
-                mine.append(OwnedFragment(number, taken))
+                mine.append((number, taken))
     return mine
 
 

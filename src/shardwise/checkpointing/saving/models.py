@@ -48,7 +48,7 @@ from shardwise.engine.agreement import Statement
 from shardwise.engine.computed import ComputedPlan, declared
 from shardwise.engine.export import Copies, ExportOptions, ExportPlan, make_room, plan_export, write_export
 from shardwise.engine.memo import Memo
-from shardwise.engine.merge import MergeOptions, write_merged
+from shardwise.engine.merge import write_merged
 from shardwise.engine.name_suggestions import listed
 from shardwise.engine.records import ComponentRecord, Step
 from shardwise.engine.replicas import comparison
@@ -482,9 +482,13 @@ class ModelSave:
         session = self._session
         config = session.config
         if self._merges:
-            patience = config.consolidation_timeout_minutes * 60
-            options = MergeOptions(config.single_rank_consolidation, session.staging_dir, patience)
-            return self._release_after(lambda group: write_merged(plan, roster, group, session.storage, options))
+            merge = partial(
+                write_merged,
+                single_rank=config.single_rank_consolidation,
+                staging_dir=session.staging_dir,
+                patience_seconds=config.consolidation_timeout_minutes * 60,
+            )
+            return self._release_after(lambda group: merge(plan, roster, group, session.storage))
         return self._release_after(lambda group: write_export(plan, group, session.storage))
 
     def _shards(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from shardwise.disk.crc import combine, crc32c
 from shardwise.disk.guarded import is_followed, is_made_of_links, read_whole, resolve_inside
 from shardwise.disk.names import is_link, real_path, status
+from shardwise.disk.sequential import opened
 from shardwise.disk.storage import Storage
 from shardwise.errors import (
     CheckpointNotFoundError,
@@ -273,30 +274,25 @@ def _read_task(
     """For each run of one task its digest, or what kept it from being read."""
     buffer = memoryview(bytearray(min(_BUFFER_BYTES, max(run.nbytes for run in task))))
     try:
-        handle = storage.open(directory / extents[task[0].extent].file, writable=False)
+        with opened(storage, directory / extents[task[0].extent].file) as handle:
+            places = ((extents[run.extent].offset + run.start, run.nbytes) for run in task)
+            return [_read_run(handle, offset, nbytes, storage, buffer) for offset, nbytes in places]
     except ShardwiseError as error:
         return [error] * len(task)
-    found: list[int | ShardwiseError] = []
-    try:
-        for run in task:
-            try:
-                found.append(_read_run(handle, extents[run.extent], run, storage, buffer))
-            except ShardwiseError as error:
-                found.append(error)
-    finally:
-        storage.close(handle)
-    return found
 
 
-def _read_run(handle: int, extent: Extent, run: _Run, storage: Storage, buffer: memoryview) -> int:
+def _read_run(handle: int, offset: int, nbytes: int, storage: Storage, buffer: memoryview) -> int | ShardwiseError:
     crc, done = 0, 0
-    while done < run.nbytes:
-        part = buffer[: min(len(buffer), run.nbytes - done)]
-        got = storage.read(handle, part, extent.offset + run.start + done)
+    while done < nbytes:
+        part = buffer[: min(len(buffer), nbytes - done)]
+        try:
+            got = storage.read(handle, part, offset + done)
+        except ShardwiseError as error:
+            return error
         crc = crc32c(part[:got], crc)
         done += got
         if got < len(part):
-            raise IntegrityError(f"the file ends {run.nbytes - done} bytes before the end of this run of bytes")
+            return IntegrityError(f"the file ends {nbytes - done} bytes before the end of this run of bytes")
     return crc
 
 
@@ -312,10 +308,10 @@ def _judge(
         for run, crc in zip(task, result, strict=True):
             if isinstance(crc, ShardwiseError):
                 failures[run.extent] = crc
-            else:
-                crcs[run.extent] = crc if run.start == 0 else combine(crcs.get(run.extent, 0), crc, run.nbytes)
-                if advance is not None:
-                    advance(run.nbytes)
+                continue
+            crcs[run.extent] = combine(crcs.get(run.extent, 0), crc, run.nbytes) if run.start else crc
+            if advance is not None:
+                advance(run.nbytes)
     found = []
     for number, extent in enumerate(extents):
         if number in failures:

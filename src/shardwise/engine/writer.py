@@ -57,24 +57,20 @@ class FileSet:
 
     def __init__(self, storage: Storage, paths: Sequence[Path]) -> None:
         self._storage = storage
-        self._paths = paths
+        self.paths = paths
         self._handles: dict[int, int] = {}
 
     def handle(self, file: int) -> int:
         """The handle of file ``file``, open for writing."""
         if file not in self._handles:
-            self._handles[file] = self._storage.open(self._paths[file], writable=True)
+            self._handles[file] = self._storage.open(self.paths[file], writable=True)
         return self._handles[file]
-
-    def path(self, file: int) -> Path:
-        """Path of file ``file``."""
-        return self._paths[file]
 
     @phase("sync")
     def sync(self) -> None:
         """Make durable what was written through this object."""
         for file, handle in self._handles.items():
-            with locating(self._paths[file]):
+            with locating(self.paths[file]):
                 self._storage.sync(handle)
 
     def close(self) -> None:
@@ -85,7 +81,7 @@ class FileSet:
             try:
                 self._storage.close(handle)
             except ShardwiseError as error:
-                failure = failure or located(error, self._paths[file])
+                failure = failure or located(error, self.paths[file])
         if failure is not None:
             raise failure
 
@@ -106,7 +102,7 @@ def write_run(run: WriteRun, files: FileSet, storage: Storage, digest: Digest = 
             crc = digest(block, crc)
             offset += len(block)
     except ShardwiseError as error:
-        raise located(error, files.path(run.file), run.spec.name) from None
+        raise located(error, files.paths[run.file], run.spec.name) from None
     return crc
 
 

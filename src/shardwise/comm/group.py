@@ -474,28 +474,26 @@ class Group:
             self._raise_alone(failure)
             return list(xors), list(sums)
         counts = [*sums, int(failure is not None)]
-        if (len(xors) + len(counts)) * self.world_size <= _FEW:  # one exchange instead of two
-            with self.keeping(failure), self._guard(what):
+        at_once = (len(xors) + len(counts)) * self.world_size <= _FEW  # one exchange instead of two
+        with self.keeping(failure), self._guard(what):
+            if at_once:
                 rows = torch.stack(self._all_gather(self._integers([*xors, *counts]))).cpu()
-            *added, failed = rows[:, len(xors) :].sum(0).tolist()
-            bits = rows[:, : len(xors)]
-        else:
-            with self.keeping(failure), self._guard(what):
+                bits, total = rows[:, : len(xors)], rows[:, len(xors) :].sum(0)
+            else:
                 total = self._integers(counts)
                 collectives.all_reduce(self._alive, total, dist.ReduceOp.SUM)
-                *added, failed = total.tolist()
-            bits = None
+        *added, failed = total.tolist()
         if failed:
             self._raise_first(failure, what)
         if not xors:
             return [], added
-        with self._guard(what):
-            if bits is None and self._device.type == "cpu":
-                mine = self._integers(xors)
-                collectives.all_reduce(self._alive, mine, dist.ReduceOp.BXOR)
-                return mine.tolist(), added
-            if bits is None:  # NCCL has no exclusive or
-                bits = torch.stack(self._all_gather(self._integers(xors))).cpu()
+        if not at_once:
+            with self._guard(what):
+                bits = self._integers(xors)
+                if self._device.type == "cpu":
+                    collectives.all_reduce(self._alive, bits, dist.ReduceOp.BXOR)
+                    return bits.tolist(), added
+                bits = torch.stack(self._all_gather(bits)).cpu()  # NCCL has no exclusive or
         return functools.reduce(torch.bitwise_xor, bits).tolist(), added
 
 

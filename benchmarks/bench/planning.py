@@ -44,13 +44,11 @@ from shardwise.engine.agreement import Agreement
 from shardwise.engine.collector import without_collector
 from shardwise.engine.export import ExportOptions, export_record, plan_export
 from shardwise.engine.load import LoadOptions
-from shardwise.format.header import arrange, encode_header
+from shardwise.format.header import arrange, encode_header, encode_sharding_metadata
 from shardwise.format.manifest import Manifest, encode_manifest
-from shardwise.format.sharding import encode_sharding_metadata
 from shardwise.geometry import TensorSpec
-from shardwise.plan.layout import Layout
+from shardwise.plan.layout import Layout, shard_name
 from shardwise.plan.placement import chunk
-from shardwise.plan.shards import shard_name
 from shardwise.sources.sources import open_source
 from shardwise.stateful_wrappers import ModelState
 
@@ -123,9 +121,9 @@ class _Alike(Group):
             raise failure
         return list(xors), list(sums)
 
-    def broadcast_json(self, value: JsonValue, source: int = 0, what: str = "broadcasting") -> JsonValue:
+    def broadcast_bytes(self, data: bytes, source: int, what: str) -> bytes:
         """What this rank has itself."""
-        return value
+        return data
 
     def broadcast_result(self, make: Callable[[], JsonValue], what: str) -> JsonValue:
         """What rank 0 told, or would tell as this rank does."""

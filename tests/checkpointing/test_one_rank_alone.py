@@ -27,9 +27,8 @@ from shardwise.disk.storage import LocalStorage, Status
 from shardwise.engine.agreement import Agreement
 from shardwise.engine.background import Background, waiting_for_copies
 from shardwise.engine.computed import gather
-from shardwise.engine.jobs import SaveJob
-from shardwise.engine.records import ComponentRecord
-from shardwise.engine.row_exchange import exchange_rows
+from shardwise.engine.export import exchange_rows
+from shardwise.engine.records import ComponentRecord, SaveJob
 from shardwise.engine.staging import Stager
 from shardwise.errors import AdapterError, CheckpointNotFoundError, MisuseError, RemoteError, StorageError
 from shardwise.plan.fragments import HeldTensor
@@ -438,7 +437,8 @@ def exchange_lost() -> int:
     (held,) = held_tensors([("columns", spread)], MeshRegister())
     roster = Agreement(group).roster(lambda: [held], "describing")
     layout = lay_out(roster.specs)
-    exchanges = [replace(e, rows_per_round=30) for e in schedule([held], layout, roster, group.rank).exchanges]
+    planned = schedule([held], layout, roster, group.rank).exchanges
+    exchanges = [(number, replace(e, rows_per_round=30)) for number, e in planned]
     written: list[WriteRun] = []
     assert exchange_rows(exchanges, [held], layout, group, written.append) is None
     assert len(written) == 3

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from shardwise.comm.waiting import Waiting
+from shardwise.comm.lost_ranks import Waiting
 
 
 def test_without_a_thread_to_spare_there_is_no_warning_and_the_call_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

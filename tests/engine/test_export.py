@@ -119,7 +119,7 @@ def test_files_and_dtypes_of_the_base_come_back(tmp_path: Path, base: Path, worl
             assert written[name].dtype == tensor.dtype
             assert raw(written[name]) == raw(truth[name].to(tensor.dtype))
             total += tensor.nbytes
-    assert ours.total_size == total
+    assert ours.metadata["total_size"] == total
     opens_plainly(export)
     # What the export rounds is beside it in full, and training resumes from that.
     for readers in (1, 2):

@@ -19,7 +19,7 @@ from shardwise.engine.records import ComponentRecord, merged
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.format.manifest import MANIFEST_NAME, Manifest, encode_manifest, read_manifest
 from shardwise.ops.verify import verify
-from shardwise.plan.shards import plan_shards
+from shardwise.plan.schedule import plan_shards
 from shardwise.stateful_wrappers import ModelState
 
 

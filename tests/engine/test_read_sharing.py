@@ -16,15 +16,25 @@ from tests.support.simulate import Simulation, ThreadGroup, in_threads, raw, sim
 
 from shardwise.disk.storage import LocalStorage, file_system_type
 from shardwise.dtypes import torch_dtype
-from shardwise.engine.sharing import Made, PlannedReads, Wanted, cut_read, is_remote
+from shardwise.engine import sharing
+from shardwise.engine.sharing import Made, PlannedReads, Replicas, Wanted, cut_read, is_remote
 from shardwise.errors import StorageError
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import Read, SourceChunk, SourceTensor
-from shardwise.plan.sharing import Limits, Replicas
 from shardwise.sources.reader import Reader
 
-SMALL = Limits(round=256, largest=64, smallest=16, alone=24)
+
+@pytest.fixture(autouse=True, scope="module")
+def small() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sharing, "ROUND_BYTES", 256)
+        patched.setattr(sharing, "LARGEST_SHARE", 64)
+        patched.setattr(sharing, "SMALLEST_SHARE", 16)
+        patched.setattr(sharing, "ALONE_BYTES", 24)
+        yield
+
+
 FILE = Path("/f")
 
 
@@ -51,7 +61,7 @@ def load(case: Simulation, storages: list[MemoryStorage], shares: bool) -> list[
         reader = Reader(storages[group.rank], [FILE])
         failure: Exception | None = None
         try:
-            planned.execute(reader, group, SMALL)
+            planned.execute(reader, group)
         except StorageError as error:
             failure = error
         reader.close()
@@ -122,7 +132,7 @@ def test_a_rank_without_memory_keeps_nobody_waiting(refusing: int, sizes: tuple[
         planned = PlannedReads(shared={(0, 1, 2): Wanted(made=[pieces])})
         with contextlib.closing(Reader(MemoryStorage({}), [FILE])) as reader:
             try:
-                planned.execute(reader, group, SMALL)
+                planned.execute(reader, group)
             except RuntimeError as error:
                 return error
         return None
@@ -209,7 +219,7 @@ def test_other_devices_and_dtypes_are_converted_by_each_rank() -> None:
         dest = wide[:, :8].t() if group.rank else torch.zeros(8, 12)
         planned = PlannedReads(shared={(0, 1, 2): Wanted([Read(0, 0, 1, 192, 192, dest.unsqueeze(0), spec)])})
         reader = Reader(storage, [FILE])
-        planned.execute(reader, group, SMALL)
+        planned.execute(reader, group)
         with contextlib.closing(reader):
             return dest, reader.counts.read
 

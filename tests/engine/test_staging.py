@@ -12,8 +12,7 @@ import torch
 from tests.support.streams import FakeStreams
 
 from shardwise.dtypes import dtype_code
-from shardwise.engine.device_streams import DeviceStreams
-from shardwise.engine.staging import Stager
+from shardwise.engine.staging import DeviceStreams, Stager
 from shardwise.errors import MisuseError
 from shardwise.geometry import TensorSpec
 from shardwise.plan.fragments import HeldTensor, Part, hold

@@ -13,7 +13,7 @@ from tests.support.ranks import fresh, run
 from torch import nn
 
 from shardwise import Checkpointer, CheckpointingConfig
-from shardwise.disk.private_directory import private_directory
+from shardwise.disk.processes import private_directory
 from shardwise.disk.storage import LocalStorage
 from shardwise.errors import IntegrityError, StorageError
 

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from tests.format.builders import aliased_manifest, manifest_text, sample_manifest, sign, tensor_file
 
 from shardwise.errors import HeaderError, ManifestError, WeightIndexError
-from shardwise.format.header import Header, arrange, encode_header, parse_header
+from shardwise.format.header import Header, arrange, encode_header, parse_header, saved_offsets
 from shardwise.format.index import encode_index, parse_index
 from shardwise.format.manifest import encode_manifest, parse_manifest
-from shardwise.format.sharding import saved_offsets
 from shardwise.geometry import TensorSpec
 
 SPECS = [TensorSpec("a", (2, 3), "F32"), TensorSpec("b", (), "BF16"), TensorSpec("c", (0, 2), "I64")]

@@ -16,8 +16,16 @@ from tests.format.builders import GOLDEN, entry, tensor_file
 
 from shardwise.dtypes import dtype_code, torch_dtype
 from shardwise.errors import CheckpointNotFoundError, HeaderError, MisuseError, StorageError
-from shardwise.format.header import TensorEntry, arrange, encode_header, parse_header, read_header
-from shardwise.format.sharding import DCP_SHARDING_KEY, encode_sharding_metadata, saved_offsets
+from shardwise.format.header import (
+    DCP_SHARDING_KEY,
+    TensorEntry,
+    arrange,
+    encode_header,
+    encode_sharding_metadata,
+    parse_header,
+    read_header,
+    saved_offsets,
+)
 from shardwise.geometry import DTYPE_BYTES, TensorSpec
 
 GOLDEN_FILES = sorted(GOLDEN.glob("*.safetensors"))

@@ -18,6 +18,7 @@ import pytest
 import torch
 from tests.format.builders import entry, manifest_text, sample_manifest, sign, tensor_file
 
+from shardwise.disk.guarded import resolve_inside
 from shardwise.disk.storage import LocalStorage
 from shardwise.errors import (
     CheckpointNotFoundError,
@@ -31,7 +32,7 @@ from shardwise.errors import (
 from shardwise.format.dcp_metadata import parse_dcp_metadata
 from shardwise.format.header import MAX_HEADER_BYTES, parse_header, read_header
 from shardwise.format.index import MAX_INDEX_BYTES, parse_index, read_index
-from shardwise.format.manifest import encode_manifest, parse_manifest, read_manifest, resolve_inside
+from shardwise.format.manifest import encode_manifest, parse_manifest, read_manifest
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.reads import PackedRead, SourceChunk
 from shardwise.sources.reader import Reader

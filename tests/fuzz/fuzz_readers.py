@@ -28,7 +28,7 @@ with atheris.instrument_imports():
     from shardwise.disk.crc import crc32c
     from shardwise.errors import ShardwiseError
     from shardwise.format.dcp_metadata import parse_dcp_metadata
-    from shardwise.format.header import arrange, encode_header, parse_header
+    from shardwise.format.header import arrange, encode_header, encode_sharding_metadata, parse_header, saved_offsets
     from shardwise.format.index import encode_index, parse_index
     from shardwise.format.manifest import (
         AliasRecord,
@@ -39,7 +39,6 @@ with atheris.instrument_imports():
         encode_manifest,
         parse_manifest,
     )
-    from shardwise.format.sharding import encode_sharding_metadata, saved_offsets
     from shardwise.format.state_json import decode_state, encode_state
     from shardwise.geometry import Box, TensorSpec
 

@@ -280,7 +280,7 @@ def test_pieces_with_a_gap_are_damage(shards: Path, tmp_path: Path) -> None:
 
 
 def test_pieces_that_overlap_are_damage(shards: Path, tmp_path: Path) -> None:
-    from shardwise.format.sharding import encode_sharding_metadata
+    from shardwise.format.header import encode_sharding_metadata
 
     name = "transformer.wpe.weight"
     extra = shards / "shard-00003-model-00001-of-00001.safetensors"

@@ -10,11 +10,9 @@ from tests.support.simulate import Simulation, Spread, raw, simulations
 from shardwise.errors import IncompleteTensorError, NameCollisionError
 from shardwise.geometry import TensorSpec
 from shardwise.plan.layout import lay_out
-from shardwise.plan.ownership import SPLIT_REPLICATED_ABOVE_BYTES, own
 from shardwise.plan.placement import Replicated, Sharded
 from shardwise.plan.roster import Declaration, Roster
-from shardwise.plan.schedule import schedule
-from shardwise.plan.shards import plan_shards
+from shardwise.plan.schedule import SPLIT_REPLICATED_ABOVE_BYTES, own, plan_shards, schedule
 
 
 @given(simulations())
@@ -67,7 +65,9 @@ def test_replicas_share_the_work() -> None:
     small = [TensorSpec(f"small{i}", (100 + i,), "F32") for i in range(40)]
     kinds = (Replicated(), Sharded(0))
     case = Simulation((2, 2), tuple(Spread(spec, kinds) for spec in [big, *small]))
-    loads = [sum(o.fragment.box.numel * 4 for o in own(case.everyone[rank], case.roster, rank)) for rank in range(4)]
+    loads = [
+        sum(fragment.box.numel * 4 for _, fragment in own(case.everyone[rank], case.roster, rank)) for rank in range(4)
+    ]
     assert sum(loads) == big.nbytes + sum(spec.nbytes for spec in small)
     assert max(loads) < 1.05 * min(loads)
 

@@ -22,16 +22,15 @@ from tests.support.simulate import (
     simulations,
 )
 
-from shardwise.engine.row_exchange import exchange_rows
+from shardwise.engine.export import exchange_rows
 from shardwise.errors import StorageError
 from shardwise.geometry import Box, TensorSpec, stride_of
 from shardwise.plan.fragments import Part, hold
 from shardwise.plan.layout import Layout, lay_out
-from shardwise.plan.ownership import SPLIT_REPLICATED_ABOVE_BYTES
 from shardwise.plan.placement import MeshKey, Replicated, Sharded, Strided
 from shardwise.plan.roster import Declaration, Roster
-from shardwise.plan.rows import FEW_RUNS, ROUND_BYTES, SHORT_RUN_BYTES, Exchange, ExchangePlanner, Sources
-from shardwise.plan.schedule import WriteRun, schedule
+from shardwise.plan.rows import FEW_RUNS, ROUND_BYTES, SHORT_RUN_BYTES, Exchange, ExchangePlanner
+from shardwise.plan.schedule import SPLIT_REPLICATED_ABOVE_BYTES, WriteRun, schedule
 from shardwise.plan.views import Axis, AxisView
 
 
@@ -49,9 +48,9 @@ def write_all(case: Simulation, layout: Layout, rows_per_round: int | None) -> t
 
     def one(group: ThreadGroup) -> Exception | None:
         plan = schedule(case.everyone[group.rank], layout, case.roster, group.rank)
-        exchanges: list[Exchange] = list(plan.exchanges)
+        exchanges: list[tuple[int, Exchange]] = list(plan.exchanges)
         if rows_per_round is not None:
-            exchanges = [replace(e, rows_per_round=rows_per_round) for e in exchanges]
+            exchanges = [(number, replace(e, rows_per_round=rows_per_round)) for number, e in exchanges]
         for run in plan.runs:
             put(run)
         return exchange_rows(exchanges, case.everyone[group.rank], layout, group, put)
@@ -87,32 +86,32 @@ def test_all_holders_plan_the_same_exchange(data: st.DataObject) -> None:
         "w", data.draw(st.tuples(st.integers(65, 90), st.integers(1, 6))), data.draw(st.sampled_from(DTYPES))
     )
     case = Simulation(mesh, (Spread(spec, kinds),))
-    found = [ExchangePlanner(case.roster).plan(0, case.everyone[rank][0]) for rank in range(case.world)]
+    found = [ExchangePlanner(case.roster).plan(case.everyone[rank][0]) for rank in range(case.world)]
     assert all(exchange == found[0] for exchange in found)
     if found[0] is None:
         return
     exchange = found[0]
     for target in exchange.members:
         # The sources of a target hold every element of its rows once.
-        low, high = exchange.sources.share(target)
+        low, high = exchange.share(target)
         for row in range(low, high):
-            pieces = [p for _, boxes in exchange.sources[target] for p in exchange.pieces(boxes, row, 1)]
+            pieces = [p for _, boxes in exchange.sources(target) for p in exchange.pieces(boxes, row, 1)]
             assert sum(box.numel for _, box in pieces) == math.prod(exchange.row_shape)
     rows = [exchange.target(t, turn) for turn in range(exchange.rounds) for t in exchange.members]
-    assert sorted(r for start, count in rows for r in range(start, start + count)) == list(range(exchange.sources.rows))
+    assert sorted(r for start, count in rows for r in range(start, start + count)) == list(range(exchange.rows))
     # A replica beside the target spares a copy.
     for target in exchange.members:
         if any(isinstance(kind, Replicated) for kind in kinds):
             continue
-        low, high = exchange.sources.share(target)
+        low, high = exchange.share(target)
         own = tuple(fragment.box for fragment in case.everyone[target][0].fragments)
         touches = any(True for _ in exchange.pieces(own, low, high - low))
-        assert touches <= (target in [source for source, _ in exchange.sources[target]])
+        assert touches <= (target in [source for source, _ in exchange.sources(target)])
 
 
 def planned(mesh: tuple[int, ...], shape: tuple[int, ...], *kinds: Replicated | Sharded | Strided) -> Exchange | None:
     case = Simulation(mesh, (Spread(TensorSpec("w", shape, "F32"), kinds),))
-    return ExchangePlanner(case.roster).plan(0, case.everyone[0][0])
+    return ExchangePlanner(case.roster).plan(case.everyone[0][0])
 
 
 def test_only_many_short_runs_are_exchanged() -> None:
@@ -151,7 +150,7 @@ def test_a_rank_that_cannot_write_still_serves_its_peers(mesh: tuple[int, ...]) 
                 raise StorageError("the disk is full")
             written.append(run.nbytes)
 
-        exchanges = [replace(e, rows_per_round=7) for e in plan.exchanges]
+        exchanges = [(number, replace(e, rows_per_round=7)) for number, e in plan.exchanges]
         return exchange_rows(exchanges, case.everyone[group.rank], layout, group, put)
 
     found = in_threads(case.world, one)
@@ -162,7 +161,7 @@ def test_a_rank_that_cannot_write_still_serves_its_peers(mesh: tuple[int, ...]) 
 
 
 def test_row_boxes_follow_the_order_of_the_file() -> None:
-    exchange = Exchange(0, Sources((), (3, 4, 5), 2), 100)
+    exchange = Exchange((), (3, 4, 5), 2, 100)
     assert exchange.row_shape == (5,)
     boxes = exchange.row_boxes(2, 7)
     assert boxes == (Box((0, 2, 0), (1, 2, 5)), Box((1, 0, 0), (1, 4, 5)), Box((2, 0, 0), (1, 1, 5)))
@@ -191,12 +190,12 @@ def test_experts_are_exchanged_where_their_own_boxes_ask_for_it(data: st.DataObj
     own = Declaration.of(held[0])
     roster = Roster({own.digest: own}, (own.digest,) * len(everyone), tuple({mesh: where} for where in everyone))
     planner = ExchangePlanner(roster)
-    for number, (tensor, part) in enumerate(zip(held[0], spread, strict=True)):
+    for tensor, part in zip(held[0], spread, strict=True):
         boxes = [box for where in everyone for box in part.boxes(where)]
         ways = [stride_of(box, native[1:]) for box in boxes]
-        found = planner.plan(number, tensor)
+        found = planner.plan(tensor)
         assert (found is not None) == any(way.count > FEW_RUNS for way in ways)
         if found is not None:
-            assert (found.tensor, found.sources.outer) == (number, max(way.outer for way in ways))
+            assert found.outer == max(way.outer for way in ways)
             holders = {rank for rank, where in enumerate(everyone) if part.boxes(where)}
             assert set(found.members) == holders

@@ -20,10 +20,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 from shardwise.comm import Group, JsonValue
 from shardwise.disk.storage import LocalStorage
-from shardwise.engine.load import LoadOptions, open_described
+from shardwise.engine.load import LoadOptions, LoadSource, open_load
 from shardwise.errors import HeaderError, MisuseError, ShapeMismatchError, ShardwiseError
 from shardwise.format.dcp_metadata import read_dcp_metadata
-from shardwise.format.sharding import encode_sharding_metadata
+from shardwise.format.header import encode_sharding_metadata
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.plan.reads import SourceChunk, SourceTensor
@@ -227,7 +227,7 @@ def two_parts(directory: Path) -> list[list[float]]:
         held.append(HeldTensor(spec, spec.shape, (HeldPart(Part(spec.shape), (), (Fragment(box, memory),)),)))
         filled.append(memory)
     source = open_source(directory, group, spread=True)
-    open_described(lambda: held, source, group, LocalStorage(), LoadOptions()).read()
+    open_load(lambda: held, LoadSource(source), group, LocalStorage(), LoadOptions()).read()
     return [memory.flatten().tolist() for memory in filled]
 
 
@@ -315,8 +315,8 @@ def load_other_shape(directory: Path) -> None:
     group = Group.current()
     spec, box = TensorSpec("t", (3, 4), "F32"), Box((0, 0), (3, 4))
     held = HeldTensor(spec, spec.shape, (HeldPart(Part(spec.shape), (), (Fragment(box, torch.zeros(3, 4)),)),))
-    open_described(
-        lambda: [held], open_source(directory, group, spread=True), group, LocalStorage(), LoadOptions()
+    open_load(
+        lambda: [held], LoadSource(open_source(directory, group, spread=True)), group, LocalStorage(), LoadOptions()
     ).read()
 
 

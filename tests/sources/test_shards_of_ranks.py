@@ -13,14 +13,14 @@ from tests.support.ranks import failure, run
 
 from shardwise.comm import Group
 from shardwise.disk.storage import LocalStorage
-from shardwise.engine.load import LoadOptions, open_described
+from shardwise.engine.load import LoadOptions, LoadSource, open_load
 from shardwise.errors import (
     DtypeMismatchError,
     ShapeMismatchError,
     TensorError,
     UnexpectedTensorError,
 )
-from shardwise.format.sharding import encode_sharding_metadata
+from shardwise.format.header import encode_sharding_metadata
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import Fragment, HeldPart, HeldTensor, Part
 from shardwise.sources.sources import open_source
@@ -80,7 +80,7 @@ def load(directory: Path, layout: Layout, options: LoadOptions, dtype: torch.dty
     group = Group.current()
     held = hold(layout, group.rank, dtype)
     source = open_source(directory, group, spread=True)
-    open_described(lambda: list(held.values()), source, group, LocalStorage(), options).read()
+    open_load(lambda: list(held.values()), LoadSource(source), group, LocalStorage(), options).read()
     for name, tensor in held.items():
         want = whole(layout, name).narrow(0, *layout.ranks[group.rank][name]).to(dtype)
         assert torch.equal(tensor.fragments[0].data, want), name
@@ -195,7 +195,7 @@ def load_all(directory: Path, layout: Layout) -> dict[str, torch.Tensor]:
     group = Group.current()
     held = hold(layout, group.rank)
     source = open_source(directory, group, spread=True)
-    open_described(lambda: list(held.values()), source, group, LocalStorage(), LoadOptions()).read()
+    open_load(lambda: list(held.values()), LoadSource(source), group, LocalStorage(), LoadOptions()).read()
     return {name: tensor.fragments[0].data.clone() for name, tensor in held.items()}
 
 
@@ -241,7 +241,7 @@ def load_other_shapes(directory: Path) -> None:
     shapes, rows = ({"c": (4,)}, (0, 2)) if group.rank == 0 else ({"c": (6,)}, (3, 3))
     held = hold(Layout(shapes, [{"c": rows}]), 0)
     source = open_source(directory, group, spread=True)
-    open_described(lambda: list(held.values()), source, group, LocalStorage(), LoadOptions()).read()
+    open_load(lambda: list(held.values()), LoadSource(source), group, LocalStorage(), LoadOptions()).read()
 
 
 def test_ranks_that_disagree_about_a_shape_find_out(tmp_path: Path) -> None:
@@ -252,8 +252,12 @@ def test_ranks_that_disagree_about_a_shape_find_out(tmp_path: Path) -> None:
 def load_stale(directory: Path) -> None:
     group = Group.current()
     held = hold(EVEN, group.rank)
-    open_described(
-        lambda: list(held.values()), open_source(directory, group, spread=True), group, LocalStorage(), LoadOptions()
+    open_load(
+        lambda: list(held.values()),
+        LoadSource(open_source(directory, group, spread=True)),
+        group,
+        LocalStorage(),
+        LoadOptions(),
     ).read()
 
 
@@ -270,8 +274,12 @@ def test_a_stale_file_beside_the_shards_is_refused(tmp_path: Path) -> None:
 def load_whole(directory: Path) -> None:
     group = Group.current()
     held = hold(Layout({"t": (8, 2)}, [{"t": (0, 8)}]), 0)
-    open_described(
-        lambda: list(held.values()), open_source(directory, group, spread=True), group, LocalStorage(), LoadOptions()
+    open_load(
+        lambda: list(held.values()),
+        LoadSource(open_source(directory, group, spread=True)),
+        group,
+        LocalStorage(),
+        LoadOptions(),
     ).read()
 
 

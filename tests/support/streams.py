@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from shardwise.engine.device_streams import DeviceStreams
+from shardwise.engine.staging import DeviceStreams
 
 
 class FakeEvent:

@@ -9,14 +9,13 @@ from hypothesis import strategies as st
 from tests.support.memory import MemoryStorage
 from tests.support.simulate import DTYPES, Simulation, Spread, ThreadGroup, in_threads, placements, raw
 
-from shardwise.engine.row_exchange import exchange_rows
+from shardwise.engine.export import exchange_rows
 from shardwise.engine.writer import Digests, FileSet, write_all
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.layout import lay_out
 from shardwise.plan.placement import Replicated, Sharded, Strided
 from shardwise.plan.reads import SourceChunk, SourceTensor, plan_reads
-from shardwise.plan.schedule import WriteRun, schedule
-from shardwise.plan.shards import plan_shards
+from shardwise.plan.schedule import WriteRun, plan_shards, schedule
 from shardwise.sources.reader import SMALL_GAP_BYTES, Reader
 
 ROOT = Path("/memory")

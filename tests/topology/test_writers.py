@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 from shardwise import Checkpointer, CheckpointingConfig
 from shardwise.disk.storage import Buffer, LocalStorage
 from shardwise.errors import NameCollisionError
-from shardwise.plan.ownership import SPLIT_REPLICATED_ABOVE_BYTES
+from shardwise.plan.schedule import SPLIT_REPLICATED_ABOVE_BYTES
 
 Written = list[tuple[str, int, int]]
 

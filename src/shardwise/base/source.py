@@ -13,7 +13,7 @@ are grouped with scales, and they are read dequantized. Formats, and where they 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -21,9 +21,9 @@ from typing import cast
 import torch
 
 from shardwise.dtypes import FLOATS, torch_dtype
-from shardwise.engine.load import LoadOptions
+from shardwise.engine.load import LoadOptions, LoadSource
 from shardwise.engine.name_suggestions import listed
-from shardwise.engine.sharing import Made, PlannedReads
+from shardwise.engine.sharing import Made, PlannedReads, Replicas
 from shardwise.errors import DtypeMismatchError, MissingTensorError, QuantizationError, ShapeMismatchError
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.fragments import Fragment, HeldTensor, part_in_box
@@ -38,9 +38,7 @@ from shardwise.plan.quantized import (
     scales_to_float,
 )
 from shardwise.plan.reads import SourceTensor, plan_reads
-from shardwise.plan.sharing import Replicas
 from shardwise.sources.reader import Reader
-from shardwise.sources.sources import Source
 from shardwise.sources.torch_files import BinSource
 from shardwise.stateful_wrappers.memory import require_own_elements
 
@@ -49,10 +47,9 @@ _FP8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 
 
 @dataclass(frozen=True)
-class BaseSource:
-    """The tensors of a base model."""
+class BaseSource(LoadSource):
+    """The tensors of a base model; ``plain`` are those that are stored, as far as byte ranges read them."""
 
-    plain: Source  #: Its stored tensors, as far as byte ranges read them.
     bins: BinSource | None = None  #: The ``.bin`` files behind it, where there are any.
     #: Tensors that exist once values and scales are multiplied; empty where that is not wanted.
     quantized: Mapping[str, Quantized] = field(default_factory=dict)
@@ -70,10 +67,6 @@ class BaseSource:
     def loose(self) -> Mapping[str, tuple[TensorSpec, Path]]:
         """Tensors of ``.bin`` files that byte ranges cannot read."""
         return {} if self.bins is None else self.bins.loose
-
-    def located(self, plain: Source) -> BaseSource:
-        """The same where more is known of the stored tensors' pieces."""
-        return replace(self, plain=plain)
 
     def names(self) -> Collection[str]:
         """All names that a model may want: those of stored tensors, and of dequantized ones."""
@@ -126,11 +119,11 @@ class BaseSource:
                 reads.computed.append(partial(read_dequantized, quantized, alone))
                 reads.made_bytes += elements // 2 if quantized.packed else elements
             return
-        for fragment in tensor.fragments:
-            require_own_elements(name, fragment.data)
         if name in self.plain.tensors:
-            reads.add(self.plain.tensors[name], tensor, replicas)
+            super().add(tensor, reads, replicas)
         elif self.bins is not None and tensor.fragments:
+            for fragment in tensor.fragments:
+                require_own_elements(name, fragment.data)
             reads.opened.setdefault((self.loose[name][1], self.bins.legacy), []).append(tensor)
 
 

@@ -18,8 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from shardwise.checkpointing.loading.restoring import Undos
 from shardwise.disk.names import is_directory
 from shardwise.disk.storage import Storage
-from shardwise.engine.jobs import Step, local_step
-from shardwise.engine.records import ComponentRecord, write_state
+from shardwise.engine.records import ComponentRecord, Step, local_step, write_state
 from shardwise.errors import CheckpointNotFoundError, MisuseError, StateFormatError
 from shardwise.sources.state_files import has_state, pack_state, read_state
 from shardwise.stateful_wrappers.wrapping import unwrap

@@ -30,7 +30,7 @@ from shardwise.checkpointing.saving import whole as saving
 from shardwise.checkpointing.saving.models import default_addons
 from shardwise.comm import ABSENT_SECONDS
 from shardwise.disk.storage import LocalStorage, Storage
-from shardwise.engine.device_streams import DeviceStreams
+from shardwise.engine.staging import DeviceStreams
 from shardwise.engine.verify import VerifyLevel
 from shardwise.lifecycle import CheckpointInfo, PreemptionGuard, list_checkpoints, resolve
 from shardwise.settings import Settings
@@ -566,7 +566,7 @@ class Checkpointer:
         torch does not manage.
         """
         if self._life.background is not None:
-            self._life.background.wait_for_staging()
+            self._life.background.stager.wait()
 
     @public_call
     def async_wait(self) -> None:

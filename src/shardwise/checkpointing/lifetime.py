@@ -32,10 +32,8 @@ from shardwise.comm import Group, JsonValue
 from shardwise.disk.storage import Storage, using
 from shardwise.engine.background import Background, waiting_for_copies
 from shardwise.engine.collector import without_collector
-from shardwise.engine.device_streams import DeviceStreams
-from shardwise.engine.jobs import SaveJob, Step
-from shardwise.engine.records import ComponentRecord
-from shardwise.engine.staging import Stager
+from shardwise.engine.records import ComponentRecord, SaveJob, Step
+from shardwise.engine.staging import DeviceStreams, Stager
 from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.settings import Settings
 from shardwise.stateful_wrappers import ModelState, OptimizerState
@@ -299,7 +297,7 @@ class Lifetime:
             else:
                 self.background.submit(job)
                 if self.config.wait_for_staging:
-                    self.background.wait_for_staging()
+                    self.background.stager.wait()
             if earlier is not None:
                 self.wait()
         except ShardwiseError as error:

@@ -21,11 +21,10 @@ from shardwise.convert.rules import HeldGroup
 from shardwise.disk.names import files_under, is_file
 from shardwise.disk.storage import Storage
 from shardwise.dtypes import torch_dtype
-from shardwise.engine.jobs import Step as SaveStep
-from shardwise.engine.jobs import local_step
 from shardwise.engine.load import LoadOptions
 from shardwise.engine.name_suggestions import listed
-from shardwise.engine.records import ComponentRecord, write_state
+from shardwise.engine.records import ComponentRecord, local_step, write_state
+from shardwise.engine.records import Step as SaveStep
 from shardwise.errors import MissingTensorError, ModuleStateError, StateFormatError, UnexpectedTensorError
 from shardwise.format.notes import ASIDE_DIR
 from shardwise.geometry import TensorSpec

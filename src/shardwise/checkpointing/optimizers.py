@@ -21,15 +21,14 @@ from shardwise.checkpointing.session import Session
 from shardwise.comm import JsonValue
 from shardwise.convert.mapping import rename
 from shardwise.disk.names import is_there
-from shardwise.engine.jobs import Step, local_step
-from shardwise.engine.load import OpenedLoad, open_described
+from shardwise.engine.load import LoadSource, OpenedLoad, open_load
 from shardwise.engine.name_suggestions import listed
-from shardwise.engine.records import ComponentRecord, write_state
+from shardwise.engine.records import ComponentRecord, Step, local_step, write_state
 from shardwise.engine.replicas import comparison
 from shardwise.engine.shards import shard_plan, write_shards
 from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError
 from shardwise.plan.fragments import HeldTensor
-from shardwise.plan.ownership import left_to_others
+from shardwise.plan.schedule import left_to_others
 from shardwise.sources.dcp_values import is_dcp
 from shardwise.sources.sources import open_source
 from shardwise.sources.state_files import has_state, joined, pack_state, read_state, split, unpack_state
@@ -230,7 +229,8 @@ def open_optimizer(
             source = open_source(directory, group, spread=True, exclude=state_files)
         # A frozen stage, or an optimizer over fewer parameters, may need less than was saved.
         options = replace(session.load_options, allow_unexpected=True)
-        tensors = open_described(plan.held_as_saved, source, group, session.storage, options, lambda: own is not None)
+        loaded = LoadSource(source)
+        tensors = open_load(plan.held_as_saved, loaded, group, session.storage, options, lambda: own is not None)
     if foreign is not None:
         foreign_optimizers.count_in_tensors(plan)
     return OpenedOptimizer(session, plan, found, tensors, own, buffered.any)

@@ -98,13 +98,13 @@ class ParallelRanks:
         gathered = group.gather(self._own_row, "deriving the parallel ranks")
         rows = [_Row(given, MeshRanks(**meshes), digest) for given, meshes, digest in gathered]
         stages = self._stages(rows, group)
-        tensor = [self._tensor_rank(row, rank) for row, rank in zip(rows, group.global_ranks(), strict=True)]
+        tensor = [self._tensor_rank(row, rank) for row, rank in zip(rows, group.global_ranks, strict=True)]
         sharing: dict[tuple[int, int, int | None], list[int]] = {}
         for number, row in enumerate(rows):
             sharing.setdefault((stages[number], tensor[number], row.meshes.cp), []).append(number)
         data: dict[int, int] = {}
         for members in sharing.values():
-            data |= _data_ranks(members, rows, group.global_ranks())
+            data |= _data_ranks(members, rows, group.global_ranks)
         return [Coordinates(data[number], tensor[number], stages[number]) for number in range(len(rows))]
 
     def _own_row(self) -> tuple[dict[str, int], dict[str, Any], str]:
@@ -130,7 +130,7 @@ class ParallelRanks:
         first = [row.digest for row in rows].index(rows[group.rank].digest) == group.rank
         gathered = group.gather(lambda: list(self._names) if first else None, "comparing the stages' tensors")
         seen: set[str] = set()
-        for rank, names in zip(group.global_ranks(), gathered, strict=True):
+        for rank, names in zip(group.global_ranks, gathered, strict=True):
             if names is None:
                 continue
             if not names or not seen.isdisjoint(names) or any(stage is not None for stage in known):

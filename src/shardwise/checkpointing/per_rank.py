@@ -10,10 +10,9 @@ from pathlib import Path
 
 from shardwise.checkpointing.session import Session
 from shardwise.disk.names import exists
-from shardwise.engine.jobs import Step, local_step
 from shardwise.engine.name_suggestions import listed
 from shardwise.engine.per_rank import Pair, match_own, own_file, read_own, require_whole, saved_ranks, write_own
-from shardwise.engine.records import ComponentRecord
+from shardwise.engine.records import ComponentRecord, Step, local_step
 from shardwise.errors import ConfigError, MisuseError, StateFormatError
 from shardwise.format.header import read_header
 from shardwise.plan.deferred import refuse_stand_ins

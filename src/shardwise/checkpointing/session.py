@@ -23,7 +23,6 @@ from shardwise.engine.export import ExportPlan
 from shardwise.engine.load import LoadOptions
 from shardwise.engine.memo import Memo
 from shardwise.engine.shards import ShardPlan
-from shardwise.engine.sharing import Sharing
 from shardwise.engine.staging import Stager
 from shardwise.plan.fragments import HeldTensor
 from shardwise.settings import Settings
@@ -144,7 +143,7 @@ class Session:
     @property
     def load_options(self) -> LoadOptions:
         """A load's threads, and whether replicas read the same bytes once; no difference is allowed."""
-        return LoadOptions(threads=self.threads, sharing=Sharing(self.config.share_replica_reads, self.stage))
+        return LoadOptions(threads=self.threads, sharing=self.config.share_replica_reads, stage=self.stage)
 
     @property
     def threads(self) -> int:

@@ -14,6 +14,7 @@ Values travel as JSON or as raw tensor bytes, never as pickles.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +27,7 @@ import torch.distributed as dist
 
 from shardwise.comm import collectives
 from shardwise.comm.collectives import PACKET_BYTES, packet, to_bytes, to_tensor, unpacked
-from shardwise.comm.lost_ranks import RankProcess, TimeoutBudget, find_lost
-from shardwise.comm.waiting import ABSENT_SECONDS, Waiting, meeting_name
+from shardwise.comm.lost_ranks import ABSENT_SECONDS, RankProcess, Waiting, find_lost, meeting_name, time_budget
 from shardwise.errors import PeerError, RemoteError, ShardwiseError
 from shardwise.format.strict_json import JsonValue
 
@@ -77,7 +77,8 @@ class Group:
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
-        self._pg = process_group
+        #: For other code that communicates by itself.
+        self.process_group = process_group
         self._owned = False
         self._broken: PeerError | None = None
         self._name = ""
@@ -87,10 +88,11 @@ class Group:
         if process_group is None:
             self.rank, self.world_size = 0, 1
             self._device = torch.device("cpu")
-            self._global_ranks: tuple[int, ...] = (0,)
+            #: The global rank of each member, in group order.
+            self.global_ranks: tuple[int, ...] = (0,)
         else:
             # Read now: torch no longer knows the ranks once the script has destroyed its groups.
-            self._global_ranks = tuple(dist.get_process_group_ranks(process_group))
+            self.global_ranks = tuple(dist.get_process_group_ranks(process_group))
             self.rank = dist.get_rank(process_group)
             self.world_size = dist.get_world_size(process_group)
             self._device = _collective_device(process_group)
@@ -130,8 +132,8 @@ class Group:
         ranks = dist.get_process_group_ranks(of if of is not None else dist.group.WORLD)
         # Every rank of the default group has to take part in making a group, unless local synchronization is chosen.
         few = len(ranks) < dist.get_world_size()
-        budget = TimeoutBudget.within(timeout_seconds)
-        timeout = timedelta(seconds=budget.collective)
+        waits, reports = time_budget(timeout_seconds)
+        timeout = timedelta(seconds=waits)
         try:
             rank = ranks.index(dist.get_rank())
             with Waiting(meeting_name(ranks), rank, ranks, absent_seconds, timeout_seconds).during(what):
@@ -145,7 +147,7 @@ class Group:
             ) from error
         group = cls(made)
         group._owned = True
-        group._report_seconds = budget.report
+        group._report_seconds = reports
         group._waiting = Waiting(group._name, group.rank, ranks, absent_seconds, timeout_seconds)
         processes = group.gather_json(RankProcess.own(), "meeting the other ranks")
         group._processes = tuple(RankProcess(*cast(tuple[str, int], process)) for process in processes)
@@ -153,17 +155,12 @@ class Group:
 
     def close(self) -> None:
         """Release the process group if this object made it. Safe to call twice."""
-        if self._owned and self._pg is not None:
+        if self._owned and self.process_group is not None:
             self._owned = False
             if dist.is_initialized():
                 with contextlib.suppress(ValueError):  # the script has destroyed all groups before
-                    dist.destroy_process_group(self._pg)
-        self._pg = None
-
-    @property
-    def process_group(self) -> dist.ProcessGroup | None:
-        """The process group, for other code that communicates by itself."""
-        return self._pg
+                    dist.destroy_process_group(self.process_group)
+        self.process_group = None
 
     @property
     def is_main(self) -> bool:
@@ -173,11 +170,7 @@ class Group:
     @property
     def global_rank(self) -> int:
         """This process's rank in the default process group."""
-        return self._global_ranks[self.rank]
-
-    def global_ranks(self) -> tuple[int, ...]:
-        """The global rank of each member, in group order."""
-        return self._global_ranks
+        return self.global_ranks[self.rank]
 
     @property
     def is_broken(self) -> bool:
@@ -192,9 +185,9 @@ class Group:
 
     @property
     def _alive(self) -> dist.ProcessGroup:
-        if self._pg is None:
+        if self.process_group is None:
             raise ValueError("the group was closed")
-        return self._pg
+        return self.process_group
 
     # --- bytes ------------------------------------------------------------------------------------------------------
 
@@ -302,13 +295,13 @@ class Group:
         except ShardwiseError:
             raise
         except (RuntimeError, ValueError) as error:
-            if self._pg is None:
+            if self.process_group is None:
                 raise RemoteError(f"{type(error).__name__}: {error}", rank=self.global_rank) from error
             raise self._break(what, error) from error
 
     def _break(self, what: str, error: Exception) -> PeerError:
         """Find out who is missing, and refuse every later collective: the ranks are out of step."""
-        ranks = self.global_ranks()
+        ranks = self.global_ranks
         host = ranks.index(0) if 0 in ranks else None
         lost, how = find_lost(self._name, self.rank, self._processes, host, self._report_seconds)
         named = [ranks[number] for number in lost]
@@ -389,22 +382,18 @@ class Group:
     def _attempted(
         self, make: Callable[[], T], encode: Callable[[T], bytes]
     ) -> tuple[list[T], bytes, Exception | None]:
-        """The result of ``make`` and its encoding, or the failure, which a single process raises."""
+        """The result of ``make`` and its encoding, or the failure."""
         try:
             value = make()
-            return [value], encode(value) if self.world_size > 1 else b"", None
+            return [value], encode(value), None
         except Exception as error:  # noqa: BLE001 - raised on every rank
-            if self.world_size == 1:
-                self._raise_alone(error)
             return [], b"", error
 
     # --- values -----------------------------------------------------------------------------------------------------
 
     def gather_json(self, value: JsonT, what: str = "gathering") -> list[JsonT]:
         """Every rank's value, in rank order, on every rank. All ranks call."""
-        if self.world_size == 1:
-            return [value]
-        return [json.loads(text) for text in self._gather_bytes(json.dumps(value).encode(), what)]
+        return self.gather(lambda: value, what)
 
     def gather(self, make: Callable[[], JsonT], what: str) -> list[JsonT]:
         """The results of ``make`` of all ranks, in rank order, on every rank, in one exchange. All ranks call.
@@ -412,9 +401,9 @@ class Group:
         Raises:
             ShardwiseError: ``make``, which is local, failed: the error of the lowest such rank, on every rank.
         """
-        made, text, failure = self._attempted(make, lambda value: json.dumps(value).encode())
         if self.world_size == 1:
-            return made
+            return [self.attempt(make, what)]
+        _, text, failure = self._attempted(make, lambda value: json.dumps(value).encode())
         with self.keeping(failure):
             texts = self._gather_bytes(text, what)
         if not all(texts):
@@ -426,10 +415,10 @@ class Group:
 
         For large values that only rank 0 needs: `gather` would cost every rank the memory and time of all of them.
         """
+        if self.world_size == 1:
+            return [self.attempt(make, what)]
         # Rank 0 receives its own value directly: its message says only that it succeeded.
         made, text, failure = self._attempted(make, lambda value: b"0" if self.is_main else json.dumps(value).encode())
-        if self.world_size == 1:
-            return made
         with self.keeping(failure), self._guard(what):
             first = to_tensor(packet(text), PACKET_BYTES, self._device)
             packets = [unpacked(theirs) for theirs in self._all_gather(first)]
@@ -448,12 +437,6 @@ class Group:
                     short = to_bytes(buffer)
                 found.append(json.loads(short))
             return found
-
-    def broadcast_json(self, value: JsonT, source: int = 0, what: str = "broadcasting") -> JsonT:
-        """The value of rank ``source`` (in the group), on every rank. All ranks call; others' values are ignored."""
-        if self.world_size == 1:
-            return value
-        return cast(JsonT, json.loads(self.broadcast_bytes(json.dumps(value).encode(), source, what)))
 
     def broadcast_result(self, make: Callable[[], JsonT], what: str) -> JsonT:
         """Call ``make`` on rank 0 and broadcast its result, in one exchange. All ranks call; ``make`` is local.
@@ -477,9 +460,7 @@ class Group:
 
     def any(self, flag: bool, what: str = "agreeing") -> bool:
         """Whether any rank passes true. All ranks call."""
-        if self.world_size == 1:
-            return flag
-        return bool(self._largest(int(flag), what))
+        return self.agree(None, what, flag)
 
     def fold(
         self, xors: Sequence[int], sums: Sequence[int], what: str, failure: BaseException | None = None
@@ -495,35 +476,27 @@ class Group:
             self._raise_alone(failure)
             return list(xors), list(sums)
         counts = [*sums, int(failure is not None)]
-        if (len(xors) + len(counts)) * self.world_size <= _FEW:  # one exchange instead of two
-            with self.keeping(failure), self._guard(what):
+        at_once = (len(xors) + len(counts)) * self.world_size <= _FEW  # one exchange instead of two
+        with self.keeping(failure), self._guard(what):
+            if at_once:
                 rows = torch.stack(self._all_gather(self._integers([*xors, *counts]))).cpu()
-            *added, failed = rows[:, len(xors) :].sum(0).tolist()
-            bits = rows[:, : len(xors)]
-        else:
-            with self.keeping(failure), self._guard(what):
+                bits, total = rows[:, : len(xors)], rows[:, len(xors) :].sum(0)
+            else:
                 total = self._integers(counts)
                 collectives.all_reduce(self._alive, total, dist.ReduceOp.SUM)
-                *added, failed = total.tolist()
-            bits = None
+        *added, failed = total.tolist()
         if failed:
             self._raise_first(failure, what)
         if not xors:
             return [], added
-        with self._guard(what):
-            if bits is None and self._device.type == "cpu":
-                mine = self._integers(xors)
-                collectives.all_reduce(self._alive, mine, dist.ReduceOp.BXOR)
-                return mine.tolist(), added
-            if bits is None:  # NCCL has no exclusive or
-                bits = torch.stack(self._all_gather(self._integers(xors))).cpu()
-        return _exclusive_or(bits), added
-
-
-def _exclusive_or(rows: torch.Tensor) -> list[int]:
-    for row in rows[1:]:
-        rows[0] ^= row
-    return cast(list[int], rows[0].tolist())
+        if not at_once:
+            with self._guard(what):
+                bits = self._integers(xors)
+                if self._device.type == "cpu":
+                    collectives.all_reduce(self._alive, bits, dist.ReduceOp.BXOR)
+                    return bits.tolist(), added
+                bits = torch.stack(self._all_gather(bits)).cpu()  # NCCL has no exclusive or
+        return functools.reduce(torch.bitwise_xor, bits).tolist(), added
 
 
 def _collective_device(process_group: dist.ProcessGroup) -> torch.device:

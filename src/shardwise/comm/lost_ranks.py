@@ -1,41 +1,51 @@
-"""Finding out which rank is gone after a collective has broken.
+"""Which ranks do not join a call, long before its first exchange times out, and which is gone once one has broken.
+
+A call that one rank never makes (``if rank == 0: checkpointer.save(...)``) leaves the others in its first exchange
+until the time-out, half an hour by default. So each waiting rank reports in the job's key-value store, and after
+`ABSENT_SECONDS` the lowest waiting rank logs one warning: which ranks have not come, and which calls the others are in.
 
 A broken collective shows a rank only that some connection ended or that the time-out has passed. Two sources identify
 the lost rank: on the same machine the process table, at once; on other machines the job's key-value store, where every
 rank that noticed the failure reports, so that a rank without a report is missing.
 
 Finding the lost rank takes time too, and a rank has to raise within the time-out that its user configured;
-`TimeoutBudget` divides that time.
+`time_budget` divides that time.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
 from shardwise.disk.processes import process_exists
+from shardwise.errors import some
 from shardwise.upstream.torch_distributed import default_store
 
+_LOG = logging.getLogger(__name__)
+
+#: A warning names the absent ranks after this many seconds in the first exchange of a call.
+ABSENT_SECONDS = 30.0
+#: A waiting rank reports after this fraction of that time: shorter waits cost no message.
+_REPORTED = 30
+_LISTED = 16
 #: Seconds between two looks at the process table and the store.
 _POLL_SECONDS = 0.1
 
 
-class TimeoutBudget(NamedTuple):
-    """The seconds that a collective may wait for its peers, and that finding out who is missing may take after it."""
+def time_budget(seconds: float) -> tuple[float, float]:
+    """The seconds that a collective may wait for its peers, and that finding out who is missing may take after it.
 
-    collective: float
-    report: float
-
-    @staticmethod
-    def within(seconds: float) -> TimeoutBudget:
-        """Divide a time-out: a fifth, at most 10 s, for the reports, and a twentieth, at most 2 s, to spare."""
-        report, spare = min(seconds / 5, 10.0), min(seconds / 20, 2.0)
-        return TimeoutBudget(seconds - report - spare, report)
+    A fifth of the time-out, at most 10 s, is for the reports, and a twentieth, at most 2 s, to spare.
+    """
+    report, spare = min(seconds / 5, 10.0), min(seconds / 20, 2.0)
+    return seconds - report - spare, report
 
 
 class RankProcess(NamedTuple):
@@ -129,3 +139,80 @@ class _Reports:
                 self._over.wait(_POLL_SECONDS)
         except (RuntimeError, ValueError):
             self.refused = True
+
+
+class Waiting:
+    """Warns when this rank has waited ``seconds`` for others, by a thread for each wait.
+
+    ``name`` is the group's, ``rank`` this rank in it, and ``ranks`` are the global ranks of all in order; after
+    ``limit`` seconds the wait ends in an error, which the message says.
+    """
+
+    def __init__(self, name: str, rank: int, ranks: Sequence[int], seconds: float, limit: float) -> None:
+        self._keys = [f"shardwise/waiting/{name}/{number}" for number in range(len(ranks))]
+        self._rank, self._ranks = rank, tuple(ranks)
+        self._seconds, self._limit = seconds, limit
+        self._watching: threading.Thread | None = None
+
+    @contextlib.contextmanager
+    def during(self, what: str) -> Iterator[None]:
+        """Watch over the exchange that begins the call ``what``: ``save(epoch_0_step_1)``."""
+        over = threading.Event()
+        watching = threading.Thread(
+            target=self._watch, args=(what, over, self._watching), name="shardwise-waiting", daemon=True
+        )
+        # Python starts no thread while it ends, nor does a system that has none left. The peers wait for this rank all
+        # the same, which then gives no warning.
+        with contextlib.suppress(RuntimeError):
+            watching.start()
+            self._watching = watching
+        try:
+            yield
+        finally:
+            over.set()
+
+    def _watch(self, what: str, over: threading.Event, before: threading.Thread | None) -> None:
+        early = self._seconds / _REPORTED
+        if over.wait(early):
+            return
+        if before is not None:
+            before.join()  # it takes back what it reported under the same key
+        with contextlib.suppress(RuntimeError, ValueError):  # no store to report to, or its process has ended
+            # A connection of its own: the default store's is taken as long as another thread waits for a key.
+            store = default_store().clone()  # type: ignore[attr-defined] # not in torch's stubs
+            store.set(self._keys[self._rank], what)
+            try:
+                if not over.wait(self._seconds - early):
+                    others = ((n, key) for n, key in enumerate(self._keys) if n != self._rank)
+                    calls = {n: store.get(key).decode(errors="replace") for n, key in others if store.check([key])}
+                    self._warn({self._rank: what} | calls)
+                    over.wait()
+            finally:
+                store.delete_key(self._keys[self._rank])
+
+    def _warn(self, here: dict[int, str]) -> None:
+        absent = [number for number in range(len(self._keys)) if number not in here]
+        if self._rank != min(here) or not absent:
+            return
+        doing: dict[str, list[int]] = {}
+        for number, call in sorted(here.items()):
+            doing.setdefault(call, []).append(number)
+        waits = "; ".join(f"{self._named(numbers)} in {call}" for call, numbers in doing.items())
+        _LOG.warning(
+            "%s %s not come for %.0f s. Waiting: %s. Every rank has to make the call, not only some; an error follows "
+            "after %.0f s.",
+            self._named(absent),
+            "has" if len(absent) == 1 else "have",
+            self._seconds,
+            waits,
+            self._limit,
+        )
+
+    def _named(self, numbers: Sequence[int]) -> str:
+        ranks = some([self._ranks[number] for number in numbers], _LISTED)
+        return f"rank{'s' if len(numbers) > 1 else ''} {ranks}"
+
+
+def meeting_name(ranks: Sequence[int]) -> str:
+    """What stands for the name of a group that has none yet, since its ranks are about to make it."""
+    return f"meeting-{'-'.join(map(str, ranks[:4]))}-{len(ranks)}"

@@ -30,8 +30,7 @@ from shardwise.errors import IncompleteTensorError, MisuseError, NameCollisionEr
 from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
 from shardwise.geometry import Box, TensorSpec, runs
 from shardwise.plan.layout import Layout
-from shardwise.plan.schedule import WriteRun
-from shardwise.plan.shards import ShardPiece, shard_files
+from shardwise.plan.schedule import ShardPiece, WriteRun, shard_files
 from shardwise.sources.state_files import pack_state, read_packed, unpack_state
 from shardwise.sources.tensor_bytes import byte_blocks, contribution
 from shardwise.stateful_wrappers.memory import plain_memory

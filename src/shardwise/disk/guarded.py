@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
 
 from shardwise.disk.names import absent, is_link, real_path, walk
-from shardwise.disk.storage import current, locating
+from shardwise.disk.storage import current, locating, storage_errors
 from shardwise.errors import CheckpointNotFoundError, FormatError, MisuseError, ShardwiseError, StorageError
 
 #: The file that says what a save wrote.
@@ -91,12 +91,8 @@ def open_regular(
     storage = current()
     read = partial(storage.read, handle)
     try:
-        with locating(Path(text)):
+        with storage_errors(Path(text)), locating(Path(text)):
             yield io.BufferedReader(RangeStream(read, lambda: storage.status_of(handle).size)), size
-    except ShardwiseError:
-        raise
-    except OSError as cause:
-        raise StorageError.from_os(cause, path=text) from cause
     finally:
         storage.close(handle)
 

@@ -13,7 +13,7 @@ from shardwise.errors import CheckpointNotFoundError
 
 
 def status(path: Path, *, follows: bool = True) -> Status | None:
-    """What is at ``path``, see `Looks.status`."""
+    """What is at ``path``, see `Storage.status`."""
     return current().status(path, follows=follows)
 
 
@@ -60,7 +60,7 @@ def is_link(path: Path) -> bool:
 
 
 def real_path(path: Path) -> Path:
-    """Where ``path`` is when every link in it is followed, see `Looks.real_path`."""
+    """Where ``path`` is when every link in it is followed, see `Storage.real_path`."""
     return current().real_path(path)
 
 

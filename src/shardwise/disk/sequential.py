@@ -8,8 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from shardwise.disk.crc import combine, crc32c
-from shardwise.disk.storage import Storage, located, locating
-from shardwise.errors import ShardwiseError
+from shardwise.disk.storage import Storage, locating
 
 _BLOCK_BYTES = 8 * 2**20
 
@@ -34,13 +33,11 @@ class SequentialFile:
     def append(self, blocks: Iterable[Block], tensor: str | None = None) -> int:
         """Append a part of the file; returns its CRC-32C. Errors, those of ``blocks`` too, name file and ``tensor``."""
         crc, nbytes = 0, 0
-        try:
+        with locating(self._path, tensor):
             for block in blocks:
                 self._storage.write(self._open(), block, self.size + nbytes)
                 crc = crc32c(block, crc)
                 nbytes += len(block)
-        except ShardwiseError as error:
-            raise located(error, self._path, tensor) from None
         self.crc32c = combine(self.crc32c, crc, nbytes) if nbytes else self.crc32c
         self.size += nbytes
         return crc

@@ -1,10 +1,9 @@
 """What a checkpoint is written to and read from, as one interface, and the local file system's implementation.
 
 Everything that a call does to a disk goes through a `Storage`, so that another one (remote, faulty, recording) can
-stand in its place. It is four small protocols: bytes of files (`Ranges`), directories (`Directories`), changing names
-(`Names`), and looking at names (`Looks`, for which `shardwise.disk.names` has functions). A call has one storage:
-whoever begins it says which (`using`), what looks at names or reads a small file asks for it (`current`), and what
-keeps handles is given it. A save calls it in this order, on the ranks named:
+stand in its place; `shardwise.disk.names` has functions for looking at names. A call has one storage: whoever begins
+it says which (`using`), what looks at names or reads a small file asks for it (`current`), and what keeps handles is
+given it. A save calls it in this order, on the ranks named:
 
 1. rank 0: ``make_directory(..., new=True)`` for the temporary directory, after ``remove_tree`` of an interrupted
    predecessor;
@@ -85,11 +84,17 @@ class Entry(NamedTuple):
     kind: Kind
 
 
-class Ranges(Protocol):
-    """Bytes of files, at offsets. Any rank calls. Paths are absolute; offsets and sizes in bytes.
+class Storage(Protocol):
+    """All that a checkpoint needs of a file system.
 
-    Every failure is a typed error; those of operations on a handle do not know the path (`locating`).
+    A call hands one storage every absolute path, those of a base model and of the staging directory too: a storage for
+    one tree leaves the others to `LOCAL`. Offsets and sizes are in bytes.
+
+    Every failure is a typed error that names the path; those of operations on a handle do not know it (`locating`), and
+    what changes names raises ``OSError``. Any rank calls, but for what changes names.
     """
+
+    # --- bytes of files -------------------------------------------------------------------------------------------
 
     def create(self, path: Path, size: int, head: Buffer) -> None:
         """Create a file of ``size`` bytes with its space reserved, beginning with ``head``; replaces an old one."""
@@ -104,7 +109,7 @@ class Ranges(Protocol):
         """Fill ``into``; returns how many bytes there were, fewer only at the end of the file."""
 
     def status_of(self, handle: int) -> Status:
-        """The open file: its size now, and the identity that `Looks.status` gives under its name."""
+        """The open file: its size now, and the identity that `status` gives under its name."""
 
     def sync(self, handle: int) -> None:
         """Make the file's bytes durable."""
@@ -112,9 +117,7 @@ class Ranges(Protocol):
     def close(self, handle: int) -> None:
         """Release a handle."""
 
-
-class Directories(Protocol):
-    """Directories, as places for files. Any rank calls; every failure is a typed error that names the path."""
+    # --- directories, as places for files -------------------------------------------------------------------------
 
     def make_directory(self, path: Path, *, new: bool = False) -> None:
         """Create a directory and its parents; fine if it exists, unless it has to be ``new``."""
@@ -125,12 +128,8 @@ class Directories(Protocol):
     def sync_directory(self, path: Path) -> None:
         """Make the names in a directory durable."""
 
-
-class Names(Protocol):
-    """Names of files and directories. One rank at a time, the coordinating one, calls these for a root.
-
-    Each raises ``OSError`` on failure, with the system's ``errno``, which callers use to choose an alternative.
-    """
+    # --- changing names: one rank at a time, the coordinating one, calls these for a root. Each raises ``OSError`` on
+    # failure, with the system's ``errno``, which callers use to choose an alternative.
 
     def rename(self, source: Path, target: Path) -> None:
         """Rename a file or link atomically, replacing a file or link at ``target``."""
@@ -159,9 +158,7 @@ class Names(Protocol):
     def make_executable(self, path: Path) -> None:
         """Let those run a file who may read it; nothing happens where a storage has no such right."""
 
-
-class Looks(Protocol):
-    """Looking at names, which opens nothing. Any rank calls; every failure is a typed error that names the path."""
+    # --- looking at names, which opens nothing --------------------------------------------------------------------
 
     def status(self, path: Path, *, follows: bool = True) -> Status | None:
         """What is at ``path``, or ``None``: nothing, or a name that can never be.
@@ -181,14 +178,6 @@ class Looks(Protocol):
 
         A storage without links gives ``path``. A link in a circle raises ``StorageError``.
         """
-
-
-class Storage(Ranges, Directories, Names, Looks, Protocol):
-    """All that a checkpoint needs of a file system.
-
-    A call hands one storage every absolute path, those of a base model and of the staging directory too: a storage for
-    one tree leaves the others to `LOCAL`.
-    """
 
 
 @runtime_checkable
@@ -221,10 +210,9 @@ _CHEAP_RESERVATION = frozenset({"ext4", "xfs", "btrfs", "f2fs"})
 
 
 class LocalStorage:
-    """`Storage` on a mounted file system."""
+    """`Storage` on a mounted file system; what a method is for, is said there."""
 
-    def make_directory(self, path: Path, *, new: bool = False) -> None:
-        """Create a directory and its parents."""
+    def make_directory(self, path: Path, *, new: bool = False) -> None:  # noqa: D102
         with _typed(path):
             path.mkdir(parents=True, exist_ok=not new)
 
@@ -283,13 +271,11 @@ class LocalStorage:
         with _typed(None):
             return scatter.read_rows(handle, into, rows, width, pitch, period, offset)
 
-    def status_of(self, handle: int) -> Status:
-        """``fstat``."""
+    def status_of(self, handle: int) -> Status:  # noqa: D102
         with _typed(None):
             return _status(os.fstat(handle))
 
-    def sync(self, handle: int) -> None:
-        """``fsync``."""
+    def sync(self, handle: int) -> None:  # noqa: D102
         with _typed(None):
             os.fsync(handle)
 
@@ -310,8 +296,7 @@ class LocalStorage:
             finally:
                 os.close(handle)
 
-    def rename(self, source: Path, target: Path) -> None:
-        """``rename``."""
+    def rename(self, source: Path, target: Path) -> None:  # noqa: D102
         os.replace(source, target)
 
     def rename_new(self, source: Path, target: Path) -> None:
@@ -327,19 +312,16 @@ class LocalStorage:
             code = errno.EEXIST if code in _NO_FLAG else code
             raise OSError(code, os.strerror(code), str(source), None, str(target))
 
-    def exchange(self, one: Path, other: Path) -> bool:
-        """``renameat2``."""
+    def exchange(self, one: Path, other: Path) -> bool:  # noqa: D102
         code = _rename_with(_RENAME_EXCHANGE, one, other)
         if code and code not in _NO_FLAG:
             raise OSError(code, os.strerror(code), str(one), None, str(other))
         return not code
 
-    def symlink(self, target: str, path: Path) -> None:
-        """``symlink``."""
+    def symlink(self, target: str, path: Path) -> None:  # noqa: D102
         path.symlink_to(target)
 
-    def remove_file(self, path: Path) -> None:
-        """``unlink``."""
+    def remove_file(self, path: Path) -> None:  # noqa: D102
         path.unlink(missing_ok=True)
 
     def remove_tree(self, path: Path) -> None:
@@ -363,8 +345,7 @@ class LocalStorage:
         mode = stat.S_IMODE(os.stat(path).st_mode)
         os.chmod(path, mode | (mode & 0o444) >> 2)
 
-    def status(self, path: Path, *, follows: bool = True) -> Status | None:
-        """``stat`` or ``lstat``."""
+    def status(self, path: Path, *, follows: bool = True) -> Status | None:  # noqa: D102
         try:
             return _status(os.stat(path, follow_symlinks=follows))
         except ValueError:  # a NUL character, or half of a surrogate pair
@@ -374,26 +355,22 @@ class LocalStorage:
                 return None
             raise StorageError.from_os(error, path=path) from error
 
-    def entries(self, path: Path) -> list[Entry]:
-        """``scandir``."""
+    def entries(self, path: Path) -> list[Entry]:  # noqa: D102
         with _typed(path), os.scandir(path) as found:
             return sorted(Entry(each.name, _kind_of(each)) for each in found)
 
-    def read_link(self, path: Path) -> str:
-        """``readlink``."""
+    def read_link(self, path: Path) -> str:  # noqa: D102
         with _typed(path):
             return os.readlink(path)
 
-    def real_path(self, path: Path) -> Path:
-        """``realpath``."""
+    def real_path(self, path: Path) -> Path:  # noqa: D102
         with _typed(path):
             try:
                 return Path(os.path.realpath(path, strict=True))
             except (FileNotFoundError, NotADirectoryError):
                 return Path(os.path.realpath(path))
 
-    def local_path(self, path: Path) -> Path:
-        """The path as it is."""
+    def local_path(self, path: Path) -> Path:  # noqa: D102
         return path
 
 
@@ -546,9 +523,9 @@ def located(error: ShardwiseError, path: Path, tensor: str | None = None) -> Sha
 
 
 @contextlib.contextmanager
-def locating(path: Path) -> Iterator[None]:
-    """Add the path to what handle-level operations inside raise."""
+def locating(path: Path, tensor: str | None = None) -> Iterator[None]:
+    """Add the path (and tensor) to what handle-level operations inside raise."""
     try:
         yield
     except ShardwiseError as error:
-        raise located(error, path) from None
+        raise located(error, path, tensor) from None

@@ -95,9 +95,9 @@ class Agreement:
             known = self._kinds.get(digest)
             if known is None:
                 source = digests.index(digest)
-                text = own.encoded() if self._group.rank == source else None
-                received = self._group.broadcast_json(text, source, "exchanging descriptions of the tensors to save")
-                known = own if own.digest == digest else _Kind.decoded(received)
+                text = json.dumps(own.encoded()).encode() if self._group.rank == source else b""
+                received = self._group.broadcast_bytes(text, source, "exchanging descriptions of the tensors to save")
+                known = own if own.digest == digest else _Kind.decoded(json.loads(received))
             kinds[digest] = known
         return kinds
 

@@ -22,10 +22,8 @@ from contextvars import copy_context
 from dataclasses import dataclass, field
 
 from shardwise.comm import Group
-from shardwise.engine.device_streams import DeviceStreams
-from shardwise.engine.jobs import SaveJob, Step
-from shardwise.engine.records import ComponentRecord
-from shardwise.engine.staging import Stager
+from shardwise.engine.records import ComponentRecord, SaveJob, Step, local_step
+from shardwise.engine.staging import DeviceStreams, Stager
 from shardwise.errors import SaveInterruptedError, ShardwiseError
 from shardwise.timing import phase
 from shardwise.upstream.python import before_threads_end
@@ -91,12 +89,11 @@ def _report_lost() -> None:
 def waiting_for_copies(stager: Stager) -> Step:
     """The first step of a save from staged copies: it returns when every rank's copies are complete."""
 
-    def wait(group: Group) -> ComponentRecord:
-        with group.together("staging the state"):
-            stager.wait()
+    def wait() -> ComponentRecord:
+        stager.wait()
         return ComponentRecord()
 
-    return wait
+    return local_step("staging the state", wait)
 
 
 class Background:
@@ -151,15 +148,10 @@ class Background:
         finally:
             self.stager.take_back()
 
-    def wait_for_staging(self) -> None:
-        """Return when the captured memory may be overwritten."""
-        self.stager.wait()
-
     def wait(self) -> None:
         """Return when the last save is durable and published.
 
-        Raises:
-            ShardwiseError: What failed in it; the same type on every rank. Raised once.
+        Raises `ShardwiseError`: what failed in it; the same type on every rank. Raised once.
         """
         failure = self.outcome()
         self.acknowledge()

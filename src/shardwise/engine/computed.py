@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import NamedTuple
 from zlib import crc32
 
 import torch
@@ -50,10 +49,7 @@ def write_computed(
     """Convert and write the groups, holding one at a time in memory. The ranks that hold natives of a group swap.
 
     A rank that has a ``failure`` already takes part and writes nothing. Returns what failed locally first; the
-    remaining groups are still swapped, so that no peer waits.
-
-    Raises:
-        PeerError: A peer left.
+    remaining groups are still swapped, so that no peer waits. Raises `PeerError`: a peer left.
     """
     kept = FirstFailure(failure)
     if plan.roster is None:
@@ -137,36 +133,29 @@ def gather(tensor: HeldTensor, roster: Roster, group: Group, owner: int) -> torc
     pieces = _pieces(tensor, roster, owner)
     sources = sorted({source for source, _ in pieces} - {owner})
     partners = sources if group.rank == owner else [owner] if group.rank in sources else []
-    prepared: _Prepared | None = None
+    sends: list[tuple[int, torch.Tensor]] = []
+    receives: list[tuple[int, torch.Tensor, Box]] = []
+    whole: torch.Tensor | None = None
     kept = FirstFailure()
     with kept:
-        prepared = _prepare(tensor, pieces, group.rank, owner)
-    mine = torch.tensor([prepared is not None], dtype=torch.uint8)
+        sends, receives, whole = _prepare(tensor, pieces, group.rank, owner)
+    mine = torch.tensor([kept.error is None], dtype=torch.uint8)
     theirs = {partner: torch.zeros(1, dtype=torch.uint8) for partner in partners}
     what = f"gathering {tensor.spec.name}"
     group.swap([(partner, mine) for partner in partners], list(theirs.items()), what)
     if kept.error is not None:
         raise kept.error
-    assert prepared is not None
     ready = {partner for partner, flag in theirs.items() if flag.item()}
     group.swap(
-        [(rank, flat_bytes(t)) for rank, t in prepared.sends if rank in ready],
-        [(rank, flat_bytes(t)) for rank, t, _ in prepared.receives if rank in ready],
+        [(rank, flat_bytes(t)) for rank, t in sends if rank in ready],
+        [(rank, flat_bytes(t)) for rank, t, _ in receives if rank in ready],
         what,
     )
-    if prepared.whole is None or len(ready) < len(partners):
+    if whole is None or len(ready) < len(partners):
         return None
-    for _, buffer, box in prepared.receives:
-        part_in_box(prepared.whole, box).copy_(buffer)
-    return prepared.whole
-
-
-class _Prepared(NamedTuple):
-    """The pieces that one rank sends and receives to assemble a tensor; ``whole`` has its own pieces already."""
-
-    sends: list[tuple[int, torch.Tensor]]
-    receives: list[tuple[int, torch.Tensor, Box]]
-    whole: torch.Tensor | None
+    for _, buffer, box in receives:
+        part_in_box(whole, box).copy_(buffer)
+    return whole
 
 
 def _pieces(tensor: HeldTensor, roster: Roster, owner: int) -> list[tuple[int, Box]]:
@@ -181,12 +170,15 @@ def _pieces(tensor: HeldTensor, roster: Roster, owner: int) -> list[tuple[int, B
     return found
 
 
-def _prepare(tensor: HeldTensor, pieces: Sequence[tuple[int, Box]], rank: int, owner: int) -> _Prepared:
+def _prepare(
+    tensor: HeldTensor, pieces: Sequence[tuple[int, Box]], rank: int, owner: int
+) -> tuple[list[tuple[int, torch.Tensor]], list[tuple[int, torch.Tensor, Box]], torch.Tensor | None]:
+    """What one rank sends and receives to assemble a tensor, and on its owner the tensor with the rank's own pieces."""
     own = {fragment.box: fragment.data for fragment in tensor.fragments}
     dtype = next((data.dtype for data in own.values()), torch_dtype(tensor.spec.dtype))
     if rank != owner:
         sends = [(owner, stored(resolve(own[box]).to("cpu"))) for source, box in pieces if source == rank]
-        return _Prepared(sends, [], None)
+        return sends, [], None
     whole = torch.empty(tensor.grid, dtype=dtype)
     receives: list[tuple[int, torch.Tensor, Box]] = []
     for source, box in pieces:
@@ -194,7 +186,7 @@ def _prepare(tensor: HeldTensor, pieces: Sequence[tuple[int, Box]], rank: int, o
             part_in_box(whole, box).copy_(resolve(own[box]).detach())
         else:
             receives.append((source, torch.empty(box.sizes, dtype=dtype), box))
-    return _Prepared([], receives, whole)
+    return [], receives, whole
 
 
 @dataclass(frozen=True)

@@ -7,27 +7,39 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NoReturn, Protocol, Self
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NoReturn, Self
 
 import torch
 
 from shardwise.comm import FirstFailure, Group
+from shardwise.disk.names import exists, is_directory
 from shardwise.disk.storage import Storage
-from shardwise.engine.missing_files import missing_files_named
 from shardwise.engine.name_suggestions import listed, nearest
 from shardwise.engine.progress import Progress
-from shardwise.engine.sharing import NO_SHARING, PlannedReads, Sharing, find_replicas, finds_remote
-from shardwise.errors import DtypeMismatchError, MissingTensorError, ShapeMismatchError, UnexpectedTensorError
+from shardwise.engine.sharing import PlannedReads, Replicas, find_replicas, finds_remote
+from shardwise.engine.verify import load_manifest
+from shardwise.errors import (
+    CheckpointNotFoundError,
+    DtypeMismatchError,
+    MissingTensorError,
+    ShapeMismatchError,
+    ShardwiseError,
+    UnexpectedTensorError,
+)
+from shardwise.format.manifest import Manifest
 from shardwise.geometry import Box, TensorSpec
 from shardwise.plan.deferred import Buffers, split
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.reads import SourceTensor, wanted_regions
-from shardwise.plan.sharing import Replicas
 from shardwise.sources.reader import ReadCounts, Reader
 from shardwise.sources.sources import Source
 from shardwise.stateful_wrappers.memory import require_own_elements
 from shardwise.timing import count_bytes, phase
+
+#: How many directories are looked through for a manifest: the one that is read, and those around it.
+_MAX_LEVELS = 3
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,8 @@ class LoadOptions:
         threads: Reads at once on each rank.
         exact: Name -> dtype that a tensor had in memory when it was saved in a wider one; reading it back into that
             dtype loses nothing and is always allowed.
-        sharing: Whether replicas read the same bytes once.
+        sharing: Whether replicas read the same bytes once, see `find_replicas`.
+        stage: The pipeline's, of this rank.
         ignored: Names in the checkpoint that nobody has to have; the same on every rank.
     """
 
@@ -50,7 +63,8 @@ class LoadOptions:
     allow_cast: bool = False
     threads: int = 1
     exact: Mapping[str, str] = field(default_factory=dict)
-    sharing: Sharing = NO_SHARING
+    sharing: str = "never"
+    stage: int = 0
     ignored: frozenset[str] = frozenset()
 
 
@@ -63,25 +77,28 @@ class LoadReport:
     counts: ReadCounts
 
 
-class LoadSource(Protocol):
-    """What a load reads from: a checkpoint, or a base model (`shardwise.base.source.BaseSource`).
+@dataclass(frozen=True)
+class LoadSource:
+    """What a load reads from: the tensors of a checkpoint, or of any files of a model.
 
-    They differ in the tensors that they have beside stored ones, in the differences from the model that they let pass,
-    and in the words of their errors. Nothing here communicates or reads.
+    Names, shapes and dtypes have to be the model's. A base model (`shardwise.base.source.BaseSource`) has tensors
+    beside the stored ones, lets other differences pass, and has other words for its errors. Nothing here communicates
+    or reads.
     """
 
-    @property
-    def plain(self) -> Source:
-        """The stored tensors that byte ranges can read."""
+    plain: Source  #: The stored tensors that byte ranges can read.
 
     def located(self, plain: Source) -> Self:
         """The same where more is known of the stored tensors' pieces."""
+        return replace(self, plain=plain)
 
     def names(self) -> Collection[str]:
         """All names that a model may want; whether one is among them is known in constant time."""
+        return self.plain.tensors.keys()
 
     def unexpected(self, unwanted: Sequence[str], options: LoadOptions) -> list[str]:
-        """Those of ``names`` that no rank wants that are more than what others are made from."""
+        """Those of the names that no rank wants that somebody has to have."""
+        return [name for name in unwanted if name not in options.ignored]
 
     def compare(
         self, specs: Sequence[TensorSpec], unexpected: Sequence[str], options: LoadOptions, *, dtypes: bool = True
@@ -95,37 +112,6 @@ class LoadSource(Protocol):
             TensorError: Names, shapes or dtypes differ.
             QuantizationError: A base is quantized in a way that cannot be undone.
         """
-
-    def add(self, tensor: HeldTensor, reads: PlannedReads, replicas: Replicas | None) -> None:
-        """Plan how a tensor that is there is filled, by this rank or by ``replicas`` that want the same.
-
-        Raises:
-            TensorError: Several elements of the tensor are one memory, or the source does not cover it.
-        """
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointSource:
-    """The tensors of a checkpoint, or of any files of a model: names, shapes and dtypes have to be the model's."""
-
-    plain: Source
-
-    def located(self, plain: Source) -> CheckpointSource:
-        """As `LoadSource` says, and so are the others."""
-        return CheckpointSource(plain)
-
-    def names(self) -> Collection[str]:
-        """All names."""
-        return self.plain.tensors.keys()
-
-    def unexpected(self, unwanted: Sequence[str], options: LoadOptions) -> list[str]:
-        """Those that somebody has to have."""
-        return [name for name in unwanted if name not in options.ignored]
-
-    def compare(
-        self, specs: Sequence[TensorSpec], unexpected: Sequence[str], options: LoadOptions, *, dtypes: bool = True
-    ) -> None:
-        """Compare names, shapes, dtypes."""
         tensors = self.plain.tensors
         missing = [spec.name for spec in specs if spec.name not in tensors]
         if missing and not options.allow_missing:
@@ -138,7 +124,10 @@ class CheckpointSource:
                 _compare(spec, saved, self.plain, options, dtypes)
 
     def add(self, tensor: HeldTensor, reads: PlannedReads, replicas: Replicas | None) -> None:
-        """Plan byte ranges."""
+        """Plan how a tensor that is there is filled, by this rank or by ``replicas`` that want the same.
+
+        Raises `TensorError`: several elements of the tensor are one memory, or the source does not cover it.
+        """
         for fragment in tensor.fragments:
             require_own_elements(tensor.spec.name, fragment.data)
         reads.add(self.plain.tensors[tensor.spec.name], tensor, replicas)
@@ -186,10 +175,8 @@ class OpenedLoad:
 
         Each rank reads the byte ranges that it needs and nothing more (but for small gaps between rows); values are
         cast to the dtype of the memory that they go to. Extra memory: the reader's buffers (4 MiB for each thread), and
-        about 20 MiB while quantized tensors are read.
-
-        Raises:
-            IntegrityError: A file is shorter than its header promises.
+        about 20 MiB while quantized tensors are read. Raises `IntegrityError`: a file is shorter than its header
+        promises.
         """
         source, group = self.source.plain, self.group
         progress = Progress(f"loading {source.path.name}", self.reads.nbytes, group.is_main)
@@ -199,18 +186,6 @@ class OpenedLoad:
             self.reads.execute(reader, group)
         count_bytes(reader.counts.read)
         return LoadReport(self.missing, self.unexpected, reader.counts)
-
-
-def open_described(
-    describe: Callable[[], Sequence[HeldTensor]],
-    source: Source,
-    group: Group,
-    storage: Storage,
-    options: LoadOptions,
-    asks: Callable[[], bool] = bool,
-) -> OpenedLoad:
-    """`open_load` of a checkpoint's tensors. All ranks of the group call."""
-    return open_load(describe, CheckpointSource(source), group, storage, options, asks)
 
 
 @phase("plan")
@@ -235,7 +210,8 @@ def open_load(
     """
     held, unexpected, remote, asked = _described(describe, source, group, storage, options, asks)
     source = source.located(source.plain.located(lambda: _regions(held, source.plain), group))
-    replicas = find_replicas([tensor for tensor in held if tensor.parts], group, options.sharing, remote)
+    shared = [tensor for tensor in held if tensor.parts]
+    replicas = find_replicas(shared, group, options.sharing, options.stage, remote)
     names = source.names()
 
     def plan() -> tuple[PlannedReads, dict[int, list[HeldTensor]]]:
@@ -268,8 +244,7 @@ def compare_load(
 ) -> None:
     """As `open_load`, for a model that may have no memory yet: nothing is planned. All ranks of the group call.
 
-    Raises:
-        TensorError, QuantizationError: Model and source do not fit.
+    Raises `TensorError`, `QuantizationError`: model and source do not fit.
     """
     held, unexpected, _, _ = _described(describe, source, group, storage, options, bool)
 
@@ -365,3 +340,56 @@ def _refuse_names(
     elif (close := nearest(names[0], shared)) is not None:
         hint = f"The nearest name in the {there} is {close!r}, which the {here} has too. {hint}"
     raise kind(f"{what}: {listed(names)}", path=source.path, tensor=names[0], hint=hint)
+
+
+@contextlib.contextmanager
+def missing_files_named(source: Source) -> Iterator[None]:
+    """Give errors about tensors their path, and name the absent file where a manifest lists one.
+
+    Raises `CheckpointNotFoundError`: a tensor file that belongs to what is loaded is absent, in place of the error
+    about the tensor that it leaves incomplete.
+    """
+    try:
+        yield
+    except (MissingTensorError, ShapeMismatchError) as error:
+        if error.path is None:
+            error.path = str(source.path)
+        absent = _missing_file(source.path)
+        if absent is None:
+            raise
+        what = "this file of the checkpoint, which its manifest lists, is absent"
+        hint = "Restore it from a copy, or choose another checkpoint; `shardwise verify` lists all that is missing."
+        raise CheckpointNotFoundError(what, path=absent, tensor=error.tensor, hint=hint) from error
+
+
+def saved_aliases(source: Source) -> dict[str, str]:
+    """Aliases of the model's tensors -> the names that they are saved under, by the nearest manifest.
+
+    Local. Empty where no manifest lists a file of the source, or where it cannot be read: the error about the tensor
+    that is then missing says more.
+    """
+    with contextlib.suppress(OSError, ShardwiseError):
+        for directory, manifest in _manifests(source.path):
+            if not {directory / file.path for file in manifest.files}.isdisjoint(source.files):
+                return {name: kept for of, name, kept in manifest.aliases if of == "model"}
+    return {}
+
+
+def _missing_file(path: Path) -> Path | None:
+    """A tensor file at or below ``path`` that the nearest manifest lists and that does not exist."""
+    # The error about the tensor says more than one about the manifest.
+    with contextlib.suppress(OSError, ShardwiseError):
+        for directory, manifest in _manifests(path):
+            for file in manifest.files:
+                found = directory / file.path
+                if found.suffix == ".safetensors" and found.is_relative_to(path) and not exists(found):
+                    return found
+    return None
+
+
+def _manifests(path: Path) -> Iterator[tuple[Path, Manifest]]:
+    """The manifests of a directory and of those around it, the nearest first."""
+    for directory in [path, *path.parents][:_MAX_LEVELS]:
+        manifest = load_manifest(directory) if is_directory(directory) else None
+        if manifest is not None:
+            yield directory, manifest

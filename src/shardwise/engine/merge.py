@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shardwise.comm import Group
-from shardwise.disk.private_directory import private_directory
+from shardwise.disk.processes import private_directory
 from shardwise.disk.sequential import SequentialFile, blocks_of, write_file
 from shardwise.disk.storage import Storage, storage_errors
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.computed import write_computed
-from shardwise.engine.export import ExportPlan, export_record
+from shardwise.engine.export import ExportPlan, export_record, make_room
 from shardwise.engine.records import ComponentRecord, merged
 from shardwise.engine.shards import ShardPlan, write_shards
 from shardwise.errors import IntegrityError
@@ -26,8 +26,7 @@ from shardwise.geometry import Box
 from shardwise.plan.layout import FileLayout, index_name
 from shardwise.plan.reads import SourceChunk, SourceTensor
 from shardwise.plan.roster import Roster
-from shardwise.plan.schedule import WriteRun
-from shardwise.plan.shards import plan_shards
+from shardwise.plan.schedule import WriteRun, plan_shards
 from shardwise.sources.reader import DigestLedger, RecordedDigest, VerifyingReader
 from shardwise.sources.tensor_bytes import byte_blocks
 from shardwise.timing import phase
@@ -35,25 +34,22 @@ from shardwise.timing import phase
 _STAGE_ELSEWHERE = "Something else writes below staging_dir, or its disk is not reliable; name another directory."
 
 
-@dataclass(frozen=True)
-class MergeOptions:
-    """Options of the merging path.
-
-    Attributes:
-        single_rank: Rank 0 merges every file; otherwise the ranks take turns over the files.
-        staging_dir: Local directory below which a file is finished before it is copied into place. Runs may share it.
-        patience_seconds: How long ranks wait for those that still merge; the group's time-out if not given.
-    """
-
-    single_rank: bool
-    staging_dir: Path | None
-    patience_seconds: float | None = None
-
-
 def write_merged(
-    plan: ExportPlan, roster: Roster, group: Group, storage: Storage, options: MergeOptions
+    plan: ExportPlan,
+    roster: Roster,
+    group: Group,
+    storage: Storage,
+    *,
+    single_rank: bool,
+    staging_dir: Path | None,
+    patience_seconds: float,
 ) -> ComponentRecord:
-    """As `write_export`, the same bytes and record, without a random write. All ranks of the group call."""
+    """As `write_export`, the same bytes and record, without a random write. All ranks of the group call.
+
+    If ``single_rank``, rank 0 merges every file; otherwise the ranks take turns over the files. Below ``staging_dir``,
+    which is local and which runs may share, a file is finished before it is copied into place. Ranks wait
+    ``patience_seconds`` for those that still merge.
+    """
     aside = plan.directory.with_name(".merging")
     computed = _write_aside(plan, aside, group, storage)
     files = group.attempt(lambda: plan_shards(plan.held, roster, group.rank), "planning the shards")
@@ -73,16 +69,15 @@ def write_merged(
     digests = {entry.spec.name: 0 for file in plan.layout.files for entry in file.entries}
     with group.together(f"preparing {plan.directory}"):
         if group.is_main:
-            storage.make_directory(plan.directory)
-            storage.check_space(plan.directory, plan.layout.total_bytes)
-    with phase("merge"), group.together(f"merging shards into {plan.directory}", options.patience_seconds):
-        merging = _Merging(plan.directory, sources, paths, storage, ledger)
+            make_room(plan, storage)
+    with phase("merge"), group.together(f"merging shards into {plan.directory}", patience_seconds):
+        merging = _Merging(sources, paths, storage, ledger)
         own = [
             file
             for number, file in enumerate(plan.layout.files)
-            if (0 if options.single_rank else number % group.world_size) == group.rank
+            if (0 if single_rank else number % group.world_size) == group.rank
         ]
-        digests |= _merge_files(own, merging, options.staging_dir)
+        digests |= _merge_files(own, merging, plan.directory, staging_dir)
     crcs, _ = group.fold(list(digests.values()), [], "sharing digests")
     with group.together(f"finishing {plan.directory}"):
         if group.is_main:
@@ -112,48 +107,47 @@ def _moved(tensor: SourceTensor, by: int) -> SourceTensor:
 class _Merging:
     """Each tensor in ``sources`` lies in ``paths``; what is read is compared with the digests in ``ledger``."""
 
-    directory: Path
     sources: Mapping[str, SourceTensor]
     paths: Sequence[Path]
     storage: Storage
     ledger: DigestLedger
 
+    def write(self, file: FileLayout, place: Path) -> tuple[dict[str, int], int]:
+        """Write one final file to ``place`` from front to back; returns the tensors' digests and its own."""
+        found: dict[str, int] = {}
+        reader = VerifyingReader(self.storage, self.paths, self.ledger)
+        with closing(reader), SequentialFile(self.storage, place) as made:
+            made.append([file.header])
+            for entry in file.entries:
+                name = entry.spec.name
+                found[name] = made.append(reader.blocks(self.sources[name]), name)
+        return found, made.crc32c
 
-def _merge_files(files: Sequence[FileLayout], merging: _Merging, staging_dir: Path | None) -> dict[str, int]:
+
+def _merge_files(
+    files: Sequence[FileLayout], merging: _Merging, directory: Path, staging_dir: Path | None
+) -> dict[str, int]:
     """Write final files one after the other; returns the digests of the tensors in them."""
     found: dict[str, int] = {}
-    storage, directory = merging.storage, merging.directory
+    storage = merging.storage
     if staging_dir is None or not files:
         for file in files:
-            found |= _merge_file(file, directory / file.name, merging)[0]
+            found |= merging.write(file, directory / file.name)[0]
         return found
     with private_directory(staging_dir) as private:
         for file in files:
             place = private / file.name
             storage.check_space(private, file.size)
-            digests, crc = _merge_file(file, place, merging)
+            digests, crc = merging.write(file, place)
             found |= digests
             _move(place, directory / file.name, file.size, crc, storage)
     return found
 
 
-def _merge_file(file: FileLayout, place: Path, merging: _Merging) -> tuple[dict[str, int], int]:
-    """Write one final file to ``place`` from front to back."""
-    found: dict[str, int] = {}
-    reader = VerifyingReader(merging.storage, merging.paths, merging.ledger)
-    with closing(reader), SequentialFile(merging.storage, place) as made:
-        made.append([file.header])
-        for entry in file.entries:
-            name = entry.spec.name
-            found[name] = made.append(reader.blocks(merging.sources[name]), name)
-    return found, made.crc32c
-
-
 def _move(place: Path, target: Path, size: int, crc: int, storage: Storage) -> None:
     """Copy a finished file to its place with large sequential writes, compare what is copied, and remove the copy.
 
-    Raises:
-        IntegrityError: It has other bytes, or fewer.
+    Raises `IntegrityError`: it has other bytes, or fewer.
     """
     with SequentialFile(storage, target) as copy:
         found = copy.append(blocks_of(storage, place))

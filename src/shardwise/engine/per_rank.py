@@ -44,8 +44,7 @@ def own_file(directory: Path, rank: int, world_size: int) -> Path:
 def saved_ranks(directory: Path) -> int:
     """The number of ranks that saved per-rank tensors of a component; 0 where there are none. Local.
 
-    Raises:
-        StateFormatError: There are files of several saves.
+    Raises `StateFormatError`: there are files of several saves.
     """
     place = directory / PER_RANK_DIR
     if not is_directory(place):

@@ -6,9 +6,12 @@ import logging
 import sys
 import threading
 import time
-from typing import Protocol
+from typing import TYPE_CHECKING, NoReturn
 
 from shardwise.timing import current
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _LOG = logging.getLogger(__name__)
 
@@ -16,12 +19,6 @@ _LOG = logging.getLogger(__name__)
 BAR_SECONDS = 1.0
 #: Seconds between lines in the log.
 LOG_SECONDS = 10.0
-
-
-class _Bar(Protocol):
-    def update(self, n: int, /) -> object: ...
-
-    def close(self) -> object: ...
 
 
 class Progress:
@@ -33,7 +30,7 @@ class Progress:
         self._done = 0
         self._started = self._logged = time.monotonic()
         self._lock = threading.Lock()
-        self._bar: _Bar | None = None
+        self._bar: tqdm[NoReturn] | None = None
         shows_bar = shown and call is not None and call.shows_progress
         if shows_bar and sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm

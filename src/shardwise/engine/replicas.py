@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import NamedTuple, cast
 
@@ -47,16 +47,33 @@ class Replica(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """This rank's replicas to compare. Every rank has one for the same tensors."""
+    """This rank's replicas to compare, and their digests, once these are known. Every rank has one for each roster."""
 
     roster: Roster
     rank: int
     own: tuple[Replica, ...]
+    crcs: tuple[int, ...] = ()
 
     def reading(self, memory: Mapping[str, torch.Tensor]) -> Comparison:
         """The same with other memory behind the tensors, by name: this rank's local tensors."""
-        own = [replica._replace(data=(memory[replica.name],)) for replica in self.own]
-        return Comparison(self.roster, self.rank, tuple(own))
+        return replace(self, own=tuple([each._replace(data=(memory[each.name],)) for each in self.own]))
+
+    def hashes(self) -> Iterable[tuple[Replica, int]]:
+        """Each replica with a number that depends on its name and digest."""
+        for replica, crc in zip(self.own, self.crcs, strict=True):
+            text = f"{replica.name}\0{replica.part}\0{crc}".encode()
+            yield replica, int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") & _MASK
+
+    def weight(self, ranks: tuple[int, ...]) -> int:
+        """The weight of this rank's numbers in the sum over its replicas: equal numbers add up to zero."""
+        return 1 - len(ranks) if ranks[0] == self.rank else 1
+
+    def share(self) -> int:
+        """This rank's summand; the sum over all ranks is zero if all replicas are equal."""
+        sums: dict[tuple[int, ...], int] = {}
+        for replica, number in self.hashes():
+            sums[replica.ranks] = sums.get(replica.ranks, 0) + number
+        return sum((number & _MASK) * self.weight(ranks) for ranks, number in sums.items())
 
 
 def comparison(held: Sequence[HeldTensor], roster: Roster, rank: int) -> Comparison:
@@ -77,39 +94,14 @@ def comparison(held: Sequence[HeldTensor], roster: Roster, rank: int) -> Compari
     return Comparison(roster, rank, tuple(found))
 
 
-@dataclass(frozen=True, slots=True)
-class Digested:
-    """A comparison with the digest of each replica that this rank holds."""
-
-    of: Comparison
-    crcs: tuple[int, ...]
-
-    def hashes(self) -> Iterable[tuple[Replica, int]]:
-        """Each replica with a number that depends on its name and digest."""
-        for replica, crc in zip(self.of.own, self.crcs, strict=True):
-            text = f"{replica.name}\0{replica.part}\0{crc}".encode()
-            yield replica, int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") & _MASK
-
-    def weight(self, ranks: tuple[int, ...]) -> int:
-        """The weight of this rank's numbers in the sum over its replicas: equal numbers add up to zero."""
-        return 1 - len(ranks) if ranks[0] == self.of.rank else 1
-
-    def share(self) -> int:
-        """This rank's summand; the sum over all ranks is zero if all replicas are equal."""
-        sums: dict[tuple[int, ...], int] = {}
-        for replica, number in self.hashes():
-            sums[replica.ranks] = sums.get(replica.ranks, 0) + number
-        return sum((number & _MASK) * self.weight(ranks) for ranks, number in sums.items())
-
-
 @phase("compare")
-def look_at(comparisons: Sequence[Comparison], threads: int = 1) -> list[Digested]:
+def look_at(comparisons: Sequence[Comparison], threads: int = 1) -> list[Comparison]:
     """Digest what this rank holds as replicas. Local; reads each byte of it once."""
     known: dict[tuple[object, ...], int] = {}  # a tied tensor has several names
-    return [Digested(each, _crcs(each.own, known, threads)) for each in comparisons]
+    return [replace(each, crcs=_crcs(each.own, known, threads)) for each in comparisons]
 
 
-def share_of(seen: Iterable[Digested]) -> int:
+def share_of(seen: Iterable[Comparison]) -> int:
     """This rank's summand of all comparisons together."""
     return sum(digested.share() for digested in seen)
 
@@ -143,13 +135,13 @@ def _crc(data: tuple[torch.Tensor, ...]) -> int:
     return crc
 
 
-def refuse(seen: Iterable[Digested], group: Group) -> None:
+def refuse(seen: Iterable[Comparison], group: Group) -> None:
     """Find the replicas that differ and raise `ReplicasDifferError`, the same on every rank.
 
     All ranks call, once the sum of their shares is not zero.
     """
     for digested in seen:
-        sums = dict.fromkeys([spec.name for spec in digested.of.roster.specs], 0)
+        sums = dict.fromkeys([spec.name for spec in digested.roster.specs], 0)
         for replica, number in digested.hashes():
             sums[replica.name] += number * digested.weight(replica.ranks)
         _, totals = group.fold([], list(sums.values()), "looking for replicas that differ")
@@ -159,14 +151,14 @@ def refuse(seen: Iterable[Digested], group: Group) -> None:
     raise ReplicasDifferError("ranks hold different values of tensors that they hold as replicas", hint=_HINT)
 
 
-def _message(names: Sequence[str], digested: Digested, group: Group) -> str:
+def _message(names: Sequence[str], digested: Comparison, group: Group) -> str:
     shown = names[:_SHOWN]
     own: list[JsonValue] = [
         [replica.name, replica.part, replica.ranks[0], crc]
-        for replica, crc in zip(digested.of.own, digested.crcs, strict=True)
+        for replica, crc in zip(digested.own, digested.crcs, strict=True)
         if replica.name in shown
     ]
-    ranks = group.global_ranks()
+    ranks = group.global_ranks
     rows = cast(list[list[tuple[str, int, int, int]]], group.gather_json(own, "comparing replicas that differ"))
     found: dict[str, dict[tuple[int, int], dict[int, list[int]]]] = {name: {} for name in shown}
     for rank, row in enumerate(rows):

@@ -12,16 +12,14 @@ from shardwise.disk.crc import combine, crc32c
 from shardwise.disk.storage import Storage
 from shardwise.engine.progress import Progress
 from shardwise.engine.records import ComponentRecord, check_written
-from shardwise.engine.replicas import Comparison, Digested, comparison, look_at, refuse, share_of
+from shardwise.engine.replicas import Comparison, comparison, look_at, refuse, share_of
 from shardwise.engine.writer import FileSet, write_run
-from shardwise.format.header import encode_header
+from shardwise.format.header import encode_header, encode_sharding_metadata
 from shardwise.format.manifest import ChunkRecord, FileRecord, TensorRecord
-from shardwise.format.sharding import encode_sharding_metadata
 from shardwise.plan.fragments import HeldTensor
 from shardwise.plan.layout import FileLayout, shard_name
 from shardwise.plan.roster import Roster
-from shardwise.plan.schedule import WriteRun
-from shardwise.plan.shards import ShardFile, plan_shards
+from shardwise.plan.schedule import ShardFile, WriteRun, plan_shards
 from shardwise.timing import count_bytes, phase, timed
 
 #: Most chunks that a manifest lists of one component's shards. There is one for each tensor and rank, and each takes
@@ -87,7 +85,7 @@ def write_shards(
             storage.create(plan.directory / file.layout.name, file.layout.size, file.layout.header)
     kept = FirstFailure()
     written: list[list[ChunkRecord]] = []
-    seen: list[Digested] = []
+    seen: list[Comparison] = []
     with kept, Progress(f"saving {plan.component}", plan.own_bytes, group.is_main) as progress:
         written = _write(plan, storage, progress)
         seen = look_at(plan.replicas)
@@ -122,7 +120,7 @@ def _check(
     plan: ShardPlan,
     group: Group,
     written: list[list[ChunkRecord]],
-    seen: list[Digested],
+    seen: list[Comparison],
     failure: Exception | None,
     most_chunks: int | None,
 ) -> bool:

@@ -1,5 +1,9 @@
 """The reads of a load, grouped by the ranks that want the same bytes: of those one reads and passes on, in rounds.
 
+Ranks that want the same bytes (replicas under DDP or HSDP, norms that tensor parallelism leaves whole) know so from the
+roster, and each computes the same rounds by itself: in every round each of some replicas reads a share, consecutive
+pieces in file order, and receives the others' shares.
+
 Bytes of ordinary tensors travel as they are in the file, and every rank converts them as if it had read them itself;
 what has to be made of several reads, such as dequantized values, travels as it is in memory. While a round is passed
 on, the next one is read. Bytes that cannot be received at their destination go through three reused slabs of memory:
@@ -10,12 +14,12 @@ the rounds are over, so that its peers are not left waiting; its failure is then
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -23,15 +27,25 @@ from shardwise.comm import FirstFailure, Group
 from shardwise.disk.storage import IsLocal, Storage, file_system_type
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.agreement import roster_of_kind
-from shardwise.plan.fragments import HeldPart, HeldTensor
+from shardwise.plan.fragments import HeldPart, HeldTensor, Part
 from shardwise.plan.reads import AnyRead, PackedRead, Read, SourceTensor, plan_reads
-from shardwise.plan.sharing import LIMITS, Limits, Replicas, Share, rounds
+from shardwise.plan.roster import Roster
 from shardwise.sources.reader import Reader, cut_read
 from shardwise.sources.sources import Source
 from shardwise.sources.tensor_bytes import flat_bytes, is_as_stored
 from shardwise.sources.torch_files import fill_from_file
 from shardwise.timing import phase
 
+T = TypeVar("T")
+
+#: What a round passes on: what a rank receives or sends at a time, whatever the number of replicas.
+ROUND_BYTES = 16 * 2**20
+#: Largest share that one replica reads in a round; more in one request is no faster.
+LARGEST_SHARE = 4 * 2**20
+#: Smallest one, however many replicas there are: else a request's latency is all that counts.
+SMALLEST_SHARE = 256 * 2**10
+#: Smaller pieces of a share travel together, larger ones straight from memory to memory.
+ALONE_BYTES = 256 * 2**10
 #: Every dtype's elements lie at a multiple of this in a message.
 _ALIGNMENT = 16
 
@@ -84,14 +98,31 @@ class Wanted:
     made: list[Callable[[int], Iterator[Made]]] = field(default_factory=list)
 
 
-_Piece = Read | Made
+Piece = Read | Made
 
 
-class _Place(NamedTuple):
-    """A piece, and the memory of its bytes as they travel: its own destination where possible."""
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """Which ranks want the same as this one; ``roster`` knows only those that hold tensors of the same kinds."""
 
-    piece: _Piece
-    memory: torch.Tensor
+    roster: Roster
+    rank: int
+
+    def of(self, name: str, part: Part) -> tuple[int, ...]:
+        """The ranks that hold the same of ``part`` of a tensor, ascending, this one included."""
+        return self.roster.shard_set(name, part).replicas_of(self.rank)
+
+
+class Share(NamedTuple):
+    """The pieces, in file order, that one replica, a rank in the group, reads in one round."""
+
+    reader: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that travel."""
+        return sum(map(nbytes_of, self.pieces))
 
 
 class _Slab:
@@ -101,13 +132,13 @@ class _Slab:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._used = 0
 
-    def clear(self, nbytes: int, largest: int) -> None:
+    def clear(self, nbytes: int) -> None:
         """Provide ``nbytes`` for a new round; nothing that was taken before is in use any more.
 
-        Of what the round before had, at most ``largest`` is kept; a tensor that is read whole may have needed more.
+        Of what the round before had, at most a round's is kept; a tensor that is read whole may have needed more.
         """
         self._used = 0
-        if not nbytes <= self._memory.numel() <= max(nbytes, largest):
+        if not nbytes <= self._memory.numel() <= max(nbytes, ROUND_BYTES):
             # The old one goes first.
             self._memory = torch.empty(0, dtype=torch.uint8)
             self._memory = torch.empty(nbytes, dtype=torch.uint8)
@@ -120,9 +151,12 @@ class _Slab:
 
 @dataclass(slots=True, eq=False)
 class _Parcel:
-    """The memory of one share on one rank: the messages that carry it."""
+    """The memory of one share on one rank, and the messages that carry it.
 
-    places: list[_Place] = field(default_factory=list)
+    ``places`` are pieces with the memory of their bytes as they travel: a piece's own destination where possible.
+    """
+
+    places: list[tuple[Piece, torch.Tensor]] = field(default_factory=list)
     messages: list[torch.Tensor] = field(default_factory=list)
 
     def install(self) -> None:
@@ -133,13 +167,13 @@ class _Parcel:
                 dest.copy_(memory.view(dest.shape))
 
 
-@dataclass(frozen=True, slots=True)
-class _Round:
-    members: tuple[int, ...]
-    shares: tuple[Share[_Piece], ...]
-    limits: Limits
+class Round(NamedTuple):
+    """What some replicas read and pass on at a time."""
 
-    def shares_of(self, rank: int, *, own: bool) -> dict[int, Share[_Piece]]:
+    members: tuple[int, ...]
+    shares: tuple[Share, ...]
+
+    def shares_of(self, rank: int, *, own: bool) -> dict[int, Share]:
         """What ``rank`` reads of it, or what is passed on to it, by the shares' numbers."""
         return {number: share for number, share in enumerate(self.shares) if (share.reader == rank) == own}
 
@@ -158,24 +192,22 @@ def spare_memory() -> torch.Tensor:
 
     Enough for a share of single bytes, each at an aligned place. Until a failure it takes address space alone.
     """
-    return torch.empty(LIMITS.largest * _ALIGNMENT, dtype=torch.uint8)
+    return torch.empty(LARGEST_SHARE * _ALIGNMENT, dtype=torch.uint8)
 
 
 @phase("exchange")
 def read_shared(
-    shared: Mapping[tuple[int, ...], Wanted], reader: Reader, group: Group, spare: torch.Tensor, limits: Limits = LIMITS
+    shared: Mapping[tuple[int, ...], Wanted], reader: Reader, group: Group, spare: torch.Tensor
 ) -> Exception | None:
-    """Read what replicas want alike, each byte by one of them. The replicas call, each with the same sets and limits.
+    """Read what replicas want alike, each byte by one of them. The replicas call, each with the same sets.
 
     ``shared`` has for each set of replicas that this rank is part of what they have in common; ``spare`` is from
-    `spare_memory`. Returns what failed locally first; what is passed on in later rounds is then of no use.
-
-    Raises:
-        PeerError: A peer left.
+    `spare_memory`. Returns what failed locally first; what is passed on in later rounds is then of no use. Raises
+    `PeerError`: a peer left.
     """
     failure: Exception | None = None
     # One order of the sets for all ranks, so that no two of them wait for each other in different sets.
-    upcoming = (_Round(m, shares, limits) for m in sorted(shared) for shares in _rounds(m, shared[m], limits))
+    upcoming = (each for members in sorted(shared) for each in _rounds(members, shared[members]))
     current = next(upcoming, None)
     if current is None:
         return None
@@ -206,24 +238,62 @@ def _begun(ahead: ThreadPoolExecutor, read: Callable[[], _Outcome]) -> Callable[
         return lambda: outcome
 
 
-def _rounds(members: tuple[int, ...], wanted: Wanted, limits: Limits) -> Iterator[tuple[Share[_Piece], ...]]:
-    most = limits.share(len(members))
-    yield from rounds(((_nbytes(piece), piece) for piece in _pieces(wanted, most)), members, limits)
+def largest_share(replicas: int) -> int:
+    """How much one of so many replicas reads in a round; also the largest piece."""
+    return min(LARGEST_SHARE, max(SMALLEST_SHARE, ROUND_BYTES // replicas))
 
 
-def _pieces(wanted: Wanted, most: int) -> Iterator[_Piece]:
+def _rounds(members: tuple[int, ...], wanted: Wanted) -> Iterator[Round]:
+    return rounds(_pieces(wanted, largest_share(len(members))), members)
+
+
+def rounds(pieces: Iterable[Piece], members: tuple[int, ...]) -> Iterator[Round]:
+    """Deal pieces to replicas: neighbours to one, and each new share to the replica that has read the least so far.
+
+    ``pieces`` are in an order common to the replicas. One above `largest_share` is a share of its own, and one above
+    `ROUND_BYTES` a round. Every replica gets the same rounds for the same sizes.
+    """
+    read = dict.fromkeys(members, 0)
+
+    def dealt(pieces: tuple[Piece, ...]) -> Share:
+        reader = min(members, key=read.__getitem__)
+        share = Share(reader, pieces)
+        # A share of no bytes would be dealt to the same replica for ever.
+        read[reader] += max(share.nbytes, 1)
+        return share
+
+    shares = map(dealt, _groups(pieces, nbytes_of, largest_share(len(members))))
+    return (Round(members, found) for found in _groups(shares, lambda share: share.nbytes, ROUND_BYTES))
+
+
+def _groups(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[tuple[T, ...]]:
+    """Neighbours together, as many as have at most ``most`` bytes, at least one."""
+    gathered: list[T] = []
+    total = 0
+    for item in items:
+        nbytes = size(item)
+        if gathered and total + nbytes > most:
+            yield tuple(gathered)
+            gathered, total = [], 0
+        gathered.append(item)
+        total += nbytes
+    if gathered:
+        yield tuple(gathered)
+
+
+def _pieces(wanted: Wanted, most: int) -> Iterator[Piece]:
     for read in sorted(wanted.reads, key=lambda read: (read.file, read.offset)):
         yield from cut_read(read, most)
     for made in wanted.made:
         yield from made(most)
 
 
-def _nbytes(piece: _Piece) -> int:
-    """Bytes that travel."""
+def nbytes_of(piece: Piece) -> int:
+    """Bytes of a piece as they travel."""
     return piece.rows * piece.width if isinstance(piece, Read) else piece.dest.nbytes
 
 
-def _memory_of(piece: _Piece) -> tuple[torch.dtype, tuple[int, ...]]:
+def _memory_of(piece: Piece) -> tuple[torch.dtype, tuple[int, ...]]:
     """Dtype and shape in which a piece travels."""
     if isinstance(piece, Made):
         return piece.dest.dtype, tuple(piece.dest.shape)
@@ -235,7 +305,7 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _fits(piece: _Piece) -> bool:
+def _fits(piece: Piece) -> bool:
     """Whether the bytes that travel are those of the destination's memory."""
     dest = piece.dest
     return (
@@ -243,52 +313,52 @@ def _fits(piece: _Piece) -> bool:
     )
 
 
-def _staged_bytes(share: Share[_Piece], limits: Limits) -> int:
+def _staged_bytes(share: Share) -> int:
     """Bytes of a slab that a share takes on this rank."""
-    staged = (piece for piece in share.pieces if _nbytes(piece) < limits.alone or not _fits(piece))
-    return sum(_aligned(_nbytes(piece)) for piece in staged)
+    staged = (piece for piece in share.pieces if nbytes_of(piece) < ALONE_BYTES or not _fits(piece))
+    return sum(_aligned(nbytes_of(piece)) for piece in staged)
 
 
-def _parcel(share: Share[_Piece], limits: Limits, slab: _Slab) -> _Parcel:
+def _parcel(share: Share, slab: _Slab) -> _Parcel:
     """Memory for a share; its messages depend on nothing that differs between ranks."""
     parcel = _Parcel()
-    small: list[tuple[_Piece, int]] = []
+    small: list[tuple[Piece, int]] = []
     end = 0
     for piece in share.pieces:
-        nbytes = _nbytes(piece)
-        if nbytes < limits.alone:
+        nbytes = nbytes_of(piece)
+        if nbytes < ALONE_BYTES:
             small.append((piece, end))
             end += _aligned(nbytes)
             continue
         dtype, shape = _memory_of(piece)
         memory = piece.dest if _fits(piece) else slab.take(nbytes).view(dtype).view(shape)
-        parcel.places.append(_Place(piece, memory))
+        parcel.places.append((piece, memory))
         # A serialised tensor is one piece, however large it is.
         flat = flat_bytes(memory)
-        parcel.messages += [flat[start : start + limits.largest] for start in range(0, nbytes, limits.largest)]
+        parcel.messages += [flat[start : start + LARGEST_SHARE] for start in range(0, nbytes, LARGEST_SHARE)]
     if small:
         packed = slab.take(end)
         for piece, start in small:
             dtype, shape = _memory_of(piece)
-            memory = packed[start : start + _nbytes(piece)].view(dtype)
-            parcel.places.append(_Place(piece, memory.view(shape)))
+            memory = packed[start : start + nbytes_of(piece)].view(dtype)
+            parcel.places.append((piece, memory.view(shape)))
         parcel.messages.append(packed)
     return parcel
 
 
-def _parcels(shares: Mapping[int, Share[_Piece]], limits: Limits, slab: _Slab) -> dict[int, _Parcel]:
+def _parcels(shares: Mapping[int, Share], slab: _Slab) -> dict[int, _Parcel]:
     """Memory for some shares of one round, by their numbers."""
-    slab.clear(sum(_staged_bytes(share, limits) for share in shares.values()), limits.round)
-    return {number: _parcel(share, limits, slab) for number, share in shares.items()}
+    slab.clear(sum(_staged_bytes(share) for share in shares.values()))
+    return {number: _parcel(share, slab) for number, share in shares.items()}
 
 
-def _read(this: _Round, slab: _Slab, reader: Reader, rank: int, *, idle: bool) -> _Outcome:
+def _read(this: Round, slab: _Slab, reader: Reader, rank: int, *, idle: bool) -> _Outcome:
     """Read this rank's shares of a round, unless ``idle``; a failure is kept and raised later."""
     parcels: dict[int, _Parcel] = {}
     kept = FirstFailure()
     with kept:
         if not idle:
-            parcels = _parcels(this.shares_of(rank, own=True), this.limits, slab)
+            parcels = _parcels(this.shares_of(rank, own=True), slab)
         for parcel in parcels.values():
             _fill(parcel, reader)
     return parcels, kept.error
@@ -306,7 +376,7 @@ def _fill(parcel: _Parcel, reader: Reader) -> None:
 
 
 def _pass_on(
-    this: _Round,
+    this: Round,
     parcels: Mapping[int, _Parcel],
     slab: _Slab,
     reader: Reader,
@@ -320,11 +390,11 @@ def _pass_on(
     arriving: dict[int, _Parcel] = {}
     kept = FirstFailure()
     with kept:
-        arriving = {} if idle else _parcels(theirs, this.limits, slab)
+        arriving = {} if idle else _parcels(theirs, slab)
     sends_blanks = idle or kept.error is not None
 
     def messages(number: int, made: Mapping[int, _Parcel]) -> list[torch.Tensor]:
-        return _blanks(this.shares[number], this.limits, spare) if sends_blanks else made[number].messages
+        return _blanks(this.shares[number], spare) if sends_blanks else made[number].messages
 
     others = [member for member in this.members if member != group.rank]
     sends = [(other, message) for number in own for message in messages(number, parcels) for other in others]
@@ -338,30 +408,16 @@ def _pass_on(
     return kept.error
 
 
-def _blanks(share: Share[_Piece], limits: Limits, spare: torch.Tensor) -> list[torch.Tensor]:
+def _blanks(share: Share, spare: torch.Tensor) -> list[torch.Tensor]:
     """Messages of the sizes that those of `_parcel` have, all of them in the same memory."""
-    counts = [_nbytes(piece) for piece in share.pieces]
-    large = [nbytes for nbytes in counts if nbytes >= limits.alone]
-    sizes = [min(limits.largest, n - start) for n in large for start in range(0, n, limits.largest)]
+    counts = [nbytes_of(piece) for piece in share.pieces]
+    large = [nbytes for nbytes in counts if nbytes >= ALONE_BYTES]
+    sizes = [min(LARGEST_SHARE, n - start) for n in large for start in range(0, n, LARGEST_SHARE)]
     if len(large) < len(counts):
-        sizes.append(sum(_aligned(nbytes) for nbytes in counts if nbytes < limits.alone))
+        sizes.append(sum(_aligned(nbytes) for nbytes in counts if nbytes < ALONE_BYTES))
     if max(sizes, default=0) > len(spare):  # very many tiny pieces, each at an aligned place
         spare = torch.empty(max(sizes), dtype=torch.uint8)
     return [spare[:size] for size in sizes]
-
-
-@dataclass(frozen=True, slots=True)
-class Sharing:
-    """Whether replicas read the same bytes once: ``always``, ``never``, or ``auto``, from a network file system.
-
-    Pipeline stages do not share tensors.
-    """
-
-    mode: str = "never"
-    stage: int = 0
-
-
-NO_SHARING = Sharing()
 
 
 @dataclass(slots=True)
@@ -397,11 +453,7 @@ class PlannedReads:
         return self.shared.setdefault(members, Wanted())
 
     def add(self, saved: SourceTensor, tensor: HeldTensor, replicas: Replicas | None) -> None:
-        """Plan what ``tensor`` needs.
-
-        Raises:
-            MissingTensorError: ``saved`` does not cover a fragment.
-        """
+        """Plan what ``tensor`` needs. Raises `MissingTensorError`: ``saved`` does not cover a fragment."""
         if replicas is None:
             self.own += plan_reads(saved, tensor)
             return
@@ -442,19 +494,18 @@ class PlannedReads:
         A rank that cannot compute the sizes of its rounds could not take part in them.
         """
         for members in sorted(self.shared):
-            for _ in _rounds(members, self.shared[members], LIMITS):
+            for _ in _rounds(members, self.shared[members]):
                 pass
 
-    def execute(self, reader: Reader, group: Group, limits: Limits = LIMITS) -> None:
+    def execute(self, reader: Reader, group: Group) -> None:
         """Carry out the reads, inside ``group.together``, since replicas pass on what they read.
 
-        Raises:
-            ShardwiseError: Reading failed on this rank, and no peer waits for it any more.
+        Raises `ShardwiseError`: reading failed on this rank, and no peer waits for it any more.
         """
         # First, while the ranks are in step: nobody waits for a peer that still reads what is its own.
         if self.shared:
             spare = spare_memory() if self.spare is None else self.spare
-            failure = read_shared(self.shared, reader, group, spare, limits)
+            failure = read_shared(self.shared, reader, group, spare)
             if failure is not None:
                 raise failure
         reader.execute(self.own)
@@ -466,17 +517,20 @@ class PlannedReads:
             reader.counts.read += copied
 
 
-def finds_remote(source: Source, group: Group, storage: Storage, sharing: Sharing) -> bool:
+def finds_remote(source: Source, group: Group, storage: Storage, mode: str) -> bool:
     """Whether it matters where the files are, and they are on a network file system as far as this rank sees. Local."""
-    if sharing.mode != "auto" or group.world_size == 1:
+    if mode != "auto" or group.world_size == 1:
         return False
     # A cache's files are links into another directory, which may be elsewhere.
     return is_remote(storage, source.files[0] if source.files else source.path)
 
 
-def find_replicas(held: Sequence[HeldTensor], group: Group, sharing: Sharing, remote: bool) -> Replicas | None:
-    """Who wants the same as this rank, ``None`` where every rank reads for itself. All ranks of the group call."""
-    if sharing.mode == "never" or group.world_size == 1 or (sharing.mode == "auto" and not remote):
+def find_replicas(held: Sequence[HeldTensor], group: Group, mode: str, stage: int, remote: bool) -> Replicas | None:
+    """Who wants the same as this rank, ``None`` where every rank reads for itself. All ranks of the group call.
+
+    ``mode`` is ``always``, ``never``, or ``auto``, from a network file system. Pipeline stages do not share tensors.
+    """
+    if mode == "never" or group.world_size == 1 or (mode == "auto" and not remote):
         return None
-    roster = roster_of_kind(held, group, sharing.stage)
+    roster = roster_of_kind(held, group, stage)
     return None if roster is None else Replicas(roster, group.rank)

@@ -8,7 +8,6 @@ the directory, a pipe or a device is never read, and memory is one buffer per th
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from shardwise.disk.crc import combine, crc32c
 from shardwise.disk.guarded import is_followed, is_made_of_links, read_whole, resolve_inside
 from shardwise.disk.names import is_link, real_path, status
+from shardwise.disk.sequential import opened
 from shardwise.disk.storage import Storage
 from shardwise.errors import (
     CheckpointNotFoundError,
@@ -61,7 +61,7 @@ DamageKind = Literal[
 _TASK_BYTES = 32 * 2**20
 _BUFFER_BYTES = 4 * 2**20
 
-#: Called with the size of every run of bytes that was read; from any thread, one call at a time.
+#: Called with the size of every run of bytes that was read.
 Advance = Callable[[int], None]
 
 
@@ -118,8 +118,7 @@ class _Run(NamedTuple):
 def load_manifest(directory: Path) -> Manifest | None:
     """The manifest of a directory, or ``None`` where there is none.
 
-    Raises:
-        ManifestError: It is damaged, forged, not a regular file, or of another version.
+    Raises `ManifestError`: it is damaged, forged, not a regular file, or of another version.
     """
     try:
         return parse_manifest(manifest_bytes(directory), str(directory / MANIFEST_NAME))
@@ -167,10 +166,8 @@ def check_files(
     Where the manifest is a link, or a link leads into the store of a tool that keeps content by its digest (git-annex,
     a hub cache), what the link leads to is the file. Any other link is one that no save wrote.
 
-    ``tensors`` has those of each file, to name what a short file lacks.
-
-    Raises:
-        StorageError: The file system refused for another reason than that a file is absent.
+    ``tensors`` has those of each file, to name what a short file lacks. Raises `StorageError`: the file system refused
+    for another reason than that a file is absent.
     """
     links = is_made_of_links(directory)
     looks = (_check_file(directory, record, tensors.get(record.path, ()), links) for record in files)
@@ -244,20 +241,13 @@ def check_extents(
 ) -> list[Damage]:
     """Read runs of bytes and compare their digests. Files must have passed `check_files`.
 
-    Each thread has one buffer of 4 MiB; ``advance`` is called with the size of every run that was read.
+    Each thread has one buffer of at most 4 MiB; ``advance`` is called with the size of every run that was read, in
+    order.
     """
-    lock = threading.Lock()
-
-    def counted(nbytes: int) -> None:
-        if advance is not None:
-            with lock:
-                advance(nbytes)
-
     with ThreadPoolExecutor(max(1, threads), thread_name_prefix="shardwise-verify") as pool:
-        local = threading.local()
         tasks = list(_tasks(extents))
-        results = pool.map(lambda task: _read_task(directory, extents, task, storage, local, counted), tasks)
-        return _judge(extents, tasks, results)
+        results = pool.map(lambda task: _read_task(directory, extents, task, storage), tasks)
+        return _judge(extents, tasks, results, advance)
 
 
 def _tasks(extents: Sequence[Extent]) -> Iterator[list[_Run]]:
@@ -279,47 +269,38 @@ def _tasks(extents: Sequence[Extent]) -> Iterator[list[_Run]]:
 
 
 def _read_task(
-    directory: Path,
-    extents: Sequence[Extent],
-    task: Sequence[_Run],
-    storage: Storage,
-    local: threading.local,
-    advance: Advance,
+    directory: Path, extents: Sequence[Extent], task: Sequence[_Run], storage: Storage
 ) -> list[int | ShardwiseError]:
     """For each run of one task its digest, or what kept it from being read."""
-    if not hasattr(local, "buffer"):
-        local.buffer = memoryview(bytearray(_BUFFER_BYTES))
+    buffer = memoryview(bytearray(min(_BUFFER_BYTES, max(run.nbytes for run in task))))
     try:
-        handle = storage.open(directory / extents[task[0].extent].file, writable=False)
+        with opened(storage, directory / extents[task[0].extent].file) as handle:
+            places = ((extents[run.extent].offset + run.start, run.nbytes) for run in task)
+            return [_read_run(handle, offset, nbytes, storage, buffer) for offset, nbytes in places]
     except ShardwiseError as error:
         return [error] * len(task)
-    found: list[int | ShardwiseError] = []
-    try:
-        for run in task:
-            try:
-                found.append(_read_run(handle, extents[run.extent], run, storage, local.buffer, advance))
-            except ShardwiseError as error:
-                found.append(error)
-    finally:
-        storage.close(handle)
-    return found
 
 
-def _read_run(handle: int, extent: Extent, run: _Run, storage: Storage, buffer: memoryview, advance: Advance) -> int:
+def _read_run(handle: int, offset: int, nbytes: int, storage: Storage, buffer: memoryview) -> int | ShardwiseError:
     crc, done = 0, 0
-    while done < run.nbytes:
-        part = buffer[: min(len(buffer), run.nbytes - done)]
-        got = storage.read(handle, part, extent.offset + run.start + done)
+    while done < nbytes:
+        part = buffer[: min(len(buffer), nbytes - done)]
+        try:
+            got = storage.read(handle, part, offset + done)
+        except ShardwiseError as error:
+            return error
         crc = crc32c(part[:got], crc)
         done += got
-        advance(got)
         if got < len(part):
-            raise IntegrityError(f"the file ends {run.nbytes - done} bytes before the end of this run of bytes")
+            return IntegrityError(f"the file ends {nbytes - done} bytes before the end of this run of bytes")
     return crc
 
 
 def _judge(
-    extents: Sequence[Extent], tasks: Sequence[list[_Run]], results: Iterable[list[int | ShardwiseError]]
+    extents: Sequence[Extent],
+    tasks: Sequence[list[_Run]],
+    results: Iterable[list[int | ShardwiseError]],
+    advance: Advance | None,
 ) -> list[Damage]:
     crcs: dict[int, int] = {}
     failures: dict[int, ShardwiseError] = {}
@@ -327,8 +308,10 @@ def _judge(
         for run, crc in zip(task, result, strict=True):
             if isinstance(crc, ShardwiseError):
                 failures[run.extent] = crc
-            else:
-                crcs[run.extent] = crc if run.start == 0 else combine(crcs.get(run.extent, 0), crc, run.nbytes)
+                continue
+            crcs[run.extent] = combine(crcs.get(run.extent, 0), crc, run.nbytes) if run.start else crc
+            if advance is not None:
+                advance(run.nbytes)
     found = []
     for number, extent in enumerate(extents):
         if number in failures:

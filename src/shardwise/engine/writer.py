@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shardwise.disk.crc import crc32c, shift
-from shardwise.disk.storage import Storage, located
+from shardwise.disk.storage import Storage, located, locating
 from shardwise.dtypes import torch_dtype
 from shardwise.errors import ShardwiseError
 from shardwise.plan.deferred import deferred
@@ -24,8 +24,7 @@ from shardwise.timing import Shares, phase
 #: A run larger than this is cut, so that several threads can share it.
 _LARGEST_RUN_BYTES = 64 * 2**20
 
-#: Continues a digest: takes a block and the digest of what stands before it. The benchmark measures what it costs by
-#: passing one that does nothing.
+#: Continues a digest: takes a block and the digest of what stands before it.
 Digest = Callable[[memoryview, int], int]
 
 
@@ -58,27 +57,21 @@ class FileSet:
 
     def __init__(self, storage: Storage, paths: Sequence[Path]) -> None:
         self._storage = storage
-        self._paths = paths
+        self.paths = paths
         self._handles: dict[int, int] = {}
 
     def handle(self, file: int) -> int:
         """The handle of file ``file``, open for writing."""
         if file not in self._handles:
-            self._handles[file] = self._storage.open(self._paths[file], writable=True)
+            self._handles[file] = self._storage.open(self.paths[file], writable=True)
         return self._handles[file]
-
-    def path(self, file: int) -> Path:
-        """Path of file ``file``."""
-        return self._paths[file]
 
     @phase("sync")
     def sync(self) -> None:
         """Make durable what was written through this object."""
         for file, handle in self._handles.items():
-            try:
+            with locating(self.paths[file]):
                 self._storage.sync(handle)
-            except ShardwiseError as error:
-                raise located(error, self._paths[file]) from None
 
     def close(self) -> None:
         """Close every handle, even if one fails; the first failure is raised."""
@@ -88,7 +81,7 @@ class FileSet:
             try:
                 self._storage.close(handle)
             except ShardwiseError as error:
-                failure = failure or located(error, self._paths[file])
+                failure = failure or located(error, self.paths[file])
         if failure is not None:
             raise failure
 
@@ -109,7 +102,7 @@ def write_run(run: WriteRun, files: FileSet, storage: Storage, digest: Digest = 
             crc = digest(block, crc)
             offset += len(block)
     except ShardwiseError as error:
-        raise located(error, files.path(run.file), run.spec.name) from None
+        raise located(error, files.paths[run.file], run.spec.name) from None
     return crc
 
 
@@ -120,19 +113,14 @@ def write_all(
 
     Large runs are cut, so that several threads share them; opening and adding digests stay on the calling thread.
     """
-    _write_pieces([piece for run in runs for piece in _pieces(run)], files, storage, threads, digests, digest)
-
-
-def _write_pieces(
-    pieces: Sequence[WriteRun], files: FileSet, storage: Storage, threads: int, digests: Digests, digest: Digest
-) -> None:
+    pieces = [piece for run in runs for piece in _pieces(run)]
     for file in dict.fromkeys([piece.file for piece in pieces]):
         files.handle(file)
     made = [piece for piece in pieces if deferred(piece.data) is not None]
     if threads > 1 and made:
         # Tensors that modules make are made in order, on one thread: one module's at a time.
         pieces = [piece for piece in pieces if deferred(piece.data) is None]
-        _write_pieces(made, files, storage, 1, digests, digest)
+        write_all(made, files, storage, 1, digests, digest)
     if threads <= 1 or len(pieces) <= 1:
         for piece in pieces:
             digests.take(piece, write_run(piece, files, storage, digest))

@@ -11,25 +11,21 @@ import contextlib
 import contextvars
 import os
 from collections.abc import Callable, Iterator
-from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
+
+import torch
+from torch.distributed.checkpoint import metadata as dcp
 
 from shardwise.disk.guarded import read_whole, why_not_relative
 from shardwise.disk.names import is_directory
 from shardwise.errors import FormatError
-from shardwise.format.pickle_tree import PickledCall, PickledGlobal, plain_globals, read_pickle_tree, torch_dtypes
+from shardwise.format.notes import DCP_METADATA_NAME
+from shardwise.format.pickle_tree import PLAIN_GLOBALS, TORCH_DTYPES, PickledCall, PickledGlobal, read_pickle_tree
 from shardwise.format.strict_json import MAX_DIMS, MAX_INT
 from shardwise.upstream import torch_distributed as upstream
 from shardwise.upstream.torch_distributed import LAYOUT, LEGACY_MEMORY_FORMATS, MEMORY_FORMATS, STORAGE_INFO
-
-if TYPE_CHECKING:
-    import torch
-    from torch.distributed.checkpoint import metadata as dcp
-
-#: Name of the metadata file in a DCP directory.
-DCP_METADATA_NAME = ".metadata"
 
 #: Largest metadata file that is read, in bytes.
 MAX_METADATA_BYTES = 512 * 2**20
@@ -47,27 +43,24 @@ _FORMAT_NAMES = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESER
 _T = TypeVar("_T")
 
 
-@cache
-def _allowed() -> frozenset[PickledGlobal]:
-    names = {
-        _METADATA: (
-            "Metadata",
-            "MetadataIndex",
-            "TensorStorageMetadata",
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "TensorProperties",
-            "StorageMeta",
-            MEMORY_FORMATS[1],
-        ),
-        STORAGE_INFO[0]: (STORAGE_INFO[1],),
-        _LEGACY: ("TensorProperties", LEGACY_MEMORY_FORMATS[1]),
-        LAYOUT[0]: (LAYOUT[1],),
-        "pathlib": _PATHS,
-        "pathlib._local": _PATHS,
-    }
-    own = (PickledGlobal(module, name) for module, group in names.items() for name in group)
-    return plain_globals().union(own)
+_NAMED = {
+    _METADATA: (
+        "Metadata",
+        "MetadataIndex",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "StorageMeta",
+        MEMORY_FORMATS[1],
+    ),
+    STORAGE_INFO[0]: (STORAGE_INFO[1],),
+    _LEGACY: ("TensorProperties", LEGACY_MEMORY_FORMATS[1]),
+    LAYOUT[0]: (LAYOUT[1],),
+    "pathlib": _PATHS,
+    "pathlib._local": _PATHS,
+}
+_ALLOWED = PLAIN_GLOBALS.union(PickledGlobal(module, name) for module, group in _NAMED.items() for name in group)
 
 
 def read_dcp_metadata(path: str | os.PathLike[str]) -> dcp.Metadata:
@@ -90,7 +83,7 @@ def parse_dcp_metadata(data: bytes, path: str) -> dcp.Metadata:
     known, digest = _known.get(), sha256(data).digest()
     if known is not None and digest in known:
         return known[digest]
-    found = _Builder(path).metadata(read_pickle_tree(data, _allowed(), path, _FORMAT_ENUMS))
+    found = _Builder(path).metadata(read_pickle_tree(data, _ALLOWED, path, _FORMAT_ENUMS))
     if known is not None:
         known[digest] = found
     return found
@@ -150,8 +143,6 @@ class _Builder:
         return self._optional(fields.get(key), lambda value: self._typed(value, str, key))
 
     def metadata(self, tree: object) -> dcp.Metadata:
-        from torch.distributed.checkpoint import metadata as dcp
-
         fields = self._fields(tree, _METADATA, "Metadata")
         items = self._typed(fields.get("state_dict_metadata"), dict, "state_dict_metadata")
         return dcp.Metadata(
@@ -165,8 +156,6 @@ class _Builder:
         )
 
     def _item(self, name: str, item: object) -> dcp.TensorStorageMetadata | dcp.BytesStorageMetadata:
-        from torch.distributed.checkpoint import metadata as dcp
-
         if self._is(item, _METADATA, "BytesStorageMetadata"):
             return dcp.BytesStorageMetadata()
         fields = self._fields(item, _METADATA, "TensorStorageMetadata")
@@ -180,8 +169,6 @@ class _Builder:
         return dcp.TensorStorageMetadata(self._tensor_properties(fields.get("properties")), size, chunks)
 
     def _size(self, value: object) -> torch.Size:
-        import torch
-
         if not isinstance(value, PickledCall) or not self._is(value, "torch", "Size") or value.state is not None:
             self._fail("has something else where a torch.Size belongs")
         if len(value.args) != 1 or not isinstance(value.args[0], (tuple, list)) or len(value.args[0]) > MAX_DIMS:
@@ -189,8 +176,6 @@ class _Builder:
         return torch.Size([self._count(item, "a size or offset") for item in value.args[0]])
 
     def _chunks(self, value: object) -> list[dcp.ChunkStorageMetadata]:
-        from torch.distributed.checkpoint import metadata as dcp
-
         rows = self._typed(value, list, "chunks")
         if id(rows) not in self._chunk_lists:
             each = [self._fields(row, _METADATA, "ChunkStorageMetadata") for row in rows]
@@ -199,8 +184,6 @@ class _Builder:
         return self._chunk_lists[id(rows)][1]
 
     def _tensor_properties(self, value: object) -> dcp.TensorProperties:
-        from torch.distributed.checkpoint import metadata as dcp
-
         known = self._properties.get(id(value))
         if known is not None:
             return known[1]
@@ -209,10 +192,10 @@ class _Builder:
         if not isinstance(value.state, tuple) or len(value.state) != 5:
             self._fail("has malformed TensorProperties")
         dtype, layout, requires_grad, memory_format, pin_memory = value.state
-        if not isinstance(dtype, PickledGlobal) or dtype.module != "torch" or dtype.name not in torch_dtypes():
+        if not isinstance(dtype, PickledGlobal) or dtype.module != "torch" or dtype.name not in TORCH_DTYPES:
             self._fail("has something else where a dtype belongs")
         properties = dcp.TensorProperties(
-            dtype=torch_dtypes()[dtype.name],
+            dtype=TORCH_DTYPES[dtype.name],
             layout=self._layout(layout),
             requires_grad=self._typed(requires_grad, bool, "requires_grad"),
             memory_format=self._memory_format(memory_format),
@@ -222,8 +205,6 @@ class _Builder:
         return properties
 
     def _layout(self, value: object) -> torch.layout:
-        import torch
-
         if not isinstance(value, PickledCall) or not self._is(value, *LAYOUT):
             self._fail("has something else where a layout belongs")
         # DCP writes nothing but dense tensors.
@@ -232,8 +213,6 @@ class _Builder:
         return torch.strided
 
     def _memory_format(self, value: object) -> torch.memory_format:
-        import torch
-
         formats = (torch.contiguous_format, torch.channels_last, torch.preserve_format)
         if not isinstance(value, PickledCall) or value.function not in _FORMAT_ENUMS:
             self._fail("has something else where a memory format belongs")
@@ -252,8 +231,6 @@ class _Builder:
         return result
 
     def _index(self, value: object) -> dcp.MetadataIndex:
-        from torch.distributed.checkpoint import metadata as dcp
-
         fields = self._fields(value, _METADATA, "MetadataIndex")
         return dcp.MetadataIndex(
             self._typed(fields.get("fqn"), str, "a name"),
@@ -276,8 +253,6 @@ class _Builder:
         return upstream.storage_info(relative, offset, length, transforms)
 
     def _storage_meta(self, value: object) -> dcp.StorageMeta:
-        from torch.distributed.checkpoint import metadata as dcp
-
         fields = self._fields(value, _METADATA, "StorageMeta")
         modules = self._typed(fields.get("modules", []), list, "modules")
         return dcp.StorageMeta(

@@ -4,35 +4,27 @@ A file is the header's length in 8 bytes (little-endian), the header (JSON padde
 a multiple of 8), and the data section, which the tensors tile without hole or overlap. Offsets in a header count from
 the start of the data section.
 
-Source: the safetensors format description, and the bytes that safetensors 0.8 writes.
+Source: the safetensors format description, and the bytes that safetensors 0.8 writes; of the record in a shard, which
+says where in their global tensors its tensors belong, what torch 2.13's ``HuggingFaceStorageWriter`` writes and its
+``HuggingFaceStorageReader`` looks for.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
-from types import MappingProxyType
 from typing import NamedTuple, NoReturn
 
 from shardwise.disk.guarded import open_regular, read_exactly
 from shardwise.errors import HeaderError, MisuseError
+from shardwise.format import strict_json as strict
 from shardwise.format.sniff import FIRST_BYTES, Kind, what_is
-from shardwise.format.strict_json import (
-    MAX_NAME,
-    JsonValue,
-    as_counts,
-    as_object,
-    as_text,
-    check_magnitude,
-    dumps,
-    exact_keys,
-    loads,
-    quoted,
-)
+from shardwise.format.strict_json import JsonValue
 from shardwise.geometry import DTYPE_BYTES, TensorSpec
 
 #: Longest header that the format allows, in bytes.
@@ -61,15 +53,12 @@ class TensorEntry(NamedTuple):
 class Header:
     """A validated header: the tensors by their place in the file, and where in it the data section starts, in bytes.
 
-    ``metadata`` are the ``__metadata__`` strings, read-only, empty where the file has none.
+    ``metadata`` are the ``__metadata__`` strings, empty where the file has none.
     """
 
     entries: tuple[TensorEntry, ...]
     metadata: Mapping[str, str]
     data_start: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -114,20 +103,22 @@ def encode_header(entries: Sequence[TensorEntry], metadata: Mapping[str, str] | 
     """
     table: list[str] = []
     if metadata is not None:
-        table.append(f"{quoted(_METADATA_KEY)}:{dumps({key: metadata[key] for key in sorted(metadata)})}")
+        table.append(f"{strict.quoted(_METADATA_KEY)}:{strict.dumps({key: metadata[key] for key in sorted(metadata)})}")
     kinds: dict[tuple[str, tuple[int, ...]], str] = {}  # many tensors share what stands between name and offsets
     for (name, shape, dtype), begin, end in entries:
         if name == _METADATA_KEY:
             raise MisuseError(f"no tensor can be called {_METADATA_KEY!r}", tensor=name, hint="Rename the tensor.")
-        if len(name) > MAX_NAME:
+        if len(name) > strict.MAX_NAME:
             raise MisuseError(
-                f"a tensor name has {len(name)} characters; at most {MAX_NAME} are written",
+                f"a tensor name has {len(name)} characters; at most {strict.MAX_NAME} are written",
                 hint="Shorten the name.",
             )
         code = kinds.get((dtype, shape))
         if code is None:
-            code = kinds[dtype, shape] = f':{{"dtype":{dumps(dtype)},"shape":{dumps(shape)},"data_offsets":['
-        table.append(f"{quoted(name)}{code}{begin},{end}]}}")
+            code = kinds[dtype, shape] = (
+                f':{{"dtype":{strict.dumps(dtype)},"shape":{strict.dumps(shape)},"data_offsets":['
+            )
+        table.append(f"{strict.quoted(name)}{code}{begin},{end}]}}")
     try:
         text = f"{{{','.join(table)}}}".encode()
     except UnicodeEncodeError as error:
@@ -172,12 +163,12 @@ def parse_header(buffer: bytes, file_size: int, path: str) -> Header:
         fail(f"has {length} bytes, of which only {len(text)} are there")
     if not text.startswith(b"{"):
         _refuse_start(buffer, path, f"the header of {path!r} does not start with '{{'")
-    table = as_object(loads(text, fail=fail), "which", fail)
+    table = strict.as_object(strict.loads(text, fail=fail), "which", fail)
     noted = table.pop(_METADATA_KEY, None)
     entries = [_entry(name, value, path) for name, value in table.items()]
     # The safetensors library takes null for an absent entry.
-    strings = {} if noted is None else as_object(noted, _METADATA_KEY, fail)
-    metadata = {key: as_text(value, f"metadata {key!r}", fail) for key, value in strings.items()}
+    strings = {} if noted is None else strict.as_object(noted, _METADATA_KEY, fail)
+    metadata = {key: strict.as_text(value, f"metadata {key!r}", fail) for key, value in strings.items()}
     entries.sort(key=itemgetter(1, 2))
     data_start = LENGTH_BYTES + length
     _check_tiling(entries, file_size - data_start, path)
@@ -208,23 +199,23 @@ def _header_length(start: bytes, file_size: int, path: str) -> int:
 
 def _entry(name: str, value: JsonValue, path: str) -> TensorEntry:
     def fail(reason: str) -> NoReturn:
-        tensor = name if len(name) <= MAX_NAME else None
+        tensor = name if len(name) <= strict.MAX_NAME else None
         raise HeaderError(f"the header of {path!r} {reason}", path=path, tensor=tensor, hint=DAMAGED)
 
-    if len(name) > MAX_NAME:
+    if len(name) > strict.MAX_NAME:
         fail(f"has a tensor name of {len(name)} characters, starting with {name[:80]!r}")
-    info = as_object(value, "the entry of a tensor", fail)
-    exact_keys(info, _ENTRY_KEYS, "the entry of a tensor", fail)
-    dtype = as_text(info["dtype"], "dtype", fail)
+    info = strict.as_object(value, "the entry of a tensor", fail)
+    strict.exact_keys(info, _ENTRY_KEYS, "the entry of a tensor", fail)
+    dtype = strict.as_text(info["dtype"], "dtype", fail)
     if dtype not in DTYPE_BYTES:
         what, hint = f"unknown dtype {dtype[:40]!r}", f"Known are {', '.join(DTYPE_BYTES)}."
         if dtype in _SUB_BYTE:
             what = f"sub-byte dtype {dtype}, which shardwise does not read"
             hint = "Convert the checkpoint to a dtype of whole bytes."
         raise HeaderError(f"the tensor has the {what}", path=path, tensor=name, hint=hint)
-    shape = as_counts(info["shape"], "shape", fail)
-    check_magnitude(shape, "the shape", fail)
-    offsets = as_counts(info["data_offsets"], "data_offsets", fail)
+    shape = strict.as_counts(info["shape"], "shape", fail)
+    strict.check_magnitude(shape, "the shape", fail)
+    offsets = strict.as_counts(info["data_offsets"], "data_offsets", fail)
     if len(offsets) != 2:
         fail(f"gives {len(offsets)} data_offsets where two belong")
     begin, end = offsets
@@ -252,3 +243,42 @@ def _check_tiling(entries: Sequence[TensorEntry], data_bytes: int, path: str) ->
     if position < data_bytes:
         what = f"{path!r} has {data_bytes - position} bytes more than its tensors take"
         raise HeaderError(what, path=path, hint=DAMAGED)
+
+
+#: Key of ``__metadata__`` that holds the record.
+DCP_SHARDING_KEY = "DCP_SHARDING_INFO"
+
+
+def encode_sharding_metadata(offsets: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Return the ``__metadata__`` that makes a shard, whose tensors start there, readable by DCP."""
+    record = {name: {"saved_offsets": list(offsets[name])} for name in sorted(offsets)}
+    return {DCP_SHARDING_KEY: json.dumps(record), "DCP_VERSION": "1.0", "format": "pt"}
+
+
+def saved_offsets(header: Header) -> dict[str, tuple[int, ...]] | None:
+    """Return where each tensor of a DCP shard starts in its global tensor, or ``None`` where the file has no record.
+
+    A record that is malformed, lacks a tensor or disagrees with one's number of dimensions is a `HeaderError`.
+    """
+    text = header.metadata.get(DCP_SHARDING_KEY)
+    if text is None:
+        return None
+    tensor: str | None = None
+
+    def fail(reason: str) -> NoReturn:
+        raise HeaderError(f"the record {DCP_SHARDING_KEY} {reason}", tensor=tensor, hint=DAMAGED)
+
+    record = strict.as_object(strict.loads(text.encode("utf-8"), fail=fail), "which", fail)
+    result: dict[str, tuple[int, ...]] = {}
+    for (tensor, shape, _), _, _ in header.entries:
+        if tensor not in record:
+            fail("lacks the tensor")
+        offsets = strict.as_counts(
+            strict.as_object(record[tensor], "its entry", fail).get("saved_offsets"), "saved_offsets", fail
+        )
+        if len(offsets) != len(shape):
+            fail(f"gives {len(offsets)} offsets for {len(shape)} dimensions")
+        if any(offset + size > strict.MAX_INT for offset, size in zip(offsets, shape, strict=True)):
+            fail("puts it outside any possible tensor")
+        result[tensor] = offsets
+    return result

@@ -6,22 +6,12 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import NoReturn
 
 from shardwise.disk.guarded import read_whole, why_not_relative
 from shardwise.errors import MisuseError, WeightIndexError
-from shardwise.format.strict_json import (
-    MAX_INT,
-    MAX_NAME,
-    Fail,
-    JsonValue,
-    as_count,
-    as_object,
-    as_text,
-    check_depth,
-    loads,
-)
+from shardwise.format import strict_json as strict
+from shardwise.format.strict_json import JsonValue
 
 #: Largest index that is read, in bytes.
 MAX_INDEX_BYTES = 64 * 2**20
@@ -32,20 +22,14 @@ _DAMAGED = "The index is damaged or forged: fetch or save it again."
 
 @dataclass(frozen=True, slots=True)
 class WeightIndex:
-    """A validated ``*.safetensors.index.json``; read-only.
+    """A validated ``*.safetensors.index.json``.
 
-    ``weight_map`` has for each tensor the name of the file in the index's own directory; the totals, of bytes and of
-    parameters, are there where the index says them; ``metadata`` is that object as it stands.
+    ``weight_map`` has for each tensor the name of the file in the index's own directory; ``metadata`` is that object as
+    it stands, with ``total_size`` (bytes) and ``total_parameters`` where the index says them.
     """
 
     weight_map: Mapping[str, str]
-    total_size: int | None = None
-    total_parameters: int | None = None
     metadata: Mapping[str, JsonValue] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "weight_map", MappingProxyType(dict(self.weight_map)))
-        object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -82,33 +66,30 @@ def parse_index(data: bytes, path: str) -> WeightIndex:
     def fail(reason: str, tensor: str | None = None) -> NoReturn:
         raise WeightIndexError(f"the index {path!r} {reason}", path=path, tensor=tensor, hint=_DAMAGED)
 
-    table = as_object(loads(data, fail=fail), "it", fail)
+    table = strict.as_object(strict.loads(data, fail=fail), "it", fail)
     if "weight_map" not in table:
         fail("lacks weight_map")
     weight_map: dict[str, str] = {}
-    for name, value in as_object(table["weight_map"], "weight_map", fail).items():
-        if len(name) > MAX_NAME:
+    for name, value in strict.as_object(table["weight_map"], "weight_map", fail).items():
+        if len(name) > strict.MAX_NAME:
             fail(f"has a tensor name of {len(name)} characters, starting with {name[:80]!r}")
-        file = as_text(value, f"weight_map[{name[:200]!r}]", fail)
+        file = strict.as_text(value, f"weight_map[{name[:200]!r}]", fail)
         reason = _why_not_plain(file)
         if reason is not None:
             fail(f"names the file {file[:200]!r}, which {reason}", name)
         weight_map[name] = file
     # Diffusers and other tools leave the metadata out or set it to null.
     found = table.get("metadata")
-    metadata = {} if found is None else as_object(found, "metadata", fail)
-    check_depth(found, _MAX_DEPTH, "metadata", fail)
-    return WeightIndex(
-        weight_map, _total(metadata, "total_size", fail), _total(metadata, "total_parameters", fail), metadata
-    )
-
-
-def _total(metadata: Mapping[str, JsonValue], key: str, fail: Fail) -> int | None:
-    value = metadata.get(key)
-    # Older exports computed the size in floating point; the hub still holds many of them.
-    if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_INT:
-        value = int(value)
-    return None if value is None else as_count(value, key, fail)
+    metadata = {} if found is None else strict.as_object(found, "metadata", fail)
+    strict.check_depth(found, _MAX_DEPTH, "metadata", fail)
+    for key in ("total_size", "total_parameters"):
+        value = metadata.get(key)
+        # Older exports computed the size in floating point; the hub still holds many of them.
+        if isinstance(value, float) and value.is_integer() and abs(value) <= strict.MAX_INT:
+            value = int(value)
+        if value is not None:
+            strict.as_count(value, key, fail)
+    return WeightIndex(weight_map, metadata)
 
 
 def _why_not_plain(file: str) -> str | None:

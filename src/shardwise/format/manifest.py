@@ -36,47 +36,16 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple, NoReturn, Protocol
 
 from shardwise.disk.crc import crc32c
-from shardwise.disk.guarded import MANIFEST_NAME, open_regular, read_whole, resolve_inside, why_not_relative
+from shardwise.disk.guarded import MANIFEST_NAME as MANIFEST_NAME  # noqa: PLC0414 - importers look for it here
+from shardwise.disk.guarded import open_regular, read_whole, why_not_relative
 from shardwise.disk.names import is_directory
 from shardwise.errors import ManifestError
-from shardwise.format.strict_json import (
-    MAX_DIMS,
-    MAX_NAME,
-    Fail,
-    JsonValue,
-    as_array,
-    as_count,
-    as_counts,
-    as_object,
-    as_row,
-    as_text,
-    check_depth,
-    check_magnitude,
-    dumps,
-    exact_keys,
-    loads,
-    quoted,
-)
+from shardwise.format import strict_json as strict
+from shardwise.format.strict_json import Fail, JsonValue
 from shardwise.geometry import DTYPE_BYTES, Box, TensorSpec, tiles
-
-__all__ = [
-    "MANIFEST_NAME",
-    "MANIFEST_VERSION",
-    "AliasRecord",
-    "ChunkRecord",
-    "FileRecord",
-    "Manifest",
-    "TensorRecord",
-    "encode_manifest",
-    "parse_manifest",
-    "read_file_records",
-    "read_manifest",
-    "resolve_inside",
-]
 
 
 class FailTensor(Protocol):
@@ -141,35 +110,24 @@ class FileRecord:
 class Manifest:
     """Every file of a checkpoint but the manifest, every tensor in them, and further names of shared parameters.
 
-    ``info`` has epoch, step, metrics, versions and the like, as JSON; read-only.
+    ``info`` has epoch, step, metrics, versions and the like, as JSON.
     """
 
     files: tuple[FileRecord, ...]
     tensors: tuple[TensorRecord, ...]
     info: Mapping[str, JsonValue] = field(default_factory=dict)
     aliases: tuple[AliasRecord, ...] = ()
-    _by_path: Mapping[str, FileRecord] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "info", MappingProxyType(dict(self.info)))
-        object.__setattr__(self, "_by_path", {record.path: record for record in self.files})
-
-    def file(self, path: str) -> FileRecord:
-        """Return the record of the file at ``path`` (relative, POSIX); `ManifestError` where there is none."""
-        found = self._by_path.get(path)
-        if found is None:
-            raise ManifestError(f"the manifest has no file {path!r}", hint="Pass a path that stands in the manifest.")
-        return found
 
 
 def check_manifest(manifest: Manifest, fail: FailTensor) -> None:
     """Check that a manifest does not contradict itself: names, shapes, places, and that chunks cover all bytes once."""
-    runs: dict[str, list[tuple[int, int]]] = {}
+    files: dict[str, FileRecord] = {}
     for record in manifest.files:
         _check_file(record, fail)
-        if record.path in runs:
+        if record.path in files:
             fail(f"names the file {record.path!r} twice")
-        runs[record.path] = []
+        files[record.path] = record
+    runs: dict[str, list[tuple[int, int]]] = {path: [] for path in files}
     seen: set[tuple[str, str]] = set()
     shapes: set[tuple[int, ...]] = set()  # those that are known to be sound: models have few
     for tensor in manifest.tensors:
@@ -180,7 +138,7 @@ def check_manifest(manifest: Manifest, fail: FailTensor) -> None:
         if tensor.spec.shape not in shapes:
             _check_shape(tensor.spec, fail)
             shapes.add(tensor.spec.shape)
-        _check_tensor(tensor, manifest, fail)
+        _check_tensor(tensor, files, fail)
         for chunk in tensor.chunks:
             if chunk.nbytes:
                 runs[chunk.file].append((chunk.offset, chunk.offset + chunk.nbytes))
@@ -196,18 +154,18 @@ def _check_file(record: FileRecord, fail: Fail) -> None:
         fail(f"names the file {record.path[:200]!r}, which {reason}")
     if record.crc32c is not None and not _is_crc(record.crc32c):
         fail(f"gives the file {record.path!r} a crc32c that is not a 32-bit number")
-    as_count(record.size, f"the size of {record.path!r}", fail)
+    strict.as_count(record.size, f"the size of {record.path!r}", fail)
     if record.header_bytes is not None:
-        as_count(record.header_bytes, f"header_bytes of {record.path!r}", fail)
+        strict.as_count(record.header_bytes, f"header_bytes of {record.path!r}", fail)
         if record.header_bytes > record.size:
             fail(f"gives {record.path!r} a header longer than the file")
 
 
 def _check_shape(spec: TensorSpec, fail: FailTensor) -> None:
-    if len(spec.shape) > MAX_DIMS:
+    if len(spec.shape) > strict.MAX_DIMS:
         fail(f"gives the tensor {len(spec.shape)} dimensions", spec.name)
-    as_counts(list(spec.shape), f"the shape of {spec.name!r}", fail)
-    check_magnitude(spec.shape, f"{spec.name!r}: the shape", fail)
+    strict.as_counts(list(spec.shape), f"the shape of {spec.name!r}", fail)
+    strict.check_magnitude(spec.shape, f"{spec.name!r}: the shape", fail)
 
 
 def _check_aliases(aliases: Sequence[AliasRecord], tensors: Set[tuple[str, str]], fail: FailTensor) -> None:
@@ -215,7 +173,7 @@ def _check_aliases(aliases: Sequence[AliasRecord], tensors: Set[tuple[str, str]]
     described = {component for component, _ in tensors} if aliases else set()
     seen: set[tuple[str, str]] = set()
     for component, name, kept in aliases:
-        if not 0 < len(component) <= MAX_NAME or max(len(name), len(kept)) > MAX_NAME:
+        if not 0 < len(component) <= strict.MAX_NAME or max(len(name), len(kept)) > strict.MAX_NAME:
             fail(f"has an alias with an empty or overlong component or name, starting with {name[:80]!r}")
         if (component, name) in tensors or (component, name) in seen or name == kept:
             fail(f"has an alias of the component {component!r} that is the name of something else too", name)
@@ -228,14 +186,14 @@ def _is_whole(box: Box, shape: tuple[int, ...]) -> bool:
     return box.sizes == shape and not any(box.offsets)
 
 
-def _check_tensor(tensor: TensorRecord, manifest: Manifest, fail: FailTensor) -> None:
+def _check_tensor(tensor: TensorRecord, files: Mapping[str, FileRecord], fail: FailTensor) -> None:
     spec = tensor.spec
-    if len(spec.name) > MAX_NAME or not 0 < len(tensor.component) <= MAX_NAME:
+    if len(spec.name) > strict.MAX_NAME or not 0 < len(tensor.component) <= strict.MAX_NAME:
         fail(f"has an empty or overlong component or name, starting with {spec.name[:80]!r}")
     if not _is_crc(tensor.crc32c) and tensor.crc32c is not None:
         fail("gives the tensor a crc32c that is not a 32-bit number", spec.name)
     for chunk in tensor.chunks:
-        reason = _why_bad_chunk(chunk, spec, manifest)
+        reason = _why_bad_chunk(chunk, spec, files)
         if reason is not None:
             fail(f"has a chunk of the tensor in {chunk.file[:200]!r} that {reason}", spec.name)
     if len(tensor.chunks) == 1 and _is_whole(tensor.chunks[0].box, spec.shape):
@@ -244,7 +202,7 @@ def _check_tensor(tensor: TensorRecord, manifest: Manifest, fail: FailTensor) ->
         fail("has chunks that do not cover the tensor exactly once", spec.name)
 
 
-def _why_bad_chunk(chunk: ChunkRecord, spec: TensorSpec, manifest: Manifest) -> str | None:
+def _why_bad_chunk(chunk: ChunkRecord, spec: TensorSpec, files: Mapping[str, FileRecord]) -> str | None:
     box, shape = chunk.box, spec.shape
     if len(box.offsets) != len(shape) or len(box.sizes) != len(shape):
         return f"has another number of dimensions than the tensor's {len(shape)}"
@@ -256,7 +214,7 @@ def _why_bad_chunk(chunk: ChunkRecord, spec: TensorSpec, manifest: Manifest) -> 
         return f"takes {chunk.nbytes} bytes for {box.numel} elements of {spec.dtype}"
     if not _is_crc(chunk.crc32c):
         return "has a crc32c that is not a 32-bit number"
-    record = manifest._by_path.get(chunk.file)
+    record = files.get(chunk.file)
     if record is None or record.header_bytes is None:
         return "is not a tensor file of this manifest"
     if chunk.offset < record.header_bytes or chunk.offset + chunk.nbytes > record.size:
@@ -310,9 +268,9 @@ def encode_manifest(manifest: Manifest) -> bytes:
         raise ManifestError(what, tensor=tensor, hint="This is a bug: report it.")
 
     check_manifest(manifest, fail)
-    check_depth(manifest.info, _MAX_DEPTH, "has info that", fail)
+    strict.check_depth(manifest.info, _MAX_DEPTH, "has info that", fail)
     try:
-        info = dumps(dict(manifest.info))
+        info = strict.dumps(dict(manifest.info))
         lines = [
             f'{{"format":"{_FORMAT}","version":{2 if manifest.aliases else 1},',
             f'"info":{info},',
@@ -322,7 +280,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
             ",\n".join(map(_tensor_line, manifest.tensors)) + "],",
         ]
         if manifest.aliases:
-            lines += ['"aliases":[', ",\n".join(map(dumps, manifest.aliases)) + "],"]
+            lines += ['"aliases":[', ",\n".join(map(strict.dumps, manifest.aliases)) + "],"]
         body = "\n".join([*lines, ""]).encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
         raise ManifestError(
@@ -358,11 +316,11 @@ def read_file_records(path: Path) -> tuple[FileRecord, ...]:
             lines = [stream.readline()]
             while lines[-1].startswith(b"{") or lines[-1] == b'"files":[\n':
                 if lines[-1].endswith(b"}],\n"):
-                    found = as_object(loads(b"{" + b"".join(lines)[:-2] + b"}", fail=fail), "it", fail)
+                    found = strict.as_object(strict.loads(b"{" + b"".join(lines)[:-2] + b"}", fail=fail), "it", fail)
                     stream.seek(max(0, size - _TAIL_BYTES))
                     if _TAIL_LINE.fullmatch(stream.read()) is None:
                         fail("is incomplete: its last line is absent")
-                    return tuple([_parse_file(value, fail) for value in as_array(found["files"], "files", fail)])
+                    return tuple([_parse_file(value, fail) for value in strict.as_array(found["files"], "files", fail)])
                 lines.append(stream.readline())
     return read_manifest(path).files
 
@@ -380,23 +338,23 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
     body = data[:-_TAIL_BYTES]
     if data[-_TAIL_BYTES:] != _TAIL % crc32c(body):
         fail("is damaged or incomplete: it does not match its own digest")
-    table = as_object(loads(data, fail=fail), "it", fail)
+    table = strict.as_object(strict.loads(data, fail=fail), "it", fail)
     if table.get("format") != _FORMAT:
         fail(f"is not a {_FORMAT} record")
-    version = as_count(table.get("version"), "version", fail)
+    version = strict.as_count(table.get("version"), "version", fail)
     if version not in _TOP_KEYS:
         raise ManifestError(
             f"the manifest {path!r} has version {version}; this shardwise reads versions up to {MANIFEST_VERSION}",
             path=path,
             hint="Use the release of shardwise that wrote the checkpoint, or a newer one.",
         )
-    exact_keys(table, _TOP_KEYS[version], "it", fail)
-    check_depth(table["info"], _MAX_DEPTH, "info", fail)
+    strict.exact_keys(table, _TOP_KEYS[version], "it", fail)
+    strict.check_depth(table["info"], _MAX_DEPTH, "info", fail)
     manifest = Manifest(
-        tuple([_parse_file(value, fail) for value in as_array(table["files"], "files", fail)]),
-        tuple([_parse_tensor(value, fail) for value in as_array(table["tensors"], "tensors", fail)]),
-        as_object(table["info"], "info", fail),
-        tuple([_parse_alias(value, fail) for value in as_array(table.get("aliases", []), "aliases", fail)]),
+        tuple([_parse_file(value, fail) for value in strict.as_array(table["files"], "files", fail)]),
+        tuple([_parse_tensor(value, fail) for value in strict.as_array(table["tensors"], "tensors", fail)]),
+        strict.as_object(table["info"], "info", fail),
+        tuple([_parse_alias(value, fail) for value in strict.as_array(table.get("aliases", []), "aliases", fail)]),
     )
     check_manifest(manifest, fail)
     return manifest
@@ -404,16 +362,16 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
 
 def _file_line(record: FileRecord) -> str:
     crc = None if record.crc32c is None else f"{record.crc32c:08x}"
-    return dumps({"path": record.path, "size": record.size, "crc32c": crc, "header_bytes": record.header_bytes})
+    return strict.dumps({"path": record.path, "size": record.size, "crc32c": crc, "header_bytes": record.header_bytes})
 
 
 #: Shapes and offsets, which many tensors have in common.
-_array = lru_cache(maxsize=65536)(dumps)
+_array = lru_cache(maxsize=65536)(strict.dumps)
 
 
 def _tensor_line(record: TensorRecord) -> str:
     component, (name, shape, dtype), crc, chunks = record
-    head = f'{{"component":{quoted(component)},"name":{quoted(name)},"dtype":{quoted(dtype)},'
+    head = f'{{"component":{strict.quoted(component)},"name":{strict.quoted(name)},"dtype":{strict.quoted(dtype)},'
     digest = "null" if crc is None else f'"{crc:08x}"'
     places = ",".join(map(_chunk_text, chunks))
     return f'{head}"shape":{_array(shape)},"crc32c":{digest},"chunks":[{places}]}}'
@@ -421,7 +379,7 @@ def _tensor_line(record: TensorRecord) -> str:
 
 def _chunk_text(chunk: ChunkRecord) -> str:
     file, offset, nbytes, (offsets, sizes), crc = chunk
-    return f'[{quoted(file)},{offset},{nbytes},{_array(offsets)},{_array(sizes)},"{crc:08x}"]'
+    return f'[{strict.quoted(file)},{offset},{nbytes},{_array(offsets)},{_array(sizes)},"{crc:08x}"]'
 
 
 def _parse_crc(value: JsonValue, fail: Fail) -> int:
@@ -431,40 +389,45 @@ def _parse_crc(value: JsonValue, fail: Fail) -> int:
 
 
 def _parse_file(value: JsonValue, fail: Fail) -> FileRecord:
-    table = as_object(value, "the record of a file", fail)
-    exact_keys(table, _FILE_KEYS, "the record of a file", fail)
+    table = strict.as_object(value, "the record of a file", fail)
+    strict.exact_keys(table, _FILE_KEYS, "the record of a file", fail)
     header = table["header_bytes"]
     return FileRecord(
-        as_text(table["path"], "path", fail),
-        as_count(table["size"], "size", fail),
+        strict.as_text(table["path"], "path", fail),
+        strict.as_count(table["size"], "size", fail),
         None if table["crc32c"] is None else _parse_crc(table["crc32c"], fail),
-        None if header is None else as_count(header, "header_bytes", fail),
+        None if header is None else strict.as_count(header, "header_bytes", fail),
     )
 
 
 def _parse_tensor(value: JsonValue, fail: Fail) -> TensorRecord:
-    table = as_object(value, "the record of a tensor", fail)
-    exact_keys(table, _TENSOR_KEYS, "the record of a tensor", fail)
-    dtype = as_text(table["dtype"], "dtype", fail)
+    table = strict.as_object(value, "the record of a tensor", fail)
+    strict.exact_keys(table, _TENSOR_KEYS, "the record of a tensor", fail)
+    dtype = strict.as_text(table["dtype"], "dtype", fail)
     if dtype not in DTYPE_BYTES:
         fail(f"has the unknown dtype {dtype[:40]!r}")
-    spec = TensorSpec(as_text(table["name"], "name", fail), as_counts(table["shape"], "shape", fail), dtype)
-    chunks = [_parse_chunk(chunk, fail) for chunk in as_array(table["chunks"], "chunks", fail)]
+    spec = TensorSpec(
+        strict.as_text(table["name"], "name", fail), strict.as_counts(table["shape"], "shape", fail), dtype
+    )
+    chunks = [_parse_chunk(chunk, fail) for chunk in strict.as_array(table["chunks"], "chunks", fail)]
     crc = None if table["crc32c"] is None else _parse_crc(table["crc32c"], fail)
-    return TensorRecord(as_text(table["component"], "component", fail), spec, crc, tuple(chunks))
+    return TensorRecord(strict.as_text(table["component"], "component", fail), spec, crc, tuple(chunks))
 
 
 def _parse_alias(value: JsonValue, fail: Fail) -> AliasRecord:
-    row = as_row(value, 3, "the record of an alias", fail)
-    return AliasRecord(*(as_text(field, "an alias", fail) for field in row))
+    row = strict.as_row(value, 3, "the record of an alias", fail)
+    return AliasRecord(*(strict.as_text(field, "an alias", fail) for field in row))
 
 
 def _parse_chunk(value: JsonValue, fail: Fail) -> ChunkRecord:
-    row = as_row(value, 6, "the record of a chunk", fail)
+    row = strict.as_row(value, 6, "the record of a chunk", fail)
     return ChunkRecord(
-        as_text(row[0], "the file of a chunk", fail),
-        as_count(row[1], "the offset of a chunk", fail),
-        as_count(row[2], "the length of a chunk", fail),
-        Box(as_counts(row[3], "the offsets of a chunk", fail), as_counts(row[4], "the sizes of a chunk", fail)),
+        strict.as_text(row[0], "the file of a chunk", fail),
+        strict.as_count(row[1], "the offset of a chunk", fail),
+        strict.as_count(row[2], "the length of a chunk", fail),
+        Box(
+            strict.as_counts(row[3], "the offsets of a chunk", fail),
+            strict.as_counts(row[4], "the sizes of a chunk", fail),
+        ),
         _parse_crc(row[5], fail),
     )

@@ -1,6 +1,9 @@
-"""Names of the records that a save writes beside a model: for resuming, and for making the export later."""
+"""Names of records: of those that a save writes beside a model, for resuming and for making the export later."""
 
 from __future__ import annotations
+
+#: Name of the metadata file in a directory of ``torch.distributed.checkpoint``.
+DCP_METADATA_NAME = ".metadata"
 
 #: The directory of notes, in a checkpoint's ``model``.
 METADATA_DIR = ".hf_metadata"

@@ -12,13 +12,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from functools import cache
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
+
+import torch
 
 from shardwise.errors import FormatError, UnsafePickleError
-
-if TYPE_CHECKING:
-    import torch
 
 _UNSAFE_HINT = (
     "It is not loaded, because unpickling it could run code. If you trust whoever wrote it, load it yourself and save "
@@ -55,20 +53,13 @@ class PickledReference:
     key: object
 
 
-@cache
-def torch_dtypes() -> dict[str, torch.dtype]:
-    """Torch's dtypes by their names."""
-    import torch
+#: Torch's dtypes by their names.
+TORCH_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
-    return {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-
-
-@cache
-def plain_globals() -> frozenset[PickledGlobal]:
-    """What plain values of torch name: containers, sizes and dtypes."""
-    sets = ("set", "frozenset")
-    names = {"collections": ("OrderedDict",), "builtins": sets, "__builtin__": sets, "torch": ("Size", *torch_dtypes())}
-    return frozenset(PickledGlobal(module, name) for module, group in names.items() for name in group)
+_SETS = ("set", "frozenset")
+_NAMES = {"collections": ("OrderedDict",), "builtins": _SETS, "__builtin__": _SETS, "torch": ("Size", *TORCH_DTYPES)}
+#: What plain values of torch name: containers, sizes and dtypes.
+PLAIN_GLOBALS = frozenset(PickledGlobal(module, name) for module, group in _NAMES.items() for name in group)
 
 
 _MARK = object()
@@ -176,7 +167,7 @@ class _Machine:
             b"r": lambda: self._remember(int.from_bytes(self._take(4), "little")),
             b"h": lambda: self._recall(self._take(1)[0]),
             b"j": lambda: self._recall(int.from_bytes(self._take(4), "little")),
-            b"c": self._global,
+            b"c": lambda: self._name(self._line(), self._line()),
             b"\x93": self._stack_global,
             b"R": self._call,
             b"\x81": self._call,
@@ -272,9 +263,6 @@ class _Machine:
         text = self._data[self._at : end].decode("utf-8")
         self._at = end + 1
         return text
-
-    def _global(self) -> None:
-        self._name(self._line(), self._line())
 
     def _stack_global(self) -> None:
         name, module = self._pop(), self._pop()

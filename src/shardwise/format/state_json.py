@@ -18,17 +18,16 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import NoReturn, cast
+
+import numpy as np
+import torch
 
 from shardwise.dtypes import dtype_code
 from shardwise.errors import MisuseError, StateFormatError
-from shardwise.format.pickle_tree import torch_dtypes
+from shardwise.format.pickle_tree import TORCH_DTYPES
 from shardwise.format.strict_json import JsonValue, as_array, as_counts, as_object, as_row, as_text, exact_keys, loads
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
+from shardwise.upstream.torch_tensors import quantized_per_channel, quantized_per_tensor
 
 #: Version of the record that this module writes, and the only one that it reads.
 STATE_VERSION = 1
@@ -164,9 +163,6 @@ class _Encoder:
             self._refuse(path, f"it has a key of type {type(key).__qualname__}")
 
     def _encode_array(self, value: object, path: str) -> JsonValue:
-        import numpy as np
-        import torch
-
         if type(value) is torch.Tensor:
             return self._encode_tensor(value, path)
         if isinstance(value, torch.Size):
@@ -180,8 +176,6 @@ class _Encoder:
         return self._encode_numpy(value, path)
 
     def _encode_tensor(self, value: torch.Tensor, path: str) -> JsonValue:
-        import torch
-
         if value.is_quantized and value.layout is torch.strided:
             return self._encode_quantized(value, path)
         if value.layout is not torch.strided or value.device.type == "meta":
@@ -198,8 +192,6 @@ class _Encoder:
         return {"$tensor" if plain is value else "$complex_tensor": self._names[id(value)]}
 
     def _encode_quantized(self, value: torch.Tensor, path: str) -> JsonValue:
-        import torch
-
         if value.dtype not in (torch.qint8, torch.quint8, torch.qint32):
             self._refuse(path, f"it is a quantized tensor of {value.dtype}")
         with torch.no_grad():
@@ -211,8 +203,6 @@ class _Encoder:
             return {"$quantized": [integers, scales, zeros, value.q_per_channel_axis()]}
 
     def _store(self, tensor: torch.Tensor, path: str) -> str:
-        import torch
-
         with torch.no_grad():
             stored = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
             storage = stored.untyped_storage()
@@ -226,9 +216,6 @@ class _Encoder:
         return name
 
     def _encode_numpy(self, value: np.ndarray | np.generic, path: str) -> JsonValue:
-        import numpy as np
-        import torch
-
         code = value.dtype.str
         if not NUMPY_DTYPE.fullmatch(code):
             self._refuse(path, f"it is a numpy value of dtype {value.dtype}")
@@ -377,18 +364,12 @@ class Decoder:
         return found
 
     def _complex_tensor(self, value: JsonValue, depth: int) -> torch.Tensor:
-        import torch
-
         real = self._tensor(value)
         if real.dtype != torch.float64 or real.dim() < 1 or real.shape[-1] != 2:
             fail("has $complex_tensor that is not pairs of float64")
         return torch.view_as_complex(real.contiguous())
 
     def _quantized(self, value: JsonValue, depth: int) -> torch.Tensor:
-        import torch
-
-        from shardwise.upstream.torch_tensors import quantized_per_channel, quantized_per_tensor
-
         row = as_array(value, "$quantized", fail)
         row = row if len(row) == 4 else as_row(row, 3, "$quantized", fail)
         integers = self._tensor(row[0])
@@ -415,35 +396,26 @@ class Decoder:
             fail(f"has $quantized of which torch makes no tensor: {str(error)[:200]}")
 
     def _size(self, value: JsonValue, depth: int) -> object:
-        import torch
-
         return torch.Size(as_counts(value, "$size", fail))
 
     def _dtype(self, value: JsonValue, depth: int) -> object:
         name = as_text(value, "$dtype", fail)
-        if name not in torch_dtypes():
+        if name not in TORCH_DTYPES:
             fail(f"names the unknown dtype {name[:80]!r}")
-        return torch_dtypes()[name]
+        return TORCH_DTYPES[name]
 
     def _numpy_dtype(self, value: JsonValue) -> np.dtype[np.generic]:
-        import numpy as np
-
         code = as_text(value, "a numpy dtype", fail)
         if not NUMPY_DTYPE.fullmatch(code):
             fail(f"names the numpy dtype {code[:80]!r}, which is not allowed")
         return np.dtype(code)
 
     def _npscalar(self, value: JsonValue, depth: int) -> object:
-        import numpy as np
-
         code, text = as_row(value, 2, "$npscalar", fail)
         dtype = self._numpy_dtype(code)
         return np.frombuffer(self._unhex(text, dtype.itemsize, "$npscalar"), dtype=dtype)[0]
 
     def _ndarray(self, value: JsonValue, depth: int) -> object:
-        import numpy as np
-        import torch
-
         code, sizes, name = as_row(value, 3, "$ndarray", fail)
         dtype, shape, data = self._numpy_dtype(code), as_counts(sizes, "$ndarray", fail), self._tensor(name)
         if data.dtype != torch.uint8 or data.dim() != 1 or data.numel() != dtype.itemsize * math.prod(shape):

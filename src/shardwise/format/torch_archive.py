@@ -14,11 +14,14 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import BinaryIO
+
+import torch
 
 from shardwise.disk.guarded import open_regular, read_exactly
 from shardwise.errors import FormatError, UnsafePickleError
-from shardwise.format.pickle_tree import PickledCall, PickledGlobal, plain_globals, read_pickle_tree
+from shardwise.format.pickle_tree import PLAIN_GLOBALS, PickledCall, PickledGlobal, read_pickle_tree
 from shardwise.format.sniff import FIRST_BYTES, what_is
 
 #: Largest pickle that is read, in bytes; storages are not in it.
@@ -149,7 +152,7 @@ def read_torch_value(data: bytes, path: str, name: str, *, legacy: bool = False)
         return FormatError(f"this value of the checkpoint {why}", path=path, tensor=name, hint=hint)
 
     try:
-        return _Plain(wrong).of(read_pickle_tree(_pickle_in(data, wrong), plain_globals(), path), 0)
+        return _Plain(wrong).of(read_pickle_tree(_pickle_in(data, wrong), PLAIN_GLOBALS, path), 0)
     except UnsafePickleError:
         return _by_torch(data, path, name, legacy, wrong)
 
@@ -192,8 +195,6 @@ class _Plain:
         return made
 
     def _torchs(self, tree: PickledCall | PickledGlobal) -> object:
-        import torch
-
         if isinstance(tree, PickledGlobal):
             found: object = getattr(torch, tree.name, None) if tree.module == "torch" else None
             if isinstance(found, torch.dtype):
@@ -206,10 +207,6 @@ class _Plain:
 
 
 def _by_torch(data: bytes, path: str, name: str, legacy: bool, wrong: _Wrong) -> object:
-    from pickle import UnpicklingError
-
-    import torch
-
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=not legacy)
     except UnpicklingError as error:

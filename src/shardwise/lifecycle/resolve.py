@@ -31,8 +31,8 @@ from shardwise.disk.guarded import read_note
 from shardwise.disk.names import exists, is_directory, is_file, is_link, is_there, names_in, real_path
 from shardwise.disk.storage import current, storage_errors
 from shardwise.errors import CheckpointNotFoundError, IncompleteCheckpointError, MisuseError, ShardwiseError
-from shardwise.format.dcp_metadata import DCP_METADATA_NAME
 from shardwise.format.manifest import read_manifest
+from shardwise.format.notes import DCP_METADATA_NAME
 from shardwise.lifecycle.names import (
     LATEST,
     LINEAGE_NAME,

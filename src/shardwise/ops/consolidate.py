@@ -25,7 +25,7 @@ from shardwise.disk.names import is_file
 from shardwise.disk.storage import Storage, current, using
 from shardwise.dtypes import FLOATS, torch_dtype
 from shardwise.engine.collector import without_collector
-from shardwise.engine.missing_files import saved_aliases
+from shardwise.engine.load import saved_aliases
 from shardwise.errors import (
     CheckpointNotFoundError,
     ConfigError,

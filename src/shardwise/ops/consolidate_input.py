@@ -26,7 +26,7 @@ from shardwise.errors import (
     some,
 )
 from shardwise.format.manifest import MANIFEST_NAME, Manifest
-from shardwise.format.notes import METADATA_DIR
+from shardwise.format.notes import DCP_METADATA_NAME, METADATA_DIR
 from shardwise.format.sniff import Kind, what_is_file
 from shardwise.format.weight_files import TORCH, is_adapter
 from shardwise.geometry import TensorSpec, covers_once
@@ -301,7 +301,7 @@ def _refuse_adapter(names: Collection[str], path: Path, within: Sequence[str] = 
 
 
 def _from_dcp(found: ModelInput, directory: Path, hints: SourceHints) -> ModelInput:
-    from shardwise.format.dcp_metadata import DCP_METADATA_NAME, read_dcp_metadata
+    from shardwise.format.dcp_metadata import read_dcp_metadata
 
     if found.manifest:
         found.read(directory / DCP_METADATA_NAME)

@@ -27,14 +27,13 @@ from shardwise.disk.sequential import write_file
 from shardwise.disk.storage import Storage, current, using
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.collector import without_collector
-from shardwise.engine.missing_files import saved_aliases
+from shardwise.engine.load import saved_aliases
 from shardwise.engine.records import ComponentRecord, layout_record, write_manifest
 from shardwise.errors import MisuseError
-from shardwise.format.dcp_metadata import DCP_METADATA_NAME, parsed_once
-from shardwise.format.header import TensorEntry, encode_header
+from shardwise.format.dcp_metadata import parsed_once
+from shardwise.format.header import TensorEntry, encode_header, encode_sharding_metadata
 from shardwise.format.manifest import AliasRecord
-from shardwise.format.notes import ASIDE_DIR, METADATA_DIR, NOTES, PER_RANK_DIR
-from shardwise.format.sharding import encode_sharding_metadata
+from shardwise.format.notes import ASIDE_DIR, DCP_METADATA_NAME, METADATA_DIR, NOTES, PER_RANK_DIR
 from shardwise.format.strict_json import JsonValue
 from shardwise.geometry import TensorSpec
 from shardwise.lifecycle import LATEST, LINEAGE_NAME, METRICS_NAME, checkpoint_name, next_lineage, set_pointer

@@ -17,10 +17,9 @@ from shardwise.disk.names import file_size, files_under, is_directory, is_file
 from shardwise.disk.storage import Storage, current, using
 from shardwise.engine.verify import check_files, files_below, load_manifest
 from shardwise.errors import CheckpointNotFoundError, FormatError, ShardwiseError, TensorError, UnsafePickleError
-from shardwise.format.header import read_header
+from shardwise.format.header import read_header, saved_offsets
 from shardwise.format.json_file import read_json
 from shardwise.format.manifest import Manifest
-from shardwise.format.sharding import saved_offsets
 from shardwise.format.sniff import Kind, Recognised, what_is_file
 from shardwise.format.strict_json import JsonValue
 from shardwise.geometry import TensorSpec

@@ -36,7 +36,7 @@ from shardwise.disk.names import is_directory, is_file, is_there, names_in
 from shardwise.disk.storage import Storage, current, local_path, using
 from shardwise.dtypes import torch_dtype
 from shardwise.engine.collector import without_collector
-from shardwise.engine.load import LoadOptions, open_described
+from shardwise.engine.load import LoadOptions, LoadSource, open_load
 from shardwise.engine.sharing import PlannedReads
 from shardwise.errors import (
     AdapterError,
@@ -50,7 +50,7 @@ from shardwise.errors import (
     UnsafePickleError,
     some,
 )
-from shardwise.format.dcp_metadata import DCP_METADATA_NAME
+from shardwise.format.notes import DCP_METADATA_NAME
 from shardwise.format.strict_json import JsonValue
 from shardwise.ops.beside import side_files
 from shardwise.ops.consolidate_input import refuse_damaged
@@ -386,7 +386,7 @@ def _read_legacy(adapted: nn.Module, directory: Path) -> None:
     distinct = [entry for entry in file.entries if entry.alias_of is None]
     shared = frozenset(entry.spec.name for entry in file.entries if entry.alias_of is not None)
     options = LoadOptions(ignored=shared)
-    open_described(lambda: list(hold_adapter(distinct, MeshRegister())), source, group, current(), options).read()
+    open_load(lambda: hold_adapter(distinct, MeshRegister()), LoadSource(source), group, current(), options).read()
 
 
 def place_tensor(slot: Slot, values: torch.Tensor) -> None:

@@ -36,10 +36,9 @@ from shardwise.errors import (
     UnsafePickleError,
     UnverifiableError,
 )
-from shardwise.format.header import read_header
+from shardwise.format.header import read_header, saved_offsets
 from shardwise.format.index import read_index
 from shardwise.format.manifest import MANIFEST_NAME, FileRecord, Manifest
-from shardwise.format.sharding import saved_offsets
 from shardwise.format.sniff import Kind, what_is_file
 from shardwise.geometry import Box, covers_once
 from shardwise.ops.targets import Target, find_targets, is_unfinished, nothing_in, with_nested

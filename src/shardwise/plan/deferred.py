@@ -103,8 +103,7 @@ _LAST = _Last()
 def resolve(tensor: torch.Tensor) -> torch.Tensor:
     """The values behind a stand-in or a view of one, made now; any other tensor as it is.
 
-    Raises:
-        ModuleStateError: They are not of the kind that was described.
+    Raises `ModuleStateError`: they are not of the kind that was described.
     """
     what = deferred(tensor)
     if what is None:

@@ -181,16 +181,10 @@ def seen_through(view: AxisView | None, native: HeldPart) -> HeldPart:
     return HeldPart(replace(native.part, view=view), native.coordinate, tuple(Fragment(*pair) for pair in pieces))
 
 
-def hold(
-    spec: TensorSpec,
-    part: Part,
-    coordinate: tuple[int, ...],
-    local: torch.Tensor,
-    grid: tuple[int, ...] | None = None,
-) -> HeldTensor:
+def hold(spec: TensorSpec, part: Part, coordinate: tuple[int, ...], local: torch.Tensor) -> HeldTensor:
     """Describe ``local``, this rank's local native tensor, as fragments of the file's tensor ``spec``.
 
-    ``coordinate`` is ``()`` for a plain tensor; ``grid`` is the file tensor's, its shape if not given.
+    ``coordinate`` is ``()`` for a plain tensor.
     """
     found: list[Fragment] = []
     for box, start in part.regions(coordinate):
@@ -199,4 +193,4 @@ def hold(
             found.append(Fragment(box, data))
         else:
             found += [Fragment(hub, piece) for hub, piece in hub_views(part.view, box, data)]
-    return HeldTensor(spec, grid or spec.shape, (HeldPart(part, coordinate, tuple(found)),))
+    return HeldTensor(spec, spec.shape, (HeldPart(part, coordinate, tuple(found)),))

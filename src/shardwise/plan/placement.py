@@ -109,10 +109,7 @@ def _cut_last(mesh_shape: tuple[int, ...], placements: tuple[Placement, ...]) ->
 
 @lru_cache(maxsize=65536)
 def regions(
-    shape: tuple[int, ...],
-    mesh_shape: tuple[int, ...],
-    placements: tuple[Placement, ...],
-    coordinate: tuple[int, ...],
+    shape: tuple[int, ...], mesh_shape: tuple[int, ...], placements: tuple[Placement, ...], coordinate: tuple[int, ...]
 ) -> tuple[Region, ...]:
     """The disjoint regions of a tensor that the rank at ``coordinate`` holds, in the order of its local tensor.
 

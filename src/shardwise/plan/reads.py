@@ -102,8 +102,7 @@ AnyRead = Read | PackedRead
 def plan_reads(source: SourceTensor, wanted: HeldTensor) -> list[AnyRead]:
     """The reads that fill every fragment of ``wanted``.
 
-    Raises:
-        MissingTensorError: The chunks do not cover a fragment, or overlap in it.
+    Raises `MissingTensorError`: the chunks do not cover a fragment, or overlap in it.
     """
     spec, chunks = source.spec, source.chunks
     if len(chunks) != 1 or chunks[0].packed or wanted.grid != spec.shape:

@@ -68,7 +68,6 @@ class Roster:
     _peers: dict[tuple[str, MeshKey | None, tuple[Placement, ...]], ShardSet] = field(
         default_factory=dict, compare=False
     )
-    _peers_of_part: dict[tuple[str, Part], ShardSet] = field(default_factory=dict, compare=False)
 
     @property
     def world_size(self) -> int:
@@ -79,9 +78,8 @@ class Roster:
     def specs(self) -> tuple[TensorSpec, ...]:
         """The union of all ranks' tensors, in order of stage, then as declared.
 
-        Raises:
-            NameCollisionError: Two kinds of rank declare one name with different shapes or dtypes, or two pipeline
-                stages declare the same name.
+        Raises `NameCollisionError`: two kinds of rank declare one name with different shapes or dtypes, or two pipeline
+        stages declare the same name.
         """
         found: dict[str, TensorSpec] = {}
         stages: dict[str, int] = {}
@@ -109,14 +107,11 @@ class Roster:
     def shard_set(self, name: str, part: Part) -> ShardSet:
         """The ranks that hold a part of tensor ``name``, by what they hold."""
         declarers = self._declarers[name]
-        found = self._peers_of_part.get((declarers, part))
+        # The native shape and the view do not matter for who holds what: enumerate the ranks once for all of them.
+        key = (declarers, part.mesh, part.placements)
+        found = self._peers.get(key)
         if found is None:
-            # The native shape and the view do not matter for who holds what: enumerate the ranks once for all of them.
-            key = (declarers, part.mesh, part.placements)
-            found = self._peers.get(key)
-            if found is None:
-                found = self._peers[key] = self._shard_set(set(declarers.split(",")), part)
-            self._peers_of_part[(declarers, part)] = found
+            found = self._peers[key] = self._shard_set(set(declarers.split(",")), part)
         return found
 
     def holders(self, held: Iterable[HeldTensor]) -> Iterator[tuple[int, HeldPart, ShardSet]]:
@@ -143,8 +138,7 @@ class Roster:
     def check_complete(self, held: Sequence[HeldTensor]) -> None:
         """Check that the ranks together hold all of every tensor of ``held``.
 
-        Raises:
-            IncompleteTensorError: A mesh coordinate that holds a piece is missing from the group.
+        Raises `IncompleteTensorError`: a mesh coordinate that holds a piece is missing from the group.
         """
         checked: set[ShardSet] = set()
         for number, part, found in self.holders(held):

@@ -27,16 +27,17 @@ ROUND_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
-class Sources:
-    """For each target, the ranks whose pieces make up its rows, and their boxes.
+class Exchange:
+    """How tensors of one shape and spread become rows; a target receives ``rows_per_round`` at a time.
 
-    Computed on demand: of the many ranks that hold a tensor, each exchanges rows with few. ``pieces`` are the replicas
-    that hold each piece, and its boxes, at least one each; ``outer`` leading grid dimensions enumerate the rows.
+    ``held`` are the replicas that hold each piece, and its boxes, at least one each; ``outer`` leading dimensions of
+    the grid enumerate the rows.
     """
 
-    pieces: tuple[tuple[tuple[int, ...], tuple[Box, ...]], ...]
+    held: tuple[tuple[tuple[int, ...], tuple[Box, ...]], ...]
     grid: tuple[int, ...]
     outer: int
+    rows_per_round: int
     _known: dict[int, tuple[tuple[int, tuple[Box, ...]], ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -45,13 +46,24 @@ class Sources:
         return self.grid[: self.outer]
 
     @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Grid shape of one row."""
+        return self.grid[self.outer :]
+
+    @property
     def rows(self) -> int:
         """Number of rows."""
         return math.prod(self.lead)
 
+    @property
+    def rounds(self) -> int:
+        """Number of rounds; the same for every member."""
+        widest = -(-self.rows // len(self.members))
+        return -(-widest // self.rows_per_round)
+
     @cached_property
     def _turn(self) -> dict[int, int]:
-        return {rank: turn for ranks, _ in reversed(self.pieces) for turn, rank in enumerate(ranks)}
+        return {rank: turn for ranks, _ in reversed(self.held) for turn, rank in enumerate(ranks)}
 
     @cached_property
     def members(self) -> tuple[int, ...]:
@@ -66,7 +78,7 @@ class Sources:
     def _row_ranges(self) -> list[tuple[int, int]]:
         """The first row that each piece touches, and the one after the last."""
         found = []
-        for _, boxes in self.pieces:
+        for _, boxes in self.held:
             first = min(flat_offset(box.offsets[: self.outer], self.lead) for box in boxes)
             last = max(flat_offset(tuple(end - 1 for end in box.ends[: self.outer]), self.lead) for box in boxes)
             found.append((first, last + 1))
@@ -77,46 +89,25 @@ class Sources:
         rows, position, count = self.rows, self._position[target], len(self.members)
         return rows * position // count, rows * (position + 1) // count
 
-    def __getitem__(self, target: int) -> tuple[tuple[int, tuple[Box, ...]], ...]:
+    def sources(self, target: int) -> tuple[tuple[int, tuple[Box, ...]], ...]:
+        """The ranks whose pieces make up the rows of a target, and their boxes.
+
+        Computed on demand: of the many ranks that hold a tensor, each exchanges rows with few.
+        """
         known = self._known.get(target)
         if known is None:
             low, high = self.share(target)
             merged: dict[int, tuple[Box, ...]] = {}
-            for (ranks, boxes), (first, end) in zip(self.pieces, self._row_ranges, strict=True):
+            for (ranks, boxes), (first, end) in zip(self.held, self._row_ranges, strict=True):
                 if first < high and low < end:
                     source = target if target in ranks else ranks[self._turn[target] % len(ranks)]
                     merged[source] = merged.get(source, ()) + boxes
             known = self._known[target] = tuple(sorted(merged.items()))
         return known
 
-
-@dataclass(frozen=True)
-class Exchange:
-    """How one tensor, by its number in the list of held ones, becomes rows; a target receives some at a time."""
-
-    tensor: int
-    sources: Sources
-    rows_per_round: int
-
-    @property
-    def members(self) -> tuple[int, ...]:
-        """The ranks concerned, ascending; each is the target of an equal share of the rows."""
-        return self.sources.members
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """Grid shape of one row."""
-        return self.sources.grid[self.sources.outer :]
-
-    @property
-    def rounds(self) -> int:
-        """Number of rounds; the same for every member."""
-        widest = -(-self.sources.rows // len(self.members))
-        return -(-widest // self.rows_per_round)
-
     def target(self, rank: int, turn: int) -> tuple[int, int]:
         """First row and number of rows that ``rank`` receives in round ``turn`` (none where it has no more)."""
-        low, high = self.sources.share(rank)
+        low, high = self.share(rank)
         start = min(low + turn * self.rows_per_round, high)
         return start, min(start + self.rows_per_round, high) - start
 
@@ -124,17 +115,17 @@ class Exchange:
         """The boxes that rows ``start .. start + count`` are, in file order."""
         return tuple(
             Box((*lead.offsets, *(0 for _ in self.row_shape)), (*lead.sizes, *self.row_shape))
-            for lead in refine_range(start, count, self.sources.lead)
+            for lead in refine_range(start, count, self.lead)
         )
 
-    def pieces(self, boxes: tuple[Box, ...], start: int, count: int) -> Iterator[tuple[int, Box]]:
-        """The contribution of ``boxes`` to a range of rows: pairs of a box's index and the common region, in order."""
+    def pieces(self, boxes: tuple[Box, ...], start: int, count: int) -> Iterator[tuple[Box, Box]]:
+        """The contribution of ``boxes`` to a range of rows: pairs of a box and the common region, in order."""
         wanted = self.row_boxes(start, count)
-        for number, box in enumerate(boxes):
+        for box in boxes:
             for rows in wanted:
                 common = box.intersect(rows)
                 if common is not None:
-                    yield number, common
+                    yield box, common
 
 
 ShapeKey = tuple[tuple[int, ...], int, tuple[Part, ...]]
@@ -152,12 +143,12 @@ class ExchangePlanner:
         self._planned: dict[tuple[ShapeKey, tuple[ShardSet, ...]], Exchange] = {}
         self._at_index: dict[tuple[ShardSet, Part, tuple[int, ...]], dict[tuple[int, ...], list[Holders]]] = {}
 
-    def plan_all(self, held: Sequence[HeldTensor]) -> list[Exchange]:
-        """The exchanges that a rank's tensors need."""
-        planned = (self.plan(number, tensor) for number, tensor in enumerate(held) if len(tensor.grid) > 1)
-        return [exchange for exchange in planned if exchange is not None]
+    def plan_all(self, held: Sequence[HeldTensor]) -> list[tuple[int, Exchange]]:
+        """The exchanges that a rank's tensors need, each with its tensor's number."""
+        planned = ((number, self.plan(tensor)) for number, tensor in enumerate(held) if len(tensor.grid) > 1)
+        return [(number, exchange) for number, exchange in planned if exchange is not None]
 
-    def plan(self, number: int, tensor: HeldTensor) -> Exchange | None:
+    def plan(self, tensor: HeldTensor) -> Exchange | None:
         """The exchange that ``tensor`` needs, or ``None`` where its holders can write it as it lies.
 
         The answer depends on the tensor's description only, so all its holders give the same.
@@ -172,7 +163,7 @@ class ExchangePlanner:
         planned = self._planned.get((key, sets))
         if planned is None:
             planned = self._planned[(key, sets)] = self._exchange(tensor, outer)
-        return replace(planned, tensor=number)
+        return planned
 
     def _outer(self, tensor: HeldTensor, key: ShapeKey) -> int:
         """Leading dimensions that make rows, or 0 where no exchange is needed."""
@@ -230,7 +221,7 @@ class ExchangePlanner:
             if (boxes := held.part.boxes(coordinate))
         )
         row_bytes = math.prod(tensor.grid[outer:]) * tensor.spec.itemsize
-        return Exchange(-1, Sources(pieces, tensor.grid, outer), max(1, ROUND_BYTES // max(row_bytes, 1)))
+        return Exchange(pieces, tensor.grid, outer, max(1, ROUND_BYTES // max(row_bytes, 1)))
 
 
 def _fixed(view: AxisView | None) -> list[tuple[int, int, int]]:

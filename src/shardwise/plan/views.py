@@ -89,8 +89,7 @@ def refine_box(box: Box, grid: tuple[tuple[int, ...], ...]) -> tuple[Box, ...]:
 def factor_shape(shape: tuple[int, ...], grid: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """Group the dimensions of ``grid`` by the dimension of ``shape`` that they refine.
 
-    Raises:
-        ValueError: ``grid`` is not a refinement of ``shape``.
+    Raises `ValueError`: ``grid`` is not a refinement of ``shape``.
     """
     out: list[tuple[int, ...]] = []
     rest = list(grid)

@@ -13,7 +13,8 @@ from shardwise.disk.guarded import open_regular, read_exactly
 from shardwise.disk.names import is_file, status
 from shardwise.disk.storage import located
 from shardwise.errors import CheckpointNotFoundError, FormatError, MisuseError, ShardwiseError, StorageError
-from shardwise.format.dcp_metadata import DCP_METADATA_NAME, read_dcp_metadata
+from shardwise.format.dcp_metadata import read_dcp_metadata
+from shardwise.format.notes import DCP_METADATA_NAME
 from shardwise.format.torch_archive import MAX_VALUE_BYTES, read_torch_value
 from shardwise.geometry import Box, covers_once
 from shardwise.sources.dcp_model import DcpPath, item_paths, refuse_transformed, tensor_names

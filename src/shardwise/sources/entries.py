@@ -26,8 +26,7 @@ from zlib import crc32
 
 from shardwise.comm import Group, JsonValue
 from shardwise.errors import HeaderError
-from shardwise.format.header import read_header
-from shardwise.format.sharding import saved_offsets
+from shardwise.format.header import read_header, saved_offsets
 from shardwise.geometry import Box, TensorSpec, tiles
 from shardwise.plan.reads import ChunkIndex, RemotePieces, SourceChunk, SourceTensor
 

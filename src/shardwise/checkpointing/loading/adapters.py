@@ -16,7 +16,7 @@ from shardwise.checkpointing.loading.models import renamed, retitled
 from shardwise.checkpointing.session import Session
 from shardwise.convert.mapping import rename
 from shardwise.disk.names import is_directory, is_file, names_in
-from shardwise.engine.load import OpenedLoad, listed_anywhere, open_described
+from shardwise.engine.load import LoadSource, OpenedLoad, listed_anywhere, open_load
 from shardwise.engine.name_suggestions import listed
 from shardwise.errors import AdapterError, AmbiguousFilesError, FormatError, MissingTensorError
 from shardwise.peft.capture import ALLOCATOR_PREFIX, AllocatorRestore, base_tensors, hold_adapter, restore_allocators
@@ -110,7 +110,7 @@ def open_adapter(
         aliases = [entry.spec.name for entry in file.entries if entry.alias_of is not None]
         ignored = listed_anywhere(aliases, source, group)  # of other stages' entries this rank knows nothing
         options = replace(session.load_options, allow_missing=allow_missing, ignored=ignored)
-        loads.append(open_described(partial(list, held), source, group, session.storage, options))
+        loads.append(open_load(partial(list, held), LoadSource(source), group, session.storage, options))
     extra, allocators = _open_extra(session, parts, captured, directory, allow_missing)
     return OpenedAdapter((*loads, *extra), allocators)
 
@@ -150,7 +150,7 @@ def _open_extra(
     # A model that is not trained has no allocator.
     ignored = frozenset(name for name in source.tensors if name.startswith(ALLOCATOR_PREFIX))
     options = replace(session.load_options, ignored=ignored)
-    return [open_described(wanted, source, group, session.storage, options)], allocators
+    return [open_load(wanted, LoadSource(source), group, session.storage, options)], allocators
 
 
 def _no_extra(names: Sequence[str], path: Path) -> MissingTensorError:

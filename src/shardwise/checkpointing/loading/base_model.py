@@ -62,7 +62,8 @@ def initialize_model_weights(model: nn.Module, device: torch.device, peft_init_m
     meshes = dict.fromkeys(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
     for mesh in meshes:
         for dim in range(mesh.ndim):
-            seed = Group(mesh.get_group(dim)).broadcast_json(seed, 0, "agreeing on a seed")
+            meeting = Group(mesh.get_group(dim))
+            seed = meeting.broadcast_result(partial(int, seed), "agreeing on a seed")
     if is_peft_adapted([model]):
         initial_values.check_can_begin([model])
     slots = initialise.slots_of(model)
@@ -123,7 +124,7 @@ def load_base_model(
         fill_from_base(session, parts, path, before=lambda wanted: _materialise(group, parts, device, wanted))
     else:
         _materialise(group, parts, device, None)
-    seed = group.broadcast_json(torch.initial_seed(), 0, "agreeing on a seed")
+    seed = group.broadcast_result(torch.initial_seed, "agreeing on a seed")
     with group.together("beginning the adapters"):  # apart, since DTensors communicate: no rank may have failed before
         for part in fresh:
             if is_peft_adapted([part]):
@@ -133,7 +134,7 @@ def load_base_model(
 
 
 def _materialise(group: Group, parts: Sequence[nn.Module], device: torch.device, wanted: BaseWanted | None) -> None:
-    seed = group.broadcast_json(torch.initial_seed(), 0, "agreeing on a seed")
+    seed = group.broadcast_result(torch.initial_seed, "agreeing on a seed")
     with group.together("materialising the model"):
         for part in parts:
             slots = initialise.slots_of(part)

@@ -38,13 +38,13 @@ from shardwise.disk.names import is_file
 from shardwise.disk.storage import Storage
 from shardwise.engine.computed import OpenedComputed, open_computed
 from shardwise.engine.load import (
-    CheckpointSource,
     LoadOptions,
+    LoadSource,
     OpenedLoad,
     listed_anywhere,
-    open_described,
+    open_load,
+    saved_aliases,
 )
-from shardwise.engine.missing_files import saved_aliases
 from shardwise.engine.name_suggestions import listed
 from shardwise.engine.per_rank import saved_ranks
 from shardwise.errors import MisuseError, StateFormatError, TensorError
@@ -125,9 +125,9 @@ def open_model(
         steps.extend(own_steps)
         return held if hub.listing is None else [*module_state.as_modules_load(held, hub, computed, source), *extra]
 
-    load = open_described(direct, source, group, storage, options, lambda: bool(steps))
+    load = open_load(direct, LoadSource(source), group, storage, options, lambda: bool(steps))
     has_computed = differs and not speaks_native
-    there = open_computed(computed, CheckpointSource(source), group, options) if has_computed else None
+    there = open_computed(computed, LoadSource(source), group, options) if has_computed else None
     stems = metadata.module_state  # the same on every rank
     module_load = module_state.ModuleLoad((), None, options, 0)
     if load.asked or stems:

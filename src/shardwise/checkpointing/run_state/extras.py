@@ -37,9 +37,8 @@ from shardwise.checkpointing.saving.models import ModelSave
 from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
 from shardwise.disk.names import is_directory, is_file, names_in
-from shardwise.engine.jobs import Step, below, local_step
-from shardwise.engine.load import OpenedLoad, open_described
-from shardwise.engine.records import ComponentRecord, write_state
+from shardwise.engine.load import LoadSource, OpenedLoad, open_load
+from shardwise.engine.records import ComponentRecord, Step, below, local_step, write_state
 from shardwise.engine.shards import shard_plan, write_shards
 from shardwise.errors import CheckpointNotFoundError, MisuseError, ShardwiseError, StateFormatError
 from shardwise.format.torch_archive import read_torch_value
@@ -401,7 +400,7 @@ def _open_spread(
     for name in tensors:  # also on ranks without any
         source = open_source(directory_of(directory, name), group, spread=True)
         describe = partial(held_tensors, found.tensors.get(name, {}).items(), MeshRegister())
-        loads.append(open_described(describe, source, group, session.storage, session.load_options))
+        loads.append(open_load(describe, LoadSource(source), group, session.storage, session.load_options))
     return opened, loads
 
 

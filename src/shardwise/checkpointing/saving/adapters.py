@@ -22,8 +22,8 @@ from shardwise.checkpointing.saving.models import Described, ModelSave
 from shardwise.comm import Group
 from shardwise.engine.agreement import Agreement
 from shardwise.engine.export import ExportOptions, ExportPlan, plan_export, write_export
-from shardwise.engine.jobs import Step
 from shardwise.engine.name_suggestions import listed
+from shardwise.engine.records import Step
 from shardwise.geometry import TensorSpec
 from shardwise.peft.capture import hold_adapter
 from shardwise.peft.check import vllm_limits

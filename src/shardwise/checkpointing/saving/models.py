@@ -30,11 +30,10 @@ from shardwise.disk.storage import storage_errors
 from shardwise.engine.agreement import Statement
 from shardwise.engine.computed import ComputedPlan, declared
 from shardwise.engine.export import Copies, ExportOptions, ExportPlan, make_room, plan_export, write_export
-from shardwise.engine.jobs import Step
 from shardwise.engine.memo import Memo
-from shardwise.engine.merge import MergeOptions, write_merged
+from shardwise.engine.merge import write_merged
 from shardwise.engine.name_suggestions import listed
-from shardwise.engine.records import ComponentRecord
+from shardwise.engine.records import ComponentRecord, Step
 from shardwise.engine.replicas import comparison
 from shardwise.engine.shards import ShardPlan, without_tensors, write_shards
 from shardwise.errors import ExportMismatchError, ShardwiseError
@@ -43,9 +42,8 @@ from shardwise.format.manifest import AliasRecord
 from shardwise.geometry import TensorSpec
 from shardwise.plan.deferred import release
 from shardwise.plan.fragments import HeldTensor
-from shardwise.plan.ownership import left_to_others
 from shardwise.plan.roster import Roster
-from shardwise.plan.shards import plan_shards
+from shardwise.plan.schedule import left_to_others, plan_shards
 from shardwise.settings import SaveConsolidatedMode
 from shardwise.stateful_wrappers import ModelState
 from shardwise.stateful_wrappers.model_parts import described_part
@@ -212,9 +210,15 @@ class ModelSave:
         plan = session.group.attempt(prepare, "planning the export and preparing its directory")
         run_hooks(self._addons, "pre_save", self._args, session.group)
         if merges:
-            patience = config.consolidation_timeout_minutes * 60
-            merge = MergeOptions(config.single_rank_consolidation, session.staging_dir, patience)
-            write = partial(write_merged, plan, roster, storage=session.storage, options=merge)
+            write = partial(
+                write_merged,
+                plan,
+                roster,
+                storage=session.storage,
+                single_rank=config.single_rank_consolidation,
+                staging_dir=session.staging_dir,
+                patience_seconds=config.consolidation_timeout_minutes * 60,
+            )
         else:
             write = partial(write_export, plan, storage=session.storage)
         steps = [self._settling_ties(_release_after(write))]

@@ -14,7 +14,7 @@ from shardwise.checkpointing.session import Session
 from shardwise.comm import Group
 from shardwise.dcp.regions import is_packed
 from shardwise.engine.records import ComponentRecord
-from shardwise.engine.replicas import Comparison, Digested, look_at, refuse, share_of
+from shardwise.engine.replicas import Comparison, look_at, refuse, share_of
 from shardwise.errors import MisuseError, ShardwiseError
 from shardwise.timing import count_bytes, phase
 from shardwise.upstream.torch_modules import EXTRA
@@ -45,7 +45,7 @@ def write_distcp(
     of them; DCP itself would choose by the bytes that each rank writes.
     """
     failure: BaseException | None = None
-    seen: list[Digested] = []
+    seen: list[Comparison] = []
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -31,7 +31,7 @@ from shardwise.checkpointing.saving.commits import Closing, Publication, Replace
 from shardwise.checkpointing.saving.hooks import ModelRequest, leading_own, passed_addons
 from shardwise.checkpointing.saving.models import ModelSave
 from shardwise.comm import JsonValue
-from shardwise.engine.jobs import Step, below
+from shardwise.engine.records import Step, below
 from shardwise.errors import MisuseError, StorageError
 from shardwise.lifecycle import checkpoint_name, remove_leftovers, reserve, temporary_name
 from shardwise.stateful_wrappers.model import Model

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib
 import re
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import grimp
 import pytest
 
 import shardwise
@@ -133,3 +135,14 @@ def test_no_module_defines_a_name_twice() -> None:
                 names[node.target.id] += 1
         twice += [f"{path.name}: {name}" for name, count in names.items() if count > 1]
     assert not twice
+
+
+def test_no_module_imports_itself_by_any_way() -> None:
+    """Imports inside functions and for type checkers count too: in a circle no module can be read first."""
+    graph = grimp.build_graph("shardwise", cache_dir=None)
+    imports = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
+    try:
+        order = [*graphlib.TopologicalSorter(imports).static_order()]
+    except graphlib.CycleError as error:
+        pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
+    assert len(order) == len(graph.modules) > 200

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import wraps
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar, cast
+from typing import NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
@@ -39,9 +39,6 @@ from shardwise.settings import Settings
 from shardwise.stateful_wrappers import ModelState, OptimizerState
 from shardwise.stateful_wrappers.model import Model
 from shardwise.timing import phase
-
-if TYPE_CHECKING:
-    from shardwise.checkpointing.checkpointer import Checkpointer
 
 _LOG = logging.getLogger(__name__)
 
@@ -126,12 +123,18 @@ def undisturbed() -> Iterator[None]:
         yield
 
 
+class HasStorage(Protocol):
+    """What has public calls: the checkpointer."""
+
+    storage: Storage
+
+
 def public_call(function: Callable[P, T]) -> Callable[P, T]:
     """Let a method of the checkpointer use its storage, and run it `undisturbed`."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        with using(cast("Checkpointer", args[0]).storage), undisturbed():
+        with using(cast(HasStorage, args[0]).storage), undisturbed():
             return function(*args, **kwargs)
 
     return call

@@ -1,38 +1,31 @@
 """Scripts with which shells complete the command line; they start no program, so that completing takes no time.
 
-What is in them comes from the parser (`shardwise.cli.parsing`). Sources: the manuals of bash ("Programmable
+What is in them comes from the parser (`shardwise.cli.parsing` makes it). Sources: the manuals of bash ("Programmable
 Completion"), zsh (zshcompsys, ``_arguments``) and fish (``complete``).
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from shardwise.cli.output import FINE, say
-
-if TYPE_CHECKING:
-    import argparse
-
-    from shardwise.cli.parsing import Parser
+from shardwise.cli.parser import Parser, path_of
 
 #: What comes behind an option or stands as an argument: a path, one of several words, something else, or nothing.
 Kind = Literal["path", "words", "text", "none"]
 SHELLS = ("bash", "zsh", "fish")
 
 
-def completion(options: argparse.Namespace) -> int:
-    """``shardwise completion``."""
-    from shardwise.cli.parsing import make_parser
-
-    for line in {"bash": _bash, "zsh": _zsh, "fish": _fish}[options.shell](make_parser()):
+def completion(program: Parser, options: argparse.Namespace) -> int:
+    """``shardwise completion``, for the parser of the whole program."""
+    for line in {"bash": _bash, "zsh": _zsh, "fish": _fish}[options.shell](program):
         say(line)
     return FINE
 
 
 def _kind(argument: argparse.Action | None) -> Kind:
-    from shardwise.cli.parsing import path_of
-
     if argument is None or argument.nargs == 0:
         return "none"
     if argument.choices:

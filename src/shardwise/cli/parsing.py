@@ -7,66 +7,20 @@ Neither torch nor anything else that is heavy is imported before a command needs
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from collections.abc import Callable
-from pathlib import Path
-from typing import NoReturn
+from functools import partial
 
 from shardwise._version import __version__
 from shardwise.cli import commands as work
 from shardwise.cli.completion import SHELLS, completion
-from shardwise.cli.output import printable, say
-
-_WORD = re.compile(r"invalid choice: '([^']*)'|unrecognized arguments: (\S+)")
+from shardwise.cli.parser import Parser
 
 _DESCRIPTION = "Offline work on checkpoints: look, compare, check, export, clean up, publish."
 _EXITS = (
     "exit codes: 0 fine, 1 something was found (damage, a difference), 2 misuse (also: nothing there, or unreadable), "
     "3 unverifiable, 70 an error of shardwise itself, 130 interrupted"
 )
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that suggests what was meant instead of an unknown word."""
-
-    def __init__(self, **options: object) -> None:
-        #: For `completion`: each argument, one line about the command, and of the program its commands.
-        self.arguments: list[argparse.Action] = []
-        self.summary = ""
-        self.commands: dict[str, Parser] = {}
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(**options)  # type: ignore[arg-type]
-
-    def add_argument(self, *names: str, **options: object) -> argparse.Action:
-        """Add an argument, and know it."""
-        added = super().add_argument(*names, **options)  # type: ignore[arg-type]
-        self.arguments.append(added)
-        return added
-
-    @property
-    def words(self) -> set[str]:
-        """The commands and the long names of all options, which may be mistyped."""
-        own = {name for argument in self.arguments for name in argument.option_strings if name.startswith("--")}
-        return own.union(self.commands, *(command.words for command in self.commands.values()))
-
-    def add_path(self, name: str, text: str, **options: object) -> None:
-        """Add an argument or option that is a path, with its help."""
-        if not name.startswith("--"):
-            options.setdefault("metavar", name.upper())
-        self.add_argument(name, type=path_of, help=text, **options)
-
-    def print_help(self, file: object = None) -> None:
-        """Print the help; argparse itself would pass over a full disk."""
-        for line in self.format_help().splitlines():
-            say(line)
-
-    def error(self, message: str) -> NoReturn:
-        """Print usage and message, and leave with exit code 2."""
-        found = _WORD.search(message)
-        word = "" if found is None else (found[1] or found[2] or "").split("=")[0]
-        near = difflib.get_close_matches(word, sorted(self.words), n=1) if word else []
-        super().error(printable(f"{message}. Did you mean {near[0]}?" if near else message))
 
 
 def make_parser() -> Parser:
@@ -88,7 +42,7 @@ def make_parser() -> Parser:
     _add_reading(add)
     _add_consolidate(add)
     _add_conversions(add)
-    _add_others(add)
+    _add_others(add, parser)
     return parser
 
 
@@ -260,7 +214,7 @@ def _add_max_file_size(command: Parser, default: str) -> None:
     command.add_argument("--max-file-size", dest="max_file_bytes", type=_size, metavar="SIZE", help=text)
 
 
-def _add_others(add: _Add) -> None:
+def _add_others(add: _Add, program: Parser) -> None:
     prune = add(
         "prune",
         work.prune,
@@ -303,7 +257,7 @@ def _add_others(add: _Add) -> None:
 
     script = add(
         "completion",
-        completion,
+        partial(completion, program),
         "print a script with which a shell completes the command line",
         "The script knows commands and options and starts no program. Its first lines say where it goes.",
         "  shardwise completion bash > ~/.local/share/bash-completion/completions/shardwise\n"
@@ -324,10 +278,3 @@ def _size(text: str) -> int:
     if nbytes < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 5GB, 500MB, 2GiB, or a number of bytes")
     return nbytes
-
-
-def path_of(text: str) -> Path:
-    """An argument that is a path."""
-    if not text:
-        raise argparse.ArgumentTypeError("the path is empty")  # an unset variable must not mean the working directory
-    return Path(text)

@@ -1,4 +1,4 @@
-"""Many rows of a file, with gaps between them, in one call of the system.
+"""Reading a range of a file whole; and many rows, with gaps between them, in one call of the system.
 
 ``preadv(2)`` takes a list of places: rows go straight to where they belong, and the gaps all go to one small scratch
 that stays in the core's cache. Python's own ``os.preadv`` wants an object for each place, which costs more than reading
@@ -12,15 +12,25 @@ import errno
 import os
 from collections.abc import Callable
 from functools import cache
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-import numpy as np
-from numpy.typing import NDArray
-
-from shardwise.disk.storage import read_all
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 #: Places in one call, if the system does not say.
 _FEWEST_PLACES = 16  # what POSIX promises (_XOPEN_IOV_MAX)
+
+
+def read_all(handle: int, into: memoryview, offset: int) -> int:
+    """Read until the buffer is full or the file ends; returns how many bytes there were. Raises ``OSError``."""
+    done = 0
+    while done < len(into):
+        got = os.preadv(handle, [into[done:] if done else into], offset + done)
+        if got == 0:
+            break
+        done += got
+    return done
 
 
 def read_rows(handle: int, into: memoryview, rows: int, width: int, pitch: int, period: int, offset: int) -> int:
@@ -29,6 +39,8 @@ def read_rows(handle: int, into: memoryview, rows: int, width: int, pitch: int, 
     They go to places ``pitch`` bytes apart in ``into``, between which nothing is touched; what is between rows in the
     file is read too and dropped. Returns how many rows were read whole, fewer only at the end of the file.
     """
+    import numpy as np  # which offline work does without
+
     needed = (rows - 1) * pitch + width if rows else 0
     if into.nbytes < needed or min(width, pitch - width, period - width) < 0:
         raise ValueError(f"{rows} rows of {width} bytes do not fit {into.nbytes} bytes at a pitch of {pitch}")
@@ -55,6 +67,8 @@ def read_rows(handle: int, into: memoryview, rows: int, width: int, pitch: int, 
 
 def _places(start: int, rows: int, width: int, pitch: int, gap: NDArray[np.uint8]) -> NDArray[np.uintp]:
     """An array of ``struct iovec``: row, gap, row, gap, ..., row."""
+    import numpy as np
+
     places = np.empty((rows, 2, 2), dtype=np.uintp)
     places[:, 0, 0] = start + np.arange(rows, dtype=np.uintp) * np.uintp(pitch)
     places[:, 0, 1] = width

@@ -31,6 +31,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
+from shardwise.disk.scatter import read_all, read_rows
 from shardwise.errors import CheckpointNotFoundError, FormatError, ShardwiseError, StorageError
 
 Buffer = bytes | bytearray | memoryview
@@ -266,10 +267,8 @@ class LocalStorage:
         self, handle: int, into: memoryview, rows: int, width: int, pitch: int, period: int, offset: int
     ) -> int:
         """``preadv`` of hundreds of rows at once."""
-        from shardwise.disk import scatter  # numpy, which offline work does without
-
         with _typed(None):
-            return scatter.read_rows(handle, into, rows, width, pitch, period, offset)
+            return read_rows(handle, into, rows, width, pitch, period, offset)
 
     def status_of(self, handle: int) -> Status:  # noqa: D102
         with _typed(None):
@@ -458,17 +457,6 @@ def _write_all(handle: int, data: Buffer, offset: int) -> None:
         view = memoryview(data).cast("B")
         while done < len(view):
             done += os.pwrite(handle, view[done:], offset + done)
-
-
-def read_all(handle: int, into: memoryview, offset: int) -> int:
-    """Read until the buffer is full or the file ends; returns how many bytes there were. Raises ``OSError``."""
-    done = 0
-    while done < len(into):
-        got = os.preadv(handle, [into[done:] if done else into], offset + done)
-        if got == 0:
-            break
-        done += got
-    return done
 
 
 @contextlib.contextmanager

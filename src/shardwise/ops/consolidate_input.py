@@ -32,7 +32,6 @@ from shardwise.format.weight_files import TORCH, is_adapter
 from shardwise.geometry import TensorSpec, covers_once
 from shardwise.ops.model_class import ModelClass, model_class
 from shardwise.ops.targets import find_targets, with_nested
-from shardwise.ops.tensors_to_write import Computed, ReadBlocks
 from shardwise.ops.torchtitan_names import Renamed, has_own_names, in_transformers_names
 from shardwise.ops.verify import VerifyReport, verify
 from shardwise.plan.reads import SourceTensor
@@ -44,7 +43,7 @@ from shardwise.sources.others.recognise import recognise
 from shardwise.sources.reader import DigestLedger, RecordedDigest
 from shardwise.sources.sources import Source, open_source
 from shardwise.sources.state_files import read_file
-from shardwise.sources.tensor_bytes import byte_blocks
+from shardwise.sources.tensor_bytes import Computed, ReadBlocks, byte_blocks
 from shardwise.sources.torch_files import WRAPPERS, BinSource, entries_of, load_file, open_bin
 
 #: What Lightning's FSDP strategies write beside DCP's files, and an entry of those of ``Trainer.save_checkpoint``.
@@ -249,7 +248,10 @@ def class_of(found: ModelInput) -> ModelClass | None:
 def _with_class(found: ModelInput, kind: ModelClass | None, rope: str | None, *, whole: bool) -> ModelInput:
     """The input under names of the class, compared with it; ``whole``: with all of its tensors."""
     if kind is not None and has_own_names(found.source.tensors, kind):
-        found = in_transformers_names(found, kind, rope)
+        under_names, computed, renamed, note = in_transformers_names(found.source.tensors, found.computed, kind, rope)
+        found.notes.append(note)
+        source = replace(found.source, tensors=under_names)
+        found = replace(found, source=source, computed=computed, renamed=renamed)
     elif rope is not None:
         raise MisuseError(
             "rope is for a Llama under torchtitan's names, with a configuration",

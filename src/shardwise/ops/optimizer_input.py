@@ -13,7 +13,6 @@ from shardwise.disk.names import is_directory, is_file, names_in
 from shardwise.errors import MisuseError, UnsafePickleError
 from shardwise.format.notes import PER_RANK_DIR
 from shardwise.ops.consolidate_input import ModelInput, once
-from shardwise.ops.tensors_to_write import Computed
 from shardwise.ops.torchtitan_names import in_halves
 from shardwise.plan.reads import SourceTensor
 from shardwise.sources.dcp_model import is_no_model
@@ -22,6 +21,7 @@ from shardwise.sources.dcp_values import DcpValues, is_dcp
 from shardwise.sources.others.rank_files import optimizer_beside
 from shardwise.sources.sources import Source, open_source
 from shardwise.sources.state_files import pack_state
+from shardwise.sources.tensor_bytes import Computed
 from shardwise.stateful_wrappers.wrapping import plain_name
 
 _LEAVE = "Or leave it out with --no-optimizer (optimizer=False): training then starts with a fresh one."

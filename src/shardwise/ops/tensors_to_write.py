@@ -6,36 +6,30 @@ The views between the two were derived on a model without memory; here each is l
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 
 from shardwise.dtypes import torch_dtype
 from shardwise.errors import ConversionError
 from shardwise.geometry import TensorSpec
+from shardwise.ops.consolidate_input import ModelInput
+from shardwise.ops.model_class import ModelClass
 from shardwise.plan.deferred import bound
 from shardwise.plan.fragments import Fragment, HeldTensor, part_in_box
 from shardwise.plan.reads import SourceTensor
-from shardwise.sources.tensor_bytes import as_bytes, byte_blocks
+from shardwise.sources.tensor_bytes import Computed, ReadBlocks, byte_blocks, read_flat
 from shardwise.upstream.torch_tensors import storage_key
-
-if TYPE_CHECKING:
-    from shardwise.ops.consolidate_input import ModelInput
-    from shardwise.ops.model_class import ModelClass
 
 #: Number of native tensors kept in memory: those of one layer, which the tensors of a file use in turn.
 _MOST_KEPT = 4
 
 #: A tensor's bytes in row-major order, from front to back, in blocks of whole elements.
 Blocks: TypeAlias = Callable[[], Iterator[memoryview]]
-#: Gives those of a saved tensor.
-ReadBlocks: TypeAlias = Callable[[SourceTensor], Iterator[memoryview]]
-#: Makes those of a tensor that is not in the files as it is wanted, with what reads the tensors that it is made of.
-Computed: TypeAlias = Callable[[ReadBlocks], Iterator[memoryview]]
 
 
 @dataclass(frozen=True)
@@ -119,16 +113,6 @@ def computing(read: ReadBlocks, computed: Mapping[str, Computed]) -> ReadBlocks:
         return read(tensor) if made is None else made(read)
 
     return blocks
-
-
-def read_flat(spec: TensorSpec, blocks: Iterable[memoryview]) -> torch.Tensor:
-    """All elements of a tensor, in row-major order; one more than there are where it has none."""
-    flat = torch.empty(max(1, spec.numel), dtype=torch_dtype(spec.dtype))
-    into, at = as_bytes(flat), 0
-    for block in blocks:
-        into[at : at + len(block)] = block
-        at += len(block)
-    return flat
 
 
 class LastFew:

@@ -11,18 +11,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from shardwise.errors import MisuseError
 from shardwise.format.json_file import read_json
 from shardwise.ops.model_class import ModelClass
-from shardwise.ops.tensors_to_write import Computed, ReadBlocks, read_flat
 from shardwise.plan.reads import SourceTensor
-from shardwise.sources.tensor_bytes import as_bytes
-
-if TYPE_CHECKING:
-    from shardwise.ops.consolidate_input import ModelInput
+from shardwise.sources.tensor_bytes import Computed, ReadBlocks, as_bytes, read_flat
 
 #: Which rows of a head a rotary embedding turns together: neighbours, or those half a head apart.
 Rope: TypeAlias = Literal["interleaved", "halves"]
@@ -75,12 +71,14 @@ def has_own_names(names: Collection[str], kind: ModelClass | None) -> bool:
     return _EMBEDDING in names and (kind is None or not {*kind.native, *kind.hub} & {_EMBEDDING})
 
 
-def in_transformers_names(model: ModelInput, kind: ModelClass, rope: str | None) -> ModelInput:
-    """The model under transformers' names, with the rows of q and k in transformers' order; ``rope`` is how it rotates.
+def in_transformers_names(
+    tensors: Mapping[str, SourceTensor], computed: Mapping[str, Computed], kind: ModelClass, rope: str | None
+) -> tuple[dict[str, SourceTensor], dict[str, Computed], Renamed, str]:
+    """Tensors under transformers' names, with the rows of q and k in transformers' order; ``rope`` is how it rotates.
 
-    What is not surely a Llama of these names, and rotates in a way that is known, is a `MisuseError`.
+    Returns the tensors, those of them that are computed, what was done, and a note for the report. What is not surely a
+    Llama of these names, and rotates in a way that is known, is a `MisuseError`.
     """
-    tensors, computed = model.source.tensors, model.computed
     if kind.name != _CLASS:
         raise _refused(kind, f"what these are in a {kind.name} is not known, only in a {_CLASS}")
     found = {name: new for name in tensors if name not in _TABLES and (new := _renamed(name)) is not None}
@@ -117,9 +115,7 @@ def in_transformers_names(model: ModelInput, kind: ModelClass, rope: str | None)
             f"tensors have torchtitan's names; rows of q_proj and k_proj ({numbers} heads) were put from neighbouring "
             "pairs into halves of each head"
         )
-    model.notes.append(note)
-    source = replace(model.source, tensors=renamed)
-    return replace(model, source=source, computed=made, renamed=Renamed(found, reordered))
+    return renamed, made, Renamed(found, reordered), note
 
 
 def _renamed(name: str) -> str | None:

@@ -5,19 +5,27 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from shardwise.disk.crc import crc32c, shift
-from shardwise.geometry import Box, flat_offset, stride_of
+from shardwise.dtypes import torch_dtype
+from shardwise.geometry import Box, TensorSpec, flat_offset, stride_of
 from shardwise.plan.deferred import resolve
+from shardwise.plan.reads import SourceTensor
 
 #: Bytes that are converted, handed to the file system and digested at a time: they stay in a core's second-level cache
 #: between the copy into the page cache and the digest (measured: 512 KiB was best, 256 KiB within noise of it).
 BLOCK_BYTES = 2**19
+
+#: Gives the bytes of a saved tensor in row-major order, from front to back, in blocks of whole elements.
+ReadBlocks: TypeAlias = Callable[[SourceTensor], Iterator[memoryview]]
+#: Makes those of a tensor that is not in the files as it is wanted, with what reads the tensors that it is made of.
+Computed: TypeAlias = Callable[[ReadBlocks], Iterator[memoryview]]
 
 _HUGE_PAGE = 2 * 2**20
 _libc = cache(lambda: ctypes.CDLL(None))
@@ -175,3 +183,13 @@ def _combine_regular(crcs: np.ndarray[tuple[int], np.dtype[np.uint32]], period: 
         crcs = _times(crcs[0::2], shift(0x80000000, period)) ^ crcs[1::2]
         period *= 2
     return int(crcs[0])
+
+
+def read_flat(spec: TensorSpec, blocks: Iterable[memoryview]) -> torch.Tensor:
+    """All elements of a tensor, in row-major order; one more than there are where it has none."""
+    flat = torch.empty(max(1, spec.numel), dtype=torch_dtype(spec.dtype))
+    into, at = as_bytes(flat), 0
+    for block in blocks:
+        into[at : at + len(block)] = block
+        at += len(block)
+    return flat

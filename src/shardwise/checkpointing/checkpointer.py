@@ -596,6 +596,5 @@ class Checkpointer:
         except Exception as lost:
             if error is None or isinstance(error, SystemExit):
                 raise
-            # The error that is on its way goes first, with a note of this one.
             _LOG.error("a save that was pending when %s was raised has failed: %s", type(error).__name__, lost)
             error.add_note(f"A save that was still being written has failed too: {lost}")

@@ -74,3 +74,32 @@ def test_it_rests_inside_and_is_as_it_was_before(tmp_path: Path, is_on: bool) ->
         verify(tmp_path / "absent")
     consolidate(save_dcp({"a": torch.ones(2)}, tmp_path / "dcp"), tmp_path / "export")
     assert gc.isenabled() == is_on
+
+
+@pytest.mark.parametrize("settings", [{}, {"is_async": True}, {"is_peft": False, "save_consolidated": "false"}])
+def test_nothing_is_left_for_it(tmp_path: Path, settings: dict[str, object]) -> None:
+    """Loops that collect by themselves, and seldom, would else keep models and process groups for so long."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    model(torch.ones(3, 2)).sum().backward()
+    optimizer.step()
+
+    def train(root: Path) -> None:
+        config = CheckpointingConfig(checkpoint_dir=root, **{"save_consolidated": "every", **settings})  # type: ignore[arg-type]
+        with config.build() as checkpointer:
+            for step in (1, 2):
+                checkpointer.save(step=step, model=model, optimizer=optimizer, extra_state={"seen": (step, {1.5})})
+            checkpointer.restore(model, optimizer, extra_state={"seen": ()})
+
+    train(tmp_path / "first")  # what is made once for each process
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        train(tmp_path / "second")
+        gc.collect()
+        left = {type(each).__qualname__ for each in gc.garbage if type(each).__module__.startswith("shardwise")}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+    assert left == set()

@@ -106,6 +106,7 @@ class Call:
             if self._stall is None or self._over is None:
                 return
             (record, group), waited = self._over, self._stall
+            self._over = None  # which knows this call
         self._reports.take(record(waited), group)
 
 

@@ -70,7 +70,7 @@ class Session:
         self._opened_base: Memo[BaseModel | None] = Memo()
         self.recast: Memo[Recast] = Memo()
         self.is_quantized: Memo[bool] = Memo()
-        self.class_check = ClassCheck(self.log_once)
+        self.class_check = ClassCheck()
         self.logged: set[str] = set()
         self.model_plan: Memo[ExportPlan] = Memo()
         self.shard_plans: dict[str, Memo[ShardPlan]] = {}

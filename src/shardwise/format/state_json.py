@@ -255,27 +255,6 @@ class Decoder:
         #: Names of the tensors that the tree referred to so far.
         self.used: set[str] = set()
         self._tensors = tensors
-        self._by_tag: dict[str, Callable[[JsonValue, int], object]] = {
-            "$int": self._int,
-            "$float": lambda value, depth: struct.unpack(">d", self._unhex(value, 8, "$float"))[0],
-            "$complex": self._complex,
-            "$bytes": self._bytes,
-            "$tuple": lambda value, depth: tuple(self._list(value, depth)),
-            "$set": lambda value, depth: set(self._hashable(value, depth)),
-            "$frozenset": lambda value, depth: frozenset(self._hashable(value, depth)),
-            "$dict": self._pairs,
-            "$ordered_dict": lambda value, depth: collections.OrderedDict(self._pairs(value, depth)),
-            "$counter": lambda value, depth: collections.Counter(cast("dict[object, int]", self._pairs(value, depth))),
-            "$deque": self._deque,
-            "$tensor": lambda value, depth: self._tensor(value),
-            "$complex_tensor": self._complex_tensor,
-            "$quantized": self._quantized,
-            "$bytesio": lambda value, depth: io.BytesIO(self._bytes(value, depth)),
-            "$size": self._size,
-            "$dtype": self._dtype,
-            "$npscalar": self._npscalar,
-            "$ndarray": self._ndarray,
-        }
 
     def decode(self, value: JsonValue, depth: int) -> object:
         """Return the value that ``value`` stands for, ``depth`` levels below the top; raises as `decode_state`."""
@@ -290,9 +269,9 @@ class Decoder:
         tag = next((key for key in value if key.startswith("$")), None)
         if tag is None:
             return {key: self.decode(item, depth + 1) for key, item in value.items()}
-        if len(value) != 1 or tag not in self._by_tag:
+        if len(value) != 1 or tag not in _BY_TAG:
             fail(f"has an object with the unknown tag {tag[:80]!r}")
-        return self._by_tag[tag](value[tag], depth + 1)
+        return _BY_TAG[tag](self, value[tag], depth + 1)
 
     def _list(self, value: JsonValue, depth: int) -> list[object]:
         return [self.decode(item, depth) for item in as_array(value, "a list", fail)]
@@ -424,3 +403,27 @@ class Decoder:
             return np.frombuffer(data.cpu().numpy().tobytes(), dtype=dtype).reshape(shape).copy()
         except ValueError as error:
             fail(f"has $ndarray of an impossible shape: {error}")
+
+
+#: How the value of an object with one of these tags is read.
+_BY_TAG: dict[str, Callable[[Decoder, JsonValue, int], object]] = {
+    "$int": Decoder._int,
+    "$float": lambda self, value, depth: struct.unpack(">d", self._unhex(value, 8, "$float"))[0],
+    "$complex": Decoder._complex,
+    "$bytes": Decoder._bytes,
+    "$tuple": lambda self, value, depth: tuple(self._list(value, depth)),
+    "$set": lambda self, value, depth: set(self._hashable(value, depth)),
+    "$frozenset": lambda self, value, depth: frozenset(self._hashable(value, depth)),
+    "$dict": Decoder._pairs,
+    "$ordered_dict": lambda self, value, depth: collections.OrderedDict(self._pairs(value, depth)),
+    "$counter": lambda self, value, depth: collections.Counter(cast("dict[object, int]", self._pairs(value, depth))),
+    "$deque": Decoder._deque,
+    "$tensor": lambda self, value, depth: self._tensor(value),
+    "$complex_tensor": Decoder._complex_tensor,
+    "$quantized": Decoder._quantized,
+    "$bytesio": lambda self, value, depth: io.BytesIO(self._bytes(value, depth)),
+    "$size": Decoder._size,
+    "$dtype": Decoder._dtype,
+    "$npscalar": Decoder._npscalar,
+    "$ndarray": Decoder._ndarray,
+}

@@ -115,7 +115,7 @@ def module_steps(session: Session, name: str, module: nn.Module, directory: Path
 
     def finish(group: Group) -> ComponentRecord:
         with group.together(f"finishing {own}"):
-            for work in save.closing:
+            for work in save.take_closing():
                 work(group)
         return ComponentRecord()
 

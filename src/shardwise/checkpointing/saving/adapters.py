@@ -17,9 +17,9 @@ from shardwise.checkpointing import adapters
 from shardwise.checkpointing.hub import HubState, memory_of, require_memory
 from shardwise.checkpointing.optimizers import as_list
 from shardwise.checkpointing.saving.checks import Facts
+from shardwise.checkpointing.saving.commits import Closing
 from shardwise.checkpointing.saving.hooks import ModelRequest, hook_arguments, run_after, run_hooks
 from shardwise.checkpointing.saving.models import Described, ModelSave
-from shardwise.comm import Group
 from shardwise.engine.agreement import Agreement
 from shardwise.engine.export import ExportOptions, ExportPlan, plan_export, write_export
 from shardwise.engine.name_suggestions import listed
@@ -43,7 +43,7 @@ class AdapterSave:
     def __init__(self, request: ModelRequest) -> None:
         self._request, self._session, self._directory = request, request.session, request.directory
         self._addons, self._config = request.addons, request.peft_config
-        self.closing: list[Callable[[Group], None]] = []
+        self._closing: Closing = ()
         self.state = ModelState(request.model)
         self._args = hook_arguments(request, self.state)
 
@@ -84,8 +84,12 @@ class AdapterSave:
             merged = group.attempt(lambda: merged_parts(parts), "describing the merged model")
             save = MergedSave(replace(self._request, session=session.of_model(MERGED)), parts, merged)
             steps += save.steps()
-            self.closing += save.closing
+            self._closing = save.take_closing()
         return [*steps, partial(run_after, self._addons, self._args, session)]
+
+    def take_closing(self) -> Closing:
+        """The local work behind the steps, as of a `ModelSave`."""
+        return self._closing
 
     def _file_step(
         self,

@@ -280,10 +280,9 @@ class _CannotCheckError(Exception):
 
 
 class ClassCheck:
-    """Checks exports, each kind once. Used on rank 0; ``log`` is told why one cannot be checked."""
+    """Checks exports, each kind once. Used on rank 0."""
 
-    def __init__(self, log: Callable[[int, str], None]) -> None:
-        self._log = log
+    def __init__(self) -> None:
         self._sound: dict[bool, Memo[None]] = {False: Memo(), True: Memo()}  # by whether config.json ties nothing
 
     def check(
@@ -291,6 +290,7 @@ class ClassCheck:
         parts: Sequence[nn.Module],
         directory: Path,
         roster: Roster,
+        log: Callable[[int, str], None],
         *,
         passed: Sequence[TensorSpec] = (),
         left_out: Collection[str] = (),
@@ -299,8 +299,8 @@ class ClassCheck:
         """Check an export, unless the same was checked before. Rank 0 calls when config.json is written and no tensor.
 
         ``roster`` has all ranks' tensors under the names that the files are to have, of which ``left_out`` are not
-        exported, and ``passed`` further ones, carried over from a base. With ``untie``, config.json is read as one that
-        ties nothing.
+        exported, and ``passed`` further ones, carried over from a base. ``log`` is told why one cannot be checked. With
+        ``untie``, config.json is read as one that ties nothing.
         """
         model = described_part(parts)
         if model is None or not is_file(directory / CONFIG):
@@ -314,7 +314,7 @@ class ClassCheck:
         try:
             name, misfit = _look(model, entries, [*specs, *passed])
         except _CannotCheckError as why:
-            self._log(logging.INFO, f"the export's names are not checked against a class: {why}")
+            log(logging.INFO, f"the export's names are not checked against a class: {why}")
         else:
             _require_fit(name, misfit, directory / CONFIG)
         self._sound[untie].get([roster, type(model)], (entries, passed), lambda: None)

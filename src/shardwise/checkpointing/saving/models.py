@@ -89,7 +89,7 @@ class ModelSave:
         self._refusal: Exception | None = None
         self._loose_ties: dict[str, str] = {}
         self._untied_misfit: ExportMismatchError | None = None
-        self.closing: list[Callable[[Group], None]] = []
+        self._closing: list[Callable[[Group], None]] = []
         self._is_final = request.is_final
         self._exports = session.config.exports(is_final_checkpoint=request.is_final)
         self._carried: list[str] = []
@@ -113,19 +113,23 @@ class ModelSave:
             raise
         steps += model_steps(self._session, self.state, self._directory)
         if self._describes:
-            self.closing.append(lambda group: huggingface.copy_metadata(self._args) if group.is_main else None)
+            self._closing.append(lambda group: huggingface.copy_metadata(self._args) if group.is_main else None)
         if not self._addons:
             return steps
         # Other addons may read everything that is there, and communicate.
-        closing, self.closing = self.closing, []
-        return [*steps, partial(self._after, closing)]
+        return [*steps, partial(self._after, self.take_closing())]
+
+    def take_closing(self) -> Closing:
+        """The local work behind the steps, which knows this save; handed over, so that nothing keeps the two alive."""
+        closing, self._closing = self._closing, []
+        return closing
 
     def _sharded(self) -> list[Step]:
         described = self._described()
         # An export made later carries the same tensors over.
         self._carried = self._compare_with_base(described.roster.specs, described.facts)
         shards = self._shards(described.own.export, described.roster, "model", described)
-        self.closing.append(self._leave_script)
+        self._closing.append(self._leave_script)
         return [shards, *self._also(described.facts, described.hub.listing, described.hub.unwritten_aliases)]
 
     def _distcp(self) -> list[Step]:
@@ -223,7 +227,7 @@ class ModelSave:
             write = partial(write_export, plan, storage=session.storage)
         steps = [self._settling_ties(_release_after(write))]
         if session.config.verify_export:
-            self.closing.append(partial(checks.read_back, plan))
+            self._closing.append(partial(checks.read_back, plan))
         return [*steps, *self._beside(described)]
 
     def _beside(self, described: Described) -> list[Step]:
@@ -395,7 +399,7 @@ class ModelSave:
             written[:] = [step(group)]
             return written[0]
 
-        self.closing.append(settle)
+        self._closing.append(settle)
         return run
 
     def _check_opening(self, described: Described, passed: Sequence[TensorSpec]) -> None:
@@ -410,7 +414,13 @@ class ModelSave:
             {*described.facts.outside, *described.facts.excluded},
         )
         check = partial(
-            session.class_check.check, self.state.model, directory, described.roster, passed=passed, left_out=left_out
+            session.class_check.check,
+            self.state.model,
+            directory,
+            described.roster,
+            session.log_once,
+            passed=passed,
+            left_out=left_out,
         )
         check()
         if self._exports and self._loose_ties:

@@ -107,7 +107,7 @@ def _capture(life: Lifetime, what: WhatToSave, target: Publication) -> tuple[lis
     )
     save = model_save(request)
     steps = below("model", save.steps())
-    closing = save.closing
+    closing = save.take_closing()
     if what.ema is not None:
         place, session = temp / MODEL_EMA, life.session
         with session.group.together("looking at the averaged model"):
@@ -118,7 +118,7 @@ def _capture(life: Lifetime, what: WhatToSave, target: Publication) -> tuple[lis
         request = replace(request, session=session.of_model(MODEL_EMA), model=average.model, directory=place)
         theirs = model_save(replace(request, addons=addons, reserve=lambda: None, optimizer=None))
         steps += below(MODEL_EMA, [*theirs.steps(), *beside], MODEL_EMA)
-        closing = [*closing, *theirs.closing]
+        closing = [*closing, *theirs.take_closing()]
     if optimizer is not None or as_list(scheduler):
         chosen = [] if optimizer is None else optimizer
         steps += below("optim", capture_optimizer(life.session, chosen, what.model, scheduler, temp / "optim"))
@@ -238,7 +238,7 @@ def save_model(
             reserve=target.reserve,
         )
         save = model_save(request)
-        return save.steps(), save.closing
+        return save.steps(), save.take_closing()
 
     given = {"is_final_checkpoint=True": is_final} | passed_addons(life.addons)
     _save_component(life, "model", weights_path, look, given, capture)

@@ -137,6 +137,22 @@ def test_what_another_machine_may_still_be_writing_stays(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_claim_that_another_machine_has_taken_is_left_to_it(tmp_path: Path) -> None:
+    """It could take it where the file system does not pass locks between machines."""
+    gate = Gate()
+    checkpointer = engine(tmp_path, gate, is_async=True)
+    checkpointer.save(0, 10, nn.Linear(2, 2))
+    assert gate.begun.wait(60)
+    owner, temp = tmp_path / ".owner-epoch_0_step_10", tmp_path / ".saving-epoch_0_step_10"
+    owner.write_text("elsewhere 4711 its-token\n")
+    gate.opened.set()
+    with pytest.raises(StorageError, match="another run has begun to save epoch_0_step_10 too"):
+        checkpointer.finalize()
+    assert steps(tmp_path) == []
+    assert owner.read_text() == "elsewhere 4711 its-token\n"
+    assert temp.is_dir()
+
+
 def test_a_forked_worker_does_not_keep_a_claim(tmp_path: Path) -> None:
     mine = claim(tmp_path, "epoch_0_step_3")
     reading, writing = os.pipe()

@@ -115,13 +115,19 @@ class Unfinished:
         A time stamp in ``checkpoint_dir`` or node-local disks give every rank another directory, in which all of its
         writing succeeds. This is a `StorageError`, found without another collective: every other rank sees, beside the
         unfinished save, the claim of rank 0 with the run's token, and rank 0 every file that a rank wrote, with its
-        size.
+        size. Rank 0 looks at the claim too: where locks are not passed on between machines, another may have taken it.
         """
         is_remote, met = self._session.is_remote, self._session.first_exchange
 
         def close() -> JsonValue:
             for work in closing:
                 work(group)
+            if group.is_main and not self._is_ours():
+                raise StorageError(
+                    f"another run has begun to save {self.place.name} too, and this save is not published",
+                    path=self.place.parent,
+                    hint="Give each run a checkpoint_dir of its own.",
+                )
             found = met.token if group.is_main or is_remote else claimed_by(self.place.parent, self.place.name)
             if found != met.token:
                 seen = "another run is saving there" if found else "rank 0's save is not visible there"
@@ -181,19 +187,25 @@ class Unfinished:
 
     def _release(self) -> None:
         if self._claim is not None:
-            self._claim.release()
+            self._claim.release(keeps_file=not self._is_ours())
+
+    def _is_ours(self) -> bool:
+        """Whether the claim on the name is still this run's. Rank 0 calls."""
+        token = self._session.first_exchange.token
+        return self._session.is_remote or claimed_by(self.place.parent, self.place.name) in (token, None)
 
     def abandon(self, group: Group) -> None:
         """Remove what was written, so that a failed save does not fill the disk. Never raises."""
         if not group.is_main:
             return
         try:
-            if self._is_reserved:
-                abandon(self.temp)
+            try:
+                if self._is_reserved and self._is_ours():
+                    abandon(self.temp)
+            finally:
+                self._release()
         except (OSError, ShardwiseError) as error:
             _LOG.warning("could not remove the unfinished %s: %s", self.temp, error)
-        finally:
-            self._release()
 
 
 class Publication(Unfinished):

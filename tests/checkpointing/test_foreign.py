@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from tests.base.support import checkpointer, whole_tensor
 from tests.convert.tiny_models import build
@@ -233,3 +234,29 @@ def test_a_scheduler_that_does_not_fit_can_be_left_out_without_the_optimizer(
     with pytest.raises(error) as raised:
         foreign_schedules([scheduler], {"scheduler": saved}, False, tmp_path)
     assert str(raised.value.hint).endswith("Or restore without it, and it starts afresh.")
+
+
+@pytest.mark.parametrize("lists", [1, 2])
+def test_schedulers_are_told_apart_by_their_order_in_one_list_alone(tmp_path: Path, lists: int) -> None:
+    """Which of two lists comes first is not known."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, size) for size in (1, 7)]
+    states = [scheduler.state_dict() for scheduler in schedulers]
+    saved = (
+        {"schedulers": states}
+        if lists == 1
+        else {"warm": {"schedulers": states[:1]}, "cool": {"schedulers": states[1:]}}
+    )
+    dcp.save(
+        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **saved}, checkpoint_id=tmp_path / "dcp"
+    )
+    engine = checkpointer(tmp_path / "run")
+    if lists == 2:
+        with pytest.raises(MisuseError, match="which is which is not known"):
+            engine.restore(model, optimizer, schedulers, restore_from=tmp_path / "dcp")
+        return
+    for scheduler in schedulers:
+        scheduler.step_size = 3
+    engine.restore(model, optimizer, schedulers, restore_from=tmp_path / "dcp")
+    assert [scheduler.step_size for scheduler in schedulers] == [1, 7]

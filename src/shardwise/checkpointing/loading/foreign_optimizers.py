@@ -339,7 +339,8 @@ def find_foreign(
     def read_schedules() -> list[object]:
         values = DcpValues(place, legacy)
         paths = scheduler_places(values)
-        is_list = all(isinstance(path[-1], int) for path in paths if path)
+        in_one_list = len({path[:-1] for path in paths}) < 2
+        is_list = in_one_list and all(isinstance(path[-1], int) for path in paths if path)
         return [{".".join(map(str, path)): state_at(values, path) for path in paths}, is_list]
 
     states = cast("list[object]", broadcast_state(read, group, f"reading the optimizers of {place}"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,3 +103,9 @@ def test_a_name_that_a_release_dropped_is_told(name: Name, problem: str) -> None
 def test_each_name_is_listed_once() -> None:
     paths = [name.path for name in ALL]
     assert sorted(set(paths)) == sorted(paths)
+
+
+def test_a_release_without_quantized_tensors_has_everything_else() -> None:
+    """Their makers were looked up when the package was imported."""
+    lost = "import torch; del torch._make_per_tensor_quantized_tensor, torch._make_per_channel_quantized_tensor; "
+    subprocess.run([sys.executable, "-c", lost + "import shardwise.upstream.torch_tensors"], check=True)

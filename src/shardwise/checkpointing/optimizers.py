@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from shardwise.checkpointing.per_rank import OwnRead, find_of_optimizer, optimiz
 from shardwise.checkpointing.run_state import schedulers as schedules
 from shardwise.checkpointing.saving.torch_format import capture_distcp, write_distcp
 from shardwise.checkpointing.session import Session
-from shardwise.comm import JsonValue
+from shardwise.comm import Group, JsonValue
 from shardwise.convert.mapping import rename
 from shardwise.disk.names import is_there
 from shardwise.engine.load import LoadSource, OpenedLoad, open_load
@@ -205,21 +205,8 @@ def open_optimizer(
             listed(plan.fresh),
         )
     if any(row[3] for row in rows):
-        with group.together("comparing schedulers"):
-            used = {number for row in rows for number in row[1]}
-            left = [entry for number, entry in enumerate(found.entries) if number not in used]
-            if left:  # restored on no rank
-                count = sum(1 for entry in found.entries if left[0].ranks[0] in entry.ranks)
-                which = f"; none is restored from that of {left[0].where}"
-                raise schedules.other_number(count, len(found.schedules), directory, which)
-        chosen = dict.fromkeys(key for row in rows for key in row[2])
-        if chosen and group.is_main:
-            _LOG.warning(
-                "the schedulers in %s were saved by another number of ranks, and ranks that held the same parameters "
-                "had different %s: every rank takes the lowest rank's",
-                directory,
-                ", ".join(chosen),
-            )
+        used, chosen = {number for row in rows for number in row[1]}, [key for row in rows for key in row[2]]
+        _check_schedules(found, used, chosen, directory, group)
     tensors = None
     if any(row[0] for row in rows):
         if foreign is not None:
@@ -234,6 +221,25 @@ def open_optimizer(
     if foreign is not None:
         foreign_optimizers.count_in_tensors(plan)
     return OpenedOptimizer(session, plan, found, tensors, own, buffered.any)
+
+
+def _check_schedules(
+    found: schedules.FoundSchedules, used: Collection[int], chosen: Sequence[str], directory: Path, group: Group
+) -> None:
+    """Check that all ranks together have ``used`` every saved scheduler; tell what had to be ``chosen``."""
+    with group.together("comparing schedulers"):
+        left = [entry for number, entry in enumerate(found.entries) if number not in used]
+        if left:  # restored on no rank
+            count = sum(1 for entry in found.entries if left[0].ranks[0] in entry.ranks)
+            which = f"; none is restored from that of {left[0].where}"
+            raise schedules.other_number(count, len(found.schedules), directory, which)
+    if chosen and group.is_main:
+        _LOG.warning(
+            "the schedulers in %s were saved by another number of ranks, and ranks that held the same parameters "
+            "had different %s: every rank takes the lowest rank's",
+            directory,
+            ", ".join(dict.fromkeys(chosen)),
+        )
 
 
 def optimizer_components(directory: Path) -> list[str]:

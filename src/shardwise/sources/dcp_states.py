@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -191,11 +191,17 @@ class DcpOptimizer:
             values={names[param]: keys for param, keys in self.values.items()},
         )
 
+    def to_state(self) -> dict[str, object]:
+        """As plain containers, with the values as they are: ``dataclasses.asdict`` makes other counts of a counter."""
+        groups = [[group.options, list(group.params)] for group in self.groups]
+        return {each.name: getattr(self, each.name) for each in fields(self)} | {"groups": groups}
+
     @staticmethod
     def from_state(state: object) -> DcpOptimizer:
-        """The inverse of ``dataclasses.asdict``, on another rank."""
-        fields = cast("dict[str, Any]", state)
-        return DcpOptimizer(**{**fields, "groups": tuple(DcpGroup(**group) for group in fields["groups"])})
+        """The inverse of `to_state`, on another rank."""
+        own = cast("dict[str, Any]", state)
+        groups = tuple(DcpGroup(options, tuple(params)) for options, params in own["groups"])
+        return DcpOptimizer(**{**own, "groups": groups})
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,12 +38,6 @@ as_plain_tensors = torch._C.DisableTorchFunctionSubclass
 #: The same memory, read with the opposite sign.
 negated_view: Callable[[torch.Tensor], torch.Tensor] = torch._neg_view
 
-#: Torch's quantized tensor of integers: with one scale and zero point; and with one of each for each index of an axis.
-quantized_per_tensor: Callable[[torch.Tensor, float, int], torch.Tensor] = torch._make_per_tensor_quantized_tensor
-quantized_per_channel: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor] = (
-    torch._make_per_channel_quantized_tensor
-)
-
 #: A collective's result that may not have come yet.
 PendingTensor = AsyncCollectiveTensor
 
@@ -91,6 +85,17 @@ def make_wrapper(
 ) -> _Made:
     """A tensor of a subclass that has a shape and no memory of its own; it seems contiguous."""
     return torch.Tensor._make_wrapper_subclass(cls, cast(Any, shape), dtype=dtype, device=cast(Any, device))
+
+
+def quantized_per_tensor(integers: torch.Tensor, scale: float, zero: int) -> torch.Tensor:
+    """Torch's quantized tensor of integers with one scale and zero point."""
+    # Looked up when it is needed, as below: a release without it has everything else.
+    return torch._make_per_tensor_quantized_tensor(integers, scale, zero)
+
+
+def quantized_per_channel(integers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, axis: int) -> torch.Tensor:
+    """Torch's quantized tensor of integers with a scale and zero point for each index of an axis."""
+    return torch._make_per_channel_quantized_tensor(integers, scales, zeros, axis)
 
 
 def storage_key(tensor: torch.Tensor) -> int:

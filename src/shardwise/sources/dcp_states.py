@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -191,11 +191,16 @@ class DcpOptimizer:
             values={names[param]: keys for param, keys in self.values.items()},
         )
 
+    def to_state(self) -> dict[str, object]:
+        """As plain containers, for another rank. ``dataclasses.asdict`` would copy all values, and spoil a Counter."""
+        own: dict[str, object] = {each.name: getattr(self, each.name) for each in fields(self)}
+        return own | {"groups": [{"options": group.options, "params": group.params} for group in self.groups]}
+
     @staticmethod
     def from_state(state: object) -> DcpOptimizer:
-        """The inverse of ``dataclasses.asdict``, on another rank."""
-        fields = cast("dict[str, Any]", state)
-        return DcpOptimizer(**{**fields, "groups": tuple(DcpGroup(**group) for group in fields["groups"])})
+        """The inverse of `to_state`."""
+        own = cast("dict[str, Any]", state)
+        return DcpOptimizer(**{**own, "groups": tuple(DcpGroup(**group) for group in own["groups"])})
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -334,7 +334,7 @@ def find_foreign(
     steers = group.any(bool(state.optimizers), "asking which ranks have optimizers")
 
     def read() -> list[object]:
-        return [asdict(each) for each in _read(place, legacy)] if steers else []
+        return [each.to_state() for each in _read(place, legacy)] if steers else []
 
     def read_schedules() -> list[object]:
         values = DcpValues(place, legacy)

@@ -152,6 +152,27 @@ def test_fold_combines_by_exclusive_or_and_by_sum(world: int) -> None:
     assert run(world, fold) == [want] * world
 
 
+class Unread(torch.Tensor):
+    """As an accelerator's: the exchange breaks when its result is read."""
+
+    def tolist(self) -> list[int]:
+        raise RuntimeError("connection closed by peer")
+
+
+def fold_unread() -> None:
+    group = Group.current()
+    made = group._integers
+    group._integers = lambda values: made(values).as_subclass(Unread)  # type: ignore[method-assign]
+    group.fold([], [1] * 2**14, "counting", failure=StorageError("the disk is full", hint="Free space."))
+
+
+def test_an_exchange_that_breaks_when_it_is_read_is_a_typed_error_too() -> None:
+    for error in (outcome.error for outcome in outcomes(2, fold_unread)):
+        assert isinstance(error, PeerError)
+        assert "while counting" in str(error)
+        assert "the disk is full" in str(error)
+
+
 def fail_on(ranks: tuple[int, ...], kind: str) -> None:
     group = Group.current()
     with group.together("testing"):

@@ -333,3 +333,9 @@ def test_a_changed_digit_is_found(tmp_path: Path) -> None:
     report = verify(tmp_path)
     assert report.status == "damaged"
     assert [(damage.file, damage.kind) for damage in report.damages] == [(VALUES_NAME, "digest")]
+
+
+@pytest.mark.parametrize("kind", [SafetensorsReader, SafetensorsWriter])
+def test_a_path_is_needed(kind: type) -> None:
+    with pytest.raises(TypeError):
+        kind(None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -141,6 +142,20 @@ def test_an_optimizer_is_found_in_every_layout(
 
 
 # --- several optimizers, one of them with no state; other names -------------------------------------------------------
+
+
+def counts(path: Path) -> object:
+    net = nn.Linear(2, 2)
+    here, there = (torch.optim.SGD(net.parameters(), lr=0.1) for _ in range(2))
+    there.param_groups[0]["counts"] = (Counter("aab"),)  # DCP would take a mapping apart
+    dcp.save({"optimizer": there.state_dict()}, checkpoint_id=str(path))
+    with checkpointer(path.parent) as engine:
+        engine.load_optimizer(here, net, path)
+    return here.param_groups[0]["counts"]
+
+
+def test_an_option_that_counts_arrives(tmp_path: Path) -> None:
+    assert run(2, counts, tmp_path / "there") == [(Counter("aab"),)] * 2
 
 
 def in_two(net: nn.Module) -> list[torch.optim.Optimizer]:

@@ -484,7 +484,7 @@ class Group:
             else:
                 total = self._integers(counts)
                 collectives.all_reduce(self._alive, total, dist.ReduceOp.SUM)
-        *added, failed = total.tolist()
+            *added, failed = total.tolist()  # an accelerator's exchange may break only here
         if failed:
             self._raise_first(failure, what)
         if not xors:

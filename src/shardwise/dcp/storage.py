@@ -86,12 +86,13 @@ class SafetensorsWriter(StorageWriter):
         stem: str = "model",
         storage: Storage | None = None,
     ) -> None:
+        self._path = Path(path).absolute()
         self._consolidated = consolidated
         self._base_files = dict(base_files or {})
         self._max_file_bytes = max_file_bytes
         self._stem = stem
         self._storage = storage or LocalStorage()
-        self.reset(path)
+        self.reset()
 
     def reset(self, checkpoint_id: PathLike | None = None) -> None:
         """Start again, at another path if one is given."""
@@ -217,10 +218,11 @@ class SafetensorsReader(StorageReader):
         storage: Storage | None = None,
         allow_legacy_pickle_restore: bool = False,
     ) -> None:
+        self._path = Path(path).absolute()
         self._legacy = allow_legacy_pickle_restore
         self._threads = threads
         self._storage = storage or LocalStorage()
-        self.reset(path)
+        self.reset()
 
     def reset(self, checkpoint_id: PathLike | None = None) -> None:
         """Start again, at another path if one is given."""

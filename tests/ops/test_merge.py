@@ -233,6 +233,15 @@ def test_the_tokenizer_of_the_adapter(tmp_path: Path) -> None:
     assert (merged / "generation_config.json").is_file()
 
 
+@pytest.mark.parametrize("verify_export", [True, False])
+def test_the_configuration_is_the_bases_own(verify_export: bool, tmp_path: Path) -> None:
+    base, adapter = made(tmp_path, "lora")
+    scaling = {"type": "linear", "factor": 2.0}
+    edit_config(base, rope_parameters=None, rope_theta=10000.0, rope_scaling=scaling)
+    merged = merge_adapter(base, adapter, tmp_path / "merged", verify_export=verify_export).path
+    assert json.loads((merged / "config.json").read_text())["rope_scaling"] == scaling
+
+
 def test_another_base_than_the_recorded_one_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, adapter = made(tmp_path, "lora")
     settings = json.loads((adapter / "adapter_config.json").read_text())

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import sys
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from typing import Any, cast
 
 import torch
@@ -47,7 +48,7 @@ def configuration(cls: type, entries: Mapping[str, object]) -> object:
     if entries.get("model_type", made.model_type) != made.model_type:
         parts = (part for part in entries.values() if isinstance(part, Mapping))
         entries = next((part for part in parts if part.get("model_type") == made.model_type), entries)
-    return made.from_dict(dict(entries))
+    return made.from_dict(deepcopy(dict(entries)))  # it writes into the mappings inside
 
 
 def build_on_meta(cls: type, config: object) -> nn.Module:

@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -269,7 +270,7 @@ def _model(config: Mapping[str, object], path: Path, dtype: torch.dtype) -> nn.M
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = build_on_meta(classes[0], cast(Any, classes[0]).config_class.from_dict(dict(config)))
+        model = build_on_meta(classes[0], cast(Any, classes[0]).config_class.from_dict(deepcopy(dict(config))))
     finally:
         torch.set_default_dtype(before)
     for pattern in kept_in_float32(model, dtype):

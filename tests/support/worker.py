@@ -31,8 +31,6 @@ from shardwise.errors import ShardwiseError
 
 #: A collective that waits longer than this has lost a peer; the parent gives up somewhat later.
 COLLECTIVE_SECONDS = 60.0
-#: A rank that has more threads than this after a task looks for garbage.
-_MANY_THREADS = 24
 
 # The collector need not go through what was just imported: that takes time, and in a forked rank a copy of each page.
 gc.collect()
@@ -88,10 +86,6 @@ def serve(connection: Connection) -> None:
         except EOFError:
             return
         connection.send(_run(task))
-        # FSDP's modules are garbage only to the collector, which seldom comes, and keep their process groups: each has
-        # three threads that wake a hundred times a second.
-        if len(os.listdir("/proc/self/task")) > _MANY_THREADS:
-            gc.collect()
 
 
 def _run(task: Task) -> Outcome:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
@@ -85,7 +86,7 @@ class RunLine:
         return self.start if self.restored else None
 
 
-class Unfinished:
+class Unfinished(ABC):
     """A directory that is written under a temporary name, with a claim on the name that it gets in the end.
 
     Messages call it ``name``; ``info`` goes into its manifest. Rank 0 knows after the commit the ``total_bytes`` of its
@@ -145,9 +146,9 @@ class Unfinished:
                 self._publish([record, *map(ComponentRecord.decoded, rows[1:])])
                 self._release()
 
+    @abstractmethod
     def _publish(self, records: Sequence[ComponentRecord]) -> None:
         """Put the directory in its place, given what each rank wrote. Rank 0 calls."""
-        raise NotImplementedError
 
     def _union(self, records: Sequence[ComponentRecord]) -> ComponentRecord:
         """All files, tensors and aliases, if rank 0 sees every file. Rank 0 calls."""

@@ -25,7 +25,7 @@ from pathlib import Path
 from shardwise.disk.guarded import read_small_file
 from shardwise.disk.processes import process_exists
 from shardwise.disk.storage import LOCAL, local_path, storage_errors, using
-from shardwise.errors import CheckpointBusyError, StorageError
+from shardwise.errors import CheckpointBusyError, ShardwiseError, StorageError
 from shardwise.lifecycle.names import OWNER
 
 _LIMIT = 4096
@@ -38,22 +38,26 @@ _LOOK_SECONDS = 0.05
 class Claim:
     """The right to write an unfinished save, until it is released or the process ends.
 
-    ``path`` is the file that is locked, ``handle`` the same, open; ``None`` where a storage has no locks.
+    ``path`` is the file that is locked, ``handle`` the same, open; ``None`` where a storage has no locks. The file
+    names ``owner``: host, process and token.
     """
 
-    def __init__(self, path: Path, handle: int | None) -> None:
-        self.path = path
+    def __init__(self, path: Path, handle: int | None, owner: tuple[str, int, str] = ("", 0, "")) -> None:
+        self.path, self._named = path, owner
         self._handle: int | None = handle
         _claims.add(self)
 
     def release(self, *, keeps_file: bool = False) -> None:
-        """Remove the file and the lock. Safe to call twice."""
+        """Remove the file and the lock. Safe to call twice.
+
+        A file that another process has taken, as one on another machine may where locks are not passed on, stays.
+        """
         handle, self._handle = self._handle, None
         if handle is None:
             return
         # Before the lock goes: whoever locks a file that has lost its name sees that and begins again.
-        with contextlib.suppress(OSError):
-            if not keeps_file:
+        with contextlib.suppress(OSError, ShardwiseError):
+            if not keeps_file and _owner(self.path) == self._named:
                 os.unlink(self.path)
         os.close(handle)
 
@@ -79,6 +83,7 @@ def claim(root: Path, name: str, token: str = "") -> Claim:
     place = local_path(path)
     if place is None:
         return Claim(path, None)
+    owner = (socket.gethostname(), os.getpid(), token)
     while True:
         try:
             handle = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
@@ -90,12 +95,12 @@ def claim(root: Path, name: str, token: str = "") -> Claim:
                     os.close(handle)
                     continue
                 os.ftruncate(handle, 0)
-                os.pwrite(handle, f"{socket.gethostname()} {os.getpid()} {token}\n".encode(), 0)
+                os.pwrite(handle, f"{owner[0]} {owner[1]} {token}\n".encode(), 0)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.close(handle)
             raise
-        return Claim(place, handle)
+        return Claim(place, handle, owner)
 
 
 def claimed_by(root: Path, name: str) -> str | None:

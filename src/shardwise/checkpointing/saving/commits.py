@@ -188,7 +188,7 @@ class Unfinished(ABC):
 
     def _release(self) -> None:
         if self._claim is not None:
-            self._claim.release(keeps_file=not self._is_ours())
+            self._claim.release()
 
     def _is_ours(self) -> bool:
         """Whether the claim on the name is still this run's. Rank 0 calls."""
@@ -200,13 +200,12 @@ class Unfinished(ABC):
         if not group.is_main:
             return
         try:
-            try:
-                if self._is_reserved and self._is_ours():
-                    abandon(self.temp)
-            finally:
-                self._release()
+            if self._is_reserved and self._is_ours():
+                abandon(self.temp)
         except (OSError, ShardwiseError) as error:
             _LOG.warning("could not remove the unfinished %s: %s", self.temp, error)
+        finally:
+            self._release()
 
 
 class Publication(Unfinished):
